@@ -1,0 +1,52 @@
+# Set-up and every check of the project. Each target sets up what it needs, once, in a virtual environment.
+# VENV=dir chooses another folder for it, PYTHON=path another interpreter (3.11 or newer).
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+
+# The first interpreter that really runs and can make a virtual environment: a version manager's shim may exist and fail.
+ifndef PYTHON
+PYTHON := $(shell for name in python3.13 python3.12 python3.11 python3; do \
+	"$$name" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo "$$name" && break; done)
+endif
+
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: help demo test check bench format clean
+
+help: ## List the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: $(VENV)/.installed-base ## Inspect, canonicalize and prune a digit classifier (installs the base only)
+	$(BIN)/python examples/digits/demo.py
+
+test: $(VENV)/.installed-dev ## Run the tests, models and torch included
+	$(BIN)/python -m pytest -q -n $(JOBS)
+
+check: $(VENV)/.installed-dev ## Lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-dev ## Measure speed and memory, one at a time
+	$(BIN)/python -m pytest -q -s -p no:xdist tests/benchmarks
+
+format: $(VENV)/.installed-dev ## Apply the formatter and the safe fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove the virtual environment, caches and build output
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer with venv was found; say PYTHON=/path/to/python3." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-base: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) --editable . scikit-learn
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) --editable '.[dev,test-models]'
+	@touch $@ $(VENV)/.installed-base

@@ -1,0 +1,35 @@
+"""Errors that a user can act on.
+
+Every message is one sentence that names the op, value or file and says what to do about it.
+Each class says which kind of thing went wrong; the command line turns any of them into exit code 2.
+"""
+
+from __future__ import annotations
+
+
+class CipmError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class InputError(CipmError):
+    """The model or the data cannot be used: no such file, not a model, corrupt, inconsistent."""
+
+
+class UnsupportedError(CipmError):
+    """The input is well formed, but uses a feature that is refused rather than handled wrongly."""
+
+
+class OptionError(CipmError):
+    """An unknown pass, an unknown option, or an option value out of range."""
+
+
+class SymmetryError(CipmError):
+    """A requested action, restriction or absorption is not allowed by the symmetry analysis."""
+
+
+class VerificationError(CipmError):
+    """A model no longer computes what it computed before."""
+
+
+class OutputError(CipmError):
+    """The result could not be written; nothing was left behind."""

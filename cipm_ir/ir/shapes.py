@@ -1,0 +1,139 @@
+"""Concrete shapes for every value of a graph.
+
+Labels live on index positions, so the analysis needs numbers where a model has symbols. Symbolic input dimensions are
+replaced by primes, twice, with two different sets: a dimension that differs between the two assignments is dynamic,
+and nothing that depends on it may be taken for a constant. A static, fully annotated model needs no inference at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import onnx
+import onnx_ir as ir
+
+from cipm_ir.errors import InputError
+
+Shape = tuple[int, ...]
+
+_SMALL = ((11, 13, 17, 19, 23, 29, 31, 37), (41, 43, 47, 53, 59, 61, 67, 71))
+_SPATIAL = ((211, 223, 227, 229), (233, 239, 241, 251))
+_STRIP_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Two concrete shapes per value name; equal objects where the model is static."""
+
+    first: dict[str, Shape]
+    second: dict[str, Shape]
+    symbols: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def static(self) -> bool:
+        """Whether no dimension is dynamic."""
+        return self.first is self.second
+
+
+def _declared(value: ir.Value) -> Shape | None:
+    shape = value.shape
+    if shape is None or not shape.is_static():
+        return None
+    return tuple(int(d) for d in shape)  # type: ignore[arg-type]
+
+
+def _all_values(graph: ir.Graph) -> list[ir.Value]:
+    values = list(graph.inputs) + list(graph.initializers.values())
+    for node in graph:
+        values.extend(v for v in node.outputs if v.name)
+    return values
+
+
+def infer_shapes(model: ir.Model) -> Shapes:
+    """Concrete shapes of the values of the main graph; values that cannot be inferred are absent.
+
+    Errors: `InputError` when ONNX's shape inference finds the model inconsistent.
+    """
+    known: dict[str, Shape] = {}
+    complete = True
+    for value in _all_values(model.graph):
+        shape = _declared(value)
+        if shape is None and value.const_value is not None:
+            shape = tuple(int(d) for d in value.const_value.shape)  # type: ignore[arg-type]
+        if shape is None:
+            complete = False
+        else:
+            known[value.name or ""] = shape
+    if complete:
+        return Shapes(known, known)
+    dynamic = any(_declared(v) is None and v.const_value is None for v in model.graph.inputs)
+    proto = _stripped(model)
+    symbols: dict[str, int] = {}
+    first = _infer(proto, 0, symbols)
+    second = _infer(proto, 1, {}) if dynamic else first
+    return Shapes(first, second, symbols)
+
+
+def _stripped(model: ir.Model) -> onnx.ModelProto:
+    """A proto of the model in which large weights are inputs, so that inference never copies them."""
+    clone = model.clone()
+    graph = clone.graph
+    listed = set(graph.inputs)
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is not None and tensor.nbytes > _STRIP_BYTES:
+            value.shape = ir.Shape([int(d) for d in tensor.shape])  # type: ignore[arg-type]
+            value.dtype = tensor.dtype
+            del graph.initializers[name]
+            value.const_value = None
+            if value not in listed:
+                graph.inputs.append(value)
+    return ir.to_proto(clone)
+
+
+def _infer(proto: onnx.ModelProto, which: int, symbols: dict[str, int]) -> dict[str, Shape]:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    small, spatial = iter(_SMALL[which]), iter(_SPATIAL[which])
+    graph = copy.graph
+    for info in graph.input:
+        dims = info.type.tensor_type.shape.dim
+        for axis, dim in enumerate(dims):
+            if dim.WhichOneof("value") == "dim_value":
+                continue
+            name = dim.dim_param or f"?{axis}"
+            if name not in symbols:
+                pool = spatial if len(dims) >= 4 and axis >= 2 else small
+                symbols[name] = next(pool, 73 + 2 * len(symbols))
+            dim.dim_value = symbols[name]
+    for info in list(graph.output):
+        info.type.tensor_type.ClearField("shape")
+    kept = [info for info in graph.value_info if _substitute(info, symbols)]
+    del graph.value_info[:]
+    graph.value_info.extend(kept)
+    try:
+        inferred = onnx.shape_inference.infer_shapes(copy, strict_mode=False, data_prop=True)
+    except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError) as error:
+        raise InputError(f"The model is inconsistent; ONNX shape inference says: {str(error).strip()}") from error
+    shapes: dict[str, Shape] = {}
+    for info in [*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output]:
+        tensor = info.type.tensor_type
+        if tensor.HasField("shape") and all(d.WhichOneof("value") == "dim_value" for d in tensor.shape.dim):
+            shapes[info.name] = tuple(int(d.dim_value) for d in tensor.shape.dim)
+    for initializer in inferred.graph.initializer:
+        shapes[initializer.name] = tuple(int(d) for d in initializer.dims)
+    return shapes
+
+
+def _substitute(info: onnx.ValueInfoProto, symbols: dict[str, int]) -> bool:
+    """Put the numbers in; False where a symbol is not one of the inputs'."""
+    tensor = info.type.tensor_type
+    if not tensor.HasField("shape"):
+        return False
+    for dim in tensor.shape.dim:
+        if dim.WhichOneof("value") == "dim_value":
+            continue
+        if dim.dim_param not in symbols:
+            return False
+        dim.dim_value = symbols[dim.dim_param]
+    return True

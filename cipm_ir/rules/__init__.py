@@ -1,0 +1,15 @@
+"""Operator rules: one entry per ONNX operator (DESIGN, sections 2 and 3)."""
+
+from __future__ import annotations
+
+import importlib
+
+FAMILIES = (
+    "elementwise", "contraction", "convolution", "normalization", "reduction", "shaping", "indexing",
+)  # fmt: skip
+
+
+def load_rules() -> None:
+    """Import every family, which registers its operators."""
+    for family in FAMILIES:
+        importlib.import_module(f"cipm_ir.rules.{family}")

@@ -1,0 +1,168 @@
+"""What a label rule sees of its node, and the moves that many rules share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import onnx_ir as ir
+
+from cipm_ir.ir.constants import attribute
+from cipm_ir.ir.labels import ZERO, Array, Factor, State
+from cipm_ir.rules.events import Recorder
+from cipm_ir.rules.registry import Opaque
+
+Shape = tuple[int, ...]
+Literal = tuple[Array, Array]
+"""A constant under the two shape assignments; equal arrays where it does not depend on a dynamic dimension."""
+
+
+class Seeds(Protocol):
+    """How a rule changes the labels that a parameter starts with; implemented by the walk."""
+
+    def grouped(self, node: ir.Node, index: int, axis: int, groups: int) -> Factor | None:
+        """Labels (groups, size) for an axis that means something else in each group of axis 0."""
+
+    def variance(self, node: ir.Node, index: int, epsilon: float) -> bool:
+        """Note that a parameter v scales by s as s^2 (v + epsilon) - epsilon."""
+
+
+@dataclass
+class OpContext:
+    """One node with the states of its inputs; the rule fills in ``outputs``.
+
+    ``shapes`` are the output shapes under the first assignment, ``None`` where unknown; ``pairs`` gives both
+    assignments for every input and output, by name.
+    """
+
+    node: ir.Node
+    version: int
+    inputs: list[State | None]
+    shapes: list[Shape | None]
+    literals: list[Literal | None]
+    rec: Recorder
+    second: dict[str, Shape] = field(default_factory=dict)
+    seeds: Seeds | None = None
+    outputs: list[State | None] = field(default_factory=list)
+
+    def attr(self, name: str, default: Any = None) -> Any:
+        """Value of an attribute of the node."""
+        return attribute(self.node, name, default)
+
+    def state(self, index: int) -> State:
+        """State of a required input."""
+        state = self.inputs[index] if index < len(self.inputs) else None
+        if state is None:
+            raise Opaque(f"input {index} is missing or has no known shape")
+        return state
+
+    def optional(self, index: int) -> State | None:
+        """State of an input that may be absent."""
+        return self.inputs[index] if index < len(self.inputs) and self.has(index) else None
+
+    def has(self, index: int) -> bool:
+        """Whether the node has this input."""
+        return index < len(self.node.inputs) and self.node.inputs[index] is not None
+
+    def shape(self, index: int = 0) -> Shape:
+        """Concrete shape of an output."""
+        shape = self.shapes[index]
+        if shape is None:
+            raise Opaque("the shape of the output is not known")
+        return shape
+
+    def const(self, index: int) -> Array | None:
+        """A small constant input, or None where it is not constant or depends on a dynamic dimension."""
+        pair = self.literals[index] if index < len(self.literals) else None
+        return pair[0] if pair is not None and (pair[0] is pair[1] or _same(pair[0], pair[1])) else None
+
+    def second_shape(self, value: ir.Value | None) -> Shape | None:
+        """Shape of a value under the second assignment."""
+        return None if value is None else self.second.get(value.name or "")
+
+    # emitting
+    def set(self, index: int, factors: Iterable[Factor] = (), uniform: Iterable[int] = (), shape: Shape | None = None) -> None:
+        """Set the state of an output."""
+        while len(self.outputs) <= index:
+            self.outputs.append(None)
+        self.outputs[index] = State(self.shape(index) if shape is None else shape, tuple(factors), frozenset(uniform))
+
+    def like(self, index: int, state: State) -> None:
+        """An output with the same labels as ``state``."""
+        while len(self.outputs) <= index:
+            self.outputs.append(None)
+        self.outputs[index] = state
+
+    def pin(self, state: State | None, reason: str, axes: Sequence[int] | None = None) -> None:
+        """Pin what moves along some axes (all by default) of an input."""
+        if state is None:
+            return
+        for factor in state.factors:
+            hit = factor.axes if axes is None else tuple(a for a in factor.axes if a in axes)
+            if hit:
+                self.rec.pin(self.rec.marginal(factor, hit).labels, reason)
+                self.freeze_factor(factor)
+
+    def freeze_factor(self, factor: Factor, *, scale: bool = True, sign: bool = True) -> None:
+        """No scaling (no sign) on this factor."""
+        self.rec.zero(factor.labels, factor.var, scale=scale, sign=sign)
+
+    def freeze(self, state: State | None, *, scale: bool = True, sign: bool = True) -> None:
+        """No scaling (no sign) on any factor of the value."""
+        if state is not None:
+            for factor in state.factors:
+                self.freeze_factor(factor, scale=scale, sign=sign)
+
+    def scaled(self, factor: Factor, coefficient: int, *, sign: bool) -> Factor:
+        """The factor with the log-scale multiplied by ``coefficient``; the sign kept or ended."""
+        var = self.rec.variable()
+        self.rec.equate(factor.labels, ((var, 1), (factor.var, -coefficient)), sign=False)
+        if sign:
+            self.rec.equate(factor.labels, ((var, 1), (factor.var, 1)), scale=False)
+        else:
+            self.rec.zero(factor.labels, var, scale=False)
+        return Factor(factor.axes, factor.labels, var, factor.repeats)
+
+    def unify(self, a: Factor, b: Factor) -> None:
+        """Two factors over corresponding axes move together."""
+        if a.labels.shape != b.labels.shape:
+            raise Opaque(f"labels of shapes {a.labels.shape} and {b.labels.shape} cannot be tied")
+        self.rec.unify(a.labels, b.labels)
+
+    def grouped(self, index: int, axis: int, groups: int) -> Factor | None:
+        """Joint labels (groups, size) for axis ``axis`` of a parameter; None where the input is computed."""
+        if self.seeds is None or self.node.inputs[index] is None:
+            return None
+        return self.seeds.grouped(self.node, index, axis, groups)
+
+    def variance(self, index: int, epsilon: float) -> None:
+        """The input is a variance with this epsilon; where it is computed it cannot scale."""
+        if self.seeds is None or not self.seeds.variance(self.node, index, epsilon):
+            self.freeze(self.optional(index))
+
+    def vector(self, index: int, factor: Factor, axis: int = 0) -> Factor | None:
+        """Tie a one-axis parameter (bias, gamma) to a factor over one axis; its own factor, or None.
+
+        A parameter without a factor of full size pins the axis.
+        """
+        state = self.optional(index)
+        if state is None:
+            return None
+        own = state.factor_of(axis)
+        if own is None or own.axes != (axis,):
+            if not state.broadcasts(axis):
+                self.rec.pin(factor.labels, f"input {index} of {self.node.op_type} is fixed along this axis")
+                self.pin(state, "mixed axes")
+            return None
+        self.unify(factor, own)
+        return own
+
+
+def _same(a: Array, b: Array) -> bool:
+    return a.shape == b.shape and bool((a == b).all())
+
+
+def fixed(factor: Factor) -> Factor:
+    """The factor without scale."""
+    return Factor(factor.axes, factor.labels, ZERO, factor.repeats)

@@ -1,0 +1,267 @@
+"""Contractions: MatMul, Gemm, Einsum. Both operands are treated alike; a weight is nothing special.
+
+Axes are named by letters. A letter that both operands carry and the output lacks is contracted: its atoms are tied and
+the log-scales cancel. A letter that all three carry is a batch axis: tied, the log-scales add.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cipm_ir.ir.labels import ZERO, Factor, State
+from cipm_ir.rules.context import OpContext
+from cipm_ir.rules.registry import Opaque, operator
+
+Letters = tuple[str | None, ...]
+
+
+@dataclass
+class _Piece:
+    """A factor of an operand in terms of letters."""
+
+    letters: tuple[str, ...]
+    factor: Factor
+    var: int
+    covered: bool = False
+
+
+def contract(op: OpContext, states: Sequence[State], letters: Sequence[Letters], out_letters: Letters) -> State:
+    """State of the output of a contraction of one or two operands.
+
+    ``letters[k]`` names the axes of operand k; None names an axis of size 1 that broadcasts.
+    """
+    rec = op.rec
+    out_set = {x for x in out_letters if x is not None}
+    pieces: list[list[_Piece]] = []
+    blind: list[set[str]] = []
+    for state, names in zip(states, letters, strict=True):
+        mine = []
+        for f in state.factors:
+            axis_letters = tuple(names[a] for a in f.axes)
+            if None in axis_letters or len(set(axis_letters)) < len(axis_letters):
+                rec.pin(f.labels, "repeated index in Einsum")
+                op.freeze_factor(f)
+                continue
+            mine.append(_Piece(tuple(x for x in axis_letters if x is not None), f, f.var))
+        pieces.append(mine)
+        labelled = {x for p in mine for x in p.letters}
+        blind.append({x for a, x in enumerate(names) if x and x not in labelled and not state.broadcasts(a)})
+    if len(states) == 2:
+        for p in pieces[0]:
+            for q in pieces[1]:
+                _meet(op, p, q, out_set)
+        for mine, other, names, state in ((pieces[0], 1, letters[1], states[1]), (pieces[1], 0, letters[0], states[0])):
+            flat = {x for a, x in enumerate(names) if x and state.broadcasts(a)}
+            for p in mine:
+                _against(op, p, blind[other], flat, out_set)
+    factors: list[Factor] = []
+    where = {x: a for a, x in enumerate(out_letters) if x is not None}
+    for p in sorted((p for mine in pieces for p in mine if not p.covered), key=lambda p: -len(p.letters)):
+        _emit(op, p, where, factors)
+    uniform = [
+        a for a, x in enumerate(out_letters)
+        if x and all(x not in names or s.broadcasts(names.index(x)) for s, names in zip(states, letters, strict=True))
+    ]  # fmt: skip
+    shape = op.shape()
+    return State(shape, tuple(factors), frozenset(a for a in uniform if shape[a] > 1))
+
+
+def _axes(p: _Piece, letters: tuple[str, ...]) -> tuple[int, ...]:
+    return tuple(a for a, x in zip(p.factor.axes, p.letters, strict=True) if x in letters)
+
+
+def _meet(op: OpContext, p: _Piece, q: _Piece, out: set[str]) -> None:
+    """Tie two operands' factors where they share letters."""
+    common = tuple(x for x in p.letters if x in q.letters)
+    if not common:
+        return
+    rec = op.rec
+    a, b = rec.marginal(p.factor, _axes(p, common)), rec.marginal(q.factor, _axes(q, common))
+    order = [q.factor.axes[q.letters.index(x)] for x in common]
+    rec.unify(a.labels, b.on(order))
+    if len(common) == len(p.letters) == len(q.letters):
+        if not out & set(common):
+            rec.equate(p.factor.labels, ((p.var, 1), (q.var, 1)))
+        elif out >= set(common):
+            var = rec.variable()
+            rec.equate(p.factor.labels, ((var, 1), (p.var, -1), (q.var, -1)))
+            p.var, q.covered = var, True
+            p.factor = Factor(p.factor.axes, p.factor.labels, var, p.factor.repeats)
+        else:
+            rec.equate(p.factor.labels, ((p.var, 1), (q.var, 1)))
+            q.covered = True
+        return
+    # nested or crossing axes: the coarser side is tied to blocks, which carry no scale
+    finer, coarser = (p, q) if len(p.letters) > len(q.letters) else (q, p)
+    op.freeze_factor(coarser.factor)
+    if not out >= set(common) or len(common) < len(coarser.letters):
+        op.freeze_factor(finer.factor)
+    rest = tuple(x for x in coarser.letters if x in out)
+    if set(rest) <= {x for x in finer.letters if x in out}:
+        coarser.covered = True
+
+
+def _against(op: OpContext, p: _Piece, blind: set[str], flat: set[str], out: set[str]) -> None:
+    """A factor against the other operand's fixed and uniform axes, and against letters that only it has."""
+    fixed = tuple(x for x in p.letters if x in blind)
+    if fixed:
+        op.rec.pin(op.rec.marginal(p.factor, _axes(p, fixed)).labels, f"{op.node.op_type} with a value that is fixed along this axis")
+        op.freeze_factor(p.factor)
+        p.covered = p.covered or fixed == p.letters
+    if any(x in flat and x not in out for x in p.letters):
+        op.freeze_factor(p.factor)  # a sum over the axis
+
+
+def _emit(op: OpContext, p: _Piece, where: dict[str, int], factors: list[Factor]) -> None:
+    rest = tuple(x for x in p.letters if x in where)
+    if not rest:
+        return
+    f = op.rec.marginal(p.factor, _axes(p, rest))
+    if len(rest) < len(p.letters):
+        f = Factor(f.axes, f.labels, ZERO, f.repeats)
+    letter_of = dict(zip(p.factor.axes, p.letters, strict=True))
+    f = f.moved({a: where[letter_of[a]] for a in f.axes})
+    taken = {a for g in factors for a in g.axes}
+    overlap = tuple(a for a in f.axes if a in taken)
+    if overlap:
+        if not set(f.axes) <= taken:
+            raise Opaque("labels of both operands overlap on some output axes only")
+        for g in factors:
+            common = tuple(a for a in f.axes if a in g.axes)
+            if common:
+                op.rec.unify(op.rec.marginal(f, common).labels, op.rec.marginal(g, common).labels)
+                op.freeze_factor(g)
+        return
+    factors.append(f)
+
+
+def matmul_letters(a: State, b: State, out_rank: int) -> tuple[Letters, Letters, Letters]:
+    """Letters of numpy-style matmul (ONNX MatMul), with vectors and broadcast batch axes."""
+    ra, rb = a.rank, b.rank
+    batch = max(ra, rb) - 2 if min(ra, rb) >= 2 else max(ra - 2, rb - 2, 0)
+    names = [f"b{k}" for k in range(batch)]
+    left: list[str | None] = ["k"] if ra == 1 else [*names[batch - (ra - 2) :], "m", "k"]
+    right: list[str | None] = ["k"] if rb == 1 else [*names[batch - (rb - 2) :], "k", "n"]
+    out: list[str | None] = [*names, *(["m"] if ra > 1 else []), *(["n"] if rb > 1 else [])]
+    for state, letters, other, partner in ((a, left, b, right), (b, right, a, left)):
+        for axis, x in enumerate(letters):
+            if x in names and state.shape[axis] == 1 and x in partner and other.shape[partner.index(x)] != 1:
+                letters[axis] = None
+    return tuple(left), tuple(right), tuple(out)
+
+
+def matmul_macs(op: OpContext) -> int:
+    """Products: output size times the contracted length."""
+    a = op.state(0)
+    return math.prod(op.shape()) * (a.shape[-1] if a.shape else 1)
+
+
+@operator("MatMul", "MatMulInteger", macs=matmul_macs)
+def matmul(op: OpContext) -> None:
+    """Numpy-style matrix product."""
+    a, b = op.state(0), op.state(1)
+    integer = op.node.op_type == "MatMulInteger"
+    if integer:
+        for s in (a, b):
+            op.freeze(s)
+        for k in (2, 3):
+            zero = op.optional(k)
+            if zero is not None and math.prod(zero.shape) > 1:
+                raise Opaque("per-row zero points of MatMulInteger")
+    left, right, out = matmul_letters(a, b, len(op.shape()))
+    op.like(0, contract(op, [a, b], [left, right], out))
+
+
+def gemm_macs(op: OpContext) -> int:
+    """M * N * K."""
+    a = op.state(0)
+    return math.prod(op.shape()) * a.shape[0 if op.attr("transA", 0) else 1]
+
+
+@operator("Gemm", macs=gemm_macs)
+def gemm(op: OpContext) -> None:
+    """alpha A B + beta C, with transposes; C broadcasts."""
+    a, b = op.state(0), op.state(1)
+    left: Letters = ("k", "m") if op.attr("transA", 0) else ("m", "k")
+    right: Letters = ("n", "k") if op.attr("transB", 0) else ("k", "n")
+    out = contract(op, [a, b], [left, right], ("m", "n"))
+    bias = op.optional(2)
+    op.like(0, out if bias is None else add_bias(op, out, bias))
+
+
+def add_bias(op: OpContext, out: State, bias: State) -> State:
+    """out + bias, the bias aligned from the right: it takes the scale of the output."""
+    d = out.rank - bias.rank
+    moved = {tuple(a + d for a in f.axes): f for f in bias.factors}
+    for f in out.factors:
+        own = moved.pop(f.axes, None)
+        axes = [a - d for a in f.axes if a >= d]
+        if own is not None:
+            op.unify(f, own)
+            op.rec.same(f.labels, f.var, own.var)
+        elif all(bias.broadcasts(a) for a in axes):
+            op.freeze_factor(f)  # the same bias everywhere
+        else:
+            op.rec.pin(f.labels, "bias that is fixed along this axis")
+    for f in moved.values():
+        op.rec.pin(f.labels, "bias against a fixed axis")
+        op.freeze_factor(f)
+    return out
+
+
+def einsum_terms(equation: str, ranks: Sequence[int]) -> tuple[list[list[str]], list[str]]:
+    """Letters of each operand and of the output of an Einsum equation; the ellipsis becomes named axes."""
+    equation = equation.replace(" ", "")
+    left, arrow, right = equation.partition("->")
+    terms = left.split(",")
+    wild = max((r - len(t.replace("...", "")) for t, r in zip(terms, ranks, strict=True) if "..." in t), default=0)
+    names = [f"e{k}" for k in range(wild)]
+
+    def expand(term: str, rank: int | None) -> list[str]:
+        if "..." not in term:
+            return list(term)
+        head, tail = term.split("...")
+        width = wild if rank is None else rank - len(head) - len(tail)
+        return [*head, *names[wild - width :], *tail]
+
+    operands = [expand(t, r) for t, r in zip(terms, ranks, strict=True)]
+    if arrow:
+        return operands, expand(right, None)
+    flat = [x for o in operands for x in o if x not in names]
+    return operands, [*names, *sorted(x for x in set(flat) if flat.count(x) == 1)]
+
+
+def einsum_macs(op: OpContext) -> int:
+    """Product of all index ranges."""
+    states = [op.state(k) for k in range(len(op.node.inputs))]
+    operands, _ = einsum_terms(_equation(op), [s.rank for s in states])
+    return math.prod({x: n for o, s in zip(operands, states, strict=True) for x, n in zip(o, s.shape, strict=True)}.values())
+
+
+def _equation(op: OpContext) -> str:
+    value = op.attr("equation", "")
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+@operator("Einsum", macs=einsum_macs)
+def einsum(op: OpContext) -> None:
+    """Any contraction of one or two operands; more operands are opaque."""
+    states = [op.state(k) for k in range(len(op.node.inputs))]
+    if len(states) > 2:
+        raise Opaque("Einsum of more than two operands")
+    operands, out = einsum_terms(_equation(op), [s.rank for s in states])
+    if len(set(out)) < len(out) or any(len(set(o)) < len(o) for o in operands):
+        raise Opaque("Einsum with a repeated index")
+    sizes = {x: max(n, 1) for o, s in zip(operands, states, strict=True) for x, n in zip(o, s.shape, strict=True)}
+    for o, s in zip(operands, states, strict=True):
+        for x, n in zip(o, s.shape, strict=True):
+            sizes[x] = max(sizes[x], n)
+    letters = [tuple(None if n == 1 < sizes[x] else x for x, n in zip(o, s.shape, strict=True)) for o, s in zip(operands, states, strict=True)]
+    for o, s in zip(operands, states, strict=True):
+        others = {x for p in operands if p is not o for x in p}
+        for f in s.factors:
+            if any(o[a] not in out and o[a] not in others for a in f.axes):
+                op.freeze_factor(f)  # summed over
+    op.like(0, contract(op, states, letters, tuple(out)))

@@ -1,0 +1,186 @@
+"""Convolutions and pooling. Spatial positions and kernel taps are fixed; channels are contracted.
+
+A grouped convolution ties its group index to a block on both sides. The in-axis of its weight means other channels in
+every group, so its labels are a joint factor over (group, channel in the group).
+"""
+
+from __future__ import annotations
+
+import math
+
+from cipm_ir.ir.labels import ZERO, Factor, State
+from cipm_ir.rules.context import OpContext
+from cipm_ir.rules.contraction import add_bias, contract
+from cipm_ir.rules.registry import Opaque, operator
+from cipm_ir.rules.resize import Resize
+
+
+def conv_macs(op: OpContext) -> int:
+    """Output positions times taps times input channels of a group."""
+    weight = op.state(1).shape
+    return math.prod(op.shape()) * math.prod(weight[1:])
+
+
+def transpose_macs(op: OpContext) -> int:
+    """Input positions times taps times output channels of a group."""
+    return math.prod(op.state(0).shape) * math.prod(op.state(1).shape[1:])
+
+
+def resize_group(r: Resize) -> None:
+    """Groups follow the channels: a group keeps its width or goes as a whole."""
+    group = r.attr("group", 1)
+    if group == 1:
+        return
+    old, new = r.old(0)[1], r.new(0)[1]
+    width = r.new(1)[1] if r.node.op_type != "ConvTranspose" else None
+    if width is None:  # ConvTranspose: weight is (in, out / group)
+        out = r.new_out(0)[1]
+        r.set_attr("group", out // r.new(1)[1])
+    elif old != new:
+        r.set_attr("group", new // width)
+
+
+def _channels(op: OpContext, state: State, kind: str) -> State:
+    """The first two axes; what moves along the others is pinned."""
+    op.pin(state, f"{kind} of {op.node.op_type}", range(2, state.rank))
+    kept = tuple(f for f in state.factors if all(a < 2 for a in f.axes))
+    return State(state.shape[:2], kept, frozenset(a for a in state.uniform if a < 2))
+
+
+def _with_bias(op: OpContext, out: State, index: int) -> None:
+    bias = op.optional(index)
+    out = State(op.shape(), out.factors, frozenset(a for a in out.uniform if a == 0))
+    if bias is not None:
+        d = out.rank - 2
+        lifted = State(bias.shape + (1,) * d, bias.factors, bias.uniform)
+        add_bias(op, out, lifted)
+    op.like(0, out)
+
+
+@operator("Conv", "ConvInteger", macs=conv_macs, resize=resize_group)
+def conv(op: OpContext) -> None:
+    """Channels contract, whatever the kernel, strides, dilations and zero padding."""
+    if op.node.op_type == "ConvInteger":
+        op.freeze(op.state(0))
+        op.freeze(op.state(1))
+        if any(s is not None and math.prod(s.shape) > 1 for s in (op.optional(2), op.optional(3))):
+            raise Opaque("per-channel zero points of ConvInteger")
+    convolve(op, op.state(0), op.state(1), 1, None if op.node.op_type == "ConvInteger" else 2)
+
+
+def convolve(op: OpContext, x: State, w: State, weight: int, bias: int | None) -> None:
+    """Convolution of input ``x`` with weight ``w``, which is input number ``weight`` of the node."""
+    group = int(op.attr("group", 1))
+    x, w = _channels(op, x, "spatial position"), _channels(op, w, "kernel tap")
+    if group == 1:
+        out = contract(op, [x, w], [("n", "c"), ("o", "c")], ("n", "o"))
+    else:
+        out = State(op.shape()[:2], _grouped(op, x, w, group, weight))
+    if bias is None:
+        op.like(0, State(op.shape(), out.factors))
+    else:
+        _with_bias(op, out, bias)
+
+
+def _simple(state: State, axis: int) -> Factor | None:
+    f = state.factor_of(axis)
+    if f is not None and f.axes != (axis,):
+        raise Opaque("a joint factor over channels of a grouped convolution")
+    return f
+
+
+def _grouped(op: OpContext, x: State, w: State, group: int, weight: int) -> tuple[Factor, ...]:
+    """(group, in) of x meets the weight's joint in-axis; group blocks of x and out are tied."""
+    rec = op.rec
+    fx, fo = _simple(x, 1), _simple(w, 0)
+    channels, outs = x.shape[1], w.shape[0]
+    if fx is None or fo is None:
+        op.pin(x, "grouped convolution with fixed channels", [1])
+        op.pin(w, "grouped convolution with fixed channels", [0, 1])
+        return ()
+    if channels == group and outs == group:  # depthwise
+        op.unify(fx, fo)
+        var = rec.variable()
+        rec.equate(fx.labels, ((var, 1), (fx.var, -1), (fo.var, -1)))
+        return (Factor((1,), fo.labels, var, fo.repeats),)
+    x_grid = Factor((0, 1), fx.labels.reshape(group, -1), fx.var, fx.repeats)
+    o_grid = Factor((0, 1), fo.labels.reshape(group, -1), fo.var, fo.repeats)
+    x_block = x_grid if channels == group else rec.marginal(x_grid, (0,))
+    o_block = o_grid if outs == group else rec.marginal(o_grid, (0,))
+    rec.unify(x_block.labels.ravel(), o_block.labels.ravel())
+    if channels == group:  # one input channel per group: the weight's in-axis has size 1
+        op.freeze_factor(fx)
+        return (Factor((1,), fo.labels, fo.var, fo.repeats),)
+    joint = op.grouped(weight, 1, group)
+    if joint is not None:
+        rec.unify(x_grid.labels, joint.labels)
+        rec.equate(joint.labels, ((fx.var, 1), (joint.var, 1)))
+    else:
+        fi = _simple(w, 1)
+        columns = rec.marginal(x_grid, (1,))
+        if fi is None:
+            rec.pin(columns.labels, "grouped convolution with a fixed in-axis")
+        else:
+            rec.unify(columns.labels, fi.labels)
+            op.freeze_factor(fi)
+        op.freeze_factor(fx)
+    return (Factor((1,), fo.labels, fo.var, fo.repeats),)
+
+
+@operator("ConvTranspose", macs=transpose_macs, resize=resize_group)
+def conv_transpose(op: OpContext) -> None:
+    """Weight (in, out / group, kernel)."""
+    x, w = _channels(op, op.state(0), "spatial position"), _channels(op, op.state(1), "kernel tap")
+    group = int(op.attr("group", 1))
+    if group == 1:
+        _with_bias(op, contract(op, [x, w], [("n", "c"), ("c", "o")], ("n", "o")), 2)
+        return
+    rec = op.rec
+    fx, fc = _simple(x, 1), _simple(w, 0)
+    channels, outs = x.shape[1], op.shape()[1]
+    if fx is None or fc is None:
+        raise Opaque("grouped transposed convolution with fixed channels")
+    op.unify(fx, fc)
+    if channels == group == outs:
+        var = rec.variable()
+        rec.equate(fx.labels, ((var, 1), (fx.var, -1), (fc.var, -1)))
+        _with_bias(op, State(op.shape()[:2], (Factor((1,), fx.labels, var, fx.repeats),)), 2)
+        return
+    rec.equate(fx.labels, ((fx.var, 1), (fc.var, 1)))
+    joint = op.grouped(1, 1, group)
+    grid = Factor((0, 1), fx.labels.reshape(group, -1), fx.var, fx.repeats)
+    block = grid if channels == group else rec.marginal(grid, (0,))
+    if joint is None:
+        if w.shape[1] > 1 or outs != group:
+            raise Opaque("grouped transposed convolution with a computed weight")
+        rec.zero(fx.labels, fx.var)
+        _with_bias(op, State(op.shape()[:2], (Factor((1,), block.labels.ravel(), ZERO),)), 2)
+        return
+    rec.unify(block.labels.ravel(), rec.marginal(joint, (0,)).labels)
+    _with_bias(op, State(op.shape()[:2], (Factor((1,), joint.labels.ravel(), joint.var),)), 2)
+
+
+@operator("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "LpPool", "GlobalLpPool", "MaxRoiPool", "RoiAlign")
+def pool(op: OpContext) -> None:
+    """Channels pass; averages keep signs, maxima do not, norms end them."""
+    x = _channels(op, op.state(0), "spatial position")
+    name = op.node.op_type
+    for k in range(1, len(op.node.inputs)):
+        op.pin(op.optional(k), f"regions of {name}")
+    factors = x.factors
+    if "Lp" in name:
+        factors = tuple(op.scaled(f, 1, sign=False) for f in factors)
+    elif "Average" not in name:
+        op.freeze(x, scale=False)
+    op.set(0, factors)
+    if len(op.node.outputs) > 1 and op.node.outputs[1].name:  # indices count positions across the channels
+        raise Opaque("MaxPool with indices")
+
+
+@operator("LRN")
+def lrn(op: OpContext) -> None:
+    """Local response normalization mixes neighbouring channels."""
+    op.pin(op.state(0), "LRN mixes neighbouring channels", [1])
+    op.freeze(op.state(0))
+    x = op.state(0)
+    op.like(0, State(x.shape, tuple(f for f in x.factors if 1 not in f.axes), x.uniform))

@@ -1,0 +1,333 @@
+"""Elementwise operators: labels pass, inputs that meet are tied, each activation says which scalings it admits."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cipm_ir.ir.labels import ZERO, Array, Factor, State
+from cipm_ir.rules.context import OpContext
+from cipm_ir.rules.registry import Opaque, operator
+
+
+# ---------------------------------------------------------------- one input
+@operator("Identity", "Dropout", "Neg")
+def linear(op: OpContext) -> None:
+    """f(-x) = -f(x), f(ax) = a f(x): every scaling and sign passes."""
+    op.like(0, op.state(0))
+    if len(op.node.outputs) > 1:
+        op.like(1, State(op.state(0).shape, tuple(_permuted(op, f) for f in op.state(0).factors)))
+
+
+def _permuted(op: OpContext, f: Factor) -> Factor:
+    return Factor(f.axes, f.labels, ZERO, f.repeats)
+
+
+@operator("Cast", "CastLike")
+def cast(op: OpContext) -> None:
+    """Between floating types linear (up to rounding); to integers or booleans nothing but permutations."""
+    state = op.state(0)
+    source, target = op.node.inputs[0], op.node.outputs[0]
+    floats = [v is not None and v.dtype is not None and v.dtype.is_floating_point() for v in (source, target)]
+    if not all(floats):
+        op.freeze(state)
+    op.like(0, state)
+
+
+@operator("Relu", "LeakyRelu")
+def homogeneous(op: OpContext) -> None:
+    """f(ax) = a f(x) for a > 0 only."""
+    op.freeze(op.state(0), scale=False)
+    op.like(0, op.state(0))
+
+
+@operator("Tanh", "Sin", "Erf", "Softsign", "Asinh", "Atan", "Sinh", "Tan", "Asin", "Atanh", "Sign", "Round")
+def odd(op: OpContext) -> None:
+    """f(-x) = -f(x): signs pass, scalings do not. (Round is to even, hence odd.)"""
+    op.freeze(op.state(0), sign=False)
+    op.like(0, op.state(0))
+
+
+@operator("Abs")
+def absolute(op: OpContext) -> None:
+    """|ax| = |a||x|: scalings pass, signs end."""
+    state = op.state(0)
+    op.like(0, State(state.shape, tuple(op.scaled(f, 1, sign=False) for f in state.factors), state.uniform))
+
+
+@operator("Cos", "Cosh")
+def even(op: OpContext) -> None:
+    """f(-x) = f(x): signs end, scalings do not pass."""
+    state = op.state(0)
+    op.freeze(state, sign=False)
+    op.like(0, State(state.shape, tuple(_permuted(op, f) for f in state.factors), state.uniform))
+
+
+@operator("Reciprocal")
+def reciprocal(op: OpContext) -> None:
+    """1/(ax) = (1/a)(1/x)."""
+    state = op.state(0)
+    op.like(0, State(state.shape, tuple(op.scaled(f, -1, sign=True) for f in state.factors), state.uniform))
+
+
+@operator("Sqrt")
+def square_root(op: OpContext) -> None:
+    """sqrt(a^2 x) = a sqrt(x): the input's log-scale is twice the output's."""
+    state = op.state(0)
+    factors = []
+    for f in state.factors:
+        var = op.rec.variable()
+        op.rec.equate(f.labels, ((f.var, 1), (var, -2)), sign=False)
+        op.freeze_factor(f, scale=False)
+        op.rec.zero(f.labels, var, scale=False)
+        factors.append(Factor(f.axes, f.labels, var, f.repeats))
+    op.like(0, State(state.shape, tuple(factors), state.uniform))
+
+
+@operator(
+    "Sigmoid", "Gelu", "Silu", "Swish", "Elu", "Selu", "Celu", "Softplus", "HardSigmoid", "HardSwish", "Mish", "Exp", "Log",
+    "ThresholdedRelu", "Shrink", "Floor", "Ceil", "Acos", "Acosh", "Not", "IsNaN", "IsInf", "BitwiseNot",
+)  # fmt: skip
+def pointwise(op: OpContext) -> None:
+    """Any other function of one element: permutations only."""
+    state = op.state(0)
+    op.freeze(state)
+    op.like(0, State(state.shape, tuple(_permuted(op, f) for f in state.factors), state.uniform))
+
+
+@operator("Clip", literals=())
+def clip(op: OpContext) -> None:
+    """Scalar bounds: permutations; signs where they are symmetric; scalings where each is 0 or infinite.
+
+    Bounds are attributes before opset 11. A bound is a scalar by the specification, so it never carries labels.
+    """
+    state = op.state(0)
+    bounds: list[float | None] = []
+    for index, name, default in ((1, "min", -np.inf), (2, "max", np.inf)):
+        if op.version < 11:
+            bounds.append(float(op.attr(name, default)))
+        elif not op.has(index):
+            bounds.append(default)
+        else:
+            const = op.const(index)
+            bounds.append(None if const is None or const.size != 1 else float(const.reshape(())))
+            op.pin(op.optional(index), "bound of Clip")
+    lo, hi = bounds
+    scales = all(b is not None and (b == 0 or np.isinf(b)) for b in bounds)
+    signs = lo is not None and hi is not None and lo == -hi
+    op.freeze(state, scale=not scales, sign=not signs)
+    op.like(0, state)
+
+
+@operator("PRelu")
+def prelu(op: OpContext) -> None:
+    """max(x, 0) + slope * min(x, 0): positive scaling; the slope permutes along, and is never scaled."""
+    x, slope = op.state(0), op.state(1)
+    out = broadcast(op, [x, slope], "PRelu")
+    op.freeze(slope)
+    op.freeze(x, scale=False)
+    factors = [Factor(f.axes, f.labels, var_on(x, op.shape(), f.axes), f.repeats) for f in out.factors]
+    op.like(0, State(out.shape, tuple(factors), out.uniform))
+
+
+# ---------------------------------------------------------------- several inputs
+def shifted(state: State, rank: int) -> State:
+    """The state with leading axes of size 1 added."""
+    d = rank - state.rank
+    if d == 0:
+        return state
+    factors = tuple(Factor(tuple(a + d for a in f.axes), f.labels, f.var, f.repeats) for f in state.factors)
+    return State((1,) * d + state.shape, factors, frozenset(range(d)) | {a + d for a in state.uniform})
+
+
+def var_on(state: State, shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
+    """Scale variable of an input on exactly these output axes, ZERO where it has none."""
+    moved = shifted(state, len(shape))
+    for f in moved.factors:
+        if f.axes == axes:
+            return f.var
+    return ZERO
+
+
+def broadcast(op: OpContext, states: list[State], what: str) -> State:
+    """Align inputs from the right, tie what meets, pin what meets a fixed axis. Output factors carry no scale.
+
+    Of factors over nested sets of axes, the finer goes on; the coarser is tied to its blocks.
+    """
+    shape = op.shape()
+    moved = [shifted(s, len(shape)) for s in states]
+    out: list[Factor] = []
+    for s in moved:
+        for f in s.factors:
+            _join(op, f, out)
+    for s in moved:
+        for f in list(out):
+            blind = tuple(a for a in f.axes if not s.broadcasts(a) and s.factor_of(a) is None)
+            if blind:
+                op.rec.pin(op.rec.marginal(f, blind).labels, f"{what} with a value that is fixed along this axis")
+                if blind == f.axes:
+                    out.remove(f)  # fixed from here on
+    uniform = [a for a in range(len(shape)) if all(s.broadcasts(a) for s in moved) and shape[a] != 1]
+    return State(shape, tuple(Factor(f.axes, f.labels, ZERO, f.repeats) for f in out), frozenset(uniform))
+
+
+def _join(op: OpContext, f: Factor, out: list[Factor]) -> None:
+    for k, g in enumerate(out):
+        common = tuple(a for a in f.axes if a in g.axes)
+        if not common:
+            continue
+        op.rec.unify(op.rec.marginal(f, common).labels, op.rec.marginal(g, common).labels)
+        if common == f.axes:
+            return
+        if common == g.axes:
+            if any(other is not g and set(other.axes) & set(f.axes) for other in out):
+                raise Opaque("labels over overlapping axes meet")
+            out[k] = f
+            return
+        raise Opaque("labels over overlapping axes meet")
+    out.append(f)
+
+
+def _scale_terms(states: list[State], shape: tuple[int, ...], f: Factor) -> list[int | None]:
+    """Variable of each input on ``f``'s axes; None where the input broadcasts along all of them."""
+    terms: list[int | None] = []
+    for s in states:
+        moved = shifted(s, len(shape))
+        own = [g for g in moved.factors if g.axes == f.axes]
+        if own:
+            terms.append(own[0].var)
+        elif all(moved.broadcasts(a) for a in f.axes):
+            terms.append(None)
+        else:
+            terms.append(ZERO)
+    return terms
+
+
+def _freeze_partial(op: OpContext, states: list[State], out: State, *, keep_finest: bool) -> None:
+    """Factors whose axes are not an output factor's carry no scale."""
+    kept = {f.axes for f in out.factors}
+    for s in states:
+        d = len(out.shape) - s.rank
+        for f in s.factors:
+            if tuple(a + d for a in f.axes) not in kept:
+                op.freeze_factor(f)
+
+
+def _neutral(const: Array | None) -> tuple[bool, bool]:
+    """Whether scalings, and signs, leave a constant as it is."""
+    if const is None:
+        return False, False
+    zero = not const.any()
+    return zero or bool(((const == 0) | np.isinf(const)).all()), zero
+
+
+def additive(op: OpContext, states: list[State], what: str, *, signs: bool) -> None:
+    """All inputs scale alike; an input without the axis must be a constant that scaling does not change."""
+    out = broadcast(op, states, what)
+    _freeze_partial(op, states, out, keep_finest=False)
+    factors = []
+    for f in out.factors:
+        terms = _scale_terms(states, out.shape, f)
+        var = next((t for t in terms if t is not None), ZERO)
+        for index, term in enumerate(terms):
+            if term is None:
+                scale, sign = _neutral(op.const(index))
+                op.rec.zero(f.labels, var, scale=not scale, sign=not sign)
+            elif term == ZERO:
+                op.rec.zero(f.labels, var)
+            else:
+                op.rec.same(f.labels, var, term)
+        if not signs:
+            op.rec.zero(f.labels, var, scale=False)
+        partial = any(set(g.axes) & set(f.axes) and g.axes != f.axes for s in states for g in shifted(s, len(out.shape)).factors)
+        if partial:
+            op.rec.zero(f.labels, var)
+        factors.append(Factor(f.axes, f.labels, var, f.repeats))
+    op.like(0, State(out.shape, tuple(factors), out.uniform))
+
+
+@operator("Add", "Sub", "Sum", "Mean")
+def add(op: OpContext) -> None:
+    """Sums: one scale and sign for all terms."""
+    additive(op, [op.state(k) for k in range(len(op.node.inputs))], op.node.op_type, signs=True)
+
+
+@operator("Max", "Min")
+def extremum(op: OpContext) -> None:
+    """max(ax, ay) = a max(x, y) for a > 0."""
+    additive(op, [op.state(k) for k in range(len(op.node.inputs))], op.node.op_type, signs=False)
+
+
+@operator("Where")
+def where(op: OpContext) -> None:
+    """The condition permutes along, the branches scale alike."""
+    condition, x, y = op.state(0), op.state(1), op.state(2)
+    op.freeze(condition)
+    out = broadcast(op, [condition, x, y], "Where")
+    _freeze_partial(op, [x, y], out, keep_finest=False)
+    factors = []
+    for f in out.factors:
+        terms = _scale_terms([x, y], out.shape, f)
+        var = next((t for t in terms if t is not None), ZERO)
+        for index, term in enumerate(terms, start=1):
+            if term is None:
+                scale, sign = _neutral(op.const(index))
+                op.rec.zero(f.labels, var, scale=not scale, sign=not sign)
+            elif term == ZERO:
+                op.rec.zero(f.labels, var)
+            else:
+                op.rec.same(f.labels, var, term)
+        factors.append(Factor(f.axes, f.labels, var, f.repeats))
+    op.like(0, State(out.shape, tuple(factors), out.uniform))
+
+
+@operator("Mul", "Div")
+def multiply(op: OpContext) -> None:
+    """Log-scales add (subtract); a factor without the axis is no constraint."""
+    states = [op.state(0), op.state(1)]
+    minus = -1 if op.node.op_type == "Div" else 1
+    out = broadcast(op, states, op.node.op_type)
+    factors = []
+    for f in out.factors:
+        terms = _scale_terms(states, out.shape, f)
+        # a coarser partner is tied to blocks, which carry no scale
+        for s in states:
+            for g in shifted(s, len(out.shape)).factors:
+                if g.axes != f.axes and set(g.axes) & set(f.axes):
+                    op.freeze_factor(g)
+        a, b = (ZERO if t is None else t for t in terms)
+        if b == ZERO:
+            var = a
+        elif a == ZERO and minus == 1:
+            var = b
+        else:
+            var = op.rec.variable()
+            op.rec.equate(f.labels, ((var, 1), (a, -1), (b, -minus)))
+        factors.append(Factor(f.axes, f.labels, var, f.repeats))
+    op.like(0, State(out.shape, tuple(factors), out.uniform))
+
+
+@operator("Pow")
+def power(op: OpContext) -> None:
+    """x^d for a constant whole d: log-scale times d, the sign kept for odd d; permutations otherwise."""
+    x, exponent = op.state(0), op.state(1)
+    degree = op.const(1)
+    if degree is not None and degree.size == 1 and float(degree.reshape(())).is_integer():
+        d = int(degree.reshape(()))
+        op.pin(exponent, "exponent of Pow")
+        op.like(0, State(op.shape(), tuple(op.scaled(f, d, sign=d % 2 == 1) for f in x.factors), x.uniform))
+        return
+    op.freeze(x)
+    op.freeze(exponent)
+    op.like(0, broadcast(op, [x, exponent], "Pow"))
+
+
+@operator(
+    "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Xor", "Mod", "BitShift", "BitwiseAnd", "BitwiseOr",
+    "BitwiseXor",
+)  # fmt: skip
+def compare(op: OpContext) -> None:
+    """Functions of two elements: permutations only."""
+    states = [op.state(0), op.state(1)]
+    for s in states:
+        op.freeze(s)
+    op.like(0, broadcast(op, states, op.node.op_type))

@@ -1,0 +1,162 @@
+"""What the rules emit while the graph is walked: unifications, pins, marks, blocks and scale equations.
+
+Nothing is decided here. The recorder appends arrays; `cipm_ir.symmetry` turns them into classes, spaces and groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cipm_ir.ir.labels import ZERO, Factor, Labels, mix, occurrence_rank
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Unification:
+    """Atoms ``a[k]`` and ``b[k]`` move together; the two sides of an event are told apart."""
+
+    a: Labels
+    b: Labels
+    node: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pin:
+    """Atoms that must not move, and why."""
+
+    labels: Labels
+    node: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Link:
+    """Block labels: ``parents[k]`` moves as a whole with its ``children[k, :]``."""
+
+    parents: Labels
+    children: Labels
+    axes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Equation:
+    """``sum(coefficient * l_var(atom)) == 0`` for every atom in ``labels``.
+
+    ``scale`` / ``sign``: whether it holds for log-scales and (coefficients modulo 2) for signs. An *inexact* equation
+    holds only where results must stay bit for bit: the epsilon of a normalization.
+    """
+
+    labels: Labels
+    terms: tuple[tuple[int, int], ...]
+    scale: bool
+    sign: bool
+    inexact: bool = False
+
+
+@dataclass
+class Recorder:
+    """Allocates atoms and scale variables and collects events."""
+
+    atoms: int = 0
+    variables: int = 1  # variable 0 is ZERO
+    node: int = -1
+    unifications: list[Unification] = field(default_factory=list)
+    pins: list[Pin] = field(default_factory=list)
+    links: list[Link] = field(default_factory=list)
+    marks: list[tuple[Labels, int | np.ndarray]] = field(default_factory=list)
+    equations: list[Equation] = field(default_factory=list)
+    normalized: list[Labels] = field(default_factory=list)
+    fresh_ranges: list[tuple[int, int]] = field(default_factory=list)
+    _marginals: dict[tuple[int, tuple[int, ...]], tuple[Labels, Factor]] = field(default_factory=dict)
+
+    # atoms and variables
+    def fresh(self, *shape: int) -> Labels:
+        """New atoms, all different, that belong to no parameter (blocks, padding)."""
+        labels = self.allocate(*shape)
+        self.fresh_ranges.append((self.atoms - labels.size, self.atoms))
+        return labels
+
+    def allocate(self, *shape: int) -> Labels:
+        """New atoms for a parameter; the caller keeps the book of them."""
+        count = int(np.prod(shape))
+        labels = np.arange(self.atoms, self.atoms + count, dtype=np.int64).reshape(shape)
+        self.atoms += count
+        return labels
+
+    def variable(self) -> int:
+        """A new variable of the scale system."""
+        self.variables += 1
+        return self.variables - 1
+
+    # permutation structure
+    def unify(self, a: Labels, b: Labels) -> None:
+        """Atoms at equal positions of ``a`` and ``b`` (equal shapes) move together."""
+        if a is b or (a.shape == b.shape and a.size and a.flat[0] == b.flat[0] and np.array_equal(a, b)):
+            return
+        self.unifications.append(Unification(a.ravel(), b.ravel(), self.node))
+
+    def pin(self, labels: Labels, reason: str) -> None:
+        """The atoms must not move."""
+        self.pins.append(Pin(labels.ravel(), self.node, reason))
+
+    def mark(self, labels: Labels, colour: int | np.ndarray | None = None) -> None:
+        """Tell these atoms from those outside: an operation applies to them alone."""
+        salt = len(self.marks) + 1
+        self.marks.append((labels.ravel(), salt if colour is None else colour))
+
+    def marginal(self, factor: Factor, axes: tuple[int, ...]) -> Factor:
+        """Labels of the blocks of ``factor`` along ``axes``; the factor itself where it has no other axes."""
+        if axes == factor.axes:
+            return factor
+        key = (id(factor.labels), tuple(factor.axes.index(a) for a in axes))
+        known = self._marginals.get(key)
+        if known is None:
+            rest = [a for a in factor.axes if a not in axes]
+            table = factor.on([*axes, *rest])
+            sizes = table.shape[: len(axes)]
+            children = table.reshape(int(np.prod(sizes)), -1)
+            parents = self.fresh(*sizes)
+            self.links.append(Link(parents.ravel(), children, key[1]))
+            known = self._marginals[key] = (factor.labels, Factor(axes, parents, ZERO))
+        return Factor(axes, known[1].labels, ZERO)
+
+    def normalizes(self, labels: Labels) -> None:
+        """A statistic over these atoms is taken: removing one changes the others."""
+        self.normalized.append(labels.ravel())
+
+    def reindexed(self, old: Labels, new: Labels, source: Labels) -> None:
+        """Account for repeated atoms when positions ``source`` (flat) of ``old`` become ``new``.
+
+        The k-th occurrence of an atom stands for the k-th of any atom it is exchanged with. A selection that treats
+        the occurrences of two atoms differently makes the two unlike: they are marked apart.
+        """
+        flat = new.ravel()
+        before = occurrence_rank(old)[source.ravel()]
+        after = occurrence_rank(new)
+        atoms, inverse = np.unique(flat, return_inverse=True)
+        code = mix(before * 1_000_003 + after) & np.uint64((1 << 30) - 1)
+        colour = np.bincount(inverse.ravel(), weights=code.astype(np.float64)).astype(np.int64)
+        self.marks.append((atoms, colour))
+
+    # scale structure
+    def equate(self, labels: Labels, terms: tuple[tuple[int, int], ...], *, scale: bool = True, sign: bool = True) -> None:
+        """``sum(c * l_v) == 0`` on these atoms, for log-scales, signs or both."""
+        terms = tuple((v, c) for v, c in terms if v != ZERO)
+        if terms:
+            self.equations.append(Equation(labels.ravel(), terms, scale, sign))
+
+    def same(self, labels: Labels, first: int, *others: int) -> None:
+        """All these variables agree on the atoms."""
+        for other in others:
+            if other != first:
+                self.equate(labels, ((first, 1), (other, -1)))
+
+    def zero(self, labels: Labels, var: int, *, scale: bool = True, sign: bool = True) -> None:
+        """No scaling (no sign) on these atoms."""
+        self.equate(labels, ((var, 1),), scale=scale, sign=sign)
+
+    def inexact(self, labels: Labels, var: int) -> None:
+        """A scaling here is exact in real arithmetic, but rounds: zero where results must stay bit for bit."""
+        if var != ZERO:
+            self.equations.append(Equation(labels.ravel(), ((var, 1),), True, False, inexact=True))

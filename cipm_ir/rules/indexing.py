@@ -1,0 +1,436 @@
+"""Index-like operators: the operation itself, applied to the label array."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cipm_ir.ir.constants import slice_positions
+from cipm_ir.ir.labels import ZERO, Array, Factor, Labels, State, simplified
+from cipm_ir.rules.context import OpContext, fixed
+from cipm_ir.rules.registry import Opaque, operator
+from cipm_ir.rules.resize import Resize
+
+
+def taken(op: OpContext, f: Factor, axis: int, index: Labels) -> Factor | None:
+    """The factor after selecting positions (1-d ``index``) along one of its axes."""
+    k = f.axes.index(axis)
+    labels = f.labels.take(index, axis=k)
+    partial = len(index) < f.labels.shape[k]
+    repeats = len(np.unique(index)) < len(index)
+    ordered = bool((np.diff(index) > 0).all())
+    if f.repeats and not (ordered and not partial):
+        position = np.arange(f.labels.size).reshape(f.labels.shape).take(index, axis=k)
+        op.rec.reindexed(f.labels, labels, position)
+    elif repeats and not f.repeats:
+        position = np.arange(f.labels.size).reshape(f.labels.shape).take(index, axis=k)
+        op.rec.reindexed(f.labels, labels, position)
+    if partial or repeats:
+        op.rec.mark(labels)
+    shape = {a: labels.shape[j] for j, a in enumerate(f.axes)}
+    sizes = [shape.get(a, 1) for a in range(max(f.axes) + 1)]
+    return simplified(sizes, labels, f.axes, f.var, f.repeats or repeats)
+
+
+def select(op: OpContext, state: State, axis: int, index: Labels, shape: tuple[int, ...]) -> State:
+    """State after selecting positions along one axis, which stays."""
+    factors = []
+    for f in state.factors:
+        g = taken(op, f, axis, index) if axis in f.axes else f
+        if g is not None:
+            factors.append(g)
+    return State(shape, tuple(factors), frozenset(a for a in state.uniform if shape[a] > 1))
+
+
+# ---------------------------------------------------------------- Slice
+def _bounds(version: int, attr: object, inputs: Sequence[Array | None], rank: int) -> list[tuple[int, int, int, int]] | None:
+    if version < 10:
+        starts, ends, axes = (attr(name) for name in ("starts", "ends", "axes"))  # type: ignore[operator]
+        steps = None
+    else:
+        starts, ends, axes, steps = (None if v is None else v.ravel().tolist() for v in inputs)
+    if starts is None or ends is None:
+        return None
+    axes = range(len(starts)) if axes is None else axes
+    steps = [1] * len(starts) if steps is None else steps
+    return [(int(a) % rank, int(s), int(e), int(d)) for a, s, e, d in zip(axes, starts, ends, steps, strict=True)]
+
+
+def _resize_slice(r: Resize) -> None:
+    rank = len(r.old(0))
+    inputs = [r.literal(k) for k in range(1, 5)]
+    bounds = _bounds(r.version, r.attr, inputs, rank)
+    moved = [a for a in range(rank) if r.old(0)[a] != r.new(0)[a]]
+    if bounds is None or not moved:
+        return
+    starts, ends = [b[1] for b in bounds], [b[2] for b in bounds]
+    for j, (axis, start, end, step) in enumerate(bounds):
+        if axis not in moved:
+            continue
+        old = slice_positions(r.old(0)[axis], start, end, step)
+        kept = r.kept(0, axis)
+        rank_of = np.full(r.old(0)[axis], -1)
+        rank_of[kept] = np.arange(len(kept))
+        new = rank_of[old]
+        new = new[new >= 0]
+        steps = np.diff(new)
+        if len(new) == 0:
+            raise Opaque("a slice whose elements are all removed")
+        if len(new) > 1 and not (steps == step).all():
+            if len(bounds) > 1:
+                raise Opaque("a strided slice over several axes whose elements are removed unevenly")
+            r.replace("Gather", [r.node.inputs[0], None], {1: new.astype(np.int64)}, {"axis": axis})
+            return
+        starts[j] = int(new[0])
+        stop = int(new[-1]) + (1 if step > 0 else -1)
+        ends[j] = stop if stop >= 0 else -(2**62)
+    if r.version < 10:
+        r.set_attr("starts", starts)
+        r.set_attr("ends", ends)
+    else:
+        r.set_literal(1, np.asarray(starts, inputs[0].dtype if inputs[0] is not None else np.int64))
+        r.set_literal(2, np.asarray(ends, inputs[1].dtype if inputs[1] is not None else np.int64))
+
+
+@operator("Slice", resize=_resize_slice, literals=(1, 2))
+def slice_(op: OpContext) -> None:
+    """Constant bounds select labels; bounds that are computed may only touch fixed axes."""
+    state, shape = op.state(0), op.shape()
+    for k in range(1, len(op.node.inputs)):
+        op.pin(op.optional(k), "bound of Slice")
+    bounds = _bounds(op.version, op.attr, [op.const(k) for k in range(1, 5)], state.rank) if _known(op) else None
+    if bounds is None:
+        axes = op.const(3)
+        touched = range(state.rank) if axes is None else [int(a) % state.rank for a in axes.ravel()]
+        op.pin(state, "Slice with computed bounds", list(touched))
+        op.set(0, [f for f in state.factors if not set(f.axes) & set(touched)], state.uniform)
+        return
+    current = state
+    for axis, start, end, step in bounds:
+        size = current.shape[axis]
+        index = slice_positions(size, start, end, step)
+        if len(index) == size and step == 1:
+            continue
+        sizes = tuple(len(index) if a == axis else n for a, n in enumerate(current.shape))
+        current = select(op, current, axis, index, sizes)
+    op.like(0, State(shape, current.factors, current.uniform))
+
+
+def _known(op: OpContext) -> bool:
+    return op.version < 10 or all(op.const(k) is not None for k in range(1, 5) if op.has(k))
+
+
+# ---------------------------------------------------------------- Split, Concat
+def _resize_split(r: Resize) -> None:
+    axis = int(r.attr("axis", 0)) % len(r.old(0))
+    if r.old(0)[axis] == r.new(0)[axis]:
+        return
+    sizes = [r.new_out(k)[axis] for k in range(len(r.node.outputs))]
+    if 0 in sizes:
+        raise Opaque("a part of a Split whose elements are all removed")
+    if r.version < 13:
+        r.set_attr("split", sizes)
+    else:
+        r.set_attr("num_outputs", None)
+        r.set_literal(1, np.asarray(sizes, np.int64))
+
+
+@operator("Split", resize=_resize_split, literals=(1,))
+def split(op: OpContext) -> None:
+    """Consecutive runs along an axis."""
+    state = op.state(0)
+    op.pin(op.optional(1), "sizes of Split")
+    axis = int(op.attr("axis", 0)) % state.rank
+    at = 0
+    for k in range(len(op.node.outputs)):
+        shape = op.shape(k)
+        index = np.arange(at, at + shape[axis])
+        at += shape[axis]
+        op.like(k, select(op, state, axis, index, shape) if len(index) < state.shape[axis] else state)
+
+
+@operator("Concat")
+def concat(op: OpContext) -> None:
+    """Labels follow each other; each part keeps its own scale equation."""
+    states = [op.state(k) for k in range(len(op.node.inputs))]
+    op.like(0, joined(op, states, int(op.attr("axis", 0)) % states[0].rank, op.shape()))
+
+
+def joined(op: OpContext, states: Sequence[State], axis: int, shape: tuple[int, ...]) -> State:
+    """State of a concatenation along ``axis``."""
+    rec = op.rec
+    if len(states) == 1:
+        return states[0]
+    along = [next((f for f in s.factors if axis in f.axes), None) for s in states]
+    axes = {f.axes for f in along if f is not None}
+    factors: list[Factor] = []
+    if len(axes) == 1 and all(f is not None for f in along):
+        parts = [f for f in along if f is not None]
+        labels = np.concatenate([f.labels for f in parts], axis=parts[0].axes.index(axis))
+        shared = {f.var for f in parts}
+        var = parts[0].var if len(shared) == 1 else rec.variable()
+        if len(shared) > 1:
+            for f in parts:
+                rec.same(f.labels, var, f.var)
+        repeats = any(f.repeats for f in parts) or len(np.unique(labels)) < labels.size
+        factors.append(Factor(parts[0].axes, labels, var, repeats))
+    elif axes:
+        factors.extend(_mixed(op, states, along, axis, shape))
+    rest = [Factor(f.axes, f.labels, f.var, f.repeats) for s in states for f in s.factors if axis not in f.axes]
+    for f in rest:
+        same = [g for g in factors if set(g.axes) & set(f.axes)]
+        if not same:
+            factors.append(f)
+        elif same[0].axes == f.axes:
+            rec.unify(f.labels, same[0].labels)
+            rec.same(f.labels, f.var, same[0].var)
+        else:
+            common = tuple(a for a in f.axes if a in same[0].axes)
+            rec.unify(rec.marginal(f, common).labels, rec.marginal(same[0], common).labels)
+            op.freeze_factor(f)
+            op.freeze_factor(same[0])
+    for s in states:  # a part that is fixed where another moves
+        for f in list(factors):
+            blind = tuple(a for a in f.axes if a != axis and s.factor_of(a) is None and (s.shape[a] > 1 or shape[a] > 1))
+            if blind and not all(a in s.uniform for a in blind):
+                rec.pin(rec.marginal(f, blind).labels, "Concat with a value that is fixed along this axis")
+                if blind == f.axes:
+                    factors.remove(f)
+            elif blind:
+                op.freeze_factor(f)
+    uniform = [a for a in range(len(shape)) if a != axis and all(s.broadcasts(a) for s in states) and shape[a] > 1]
+    return State(shape, tuple(factors), frozenset(uniform))
+
+
+def _mixed(op: OpContext, states: Sequence[State], along: Sequence[Factor | None], axis: int, shape: tuple[int, ...]) -> list[Factor]:
+    """Labelled and fixed parts, or parts labelled over different axes: fixed parts get pinned atoms of their own."""
+    axes = {f.axes for f in along if f is not None}
+    if axes != {(axis,)}:
+        # rotate_half on a table that is one label per column, or a per-head part next to one: refine to the finest
+        finest = max(axes, key=len)
+        if any(not set(a) <= set(finest) for a in axes):
+            raise Opaque("Concat of parts labelled over different axes")
+        for f in along:
+            if f is not None:
+                op.rec.pin(op.rec.marginal(f, (axis,)).labels, "Concat of parts labelled over different axes")
+                op.freeze_factor(f)
+        return []
+    rec = op.rec
+    var = rec.variable()
+    pieces = []
+    for s, f in zip(states, along, strict=True):
+        if f is not None:
+            rec.same(f.labels, var, f.var)
+            pieces.append(f.labels)
+        else:
+            own = rec.fresh(s.shape[axis])
+            if not s.broadcasts(axis) or s.shape[axis] == 1:
+                rec.pin(own, "Concat with a fixed part")
+            rec.zero(own, var)
+            pieces.append(own)
+    return [Factor((axis,), np.concatenate(pieces), var, any(f is not None and f.repeats for f in along))]
+
+
+# ---------------------------------------------------------------- Gather
+def _resize_gather(r: Resize) -> None:
+    axis = int(r.attr("axis", 0)) % len(r.old(0))
+    index = r.literal(1)
+    if r.old(0)[axis] == r.new(0)[axis] or index is None:
+        return
+    kept = r.kept(0, axis)
+    rank_of = np.full(r.old(0)[axis], -1)
+    rank_of[kept] = np.arange(len(kept))
+    new = rank_of[index % r.old(0)[axis]]
+    if index.ndim == 1:
+        new = new[new >= 0]
+    if (new < 0).any() or not new.size:
+        raise Opaque("a Gather whose elements are removed unevenly")
+    r.set_literal(1, new.astype(index.dtype))
+
+
+@operator("Gather", resize=_resize_gather, literals=(1,))
+def gather(op: OpContext) -> None:
+    """A constant index selects labels; indices from outside pin the table's rows and let its columns pass."""
+    state, indices, shape = op.state(0), op.state(1), op.shape()
+    axis = int(op.attr("axis", 0)) % state.rank
+    index = op.const(1)
+    d = indices.rank
+    op.pin(indices, "index of Gather")
+    place = {a: a if a < axis else a + d - 1 for a in range(state.rank) if a != axis}
+    uniform = [place[a] for a in state.uniform if a != axis]
+    factors = []
+    for f in state.factors:
+        if axis not in f.axes:
+            factors.append(f.moved(place))
+        elif index is None:
+            op.pin(State(state.shape, (f,)), "rows of Gather chosen at run time", [axis])
+        else:
+            flat = index.ravel().astype(np.int64) % state.shape[axis]
+            g = taken(op, f, axis, flat)
+            if g is None:
+                continue
+            if axis not in g.axes:
+                factors.append(g.moved(place))
+            elif d == 1:
+                factors.append(g.moved({**place, axis: axis}))
+            else:
+                factors.append(_spread(g, axis, index.shape, place, shape))
+    if axis in state.uniform:
+        uniform += list(range(axis, axis + d))
+    op.set(0, sorted(factors, key=lambda f: f.axes), uniform)
+
+
+def _spread(f: Factor, axis: int, dims: tuple[int, ...], place: dict[int, int], shape: tuple[int, ...]) -> Factor:
+    k = f.axes.index(axis)
+    labels = f.labels.reshape(f.labels.shape[:k] + dims + f.labels.shape[k + 1 :])
+    axes = [*(place[a] for a in f.axes[:k]), *range(axis, axis + len(dims)), *(place[a] for a in f.axes[k + 1 :])]
+    return simplified(shape, labels, axes, f.var, f.repeats) or Factor((), labels.reshape(()), ZERO)
+
+
+@operator("GatherElements", "ScatterElements", "Scatter")
+def gather_elements(op: OpContext) -> None:
+    """Positions come from outside along the axis; along the others data and indices move together."""
+    state = op.state(0)
+    axis = int(op.attr("axis", 0)) % state.rank
+    for k in range(len(op.node.inputs)):
+        op.pin(op.optional(k), f"{op.node.op_type} with indices from outside")
+        op.freeze(op.optional(k))
+    del axis
+    op.set(0)
+
+
+@operator("GatherND", "ScatterND")
+def gather_nd(op: OpContext) -> None:
+    """Leading axes are indexed from outside; the trailing ones that are taken whole pass."""
+    state, indices = op.state(0), op.state(1)
+    depth = indices.shape[-1] + int(op.attr("batch_dims", 0))
+    op.pin(indices, "indices")
+    op.pin(state, f"{op.node.op_type} with indices from outside", range(depth))
+    rest = [f for f in state.factors if all(a >= depth for a in f.axes)]
+    if op.node.op_type == "GatherND":
+        shift = len(op.shape()) - state.rank
+        op.set(0, [f.moved({a: a + shift for a in f.axes}) for f in rest], [a + shift for a in state.uniform if a >= depth])
+        return
+    updates = op.state(2)
+    shift = updates.rank - state.rank
+    if op.attr("reduction", "none") not in ("none", "add"):
+        op.freeze(updates)
+        op.freeze(state)
+    back = tuple(Factor(tuple(a - shift for a in f.axes), f.labels, f.var, f.repeats) for f in updates.factors)
+    lifted = State(state.shape, tuple(f for f in back if all(a >= depth for a in f.axes)))
+    op.pin(updates, "ScatterND with indices from outside", range(indices.rank - 1))
+    out = []
+    for f in rest:
+        own = lifted.factor_of(f.axes[0])
+        if own is not None and own.axes == f.axes:
+            op.unify(f, own)
+            op.rec.same(f.labels, f.var, own.var)
+            out.append(f)
+        else:
+            op.rec.pin(f.labels, "ScatterND of updates that are fixed along this axis")
+            op.freeze_factor(f)
+    for f in lifted.factors:
+        if not any(f.axes == g.axes for g in rest):
+            op.rec.pin(f.labels, "ScatterND into data that is fixed along this axis")
+            op.freeze_factor(f)
+    op.set(0, out)
+
+
+@operator("Compress", "OneHot", "Unique", "NonMaxSuppression", "ReverseSequence", "Trilu")
+def order_dependent(op: OpContext) -> None:
+    """Positions matter."""
+    raise Opaque(f"{op.node.op_type} depends on positions")
+
+
+# ---------------------------------------------------------------- Pad, Tile
+def _pads(version: int, attr: object, inputs: Sequence[Array | None], rank: int) -> list[tuple[int, int]] | None:
+    """(before, after) per axis."""
+    if version < 11:
+        flat, axes = attr("pads"), None  # type: ignore[operator]
+    else:
+        flat, axes = (None if v is None else v.ravel().tolist() for v in inputs)
+    if flat is None:
+        return None
+    axes = list(range(rank)) if axes is None else [int(a) % rank for a in axes]
+    out = [(0, 0)] * rank
+    for k, a in enumerate(axes):
+        out[a] = (int(flat[k]), int(flat[k + len(axes)]))
+    return out
+
+
+def _resize_pad(r: Resize) -> None:
+    rank = len(r.old(0))
+    pads = _pads(r.version, r.attr, [r.literal(1), r.literal(3)], rank)
+    if pads is None or r.old_out(0) == r.new_out(0):
+        return
+    axes = range(rank) if r.version < 11 or r.literal(3) is None else [int(a) % rank for a in np.ravel(r.literal(3))]  # type: ignore[arg-type]
+    before, after = [], []
+    for a in axes:
+        lo, hi = pads[a]
+        if r.old_out(0)[a] != r.new_out(0)[a]:
+            kept = r.kept_out(0, a)
+            lo, hi = int((kept < lo).sum()), int((kept >= lo + r.old(0)[a]).sum())
+        before.append(lo)
+        after.append(hi)
+    if r.version < 11:
+        r.set_attr("pads", before + after)
+    else:
+        r.set_literal(1, np.asarray(before + after, np.int64))
+
+
+@operator("Pad", resize=_resize_pad, literals=(1,))
+def pad(op: OpContext) -> None:
+    """Padding inserts free atoms: equal values move with anything, and zeros scale with anything."""
+    state, shape = op.state(0), op.shape()
+    mode = op.attr("mode", "constant")
+    for k in (1, 2, 3):
+        op.pin(op.optional(k), "argument of Pad")
+    value = np.asarray(op.attr("value", 0.0)) if op.version < 11 else (op.const(2) if op.has(2) else np.zeros(()))
+    zero = value is not None and not value.any()
+    pads = _pads(op.version, op.attr, [op.const(1), op.const(3)], state.rank) if op.version < 11 or op.const(1) is not None else None
+    if pads is None:  # computed: only axes that keep their size under both assignments can be known
+        a, b = op.second_shape(op.node.inputs[0]), op.second_shape(op.node.outputs[0])
+        pads = [(0, 0) if state.shape[k] == shape[k] and (a is None or b is None or a[k] == b[k]) else (1, 1) for k in range(state.rank)]
+        op.pin(state, "Pad by a computed amount", [k for k in range(state.rank) if pads[k] != (0, 0)])
+        state = State(state.shape, tuple(f for f in state.factors if all(pads[x] == (0, 0) for x in f.axes)), state.uniform)
+    if mode not in ("constant", b"constant"):
+        padded = [k for k in range(state.rank) if pads[k] != (0, 0)]
+        op.pin(state, f"Pad in mode {mode}", padded)
+        state = State(state.shape, tuple(f for f in state.factors if not set(f.axes) & set(padded)), state.uniform)
+    factors = []
+    for f in state.factors:
+        hit = [x for x in f.axes if pads[x] != (0, 0)]
+        g = f
+        if any(pads[x] != (0, 0) for x in range(state.rank)) and not zero:
+            op.freeze_factor(f)
+            g = fixed(f)
+        if len(hit) > 1 or (hit and len(f.axes) > 1):
+            op.pin(State(state.shape, (f,)), "Pad of a joint factor", hit)
+            continue
+        if hit:
+            if min(pads[hit[0]]) < 0:
+                raise Opaque("Pad by a negative amount")
+            own = op.rec.fresh(sum(pads[hit[0]]))
+            before, after = np.split(own, [pads[hit[0]][0]])
+            g = Factor(g.axes, np.concatenate([before, g.labels, after]), g.var, g.repeats)
+        factors.append(g)
+    op.set(0, factors, [x for x in state.uniform if pads[x] == (0, 0)])
+
+
+@operator("Tile", literals=())
+def tile(op: OpContext) -> None:
+    """Repeats the labels; along an axis of size 1 the result is uniform."""
+    state, shape = op.state(0), op.shape()
+    op.pin(op.optional(1), "repeats of Tile")
+    factors = []
+    for f in state.factors:
+        labels, repeats = f.labels, f.repeats
+        for k, a in enumerate(f.axes):
+            times = shape[a] // state.shape[a]
+            if times > 1:
+                labels = np.concatenate([labels] * times, axis=k)
+                repeats = True
+        factors.append(Factor(f.axes, labels, f.var, repeats))
+    grown = [a for a in range(state.rank) if state.shape[a] == 1 < shape[a]]
+    op.set(0, factors, [*state.uniform, *grown])

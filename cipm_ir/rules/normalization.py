@@ -1,0 +1,192 @@
+"""Normalizations and softmax: parameters move with the axis they scale; gamma and beta absorb the output's scale."""
+
+from __future__ import annotations
+
+from cipm_ir.ir.labels import ZERO, Factor, State
+from cipm_ir.rules.context import OpContext, fixed
+from cipm_ir.rules.elementwise import broadcast, shifted, var_on
+from cipm_ir.rules.registry import Opaque, operator
+from cipm_ir.rules.resize import Resize
+
+
+@operator("BatchNormalization")
+def batch_normalization(op: OpContext) -> None:
+    """Inference: input and output decouple. mean scales by s, var' = s^2 (var + eps) - eps, beta and gamma with the output.
+
+    A scaling of the input is exact in real arithmetic but rounds in the variance.
+    """
+    if op.attr("training_mode", 0) or (len(op.node.outputs) > 1 and op.version >= 14):
+        raise Opaque("BatchNormalization in training mode")
+    x = op.state(0)
+    f = x.factor_of(1)
+    if f is None or f.axes != (1,):
+        for k in range(1, 5):
+            op.pin(op.state(k), "BatchNormalization of fixed channels")
+        op.pin(x, "BatchNormalization over a joint factor", [1])
+        op.like(0, State(x.shape, tuple(g for g in x.factors if 1 not in g.axes)))
+        return
+    rec = op.rec
+    gamma, beta, mean, variance = (op.vector(k, f) for k in range(1, 5))
+    rec.inexact(f.labels, f.var)
+    y = rec.variable()
+    if gamma is None or beta is None or mean is None or variance is None:
+        op.freeze_factor(f)
+        rec.zero(f.labels, y)
+        for own in (gamma, beta, mean, variance):
+            if own is not None:
+                op.freeze_factor(own)
+    else:
+        rec.equate(f.labels, ((mean.var, 1), (f.var, -1)))
+        rec.equate(f.labels, ((variance.var, 1), (f.var, -2)), sign=False)
+        rec.zero(f.labels, variance.var, scale=False)
+        rec.same(f.labels, y, beta.var)
+        rec.equate(f.labels, ((gamma.var, 1), (y, -1)), sign=False)
+        rec.equate(f.labels, ((gamma.var, 1), (y, 1), (f.var, 1)), scale=False)
+        op.variance(4, float(op.attr("epsilon", 1e-5)))
+    others = [fixed(g) for g in x.factors if g is not f]
+    for g in others:
+        op.pin(State(x.shape, (g,)), "spatial position under BatchNormalization")
+    op.like(0, State(x.shape, (Factor((1,), f.labels, y, f.repeats),)))
+
+
+def _affine(op: OpContext, x: State, out: State, params: list[State | None], *, signs: bool) -> State:
+    """Output factors of a normalization with parameters gamma, beta aligned to ``out``."""
+    factors = []
+    for f in out.factors:
+        own = [None if p is None else var_on(p, out.shape, f.axes) for p in params]
+        absent = [p is not None and v == ZERO for p, v in zip(params, own, strict=True)]
+        gamma = own[0]
+        if gamma is None or any(absent) or gamma == ZERO:
+            for p in params:
+                if p is not None:
+                    for g in shifted(p, out.rank).factors:
+                        if set(g.axes) & set(f.axes):
+                            op.freeze_factor(g)
+            if signs:
+                op.freeze_factor(Factor(f.axes, f.labels, var_on(x, out.shape, f.axes)), scale=False)
+            factors.append(fixed(f))
+            continue
+        y = op.rec.variable()
+        op.rec.equate(f.labels, ((gamma, 1), (y, -1)), sign=False)
+        op.rec.equate(f.labels, ((gamma, 1), (y, 1), (var_on(x, out.shape, f.axes) if signs else ZERO, 1)), scale=False)
+        if len(own) > 1 and own[1] is not None:
+            op.rec.same(f.labels, y, own[1])
+        factors.append(Factor(f.axes, f.labels, y, f.repeats))
+    return State(out.shape, tuple(factors), frozenset())
+
+
+def _normalized(op: OpContext, x: State, axes: range, *, signs: bool) -> None:
+    op.freeze(x, sign=not signs)
+    for f in x.factors:
+        if any(a in axes for a in f.axes):
+            op.rec.normalizes(f.labels)
+        elif signs:
+            op.freeze_factor(f)
+
+
+@operator("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
+def layer_normalization(op: OpContext) -> None:
+    """No scaling of the input (epsilon; one common scale at most); RMS admits any signs, the mean of LayerNorm none."""
+    signs = op.node.op_type != "LayerNormalization"
+    x = op.state(0)
+    axis = int(op.attr("axis", -1)) % x.rank
+    params = [op.optional(1), op.optional(2) if not signs else None]
+    out = broadcast(op, [x, *(p for p in params if p is not None)], op.node.op_type)
+    _normalized(op, x, range(axis, x.rank), signs=signs)
+    op.like(0, _affine(op, x, out, params if not signs else params[:1], signs=signs))
+    for k in range(1, len(op.node.outputs)):
+        if op.node.outputs[k].name:
+            op.set(k, [], ())
+            for f in x.factors:
+                if not all(a >= axis for a in f.axes):
+                    raise Opaque("statistics of a normalization over labelled axes")
+
+
+@operator("InstanceNormalization")
+def instance_normalization(op: OpContext) -> None:
+    """Per channel over space: signs pass through gamma; the epsilon forbids scaling the input."""
+    x = op.state(0)
+    f = x.factor_of(1)
+    if f is None or f.axes != (1,) or len(x.factors) > 1:
+        raise Opaque("InstanceNormalization over fixed or joint channels")
+    gamma, beta = op.vector(1, f), op.vector(2, f)
+    op.freeze_factor(f, sign=False)
+    y = op.rec.variable()
+    if gamma is None or beta is None:
+        op.freeze_factor(f)
+        op.rec.zero(f.labels, y)
+        for own in (gamma, beta):
+            if own is not None:
+                op.freeze_factor(own)
+    else:
+        op.rec.same(f.labels, y, beta.var)
+        op.rec.equate(f.labels, ((gamma.var, 1), (y, -1)), sign=False)
+        op.rec.equate(f.labels, ((gamma.var, 1), (y, 1), (f.var, 1)), scale=False)
+    op.like(0, State(x.shape, (Factor((1,), f.labels, y, f.repeats),)))
+
+
+def resize_groups(r: Resize) -> None:
+    """A group keeps its width or goes as a whole; widths may shrink, alike in all groups."""
+    rows = r.rows(0, 1, r.attr("num_groups", 1))
+    if rows != r.attr("num_groups", 1):
+        r.set_attr("num_groups", rows)
+
+
+@operator("GroupNormalization", resize=resize_groups)
+def group_normalization(op: OpContext) -> None:
+    """Groups are blocks. Scale and bias are per group before opset 21, per channel since."""
+    x = op.state(0)
+    groups = int(op.attr("num_groups", 1))
+    f = x.factor_of(1)
+    if f is None or f.axes != (1,) or len(x.factors) > 1:
+        raise Opaque("GroupNormalization over fixed or joint channels")
+    op.freeze_factor(f)
+    op.rec.normalizes(f.labels)
+    grid = Factor((0, 1), f.labels.reshape(groups, -1), ZERO, f.repeats)
+    if groups > 1:
+        blocks = op.rec.marginal(grid, (0,)) if grid.labels.shape[1] > 1 else Factor((0,), f.labels, ZERO)
+    if op.version >= 21:
+        gamma, beta = op.vector(1, f), op.vector(2, f)
+        if gamma is not None and beta is not None:
+            op.rec.same(f.labels, gamma.var, beta.var)
+            op.like(0, State(x.shape, (Factor((1,), f.labels, gamma.var, f.repeats),)))
+            return
+        for own in (gamma, beta):
+            if own is not None:
+                op.freeze_factor(own)
+    elif groups > 1:
+        for k in (1, 2):
+            own = op.vector(k, Factor((0,), blocks.labels.ravel(), ZERO))
+            if own is not None:
+                op.freeze_factor(own)
+    else:
+        op.pin(op.state(1), "one group")
+        op.pin(op.state(2), "one group")
+    op.like(0, State(x.shape, (fixed(f),)))
+
+
+@operator("Softmax", "LogSoftmax", "LpNormalization", "MeanVarianceNormalization")
+def softmax(op: OpContext) -> None:
+    """Does not care about order; admits no scaling. Before opset 13 it runs over all axes from ``axis`` on."""
+    x = op.state(0)
+    op.freeze(x)
+    axis = int(op.attr("axis", -1 if op.version >= 13 else 1)) if not isinstance(op.attr("axis"), tuple) else 0
+    first = axis % x.rank
+    over = {first} if op.version >= 13 and op.node.op_type.endswith("Softmax") else set(range(x.rank))
+    if op.node.op_type.endswith("Softmax") and op.version < 13:
+        over = set(range(first, x.rank))
+    for f in x.factors:
+        if over & set(f.axes):
+            op.rec.normalizes(f.labels)
+    op.like(0, State(x.shape, tuple(fixed(f) for f in x.factors), x.uniform))
+
+
+@operator("Hardmax")
+def hardmax(op: OpContext) -> None:
+    """Takes the first of equal entries, so order matters."""
+    x = op.state(0)
+    op.freeze(x)
+    axis = int(op.attr("axis", -1 if op.version >= 13 else 1)) % x.rank
+    axes = [axis] if op.version >= 13 else range(axis, x.rank)
+    op.pin(x, "Hardmax depends on order", list(axes))
+    op.like(0, State(x.shape, tuple(fixed(f) for f in x.factors if not set(f.axes) & set(axes)), x.uniform))

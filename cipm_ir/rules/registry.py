@@ -1,0 +1,70 @@
+"""The operator registry: one entry per ONNX operator, holding all that is known of it.
+
+An entry is a function ``labels(op)`` that reads the states of the inputs and sets those of the outputs, decorated
+with the operator's names. The decorator also takes how literals follow a change of size (``resize``), which inputs are
+such literals, and how many multiply-accumulates a node costs (``macs``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cipm_ir.rules.context import OpContext
+    from cipm_ir.rules.resize import Resize
+
+Shape = tuple[int, ...]
+LabelRule = Callable[["OpContext"], None]
+ResizeRule = Callable[["Resize"], None]
+MacRule = Callable[["OpContext"], int]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """Everything the framework knows about one operator."""
+
+    name: str
+    domain: str
+    labels: LabelRule
+    resize: ResizeRule | None = None
+    literals: tuple[int, ...] = ()
+    macs: MacRule | None = None
+
+
+class Opaque(Exception):
+    """Raised by a rule that cannot handle this node: all atoms that reach it are pinned, with this reason."""
+
+
+_REGISTRY: dict[tuple[str, str], Operator] = {}
+
+
+def operator(
+    *names: str,
+    domain: str = "",
+    resize: ResizeRule | None = None,
+    literals: tuple[int, ...] = (),
+    macs: MacRule | None = None,
+) -> Callable[[LabelRule], LabelRule]:
+    """Register a label rule for operators; registering one twice is an error."""
+
+    def register(rule: LabelRule) -> LabelRule:
+        for name in names:
+            key = (domain, name)
+            if key in _REGISTRY:
+                raise ValueError(f"operator {domain}::{name} is registered twice")
+            _REGISTRY[key] = Operator(name, domain, rule, resize, literals, macs)
+        return rule
+
+    return register
+
+
+def lookup(domain: str, name: str) -> Operator | None:
+    """The entry of an operator, or None where there is none."""
+    return _REGISTRY.get(("" if domain == "ai.onnx" else domain, name))
+
+
+def registered() -> tuple[Operator, ...]:
+    """All entries, by domain and name."""
+    return tuple(_REGISTRY[key] for key in sorted(_REGISTRY))

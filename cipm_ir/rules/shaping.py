@@ -1,0 +1,211 @@
+"""Reshape-like operators: the labels of a minimal group of axes are broadcast over it, reshaped, and simplified."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cipm_ir.ir.labels import Factor, State, reshape_groups, simplified
+from cipm_ir.rules.context import OpContext, fixed
+from cipm_ir.rules.registry import Opaque, operator
+from cipm_ir.rules.resize import Resize, target_rule
+
+
+def reshaped(op: OpContext, state: State, new: tuple[int, ...]) -> State:
+    """State of a value after a row-major reshape to ``new``."""
+    groups = reshape_groups(state.shape, new)
+    if groups is None:
+        raise Opaque(f"shapes {state.shape} and {new} cannot be aligned")
+    where: dict[int, int] = {}
+    for g, (old_axes, _) in enumerate(groups):
+        for a in old_axes:
+            where[a] = g
+    factors = []
+    pending = list(state.factors)
+    while pending:
+        cluster = [pending.pop()]
+        touched = {where[a] for a in cluster[0].axes}
+        for f in list(pending):  # factors that share a group become one
+            if touched & {where[a] for a in f.axes}:
+                cluster.append(f)
+                pending.remove(f)
+                touched |= {where[a] for a in f.axes}
+        factor = cluster[0] if len(cluster) == 1 else _product(op, state, cluster)
+        moved = _reshape_factor(state, factor, [groups[g] for g in sorted(touched)], new)
+        if moved is not None:
+            factors.append(moved)
+    uniform = [
+        b for old_axes, new_axes in groups for b in new_axes
+        if new[b] > 1 and all(state.broadcasts(a) for a in old_axes)
+    ]  # fmt: skip
+    factors.sort(key=lambda f: f.axes)
+    return State(tuple(new), tuple(factors), frozenset(uniform))
+
+
+def _product(op: OpContext, state: State, cluster: list[Factor]) -> Factor:
+    """One joint factor for several over different axes that a reshape merges: a grid of cells tied to its sides."""
+    axes = tuple(sorted(a for f in cluster for a in f.axes))
+    if len(cluster) > 2:
+        raise Opaque("a reshape that merges more than two labelled axes")
+    cells = Factor(axes, op.rec.fresh(*(state.shape[a] for a in axes)))
+    for f in cluster:
+        op.freeze_factor(f)
+        op.rec.unify(op.rec.marginal(cells, f.axes).labels, f.labels)
+    return cells
+
+
+def _reshape_factor(state: State, f: Factor, groups: list[tuple[range, range]], new: tuple[int, ...]) -> Factor | None:
+    if all(len(o) == 1 == len(n) for o, n in groups):  # axes only change places
+        return f.moved({o[0]: n[0] for o, n in groups})
+    old_axes = [a for o, _ in groups for a in o]
+    new_axes = [b for _, n in groups for b in n]
+    spread = [a for a in old_axes if a not in f.axes and state.shape[a] > 1 and a not in state.uniform]
+    shape = [state.shape[a] if a in f.axes else 1 for a in old_axes]
+    labels = np.broadcast_to(f.labels.reshape(shape), [state.shape[a] for a in old_axes])
+    return simplified(new, labels.reshape([new[b] for b in new_axes]), new_axes, f.var, f.repeats or bool(spread))
+
+
+@operator("Reshape", "Flatten", "Squeeze", "Unsqueeze", resize=lambda r: _resize(r), literals=(1,))
+def reshape(op: OpContext) -> None:
+    """Any change of shape that keeps the row-major order."""
+    state, new = op.state(0), op.shape()
+    a = op.second_shape(op.node.inputs[0])
+    b = op.second_shape(op.node.outputs[0])
+    if a is not None and b is not None and (a, b) != (state.shape, new):
+        first, second = reshape_groups(state.shape, new), reshape_groups(a, b)
+        if first != second and state.factors:
+            raise Opaque("how axes are grouped depends on a dynamic size")
+    for k in range(1, len(op.node.inputs)):
+        op.pin(op.optional(k), "target shape")
+    op.like(0, reshaped(op, state, new))
+
+
+_retarget = target_rule(1)
+
+
+def _resize(r: Resize) -> None:
+    if r.node.op_type == "Reshape":
+        _retarget(r)
+
+
+@operator("Expand", resize=target_rule(1), literals=(1,))
+def expand(op: OpContext) -> None:
+    """New and expanded axes are uniform."""
+    state, shape = op.state(0), op.shape()
+    op.pin(op.optional(1), "target shape")
+    d = len(shape) - state.rank
+    factors = [f.moved({a: a + d for a in f.axes}) for f in state.factors]
+    grown = {b for b in range(len(shape)) if shape[b] > 1 and (b < d or state.shape[b - d] == 1)}
+    op.set(0, factors, grown | {a + d for a in state.uniform})
+
+
+@operator("Transpose")
+def transpose(op: OpContext) -> None:
+    """Axes change places."""
+    state = op.state(0)
+    perm = op.attr("perm") or tuple(range(state.rank))[::-1]
+    place = {int(a): b for b, a in enumerate(perm)}
+    factors = []
+    for f in state.factors:
+        g = f.moved(place)
+        if f.repeats and len(f.axes) > 1:
+            position = np.arange(f.labels.size).reshape(f.labels.shape)
+            source = Factor(f.axes, position).moved(place).labels
+            if not np.array_equal(source.ravel(), np.arange(f.labels.size)):
+                op.rec.reindexed(f.labels, g.labels, source)
+        factors.append(g)
+    factors.sort(key=lambda f: f.axes)
+    op.set(0, factors, [place[a] for a in state.uniform])
+
+
+@operator("DepthToSpace", "SpaceToDepth")
+def depth_space(op: OpContext) -> None:
+    """A reshape, a transpose and a reshape (ONNX DepthToSpace, modes DCR and CRD)."""
+    state, out, b = op.state(0), op.shape(), int(op.attr("blocksize"))
+    n, c, h, w = state.shape
+    mode = op.attr("mode", "DCR")
+    if any(f.axes != (1,) for f in state.factors):
+        raise Opaque("labels on spatial axes")
+    if op.node.op_type == "SpaceToDepth":
+        steps = ((n, c, h // b, b, w // b, b), (0, 3, 5, 1, 2, 4))
+    elif mode in ("CRD", b"CRD"):
+        steps = ((n, c // (b * b), b, b, h, w), (0, 1, 4, 2, 5, 3))
+    else:
+        steps = ((n, b, b, c // (b * b), h, w), (0, 3, 4, 1, 5, 2))
+    middle = reshaped(op, state, steps[0])
+    place = {a: k for k, a in enumerate(steps[1])}
+    moved = tuple(f.moved(place) for f in middle.factors)
+    shape = tuple(steps[0][a] for a in steps[1])
+    factors = []
+    for f in moved:
+        axes = f.axes
+        if op.node.op_type == "DepthToSpace":
+            factors.append(_space(op, f, shape))
+        else:
+            factors.extend(reshaped(op, State(shape, (f,)), out).factors)
+            continue
+        del axes
+    op.set(0, [f for f in factors if f is not None])
+
+
+def _space(op: OpContext, f: Factor, shape: tuple[int, ...]) -> Factor | None:
+    """(n, c, h, b, w, b): the offset inside a block is a spatial position, so the c b b channels of a pixel move together."""
+    if f.axes == (1,):
+        return f
+    columns = f.on([a for a in (1, 3, 5) if a in f.axes])
+    if f.axes[0] != 1:
+        op.rec.pin(f.labels, "channels that become spatial positions")
+        op.freeze_factor(f)
+        return None
+    table = columns.reshape(columns.shape[0], -1)
+    for k in range(1, table.shape[1]):
+        op.rec.unify(table[:, 0], table[:, k])
+    return Factor((1,), np.ascontiguousarray(table[:, 0]), f.var, f.repeats)
+
+
+@operator("Shape", "Size", "NonZero", "EyeLike", "RandomNormalLike", "RandomUniformLike", "Bernoulli")
+def shape_only(op: OpContext) -> None:
+    """Shapes do not move; what depends on positions pins."""
+    if op.node.op_type not in ("Shape", "Size"):
+        raise Opaque(f"{op.node.op_type} depends on positions")
+    op.set(0)
+
+
+@operator("ConstantOfShape", "RandomNormal", "RandomUniform", literals=(0,))
+def constant_of_shape(op: OpContext) -> None:
+    """One value everywhere: uniform along every axis. (Of a constant shape, it is a parameter and not seen here.)"""
+    op.pin(op.optional(0), "shape")
+    shape = op.shape()
+    op.set(0, (), range(len(shape)) if op.node.op_type == "ConstantOfShape" else ())
+
+
+@operator("Range")
+def value_range(op: OpContext) -> None:
+    """A fixed sequence."""
+    for k in range(3):
+        op.pin(op.optional(k), "bound of Range")
+    op.set(0)
+
+
+@operator("Resize", "Upsample", resize=lambda r: _resize_sizes(r), literals=(1, 2, 3))
+def resize(op: OpContext) -> None:
+    """Interpolates over space; an axis whose size stays is passed. Linear along the others."""
+    state, out = op.state(0), op.shape()
+    changed = [a for a in range(state.rank) if state.shape[a] != out[a]]
+    op.pin(state, "interpolated axis", changed)
+    for k in range(1, len(op.node.inputs)):
+        op.pin(op.optional(k), "scales or sizes of Resize")
+    if op.attr("coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize":
+        op.freeze(state)  # pads with a constant
+    factors = [f for f in state.factors if not set(f.axes) & set(changed)]
+    op.set(0, [fixed(f) if len(f.axes) > 1 else f for f in factors])
+    for f in factors:
+        if len(f.axes) > 1:
+            op.freeze_factor(f)
+
+
+def _resize_sizes(r: Resize) -> None:
+    sizes = r.literal(3)
+    if sizes is None or not sizes.size or r.old_out(0) == r.new_out(0):
+        return
+    axes = r.attr("axes") or range(len(r.new_out(0)))
+    r.set_literal(3, np.asarray([r.new_out(0)[a] for a in axes], np.int64))

@@ -1,0 +1,1 @@
+"""Running models: sessions, inputs, and the comparison of two models on the same inputs."""

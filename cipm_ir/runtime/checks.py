@@ -1,0 +1,167 @@
+"""Checks of a whole model that cost more than a look at its structure: shapes that fit, weights without NaN."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from cipm_ir.errors import InputError
+from cipm_ir.runtime.graphs import all_graphs, describe_node, named
+
+_Shape: TypeAlias = list[int | None]
+_CHUNK = 1 << 22
+_STANDARD = {"", "ai.onnx", "ai.onnx.ml"}
+
+
+def check_shapes(model: ir.Model, keep_bytes: int = 4096) -> None:
+    """Run ONNX shape inference in strict mode without the weights, and check the channels that it leaves unchecked.
+
+    Initializers over `keep_bytes` keep only their type and shape; small ones stay, for shapes computed from constants.
+    Recorded shapes of inner values are only notes, which exporters get wrong: where they contradict, they are left out.
+
+    Raises:
+        InputError: naming the node whose input shapes cannot go together.
+    """
+    try:
+        proto = _without_weights(model, keep_bytes)
+    except ir.serde.SerdeError as error:
+        raise InputError(f"The model is damaged: {_root(error)}.") from error
+    inferred, message = _infer(proto)
+    if inferred is None:
+        _drop_value_infos(proto.graph)
+        inferred, message = _infer(proto)
+    if inferred is not None:
+        message = next(_channel_errors(inferred.graph), "")
+    if message:
+        raise InputError(f"The shapes inside the model contradict each other: {message}")
+
+
+def _root(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().splitlines()[0].rstrip(".")
+
+
+def _without_weights(model: ir.Model, keep_bytes: int) -> onnx.ModelProto:
+    stripped = model.clone()
+    for graph in all_graphs(stripped):
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if tensor is None:
+                continue
+            name, shape = value.name or "", ir.Shape(tensor.shape.numpy())
+            if tensor.nbytes > keep_bytes:
+                # Inference reads the type and dims of a tensor and never opens the file that it names.
+                value.const_value = ir.ExternalTensor("left_out", 0, None, tensor.dtype, shape=shape, name=name)
+            elif isinstance(tensor, ir.ExternalTensor):
+                value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, shape=shape, name=name)
+            else:
+                value.const_value = named(tensor, name)
+    return ir.to_proto(stripped)
+
+
+def _drop_value_infos(graph: onnx.GraphProto) -> None:
+    """Forget recorded shapes, but for outputs of operators that inference does not know."""
+    opaque = {name for node in graph.node if node.domain not in _STANDARD for name in node.output}
+    kept = [info for info in graph.value_info if info.name in opaque]
+    del graph.value_info[:]
+    graph.value_info.extend(kept)
+
+
+def _infer(proto: onnx.ModelProto) -> tuple[onnx.ModelProto | None, str]:
+    try:
+        return onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=False), ""
+    except onnx.shape_inference.InferenceError as error:
+        return None, _readable(str(error))
+
+
+def _readable(message: str) -> str:
+    """The first finding of ONNX's inference, in the form `node 'x' (Op): what is wrong.`"""
+    found = re.search(r"\(op_type:([^,)]*)(?:, node name: ([^)]*))?\):\s*(.*)", message)
+    text = found.group(3) if found else message.strip().splitlines()[0]
+    text = re.sub(r"\[\w+Error\]\s*", "", text).strip().rstrip(".")
+    if found is None:
+        return f"{text}."
+    name = f"node {found.group(2)!r} ({found.group(1)})" if found.group(2) else f"a {found.group(1)} node"
+    return f"{name}: {text}."
+
+
+def _channel_errors(graph: onnx.GraphProto) -> Iterator[str]:
+    """Mismatches of channels and parameter lengths, which ONNX's inference leaves to the runtime."""
+    shapes: dict[str, _Shape] = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    for info in (*graph.value_info, *graph.input, *graph.output):
+        if info.type.tensor_type.HasField("shape"):
+            dims = info.type.tensor_type.shape.dim
+            shapes.setdefault(info.name, [dim.dim_value if dim.HasField("dim_value") else None for dim in dims])
+    for node in graph.node:
+        given = [shapes.get(name) for name in node.input]
+        if node.domain not in _STANDARD or len(given) < 2 or given[0] is None or given[1] is None:
+            continue
+        for axis, found, needed in _channel_pairs(node, given):
+            if found is not None and needed is not None and found != needed:
+                yield f"{describe_node(node)}: {axis} has size {found} where {needed} is needed."
+
+
+def _channel_pairs(node: onnx.NodeProto, given: list[_Shape | None]) -> Iterator[tuple[str, int | None, int | None]]:
+    """(what, its size, the size that it must have) for the parameters of a node."""
+    data, weight = given[0], given[1]
+    assert data is not None and weight is not None
+    integers = {attribute.name: attribute.i for attribute in node.attribute}
+    group = integers.get("group", 1)
+    bias = given[2] if len(given) > 2 else None
+    if node.op_type in ("Conv", "ConvTranspose") and len(weight) == len(data) > 2:
+        transposed = node.op_type == "ConvTranspose"
+        inside = weight[0] if transposed else _times(weight[1], group)
+        outside = _times(weight[1], group) if transposed else weight[0]
+        yield f"axis 1 of {node.input[0]!r}", data[1], inside
+        if bias is not None and len(bias) == 1:
+            yield f"axis 0 of {node.input[2]!r}", bias[0], outside
+    elif node.op_type == "Gemm" and len(data) == len(weight) == 2:
+        inner = 1 if integers.get("transB", 0) else 0
+        yield f"axis {inner} of {node.input[1]!r}", weight[inner], data[0 if integers.get("transA", 0) else 1]
+    elif node.op_type in ("BatchNormalization", "InstanceNormalization") and len(data) > 1:
+        for name, shape in zip(node.input[1:], given[1:], strict=True):
+            if shape is not None and len(shape) == 1:
+                yield f"axis 0 of {name!r}", shape[0], data[1]
+
+
+def _times(size: int | None, factor: int) -> int | None:
+    return None if size is None else size * factor
+
+
+def check_finite(model: ir.Model) -> None:
+    """Refuse NaN in the initializers, one at a time and in pieces; infinities are legitimate (masks).
+
+    Raises:
+        InputError: naming the first such tensor and how to find the entry.
+    """
+    for graph in all_graphs(model):
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if tensor is None or not tensor.dtype.is_floating_point() or tensor.dtype.bitwidth < 8:
+                continue
+            index = _first_nan(tensor.numpy())
+            drop = getattr(tensor, "drop_pages", None)
+            if drop is not None:
+                drop()
+            if index is not None:
+                raise InputError(f"Initializer {value.name!r} holds NaN, first at {list(index)}; the model is damaged.")
+
+
+def _first_nan(array: np.ndarray[Any, np.dtype[Any]]) -> tuple[int, ...] | None:
+    flat = array.reshape(-1)
+    native = array.dtype.kind == "f"
+    for start in range(0, flat.size, _CHUNK):
+        piece = flat[start : start + _CHUNK]
+        # The minimum passes NaN on and needs no temporary array, so the common case is one fast pass.
+        if native and not np.isnan(np.min(piece)):
+            continue
+        bad = np.flatnonzero(np.isnan(piece))
+        if bad.size:
+            return tuple(int(i) for i in np.unravel_index(start + int(bad[0]), array.shape))
+    return None

@@ -1,0 +1,37 @@
+"""What readers, writers and sessions need to know of an `onnx_ir.Model` alike."""
+
+from __future__ import annotations
+
+import onnx
+import onnx_ir as ir
+
+LISTED = "cipm_ir.listed"
+"""Key in `Value.meta` of an initializer for which the file has a value_info entry (onnx_ir writes one for each)."""
+
+
+def all_graphs(model: ir.Model) -> list[ir.Graph]:
+    """The main graph, the bodies of the functions, and every subgraph of these."""
+    roots = [model.graph, *(function.graph for function in model.functions.values())]
+    return [graph for root in roots for graph in (root, *root.subgraphs())]
+
+
+def named(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
+    """The tensor under another name, as its own object where the name differs.
+
+    onnx_ir writes the name of the value into the tensor when it serializes; a tensor made from a proto passes that
+    on to the proto, which may be the caller's.
+    """
+    if tensor.name == name:
+        return tensor
+    shape = ir.Shape(tensor.shape.numpy())
+    if isinstance(tensor, ir.StringTensor):
+        return ir.StringTensor(tensor.string_data(), shape=shape, name=name)
+    return ir.LazyTensor(lambda: tensor, tensor.dtype, shape, name=name)
+
+
+def describe_node(node: ir.Node | onnx.NodeProto) -> str:
+    """How a message names a node: its name and operator, or its operator and first output."""
+    if node.name:
+        return f"node {node.name!r} ({node.op_type})"
+    outputs = node.output if isinstance(node, onnx.NodeProto) else [value.name for value in node.outputs]
+    return f"the {node.op_type} node that makes {outputs[0]!r}" if outputs else f"a {node.op_type} node"

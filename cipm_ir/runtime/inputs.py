@@ -1,0 +1,250 @@
+"""Inputs to compare two models on: random ones that the model accepts, and batches cut from given samples."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from cipm_ir.errors import InputError, UnsupportedError
+
+Array: TypeAlias = npt.NDArray[Any]
+Feeds: TypeAlias = dict[str, Array]
+Data: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | Iterable[Any]
+
+# Operators that hand indices on unchanged from their first input, and those that do so from any.
+_PASS_FIRST = {"Identity", "Cast", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Transpose", "Slice"}
+_PASS_FIRST |= {"Expand", "Split", "Tile", "Gather", "Clip"}
+_PASS_ANY = {"Concat", "Where", "Min", "Max"}
+# What a mask goes through before it meets the attention scores.
+_MASKING = {"Cast", "Unsqueeze", "Equal", "Where", "Not", "And", "Or", "Greater", "Less"}
+_MASKING |= {
+    "GreaterOrEqual",
+    "LessOrEqual",
+    "Sub",
+    "Mul",
+    "Expand",
+    "ReduceSum",
+    "Shape",
+    "Identity",
+    "Slice",
+    "Reshape",
+}
+_BATCH_NAMES = {"n", "b", "bs", "batch", "batch_size", "batchsize", "num_samples"}
+
+
+def true_inputs(model: ir.Model) -> list[ir.Value]:
+    """The graph inputs that must be fed: not those that are initializers too (ir_version 3)."""
+    return [value for value in model.graph.inputs if value.name not in model.graph.initializers]
+
+
+def random_inputs(
+    model: ir.Model,
+    rng: np.random.Generator,
+    batch: int = 2,
+    dims: Mapping[str, int] | None = None,
+    *,
+    free_size: int = 8,
+    index_limit: int | None = None,
+) -> Feeds:
+    """One random input by name for each graph input that is not an initializer.
+
+    Floats are N(0, 1). Integers that index a table (Gather and its kin) stay below its size; masks are rows of ones,
+    then zeros; 8-bit integers take their whole range; other integers are 0 or 1, booleans a fair coin.
+
+    Args:
+        model: the model to feed.
+        rng: the source of randomness.
+        batch: the size of unknown first axes and of axes whose name says batch.
+        dims: sizes of symbolic axes by name.
+        free_size: the size of the other unknown axes; one name, one size.
+        index_limit: caps integer inputs, for a model whose tables could not be found.
+
+    Raises:
+        UnsupportedError: an input is not a tensor, holds strings, or has no known rank.
+    """
+    sizes = dict(dims or {})
+    draw = functools.partial(_random_input, rng=rng, batch=batch, sizes=sizes, free_size=free_size, limit=index_limit)
+    return {value.name or "": draw(value) for value in true_inputs(model)}
+
+
+def _random_input(
+    value: ir.Value, rng: np.random.Generator, batch: int, sizes: dict[str, int], free_size: int, limit: int | None
+) -> Array:
+    dtype = value.dtype
+    if not isinstance(value.type, ir.TensorType) or dtype is None or dtype == ir.DataType.STRING:
+        raise UnsupportedError(f"Input {value.name!r} is not a tensor of numbers; give inputs as data.")
+    if value.shape is None:
+        raise UnsupportedError(f"Input {value.name!r} has no known rank; give inputs as data.")
+    shape = tuple(_size(dim, axis, batch, sizes, free_size) for axis, dim in enumerate(value.shape))
+    if dtype.is_floating_point():
+        return np.asarray(rng.standard_normal(shape)).astype(dtype.numpy())
+    if dtype in (ir.DataType.COMPLEX64, ir.DataType.COMPLEX128):
+        return np.asarray(rng.standard_normal(shape) + 1j * rng.standard_normal(shape)).astype(dtype.numpy())
+    bound = table_size(value)
+    if "mask" in (value.name or "").lower() or (bound is None and dtype.bitwidth >= 32 and _looks_like_mask(value)):
+        return _mask(shape, rng).astype(dtype.numpy())
+    if dtype == ir.DataType.BOOL:
+        return np.asarray(rng.integers(0, 2, shape)).astype(bool)
+    low, high = (0, bound) if bound is not None else (0, 2)
+    if bound is None and dtype.bitwidth == 8:
+        low, high = (0, 256) if dtype == ir.DataType.UINT8 else (-128, 128)
+    if limit is not None:
+        high = max(low + 1, min(high, limit))
+    return np.asarray(rng.integers(low, high, shape)).astype(dtype.numpy())
+
+
+def _size(dim: int | ir.SymbolicDim, axis: int, batch: int, sizes: dict[str, int], free_size: int) -> int:
+    if isinstance(dim, int):
+        # Some exporters write 0 or -1 for "unknown".
+        return dim if dim > 0 else (batch if axis == 0 else free_size)
+    name = dim.value
+    if name is None:
+        return batch if axis == 0 else free_size
+    if name in sizes:
+        return sizes[name]
+    computed = _evaluate(dim, sizes, batch, free_size)
+    if computed is None:
+        sizes[name] = computed = _symbol_size(name, axis, batch, free_size)
+    return computed
+
+
+def _symbol_size(name: str, axis: int, batch: int, free_size: int) -> int:
+    return batch if axis == 0 or name.lower() in _BATCH_NAMES or "batch" in name.lower() else free_size
+
+
+def _evaluate(dim: ir.SymbolicDim, sizes: dict[str, int], batch: int, free_size: int) -> int | None:
+    """The size of an axis whose name is an expression such as `past_length + 1`; None where it is a plain name."""
+    try:
+        symbols = sorted(dim.free_symbols())
+        if not symbols or symbols == [dim.value]:
+            return None
+        for symbol in symbols:
+            sizes.setdefault(symbol, _symbol_size(symbol, 1, batch, free_size))
+        result = dim.evaluate({symbol: sizes[symbol] for symbol in symbols})
+    except (ValueError, TypeError, SyntaxError):
+        return None
+    return result if isinstance(result, int) and result > 0 else None
+
+
+def table_size(value: ir.Value) -> int | None:
+    """The smallest axis that this integer value indexes downstream, None where none of known size was found."""
+    found: list[int] = []
+    seen: set[int] = set()
+    stack = [value]
+    while stack:
+        current = stack.pop()
+        for node, index in current.uses():
+            if index == 1 and node.op_type in ("Gather", "GatherElements"):
+                axis = node.attributes.get_int("axis", 0)
+                _note(found, node.inputs[0], axis)
+            elif index == 0 and node.op_type == "OneHot":
+                depth = node.inputs[1].const_value if node.inputs[1] is not None else None
+                if depth is not None:
+                    found.append(int(depth.numpy().reshape(-1)[0]))
+            elif node.op_type in (_PASS_FIRST | _PASS_ANY if index == 0 else _PASS_ANY) and id(node) not in seen:
+                seen.add(id(node))
+                stack.extend(node.outputs)
+    return min(found, default=None)
+
+
+def _note(found: list[int], table: ir.Value | None, axis: int | None) -> None:
+    shape = table.shape if table is not None else None
+    if shape is not None and axis is not None and -len(shape) <= axis < len(shape):
+        size = shape[axis]
+        if isinstance(size, int):
+            found.append(size)
+
+
+def _looks_like_mask(value: ir.Value) -> bool:
+    consumers = {node.op_type for node, _ in value.uses()}
+    return value.shape is not None and len(value.shape) >= 2 and bool(consumers) and consumers <= _MASKING
+
+
+def _mask(shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+    """Rows of ones followed by at most half zeros: no row is empty, which softmax would turn into NaN."""
+    if not shape:
+        return np.ones(())
+    lengths = rng.integers((shape[-1] + 1) // 2, shape[-1] + 1, shape[:-1])
+    return np.asarray(np.arange(shape[-1]) < np.maximum(lengths, 1)[..., None])
+
+
+def batches(data: Data, model: ir.Model, size: int = 8) -> Iterator[Feeds]:
+    """Cut given samples into feeds for the model; one feed at a time is in memory (a .npz is read array by array).
+
+    Args:
+        data: a path to `.npz` (arrays by input name, first axis samples), a mapping of arrays, or an iterable of these.
+            Arrays that the model has no input for are ignored.
+        model: the model to feed; where an input has a literal first size, batches have it and a rest is dropped.
+        size: samples per batch otherwise.
+
+    Raises:
+        InputError: no such file, an input without data, the wrong shape or type, different numbers of samples.
+    """
+    if isinstance(data, (str, os.PathLike)):
+        yield from _cut(_read_npz(data), model, size)
+    elif isinstance(data, Mapping):
+        yield from _cut(data, model, size)
+    elif isinstance(data, Iterable) and not isinstance(data, np.ndarray):
+        for sample in data:
+            if not isinstance(sample, Mapping):
+                raise InputError(f"Data is an iterable of dicts by input name, but holds a {type(sample).__name__}.")
+            yield from _cut(sample, model, size)
+    else:
+        raise InputError(f"Data is a path to .npz, a dict, or an iterable of dicts, not {type(data).__name__}.")
+
+
+def _read_npz(path: str | os.PathLike[str]) -> dict[str, Array]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except FileNotFoundError:
+        raise InputError(f"There is no data file {os.fspath(path)!r}.") from None
+    except Exception as error:
+        raise InputError(f"{os.fspath(path)!r} is not an .npz file of plain arrays: {error}.") from error
+
+
+def _cut(data: Mapping[str, Any], model: ir.Model, size: int) -> Iterator[Feeds]:
+    inputs = true_inputs(model)
+    arrays = {value.name or "": _fitting(data, value) for value in inputs}
+    counts = {name: len(array) for name, array in arrays.items() if array.ndim}
+    if len(set(counts.values())) > 1:
+        raise InputError(f"The data holds different numbers of samples: {counts}.")
+    count = next(iter(counts.values()), 1)
+    literals = {dim for dim in (value.shape[0] for value in inputs if value.shape) if isinstance(dim, int) and dim > 0}
+    if len(literals) > 1:
+        raise InputError(
+            f"The inputs have different fixed first sizes {sorted(literals)}; data cannot be cut for them."
+        )
+    step = min(literals, default=size)
+    if literals and count < step:
+        raise InputError(f"The model takes batches of exactly {step} samples, but the data holds {count}.")
+    for start in range(0, count - step + 1 if literals else count, step):
+        yield {name: array[start : start + step] if array.ndim else array for name, array in arrays.items()}
+
+
+def _fitting(data: Mapping[str, Any], value: ir.Value) -> Array:
+    name = value.name or ""
+    if name not in data:
+        raise InputError(
+            f"The data has no array for input {name!r}; it holds {', '.join(map(repr, data)) or 'nothing'}."
+        )
+    array = np.asarray(data[name])
+    dtype = value.dtype.numpy() if value.dtype is not None and value.dtype != ir.DataType.STRING else array.dtype
+    if array.dtype != dtype:
+        if not np.can_cast(array.dtype, dtype, casting="same_kind"):
+            raise InputError(f"Input {name!r} takes {dtype}, but the data is {array.dtype}; convert it first.")
+        array = array.astype(dtype)
+    if value.shape is None:
+        return array
+    wanted = [dim if isinstance(dim, int) and dim > 0 else None for dim in value.shape]
+    bad = len(wanted) != array.ndim
+    bad = bad or any(want is not None and want != got for want, got in zip(wanted[1:], array.shape[1:], strict=True))
+    if bad:
+        raise InputError(f"Input {name!r} has shape {value.shape}, but the data has shape {list(array.shape)}.")
+    return array

@@ -1,0 +1,205 @@
+"""One way to run a model: onnxruntime on the CPU, and ONNX's reference evaluator where that has no kernel."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+from onnx.reference import ReferenceEvaluator
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
+
+from cipm_ir.errors import InputError, UnsupportedError
+from cipm_ir.runtime.graphs import named
+
+Array: TypeAlias = npt.NDArray[Any]
+Backend: TypeAlias = Literal["onnxruntime", "reference"]
+
+_IN_MEMORY = 64 << 20
+"""Up to this size a model is handed over as bytes, above as a file whose weights onnxruntime maps."""
+
+_NO_KERNEL = (
+    "could not find an implementation",
+    "is not a registered function/op",
+    "no op registered for",
+    "unsupported model ir version",
+    "is under development",
+    "not implemented",
+)
+# Element types that cross the Python interface of onnxruntime as plain numpy arrays.
+_PLAIN = {ir.DataType[name] for name in ("FLOAT", "DOUBLE", "FLOAT16", "BOOL", "STRING")}
+_PLAIN |= {ir.DataType[f"{kind}{bits}"] for kind in ("INT", "UINT") for bits in (8, 16, 32, 64)}
+
+
+class Runner:
+    """A model made ready to run; use it as a context manager, or call `close`.
+
+    onnxruntime runs with its graph optimizations off: fusions and constant folding reorder arithmetic differently in
+    two models that differ only by a change of gauge, which would blur what a comparison measures (a power-of-two scale
+    must come back bit for bit).
+
+    Args:
+        model: not changed. Lazy and external weights are evaluated once, to a temporary file where they are large.
+        extra_outputs: names of inner values of the main graph to give out as well.
+        backend: None takes onnxruntime, and the reference evaluator where onnxruntime lacks a kernel.
+
+    Raises:
+        UnsupportedError: the backend (or each of them) lacks an operator or a type that the model uses.
+        InputError: the model is not valid.
+    """
+
+    def __init__(self, model: ir.Model, *, extra_outputs: Sequence[str] = (), backend: Backend | None = None) -> None:
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._model = _with_outputs(model, extra_outputs)
+        self.outputs: tuple[str, ...] = tuple(value.name or "" for value in self._model.graph.outputs)
+        self._session: ort.InferenceSession | ReferenceEvaluator
+        self.backend: Backend
+        try:
+            self._open(backend)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, backend: Backend | None) -> None:
+        if backend == "reference":
+            self.backend, self._session = "reference", self._reference()
+            return
+        try:
+            self.backend, self._session = "onnxruntime", self._onnxruntime()
+        except UnsupportedError as missing:
+            if backend is not None:
+                raise
+            try:
+                self.backend, self._session = "reference", self._reference()
+            except UnsupportedError as also:
+                raise UnsupportedError(f"{missing} {also}") from also
+
+    def _onnxruntime(self) -> ort.InferenceSession:
+        for value in (*self._model.graph.inputs, *self._model.graph.outputs):
+            if value.dtype is not None and value.dtype not in _PLAIN:
+                raise UnsupportedError(f"onnxruntime takes no {value.dtype.name} array ({value.name!r}).")
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.log_severity_level = 4
+        options.use_deterministic_compute = True
+        try:
+            return ort.InferenceSession(self._hand_over(), options, providers=["CPUExecutionProvider"])
+        except ort_state.NotImplemented as error:
+            raise UnsupportedError(f"onnxruntime cannot run the model: {_first_line(error)}") from error
+        except Exception as error:
+            refused = UnsupportedError if any(text in str(error).lower() for text in _NO_KERNEL) else InputError
+            raise refused(f"onnxruntime cannot run the model: {_first_line(error)}") from error
+
+    def _hand_over(self) -> bytes | str:
+        """The model as onnxruntime takes it: bytes, or the path of a file with external data in a temporary folder."""
+        tensors = [tensor for graph in self._model.graphs() for tensor in _tensors(graph)]
+        if sum(tensor.nbytes for tensor in tensors) <= _IN_MEMORY:
+            content: bytes = _embedded(self._model).SerializeToString()
+            return content
+        self._folder = tempfile.TemporaryDirectory(prefix="cipm-ir-")
+        path = Path(self._folder.name) / "model.onnx"
+        try:
+            ir.save(self._model, path, external_data="model.data", size_threshold_bytes=1023)
+        except OSError as error:
+            raise InputError(
+                f"The model could not be written to the temporary folder {self._folder.name!r} to run it "
+                f"({error.strerror}); point TMPDIR to a larger disk."
+            ) from error
+        return str(path)
+
+    def _reference(self) -> ReferenceEvaluator:
+        try:
+            return ReferenceEvaluator(_embedded(self._model))
+        except Exception as error:
+            raise UnsupportedError(f"The reference evaluator cannot run the model: {_first_line(error)}") from error
+
+    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """Run once; gives the outputs by name, in the model's order or in that of `outputs`.
+
+        Raises:
+            InputError: the run failed, as it does for feeds of the wrong shape.
+        """
+        names = list(self.outputs if outputs is None else outputs)
+        try:
+            values = self._session.run(names, dict(feeds))
+        except Exception as error:
+            raise InputError(f"The model failed to run ({self.backend}): {_first_line(error)}") from error
+        if not all(isinstance(value, (np.ndarray, np.generic)) for value in values):
+            raise InputError("The model gives out sequences, maps or optionals; only tensors can be compared.")
+        return dict(zip(names, map(np.asarray, values), strict=True))
+
+    def close(self) -> None:
+        """Free the session and remove temporary files."""
+        if hasattr(self, "_session"):
+            del self._session
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def run(model: ir.Model, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+    """Run a model once, see `Runner`; `outputs` may name inner values of the main graph."""
+    known = {value.name for value in model.graph.outputs}
+    extra = [name for name in outputs or () if name not in known]
+    with Runner(model, extra_outputs=extra) as runner:
+        return runner.run(feeds, outputs)
+
+
+def _with_outputs(model: ir.Model, extra: Sequence[str]) -> ir.Model:
+    copy = model.clone()
+    for graph in copy.graphs():
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                value.const_value = named(value.const_value, value.name or "")
+    values = {value.name: value for node in copy.graph for value in node.outputs}
+    present = {value.name for value in copy.graph.outputs}
+    for name in extra:
+        if name not in values:
+            raise InputError(f"The graph has no inner value {name!r} to give out.")
+        if name not in present:
+            copy.graph.outputs.append(values[name])
+            present.add(name)
+    return copy
+
+
+def _tensors(graph: ir.Graph) -> list[ir.TensorProtocol]:
+    return [value.const_value for value in graph.initializers.values() if value.const_value is not None]
+
+
+def _embedded(model: ir.Model) -> onnx.ModelProto:
+    """A self-contained proto; `model` is the runner's own copy, whose external tensors are read here."""
+    copy = model.clone()
+    for graph in copy.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = _read_late(value.const_value)
+        for node in graph:
+            for name, attribute in list(node.attributes.items()):
+                if not attribute.is_ref() and isinstance(attribute.value, ir.ExternalTensor):
+                    node.attributes[name] = ir.AttrTensor(name, _read_late(attribute.value))
+    return ir.to_proto(copy)
+
+
+def _read_late(tensor: ir.ExternalTensor) -> ir.LazyTensor:
+    return ir.LazyTensor(lambda: tensor, tensor.dtype, ir.Shape(tensor.shape.numpy()), name=tensor.name)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    # onnxruntime's prefix says a code and the place in its own sources, which help no user.
+    if text.startswith("[ONNXRuntimeError]"):
+        text = text.split(" : ", 3)[-1]
+    return text.rstrip(".") + "."

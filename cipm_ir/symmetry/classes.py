@@ -1,0 +1,190 @@
+"""From events to coupled classes: one connected-components call, then blocks to a fixpoint.
+
+A class is the unit of removal: all positions of all tensors that belong to one hidden unit. Each class gets a
+signature. Two classes with equal signatures look alike to every event of the walk, so exchanging them, atom by atom in
+order of colour, is a symmetry of the whole graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from cipm_ir.ir.labels import Labels, mix
+from cipm_ir.symmetry.walk import Walk
+
+Hashes = npt.NDArray[np.uint64]
+Flags = npt.NDArray[np.bool_]
+_LOW = np.uint64((1 << 30) - 1)
+
+
+@dataclass
+class Links:
+    """Flat block links: row k says that block atom ``parent[k]`` holds ``child[k]``; ``event`` names the marginal."""
+
+    parent: Labels
+    child: Labels
+    event: Labels
+
+
+@dataclass
+class Classes:
+    """Coupled classes and what is known of each.
+
+    ``of[atom]`` is the class of an atom; ``free``, ``block``, ``real`` and ``signature`` are per class: nothing pins it,
+    it contains block labels, it contains positions of a parameter, what it looks like. ``colour`` is per atom.
+    """
+
+    of: Labels
+    count: int
+    free: Flags
+    block: Flags
+    real: Flags
+    signature: Hashes
+    colour: Hashes
+    links: Links
+
+
+def components(count: int, pairs: list[tuple[Labels, Labels]]) -> tuple[int, Labels]:
+    """Connected components of ``count`` nodes under pairs of arrays of equal length."""
+    if not pairs:
+        return count, np.arange(count, dtype=np.int64)
+    a = np.concatenate([p[0] for p in pairs])
+    b = np.concatenate([p[1] for p in pairs])
+    graph = coo_array((np.ones(len(a), np.int8), (a, b)), shape=(count, count)).tocsr()
+    number, label = connected_components(graph, directed=False)
+    return int(number), label.astype(np.int64)
+
+
+def scatter_sum(index: Labels, hashes: Hashes, count: int) -> Hashes:
+    """Sum of 60 bits of the hashes by index; exact in float64 up to 2^23 terms each."""
+    low = np.bincount(index, weights=(hashes & _LOW).astype(np.float64), minlength=count).astype(np.uint64)
+    high = np.bincount(index, weights=((hashes >> np.uint64(30)) & _LOW).astype(np.float64), minlength=count).astype(np.uint64)
+    with np.errstate(over="ignore"):
+        return np.asarray(mix(low) + mix(high + np.uint64(1)), dtype=np.uint64)
+
+
+def find_classes(walk: Walk) -> Classes:
+    """Classes, pins, blocks and signatures of a walked graph."""
+    rec = walk.rec
+    pairs = [(u.a, u.b) for u in rec.unifications]
+    count, of = components(rec.atoms, pairs)
+    links = _flat_links(walk)
+    if len(links.parent):
+        count, of = _close_blocks(count, of, links)
+    free = np.ones(count, bool)
+    for pin in rec.pins:
+        free[of[pin.labels]] = False
+    block = np.zeros(count, bool)
+    block[of[links.parent]] = True
+    real, atom_colour = _colours(walk, of, count)
+    real &= _touched(walk, of, count)
+    colour = _ranked(of, atom_colour)
+    signature = _signatures(walk, of, count, colour)
+    return Classes(of, count, free, block, real, signature, colour, links)
+
+
+def _flat_links(walk: Walk) -> Links:
+    parents, children, events = [], [], []
+    for k, link in enumerate(walk.rec.links):
+        rows, width = link.children.shape
+        parents.append(np.repeat(link.parents, width))
+        children.append(link.children.ravel())
+        events.append(np.full(rows * width, k, np.int64))
+    if not parents:
+        empty = np.zeros(0, np.int64)
+        return Links(empty, empty, empty)
+    return Links(np.concatenate(parents), np.concatenate(children), np.concatenate(events))
+
+
+def _close_blocks(count: int, of: Labels, links: Links) -> tuple[int, Labels]:
+    """Unify block labels that hold the same classes, and those of one event that share a class, until nothing changes."""
+    while True:
+        child, parent = of[links.child], of[links.parent]
+        rows = np.unique(np.stack([links.parent, child], 1), axis=0)
+        atoms, index = np.unique(rows[:, 0], return_inverse=True)
+        content = scatter_sum(index, mix(rows[:, 1]), len(atoms))
+        size = np.bincount(index)
+        order = np.lexsort((size, content))
+        same = (content[order][1:] == content[order][:-1]) & (size[order][1:] == size[order][:-1])
+        pairs = [(of[atoms[order[1:][same]]], of[atoms[order[:-1][same]]])]
+        order = np.lexsort((child, links.event))
+        same = (child[order][1:] == child[order][:-1]) & (links.event[order][1:] == links.event[order][:-1])
+        pairs.append((parent[order[1:][same]], parent[order[:-1][same]]))
+        number, label = components(count, pairs)
+        if number == count:
+            return count, of
+        count, of = number, label[of]
+
+
+def _colours(walk: Walk, of: Labels, count: int) -> tuple[Flags, Hashes]:
+    """Which classes are real, and a colour per atom: the factor it comes from and the selections it went through."""
+    rec = walk.rec
+    colour = np.zeros(rec.atoms, np.uint64)
+    real = np.zeros(count, bool)
+    starts = {}
+    for k, f in enumerate(walk.leaf_factors):
+        if f.active:
+            colour[f.base : f.base + f.size] = mix(2 * k + 1)
+            real[of[f.base : f.base + f.size]] = True
+        starts[f.base] = f.size
+    for k, (lo, hi) in enumerate(rec.fresh_ranges):
+        colour[lo:hi] = mix(2 * k + 2)
+        starts[lo] = hi - lo
+    with np.errstate(over="ignore"):
+        for k, (labels, salt) in enumerate(rec.marks):
+            tag = mix(np.asarray(salt) + (k + 1) * (1 << 34))
+            colour[labels] += tag
+        seen: set[int] = set()
+        for k, eq in enumerate(rec.equations):
+            labels = eq.labels
+            if id(labels) in seen or not labels.size or starts.get(int(labels[0])) == labels.size:
+                continue  # a whole factor: tells nothing apart
+            seen.add(id(labels))
+            hit = np.zeros(rec.atoms, bool)
+            hit[labels] = True
+            colour[hit] += mix((k + 1) * (1 << 44))
+    return real, colour
+
+
+def _touched(walk: Walk, of: Labels, count: int) -> Flags:
+    """Classes that some event mentions: rows of a table that nothing ever reads are not units."""
+    rec = walk.rec
+    touched = np.zeros(count, bool)
+    seen: set[int] = set()
+    events = [x for u in rec.unifications for x in (u.a, u.b)] + [e.labels for e in rec.equations]
+    for labels in events + [link.children.ravel() for link in rec.links]:
+        if id(labels) not in seen:
+            seen.add(id(labels))
+            touched[of[labels]] = True
+    return touched
+
+
+def _ranked(of: Labels, colour: Hashes) -> Hashes:
+    """Tell atoms of one class and colour apart by their order."""
+    order = np.lexsort((colour, of))
+    c, k = colour[order], of[order]
+    first = np.r_[True, (c[1:] != c[:-1]) | (k[1:] != k[:-1])]
+    if first.all():
+        return mix(colour)
+    position = np.arange(len(order))
+    rank = np.empty(len(order), np.int64)
+    rank[order] = position - np.maximum.accumulate(np.where(first, position, 0))
+    with np.errstate(over="ignore"):
+        return mix(colour + mix(rank))
+
+
+def _signatures(walk: Walk, of: Labels, count: int, colour: Hashes) -> Hashes:
+    total = scatter_sum(of, colour, count)
+    if not walk.rec.unifications:
+        return total
+    a = np.concatenate([u.a for u in walk.rec.unifications])
+    b = np.concatenate([u.b for u in walk.rec.unifications])
+    event = np.repeat(np.arange(len(walk.rec.unifications)), [len(u.a) for u in walk.rec.unifications])
+    with np.errstate(over="ignore"):
+        edges = mix(colour[a] + np.uint64(3) * colour[b] + mix(event))
+        return np.asarray(total + scatter_sum(of[a], edges, count), dtype=np.uint64)

@@ -1,0 +1,347 @@
+"""One walk over the graph: parameters get fresh atoms, rules carry them along and emit events."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from cipm_ir.ir.constants import constant_tensor, evaluate
+from cipm_ir.ir.labels import Array, Factor, State
+from cipm_ir.ir.shapes import Shapes, infer_shapes
+from cipm_ir.rules import load_rules
+from cipm_ir.rules.context import Literal, OpContext
+from cipm_ir.rules.events import Recorder
+from cipm_ir.rules.registry import Opaque, lookup
+
+LITERAL_SIZE = 4096
+_LABELLED_INTS = {ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT32, ir.DataType.INT4, ir.DataType.UINT4}
+Use = tuple[int, int]
+"""(position of the node in the graph, number of its input)."""
+
+
+@dataclass
+class LeafFactor:
+    """Atoms ``base .. base + size`` over some axes of a parameter.
+
+    ``groups``: 0 for a plain factor over ``axes``; otherwise the atoms are (groups, shape[axis]) and name positions of
+    ``axes[1]`` separately in each group of consecutive rows of ``axes[0]``. ``epsilon`` is set for a variance.
+    """
+
+    leaf: int
+    axes: tuple[int, ...]
+    base: int
+    shape: tuple[int, ...]
+    var: int
+    groups: int = 0
+    epsilon: float | None = None
+    active: bool = True
+
+    @property
+    def size(self) -> int:
+        """Number of atoms."""
+        return int(np.prod(self.shape))
+
+
+@dataclass
+class Leaf:
+    """A parameter as used in some places; another use of the same tensor may be another leaf."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: ir.DataType
+    uses: list[Use]
+    state: State
+    factors: list[LeafFactor] = field(default_factory=list)
+    filled: bool = False
+    """The output of a ConstantOfShape: equal entries, so that only its size ever changes."""
+
+
+@dataclass(frozen=True)
+class OpaqueNode:
+    """A node that pinned what reached it, and why."""
+
+    name: str
+    op: str
+    reason: str
+    inputs: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.name}: {self.reason}"
+
+
+@dataclass
+class Walk:
+    """All that the walk collected."""
+
+    rec: Recorder
+    shapes: Shapes
+    states: dict[str, State]
+    leaves: list[Leaf]
+    leaf_factors: list[LeafFactor]
+    use_leaf: dict[Use, int]
+    literals: dict[str, Literal]
+    opaque: list[OpaqueNode]
+    nodes: list[ir.Node]
+    macs: list[int]
+
+
+def walk(model: ir.Model) -> Walk:
+    """Walk the main graph of a model without model-local functions, in its (topological) order."""
+    load_rules()
+    return _Walker(model).run()
+
+
+class _Walker:
+    def __init__(self, model: ir.Model) -> None:
+        self.graph = model.graph
+        self.opsets = model.opset_imports
+        self.rec = Recorder()
+        self.shapes = infer_shapes(model)
+        self.states: dict[str, State] = {}
+        self.leaves: list[Leaf] = []
+        self.leaf_factors: list[LeafFactor] = []
+        self.use_leaf: dict[Use, int] = {}
+        self.literals: dict[str, Literal] = {}
+        self.opaque: list[OpaqueNode] = []
+        self.nodes = list(model.graph)
+        self.macs: list[int] = []
+        self.tied: dict[str, int] = {}
+        self.params: dict[str, tuple[ir.TensorProtocol | None, bool]] = {}
+        self.grouped_cache: dict[tuple[int, int], Factor] = {}
+        self.here = -1
+
+    def run(self) -> Walk:
+        graph, shapes = self.graph, self.shapes
+        for name, value in graph.initializers.items():
+            self.params[name] = (value.const_value, False)
+            self._literal(name, value.const_value)
+        for value in graph.inputs:
+            name = value.name or ""
+            if name not in self.params and name in shapes.first:
+                self.states[name] = State(shapes.first[name])
+        for position, node in enumerate(self.nodes):
+            self.here = self.rec.node = position
+            self._visit(node)
+        self.rec.node = -1
+        for value in graph.outputs:
+            name = value.name or ""
+            if name in self.params:
+                continue
+            state = self.states.get(name)
+            for f in state.factors if state else ():
+                self.rec.pin(f.labels, "graph output")
+                self.rec.zero(f.labels, f.var)
+        return Walk(
+            self.rec, shapes, self.states, self.leaves, self.leaf_factors, self.use_leaf, self.literals, self.opaque, self.nodes, self.macs
+        )
+
+    # ------------------------------------------------------------ parameters
+    def _literal(self, name: str, tensor: ir.TensorProtocol | None) -> None:
+        if tensor is None or tensor.size > LITERAL_SIZE or tensor.dtype == ir.DataType.STRING:
+            return
+        array = np.asarray(tensor.numpy())
+        self.literals[name] = (array, array)
+
+    def _parameter(self, value: ir.Value, use: Use) -> State:
+        """State of a parameter at this use: its own leaf, unless the tie is meant."""
+        name = value.name or ""
+        index = self.tied.get(name)
+        if index is None:
+            tensor, filled = self.params[name]
+            index = self._new_leaf(value, tensor, filled, use)
+            if self._stays_tied(value, tensor, filled):
+                self.tied[name] = index
+        else:
+            self.leaves[index].uses.append(use)
+        self.use_leaf[use] = index
+        return self.leaves[index].state
+
+    def _stays_tied(self, value: ir.Value, tensor: ir.TensorProtocol | None, filled: bool) -> bool:
+        """Whether several uses of one tensor are one parameter: a matrix with content, not a vector or a constant."""
+        if tensor is None or filled or (len(value.uses()) < 2 and not value.is_graph_output()):
+            return False
+        if sum(int(d) > 1 for d in tensor.shape) < 2:  # type: ignore[arg-type, operator]
+            return False
+        array = np.asarray(tensor.numpy())
+        return not bool((array[:1] == array.flat[0]).all() and (array == array.flat[0]).all())
+
+    def _new_leaf(self, value: ir.Value, tensor: ir.TensorProtocol | None, filled: bool, use: Use) -> int:
+        name = value.name or ""
+        shape = self.shapes.first[name] if tensor is None else tuple(int(d) for d in tensor.shape)  # type: ignore[arg-type]
+        dtype = tensor.dtype if tensor is not None else (value.dtype or ir.DataType.FLOAT)
+        leaf = Leaf(name, shape, dtype, [use], State(shape), filled=filled)
+        index = len(self.leaves)
+        if dtype.is_floating_point() or dtype in _LABELLED_INTS:
+            factors = []
+            for axis, size in enumerate(shape):
+                if size < 2:
+                    continue
+                labels, var = self.rec.allocate(size), self.rec.variable()
+                made = LeafFactor(index, (axis,), int(labels[0]), (size,), var)
+                leaf.factors.append(made)
+                self.leaf_factors.append(made)
+                factors.append(Factor((axis,), labels, var))
+                if not dtype.is_floating_point() or value.is_graph_output() or self._captured(value):
+                    self.rec.zero(labels, var)
+                if value.is_graph_output() or self._captured(value):
+                    self.rec.pin(labels, "graph output" if value.is_graph_output() else "captured by a subgraph")
+            leaf.state = State(shape, tuple(factors))
+        self.leaves.append(leaf)
+        return index
+
+    def _captured(self, value: ir.Value) -> bool:
+        return any(use.node.graph is not self.graph for use in value.uses())
+
+    # ------------------------------------------------------------ nodes
+    def _visit(self, node: ir.Node) -> None:
+        self.macs.append(0)
+        if node.op_type == "Constant" and not node.domain:
+            self._constant(node)
+            return
+        literals = [None if v is None else self.literals.get(v.name or "") for v in node.inputs]
+        if self._evaluated(node, literals) or self._filled(node, literals):
+            return
+        inputs: list[State | None] = []
+        for k, value in enumerate(node.inputs):
+            if value is None:
+                inputs.append(None)
+            elif value.name in self.params:
+                inputs.append(self._parameter(value, (self.here, k)))
+            else:
+                inputs.append(self.states.get(value.name or ""))
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        shapes = [self.shapes.first.get(v.name or "") for v in node.outputs]
+        version = node.version or self.opsets.get(domain, 1)
+        op = OpContext(node, version, inputs, shapes, literals, self.rec, self.shapes.second, self)
+        entry = lookup(domain, node.op_type)
+        try:
+            if entry is None:
+                raise Opaque("no rule for this operator")
+            if any(v is not None and s is None for v, s in zip(node.inputs, inputs, strict=True)):
+                raise Opaque("the shape of an input is not known")
+            entry.labels(op)
+            if entry.macs is not None:
+                self.macs[-1] = entry.macs(op)
+        except Opaque as reason:
+            self._pin_all(op, str(reason))
+            op.outputs = [None if s is None else State(s) for s in shapes]
+        for value, state in zip(node.outputs, op.outputs, strict=False):
+            if state is not None and value.name:
+                self.states[value.name] = state
+
+    def _pin_all(self, op: OpContext, reason: str) -> None:
+        node = op.node
+        names = []
+        for value, state in zip(node.inputs, op.inputs, strict=True):
+            if state is not None and state.factors:
+                names.append("" if value is None else value.name or "")
+            op.pin(state, f"{node.op_type}: {reason}")
+        for value in _captured_values(node):
+            if value.name in self.params:
+                continue  # such a parameter is pinned where it is created
+            op.pin(self.states.get(value.name or ""), f"captured by a subgraph of {node.op_type}")
+        self.opaque.append(OpaqueNode(node.name or "", node.op_type, reason, tuple(names)))
+
+    def _constant(self, node: ir.Node) -> None:
+        name = node.outputs[0].name or ""
+        tensor = constant_tensor(node)
+        if tensor is None:  # strings, sparse tensors
+            self.states[name] = State(self.shapes.first.get(name, ()))
+            return
+        self.params[name] = (tensor, False)
+        self._literal(name, tensor)
+
+    def _evaluated(self, node: ir.Node, literals: list[Literal | None]) -> bool:
+        """Follow chains of shapes and indices as numbers; True where nothing else is left to do."""
+        if not node.outputs or len(node.outputs) > 1 or any(v is not None and lit is None for v, lit in zip(node.inputs, literals, strict=True)):
+            if node.op_type not in ("Shape", "Size"):
+                return False
+        source = node.inputs[0] if node.inputs else None
+        name = (source.name or "") if source is not None else ""
+        first_shape, second_shape = self.shapes.first.get(name), self.shapes.second.get(name)
+        first = evaluate(node, [None if p is None else p[0] for p in literals], first_shape, 0)
+        if first is None:
+            return False
+        second: Array | None = first
+        if not self.shapes.static:
+            second = evaluate(node, [None if p is None else p[1] for p in literals], second_shape, 0)
+        out = node.outputs[0].name or ""
+        if second is not None:
+            self.literals[out] = (first, first if first.shape == second.shape and (first == second).all() else second)
+        if first.dtype.kind not in "iub":
+            return False
+        self.states[out] = State(first.shape)
+        self.shapes.first.setdefault(out, first.shape)
+        return True
+
+    def _filled(self, node: ir.Node, literals: list[Literal | None]) -> bool:
+        """ConstantOfShape of a constant shape is a parameter."""
+        if node.op_type != "ConstantOfShape" or node.domain or literals[0] is None or literals[0][0] is not literals[0][1]:
+            return False
+        value = node.outputs[0]
+        name = value.name or ""
+        self.params[name] = (None, True)
+        self.shapes.first[name] = tuple(int(d) for d in literals[0][0])
+        fill = node.attributes.get("value")
+        array = np.zeros(1, np.float32) if fill is None else fill.as_tensor().numpy()
+        if value.dtype is None:
+            value.dtype = ir.DataType.from_numpy(array.dtype)
+        if int(np.prod(self.shapes.first[name])) <= LITERAL_SIZE:
+            full = np.full(self.shapes.first[name], array.reshape(-1)[0], array.dtype)
+            self.literals[name] = (full, full)
+        return True
+
+    # ------------------------------------------------------------ seeds
+    def grouped(self, node: ir.Node, index: int, axis: int, groups: int) -> Factor | None:
+        """See `Seeds.grouped`."""
+        where = self.use_leaf.get((self.here, index))
+        if where is None:
+            return None
+        leaf = self.leaves[where]
+        known = self.grouped_cache.get((where, groups))
+        if known is not None:
+            return known
+        if leaf.shape[axis] == 1:
+            made = Factor((0, 1), self.rec.fresh(groups, 1), self.rec.variable())
+        else:
+            for f in leaf.factors:
+                if f.axes == (axis,):
+                    f.active = False
+            labels, var = self.rec.allocate(groups, leaf.shape[axis]), self.rec.variable()
+            factor = LeafFactor(where, (0, axis), int(labels[0, 0]), labels.shape, var, groups)
+            leaf.factors.append(factor)
+            self.leaf_factors.append(factor)
+            made = Factor((0, 1), labels, var)
+        self.grouped_cache[where, groups] = made
+        return made
+
+    def variance(self, node: ir.Node, index: int, epsilon: float) -> bool:
+        """See `Seeds.variance`."""
+        where = self.use_leaf.get((self.here, index))
+        if where is None:
+            return False
+        leaf = self.leaves[where]
+        known = {f.epsilon for f in leaf.factors} - {None}
+        if known and known != {epsilon}:
+            return False
+        for f in leaf.factors:
+            f.epsilon = epsilon
+        return True
+
+
+def _captured_values(node: ir.Node) -> list[ir.Value]:
+    """Values of outer graphs that the subgraphs of a node use."""
+    found: list[ir.Value] = []
+    for attr in node.attributes.values():
+        graphs = [attr.as_graph()] if attr.type == ir.AttributeType.GRAPH else []
+        if attr.type == ir.AttributeType.GRAPHS:
+            graphs = list(attr.as_graphs())
+        for graph in graphs:
+            inside = {v for n in graph for v in n.outputs} | set(graph.inputs) | set(graph.initializers.values())
+            for inner in graph:
+                found.extend(v for v in inner.inputs if v is not None and v not in inside)
+                found.extend(v for v in _captured_values(inner) if v not in inside)
+            found.extend(v for v in graph.outputs if v not in inside)
+    return found

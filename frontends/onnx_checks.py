@@ -1,0 +1,238 @@
+"""What is wrong with an ONNX model, in one sentence that names the node, value or tensor.
+
+All checks of structure are linear in the number of nodes. onnx_ir repairs or drops some defects silently (undefined
+names, unnamed or sparse initializers, training info); the checks on the proto see them before that happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from cipm_ir.errors import InputError, UnsupportedError
+from cipm_ir.runtime.graphs import describe_node
+
+_FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
+
+# --- the proto ------------------------------------------------------------------------------------
+
+
+def check_proto(proto: onnx.ModelProto) -> None:
+    """Refuse what onnx_ir would drop or misread.
+
+    Raises:
+        InputError: no graph, outputs, ir_version or opset imports; a name defined twice; a tensor whose data contradict
+            its shape.
+        UnsupportedError: training info, sparse tensors, map types.
+    """
+    if not proto.HasField("graph"):
+        raise InputError("The model holds no graph; the file is truncated or not an ONNX model.")
+    if not proto.graph.output:
+        raise InputError("The graph has no outputs; the file is truncated or not an ONNX model.")
+    if proto.ir_version < 1:
+        raise InputError("The model has no ir_version; the file is truncated or not an ONNX model.")
+    if not proto.opset_import:
+        raise InputError("The model has no opset imports, so the meaning of its operators is unknown.")
+    if proto.training_info:
+        raise UnsupportedError("The model holds training_info, which would be lost; remove it first.")
+    texts = (proto.producer_name, proto.producer_version, proto.domain, proto.doc_string)
+    _check_text((*texts, *(entry.domain for entry in proto.opset_import)), "the header of the model")
+    _check_graph(proto.graph)
+    for function in proto.functions:
+        _check_unique(function.input, "input", f"function {function.name!r}")
+        _check_nodes(function.node, set(function.input))
+
+
+def _check_graph(graph: onnx.GraphProto) -> None:
+    where = f"graph {graph.name!r}"
+    if graph.sparse_initializer:
+        name = graph.sparse_initializer[0].values.name
+        raise UnsupportedError(
+            f"Initializer {name!r} is a sparse_initializer, which would be lost; make it dense first."
+        )
+    names = [tensor.name for tensor in graph.initializer]
+    infos = (*graph.input, *graph.output, *graph.value_info)
+    _check_text((graph.name, graph.doc_string, *names, *(info.name for info in infos)), where)
+    if "" in names:
+        raise InputError(f"Initializer {names.index('')} of {where} has no name.")
+    inputs = [info.name for info in graph.input]
+    _check_unique(names, "initializer", where)
+    _check_unique(inputs, "input", where)
+    for tensor in graph.initializer:
+        check_tensor(tensor, f"Initializer {tensor.name!r}")
+    for info in (*graph.input, *graph.output):
+        if _has_map(info.type):
+            raise UnsupportedError(
+                f"Value {info.name!r} is a map, which the graph IR cannot hold; remove the ZipMap node."
+            )
+    _check_nodes(graph.node, {*names, *inputs})
+
+
+def _check_nodes(nodes: Iterable[onnx.NodeProto], defined: set[str]) -> None:
+    for node in nodes:
+        texts = (node.name, node.op_type, node.domain, node.overload, node.doc_string, *node.input, *node.output)
+        _check_text(texts, f"a {node.op_type} node")
+        for name in node.output:
+            if name and name in defined:
+                raise InputError(f"Value {name!r} is defined twice, the second time by {describe_node(node)}.")
+            defined.add(name)
+        for attribute in node.attribute:
+            _check_attribute(attribute, node)
+
+
+def _check_attribute(attribute: onnx.AttributeProto, node: onnx.NodeProto) -> None:
+    _check_text((attribute.name, attribute.ref_attr_name, attribute.doc_string), describe_node(node))
+    if attribute.type == onnx.AttributeProto.UNDEFINED:
+        raise InputError(f"Attribute {attribute.name!r} of {describe_node(node)} has no type.")
+    if attribute.HasField("g"):
+        _check_graph(attribute.g)
+    elif attribute.HasField("t"):
+        check_tensor(attribute.t, f"Attribute {attribute.name!r} of {describe_node(node)}")
+    elif attribute.HasField("sparse_tensor") or attribute.sparse_tensors:
+        raise UnsupportedError(
+            f"Attribute {attribute.name!r} of {describe_node(node)} is a sparse tensor; make it dense."
+        )
+    else:
+        for graph in attribute.graphs:
+            _check_graph(graph)
+        for tensor in attribute.tensors:
+            check_tensor(tensor, f"Attribute {attribute.name!r} of {describe_node(node)}")
+
+
+def _check_text(texts: Iterable[str | bytes], where: str) -> None:
+    # Protobuf hands a string that is not UTF-8 out as bytes, and then refuses to write it.
+    for text in texts:
+        if isinstance(text, bytes):
+            raise InputError(f"The name {text!r} in {where} is not valid text (UTF-8); the model is damaged.")
+
+
+def _check_unique(names: Sequence[str], kind: str, where: str) -> None:
+    if len(set(names)) < len(names):
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise InputError(f"The {kind} {twice!r} of {where} is defined twice.")
+
+
+def _has_map(kind: onnx.TypeProto) -> bool:
+    while kind.HasField("sequence_type") or kind.HasField("optional_type"):
+        kind = (kind.sequence_type if kind.HasField("sequence_type") else kind.optional_type).elem_type
+    return bool(kind.HasField("map_type"))
+
+
+def check_tensor(tensor: onnx.TensorProto, label: str) -> None:
+    """Refuse a tensor of unknown type or whose stored size contradicts its dims (external data: see DataFolder).
+
+    Raises:
+        InputError: with `label` as its subject.
+    """
+    dims = list(tensor.dims)
+    try:
+        dtype = ir.DataType(tensor.data_type)
+    except ValueError:
+        raise InputError(f"{label} has the unknown data type {tensor.data_type}.") from None
+    if dtype == ir.DataType.UNDEFINED:
+        raise InputError(f"{label} has no data type.")
+    if any(dim < 0 for dim in dims):
+        raise InputError(f"{label} has a negative dimension: {dims}.")
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        _check_external_entry(tensor, label)
+        return
+    size = int(np.prod(dims, dtype=np.int64))
+    if tensor.HasField("raw_data") and dtype != ir.DataType.STRING:
+        found, needed, unit = len(tensor.raw_data), -(-size * dtype.bitwidth // 8), "bytes"
+    else:
+        found, needed, unit = sum(len(getattr(tensor, field)) for field in _FIELDS), _entries(dtype, size), "entries"
+    if found != needed:
+        raise InputError(f"{label} has shape {dims} of {dtype.name}, which takes {needed} {unit}, but holds {found}.")
+
+
+def _entries(dtype: ir.DataType, size: int) -> int:
+    if dtype in (ir.DataType.COMPLEX64, ir.DataType.COMPLEX128):
+        return 2 * size
+    # The two- and four-bit types are packed, one byte to an int32; the six-bit ones are not.
+    packed = dtype != ir.DataType.STRING and dtype.bitwidth in (2, 4)
+    return -(-size * dtype.bitwidth // 8) if packed else size
+
+
+def _check_external_entry(tensor: onnx.TensorProto, label: str) -> None:
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    if not entries.get("location"):
+        raise InputError(f"{label} is marked as external data, but names no file.")
+    for key in ("offset", "length"):
+        if not entries.get(key, "0").isdigit():
+            raise InputError(f"{label} has the external data {key} {entries[key]!r}, which is not a whole number.")
+
+
+# --- order ----------------------------------------------------------------------------------------
+
+
+def check_order(model: ir.Model) -> None:
+    """Refuse a graph in which a value is read before it is defined, or never defined.
+
+    Raises:
+        InputError: naming the node and the value, and the cycle if there is one.
+    """
+    if not model.graph.outputs:
+        raise InputError("The graph has no outputs.")
+    if not model.opset_imports:
+        raise InputError("The model has no opset imports, so the meaning of its operators is unknown.")
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        _check_order(graph, set())
+
+
+def _check_order(graph: ir.Graph, defined: set[int]) -> None:
+    """`defined` holds ids of values: names may be shadowed in subgraphs."""
+    here = [id(value) for value in (*graph.inputs, *graph.initializers.values())]
+    defined.update(here)
+    for node in graph:
+        for value in node.inputs:
+            if value is not None and id(value) not in defined:
+                raise _order_error(node, value)
+        for attribute in node.attributes.values():
+            if not attribute.is_ref() and attribute.type == ir.AttributeType.GRAPH:
+                _check_order(attribute.value, defined)
+            elif not attribute.is_ref() and attribute.type == ir.AttributeType.GRAPHS:
+                for subgraph in attribute.value:
+                    _check_order(subgraph, defined)
+        outputs = [id(value) for value in node.outputs]
+        defined.update(outputs)
+        here += outputs
+    for value in graph.outputs:
+        if id(value) not in defined:
+            raise InputError(f"Output {value.name!r} of graph {graph.name!r} is made by no node of that graph.")
+    defined.difference_update(here)
+
+
+def _order_error(node: ir.Node, value: ir.Value) -> InputError:
+    producer = value.producer()
+    reader = describe_node(node)
+    if producer is None:
+        return InputError(f"{_capital(reader)} reads {value.name!r}, which no node, input or initializer defines.")
+    if producer is node:
+        return InputError(f"The graph has a cycle: {reader} reads its own output {value.name!r}.")
+    if any(above is node for above in _ancestors(producer)):
+        return InputError(
+            f"The graph has a cycle: {reader} reads {value.name!r}, whose producer, {describe_node(producer)}, depends "
+            "on that node."
+        )
+    return InputError(
+        f"{_capital(reader)} reads {value.name!r} before {describe_node(producer)} makes it; "
+        "sort the nodes topologically."
+    )
+
+
+def _ancestors(node: ir.Node) -> Iterator[ir.Node]:
+    seen: set[int] = set()
+    stack = [node]
+    while stack:
+        for above in stack.pop().predecessors():
+            if id(above) not in seen:
+                seen.add(id(above))
+                stack.append(above)
+                yield above
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

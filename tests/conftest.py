@@ -1,0 +1,49 @@
+"""What every test may ask for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import settings
+
+# Runs share their machine with others: a deadline per example would fail on load, not on defects.
+settings.register_profile("cipm", deadline=None, max_examples=50)
+settings.load_profile("cipm")
+
+LIGHT_MODELS = 9
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes more than about ten seconds; leave out with -m 'not slow'")
+    config.addinivalue_line("markers", "models: needs torch and transformers (the extra test-models)")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """The same random numbers in every run and every test."""
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder with graphs/ and cifar10/, named by CIPM_TEST_DATA."""
+    name = os.environ.get("CIPM_TEST_DATA")
+    if not name:
+        pytest.skip("CIPM_TEST_DATA does not name the folder with graphs/ and cifar10/")
+    folder = Path(name)
+    if not (folder / "graphs").is_dir():
+        pytest.fail(f"CIPM_TEST_DATA is {name}, which has no folder graphs/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def light_model_paths() -> tuple[Path, ...]:
+    """The nine architectures that the onnx package ships, with constant weights."""
+    folder = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
+    paths = tuple(sorted(folder.glob("light_*.onnx")))
+    assert len(paths) == LIGHT_MODELS, f"{folder} holds {len(paths)} light models, not {LIGHT_MODELS}"
+    return paths
