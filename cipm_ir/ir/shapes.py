@@ -137,3 +137,32 @@ def _substitute(info: onnx.ValueInfoProto, symbols: dict[str, int]) -> bool:
             return False
         dim.dim_value = symbols[dim.dim_param]
     return True
+
+
+def infer_node(node: ir.Node, inputs: list[Shape | None], version: int) -> list[Shape | None]:
+    """Output shapes of one node from those of its inputs, where the whole-graph inference gave up."""
+    none: list[Shape | None] = [None] * len(node.outputs)
+    if any(v is not None and s is None for v, s in zip(node.inputs, inputs, strict=True)):
+        return none
+    types = {}
+    data = {}
+    for value, shape in zip(node.inputs, inputs, strict=True):
+        if value is not None:
+            dtype = value.dtype or ir.DataType.FLOAT
+            types[value.name or ""] = onnx.helper.make_tensor_type_proto(int(dtype), shape)
+            if value.const_value is not None and value.const_value.size <= 64:
+                data[value.name or ""] = ir.to_proto(value.const_value)
+    try:
+        schema = onnx.defs.get_schema(node.op_type, version, node.domain)
+        found = onnx.shape_inference.infer_node_outputs(
+            schema, ir.to_proto(node), types, data, opset_imports=[onnx.helper.make_opsetid(node.domain, version)]
+        )
+    except (onnx.defs.SchemaError, onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError):
+        return none
+    out: list[Shape | None] = []
+    for value in node.outputs:
+        proto = found.get(value.name or "")
+        dims = proto.tensor_type.shape.dim if proto is not None and proto.tensor_type.HasField("shape") else None
+        known = dims is not None and all(d.WhichOneof("value") == "dim_value" for d in dims)
+        out.append(tuple(int(d.dim_value) for d in dims) if known and dims is not None else None)
+    return out

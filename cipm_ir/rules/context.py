@@ -104,6 +104,21 @@ class OpContext:
                 self.rec.pin(self.rec.marginal(factor, hit).labels, reason)
                 self.freeze_factor(factor)
 
+    def without(self, state: State, axes: Iterable[int], reason: str) -> State:
+        """Pin what moves along some axes; a joint factor goes on over its other axes, by its blocks there."""
+        gone = set(axes)
+        if not gone or not any(gone & set(f.axes) for f in state.factors):
+            return state
+        self.pin(state, reason, sorted(gone))
+        factors = []
+        for f in state.factors:
+            rest = tuple(a for a in f.axes if a not in gone)
+            if len(rest) == len(f.axes):
+                factors.append(f)
+            elif rest:
+                factors.append(self.rec.marginal(f, rest))
+        return State(state.shape, tuple(factors), state.uniform)
+
     def freeze_factor(self, factor: Factor, *, scale: bool = True, sign: bool = True) -> None:
         """No scaling (no sign) on this factor."""
         self.rec.zero(factor.labels, factor.var, scale=scale, sign=sign)

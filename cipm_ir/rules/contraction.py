@@ -81,6 +81,8 @@ def _meet(op: OpContext, p: _Piece, q: _Piece, out: set[str]) -> None:
     a, b = rec.marginal(p.factor, _axes(p, common)), rec.marginal(q.factor, _axes(q, common))
     order = [q.factor.axes[q.letters.index(x)] for x in common]
     rec.unify(a.labels, b.on(order))
+    if not out >= set(common):
+        rec.contracted(p.factor.labels, q.factor.labels)
     if len(common) == len(p.letters) == len(q.letters):
         if not out & set(common):
             rec.equate(p.factor.labels, ((p.var, 1), (q.var, 1)))

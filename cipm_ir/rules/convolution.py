@@ -42,9 +42,8 @@ def resize_group(r: Resize) -> None:
 
 def _channels(op: OpContext, state: State, kind: str) -> State:
     """The first two axes; what moves along the others is pinned."""
-    op.pin(state, f"{kind} of {op.node.op_type}", range(2, state.rank))
-    kept = tuple(f for f in state.factors if all(a < 2 for a in f.axes))
-    return State(state.shape[:2], kept, frozenset(a for a in state.uniform if a < 2))
+    state = op.without(state, range(2, state.rank), f"{kind} of {op.node.op_type}")
+    return State(state.shape[:2], state.factors, frozenset(a for a in state.uniform if a < 2))
 
 
 def _with_bias(op: OpContext, out: State, index: int) -> None:
@@ -114,6 +113,7 @@ def _grouped(op: OpContext, x: State, w: State, group: int, weight: int) -> tupl
     joint = op.grouped(weight, 1, group)
     if joint is not None:
         rec.unify(x_grid.labels, joint.labels)
+        rec.contracted(x_grid.labels, joint.labels)
         rec.equate(joint.labels, ((fx.var, 1), (joint.var, 1)))
     else:
         fi = _simple(w, 1)
@@ -122,6 +122,7 @@ def _grouped(op: OpContext, x: State, w: State, group: int, weight: int) -> tupl
             rec.pin(columns.labels, "grouped convolution with a fixed in-axis")
         else:
             rec.unify(columns.labels, fi.labels)
+            rec.contracted(fx.labels, fi.labels)
             op.freeze_factor(fi)
         op.freeze_factor(fx)
     return (Factor((1,), fo.labels, fo.var, fo.repeats),)
@@ -141,6 +142,8 @@ def conv_transpose(op: OpContext) -> None:
     if fx is None or fc is None:
         raise Opaque("grouped transposed convolution with fixed channels")
     op.unify(fx, fc)
+    if not channels == group == outs:
+        rec.contracted(fx.labels, fc.labels)
     if channels == group == outs:
         var = rec.variable()
         rec.equate(fx.labels, ((var, 1), (fx.var, -1), (fc.var, -1)))
@@ -180,7 +183,5 @@ def pool(op: OpContext) -> None:
 @operator("LRN")
 def lrn(op: OpContext) -> None:
     """Local response normalization mixes neighbouring channels."""
-    op.pin(op.state(0), "LRN mixes neighbouring channels", [1])
     op.freeze(op.state(0))
-    x = op.state(0)
-    op.like(0, State(x.shape, tuple(f for f in x.factors if 1 not in f.axes), x.uniform))
+    op.like(0, op.without(op.state(0), [1], "LRN mixes neighbouring channels"))

@@ -54,6 +54,15 @@ class Equation:
     inexact: bool = False
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Contraction:
+    """Both operands of a node are summed over these atoms (equal shapes)."""
+
+    node: int
+    a: Labels
+    b: Labels
+
+
 @dataclass
 class Recorder:
     """Allocates atoms and scale variables and collects events."""
@@ -67,6 +76,7 @@ class Recorder:
     marks: list[tuple[Labels, int | np.ndarray]] = field(default_factory=list)
     equations: list[Equation] = field(default_factory=list)
     normalized: list[Labels] = field(default_factory=list)
+    contractions: list[Contraction] = field(default_factory=list)
     fresh_ranges: list[tuple[int, int]] = field(default_factory=list)
     _marginals: dict[tuple[int, tuple[int, ...]], tuple[Labels, Factor]] = field(default_factory=dict)
 
@@ -120,6 +130,10 @@ class Recorder:
             self.links.append(Link(parents.ravel(), children, key[1]))
             known = self._marginals[key] = (factor.labels, Factor(axes, parents, ZERO))
         return Factor(axes, known[1].labels, ZERO)
+
+    def contracted(self, a: Labels, b: Labels) -> None:
+        """The node sums products over these atoms."""
+        self.contractions.append(Contraction(self.node, a.ravel(), b.ravel()))
 
     def normalizes(self, labels: Labels) -> None:
         """A statistic over these atoms is taken: removing one changes the others."""

@@ -103,8 +103,7 @@ def slice_(op: OpContext) -> None:
     if bounds is None:
         axes = op.const(3)
         touched = range(state.rank) if axes is None else [int(a) % state.rank for a in axes.ravel()]
-        op.pin(state, "Slice with computed bounds", list(touched))
-        op.set(0, [f for f in state.factors if not set(f.axes) & set(touched)], state.uniform)
+        op.set(0, op.without(state, touched, "Slice with computed bounds").factors, state.uniform)
         return
     current = state
     for axis, start, end, step in bounds:
@@ -264,7 +263,8 @@ def gather(op: OpContext) -> None:
         if axis not in f.axes:
             factors.append(f.moved(place))
         elif index is None:
-            op.pin(State(state.shape, (f,)), "rows of Gather chosen at run time", [axis])
+            rest = op.without(State(state.shape, (f,)), [axis], "rows of Gather chosen at run time")
+            factors.extend(g.moved(place) for g in rest.factors)
         else:
             flat = index.ravel().astype(np.int64) % state.shape[axis]
             g = taken(op, f, axis, flat)
@@ -306,8 +306,7 @@ def gather_nd(op: OpContext) -> None:
     state, indices = op.state(0), op.state(1)
     depth = indices.shape[-1] + int(op.attr("batch_dims", 0))
     op.pin(indices, "indices")
-    op.pin(state, f"{op.node.op_type} with indices from outside", range(depth))
-    rest = [f for f in state.factors if all(a >= depth for a in f.axes)]
+    rest = op.without(state, range(depth), f"{op.node.op_type} with indices from outside").factors
     if op.node.op_type == "GatherND":
         shift = len(op.shape()) - state.rank
         op.set(0, [f.moved({a: a + shift for a in f.axes}) for f in rest], [a + shift for a in state.uniform if a >= depth])
@@ -317,9 +316,8 @@ def gather_nd(op: OpContext) -> None:
     if op.attr("reduction", "none") not in ("none", "add"):
         op.freeze(updates)
         op.freeze(state)
-    back = tuple(Factor(tuple(a - shift for a in f.axes), f.labels, f.var, f.repeats) for f in updates.factors)
-    lifted = State(state.shape, tuple(f for f in back if all(a >= depth for a in f.axes)))
-    op.pin(updates, "ScatterND with indices from outside", range(indices.rank - 1))
+    updates = op.without(updates, range(depth + shift), "ScatterND with indices from outside")
+    lifted = State(state.shape, tuple(f.moved({a: a - shift for a in f.axes}) for f in updates.factors))
     out = []
     for f in rest:
         own = lifted.factor_of(f.axes[0])
@@ -392,12 +390,10 @@ def pad(op: OpContext) -> None:
     if pads is None:  # computed: only axes that keep their size under both assignments can be known
         a, b = op.second_shape(op.node.inputs[0]), op.second_shape(op.node.outputs[0])
         pads = [(0, 0) if state.shape[k] == shape[k] and (a is None or b is None or a[k] == b[k]) else (1, 1) for k in range(state.rank)]
-        op.pin(state, "Pad by a computed amount", [k for k in range(state.rank) if pads[k] != (0, 0)])
-        state = State(state.shape, tuple(f for f in state.factors if all(pads[x] == (0, 0) for x in f.axes)), state.uniform)
+        state = op.without(state, [k for k in range(state.rank) if pads[k] != (0, 0)], "Pad by a computed amount")
     if mode not in ("constant", b"constant"):
         padded = [k for k in range(state.rank) if pads[k] != (0, 0)]
-        op.pin(state, f"Pad in mode {mode}", padded)
-        state = State(state.shape, tuple(f for f in state.factors if not set(f.axes) & set(padded)), state.uniform)
+        state = op.without(state, padded, f"Pad in mode {mode}")
     factors = []
     for f in state.factors:
         hit = [x for x in f.axes if pads[x] != (0, 0)]
@@ -406,7 +402,7 @@ def pad(op: OpContext) -> None:
             op.freeze_factor(f)
             g = fixed(f)
         if len(hit) > 1 or (hit and len(f.axes) > 1):
-            op.pin(State(state.shape, (f,)), "Pad of a joint factor", hit)
+            factors.extend(op.without(State(state.shape, (f,)), hit, "Pad of a joint factor").factors)
             continue
         if hit:
             if min(pads[hit[0]]) < 0:

@@ -22,8 +22,8 @@ def batch_normalization(op: OpContext) -> None:
     if f is None or f.axes != (1,):
         for k in range(1, 5):
             op.pin(op.state(k), "BatchNormalization of fixed channels")
-        op.pin(x, "BatchNormalization over a joint factor", [1])
-        op.like(0, State(x.shape, tuple(g for g in x.factors if 1 not in g.axes)))
+        rest = op.without(x, [1], "BatchNormalization over a joint factor")
+        op.like(0, op.without(rest, range(x.rank), "spatial position under BatchNormalization"))
         return
     rec = op.rec
     gamma, beta, mean, variance = (op.vector(k, f) for k in range(1, 5))
@@ -188,5 +188,5 @@ def hardmax(op: OpContext) -> None:
     op.freeze(x)
     axis = int(op.attr("axis", -1 if op.version >= 13 else 1)) % x.rank
     axes = [axis] if op.version >= 13 else range(axis, x.rank)
-    op.pin(x, "Hardmax depends on order", list(axes))
-    op.like(0, State(x.shape, tuple(fixed(f) for f in x.factors if not set(f.axes) & set(axes)), x.uniform))
+    rest = op.without(x, axes, "Hardmax depends on order")
+    op.like(0, State(x.shape, tuple(fixed(f) for f in rest.factors), x.uniform))

@@ -65,10 +65,10 @@ def arg_extremum(op: OpContext) -> None:
     x = op.state(0)
     op.freeze(x)
     axis = int(op.attr("axis", 0)) % x.rank
-    op.pin(x, f"{op.node.op_type} gives positions along this axis", [axis])
+    x = op.without(x, [axis], f"{op.node.op_type} gives positions along this axis")
     keep = bool(op.attr("keepdims", 1))
     place = {a: a if keep or a < axis else a - 1 for a in range(x.rank)}
-    op.set(0, [Factor(f.axes, f.labels, ZERO, f.repeats).moved(place) for f in x.factors if axis not in f.axes])
+    op.set(0, [Factor(f.axes, f.labels, ZERO, f.repeats).moved(place) for f in x.factors])
 
 
 @operator("TopK")
@@ -77,9 +77,9 @@ def top_k(op: OpContext) -> None:
     x = op.state(0)
     op.freeze(x)
     axis = int(op.attr("axis", -1)) % x.rank
-    op.pin(x, "TopK sorts along this axis", [axis])
+    x = op.without(x, [axis], "TopK sorts along this axis")
     op.pin(op.optional(1), "k of TopK")
-    rest = [Factor(f.axes, f.labels, ZERO, f.repeats) for f in x.factors if axis not in f.axes]
+    rest = [Factor(f.axes, f.labels, ZERO, f.repeats) for f in x.factors]
     for k in range(len(op.node.outputs)):
         op.set(k, rest)
 
@@ -91,5 +91,4 @@ def cumulative_sum(op: OpContext) -> None:
     axis = op.const(1)
     axes = list(range(x.rank)) if axis is None else [int(axis.reshape(())) % x.rank]
     op.pin(op.optional(1), "axis of CumSum")
-    op.pin(x, "CumSum depends on order", axes)
-    op.like(0, State(x.shape, tuple(f for f in x.factors if not set(f.axes) & set(axes)), x.uniform))
+    op.like(0, op.without(x, axes, "CumSum depends on order"))

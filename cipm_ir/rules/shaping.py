@@ -123,8 +123,6 @@ def depth_space(op: OpContext) -> None:
     state, out, b = op.state(0), op.shape(), int(op.attr("blocksize"))
     n, c, h, w = state.shape
     mode = op.attr("mode", "DCR")
-    if any(f.axes != (1,) for f in state.factors):
-        raise Opaque("labels on spatial axes")
     if op.node.op_type == "SpaceToDepth":
         steps = ((n, c, h // b, b, w // b, b), (0, 3, 5, 1, 2, 4))
     elif mode in ("CRD", b"CRD"):
@@ -133,33 +131,8 @@ def depth_space(op: OpContext) -> None:
         steps = ((n, b, b, c // (b * b), h, w), (0, 3, 4, 1, 5, 2))
     middle = reshaped(op, state, steps[0])
     place = {a: k for k, a in enumerate(steps[1])}
-    moved = tuple(f.moved(place) for f in middle.factors)
     shape = tuple(steps[0][a] for a in steps[1])
-    factors = []
-    for f in moved:
-        axes = f.axes
-        if op.node.op_type == "DepthToSpace":
-            factors.append(_space(op, f, shape))
-        else:
-            factors.extend(reshaped(op, State(shape, (f,)), out).factors)
-            continue
-        del axes
-    op.set(0, [f for f in factors if f is not None])
-
-
-def _space(op: OpContext, f: Factor, shape: tuple[int, ...]) -> Factor | None:
-    """(n, c, h, b, w, b): the offset inside a block is a spatial position, so the c b b channels of a pixel move together."""
-    if f.axes == (1,):
-        return f
-    columns = f.on([a for a in (1, 3, 5) if a in f.axes])
-    if f.axes[0] != 1:
-        op.rec.pin(f.labels, "channels that become spatial positions")
-        op.freeze_factor(f)
-        return None
-    table = columns.reshape(columns.shape[0], -1)
-    for k in range(1, table.shape[1]):
-        op.rec.unify(table[:, 0], table[:, k])
-    return Factor((1,), np.ascontiguousarray(table[:, 0]), f.var, f.repeats)
+    op.like(0, reshaped(op, State(shape, tuple(f.moved(place) for f in middle.factors)), out))
 
 
 @operator("Shape", "Size", "NonZero", "EyeLike", "RandomNormalLike", "RandomUniformLike", "Bernoulli")
@@ -191,12 +164,12 @@ def resize(op: OpContext) -> None:
     """Interpolates over space; an axis whose size stays is passed. Linear along the others."""
     state, out = op.state(0), op.shape()
     changed = [a for a in range(state.rank) if state.shape[a] != out[a]]
-    op.pin(state, "interpolated axis", changed)
+    state = op.without(state, changed, "interpolated axis")
     for k in range(1, len(op.node.inputs)):
         op.pin(op.optional(k), "scales or sizes of Resize")
     if op.attr("coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize":
         op.freeze(state)  # pads with a constant
-    factors = [f for f in state.factors if not set(f.axes) & set(changed)]
+    factors = list(state.factors)
     op.set(0, [fixed(f) if len(f.axes) > 1 else f for f in factors])
     for f in factors:
         if len(f.axes) > 1:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from cipm_ir.ir.constants import constant_tensor, evaluate
 from cipm_ir.ir.labels import Array, Factor, State
-from cipm_ir.ir.shapes import Shapes, infer_shapes
+from cipm_ir.ir.shapes import Shape, Shapes, infer_node, infer_shapes
 from cipm_ir.rules import load_rules
 from cipm_ir.rules.context import Literal, OpContext
 from cipm_ir.rules.events import Recorder
@@ -212,8 +212,8 @@ class _Walker:
             else:
                 inputs.append(self.states.get(value.name or ""))
         domain = "" if node.domain == "ai.onnx" else node.domain
-        shapes = [self.shapes.first.get(v.name or "") for v in node.outputs]
         version = node.version or self.opsets.get(domain, 1)
+        shapes = self._output_shapes(node, version)
         op = OpContext(node, version, inputs, shapes, literals, self.rec, self.shapes.second, self)
         entry = lookup(domain, node.op_type)
         try:
@@ -230,6 +230,23 @@ class _Walker:
         for value, state in zip(node.outputs, op.outputs, strict=False):
             if state is not None and value.name:
                 self.states[value.name] = state
+
+    def _output_shapes(self, node: ir.Node, version: int) -> list[Shape | None]:
+        """Shapes of the outputs; node by node where the inference of the whole graph gave up."""
+        shapes = [self.shapes.first.get(v.name or "") for v in node.outputs]
+        if not any(s is None and v.name for s, v in zip(shapes, node.outputs, strict=True)):
+            return shapes
+        for table in (self.shapes.first,) if self.shapes.static else (self.shapes.first, self.shapes.second):
+            known = [None if v is None else self._known_shape(v, table) for v in node.inputs]
+            for value, shape in zip(node.outputs, infer_node(node, known, version), strict=True):
+                if shape is not None and value.name:
+                    table.setdefault(value.name, shape)
+        return [self.shapes.first.get(v.name or "") for v in node.outputs]
+
+    def _known_shape(self, value: ir.Value, table: dict[str, Shape]) -> Shape | None:
+        name = value.name or ""
+        tensor = self.params[name][0] if name in self.params else None
+        return table.get(name) if tensor is None else tuple(int(d) for d in tensor.shape)  # type: ignore[arg-type]
 
     def _pin_all(self, op: OpContext, reason: str) -> None:
         node = op.node

@@ -1,0 +1,44 @@
+"""The primitive `act`: elements on spaces become gathers and scales on every axis of every parameter."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cipm_ir.algebra import Element
+from cipm_ir.ir.labels import Array, Labels
+from cipm_ir.symmetry.analysis import Analysis
+from cipm_ir.symmetry.edits import Edit
+from cipm_ir.symmetry.walk import LeafFactor
+
+
+def act_edits(analysis: Analysis, elements: dict[int, Element]) -> dict[int, Edit]:
+    """One edit per parameter that moves."""
+    source = analysis.atom_source(analysis.class_source(elements))
+    scale = analysis.atom_scale(elements)
+    edits: dict[int, Edit] = {}
+    for f in analysis.walk.leaf_factors:
+        if not f.active:
+            continue
+        span = slice(f.base, f.base + f.size)
+        index, factor = source[span] - f.base, scale[span]
+        moved = not np.array_equal(index, np.arange(f.size))
+        scaled = bool((factor != 1.0).any())
+        if moved or scaled:
+            edit = edits.setdefault(f.leaf, Edit(epsilon=f.epsilon))
+            _place(analysis, f, edit, index if moved else None, factor if scaled else None)
+    return edits
+
+
+def _place(analysis: Analysis, f: LeafFactor, edit: Edit, index: Labels | None, factor: Array | None) -> None:
+    if not f.groups:
+        if index is not None:
+            edit.take[f.axes[0]] = index
+        if factor is not None:
+            edit.scale[f.axes[0]] = factor
+        return
+    rows = analysis.walk.leaves[f.leaf].shape[0]
+    group = np.arange(rows) * f.groups // rows
+    if index is not None:
+        edit.inner[f.axes[1]] = (index.reshape(f.shape) % f.shape[1])[group]
+    if factor is not None:
+        edit.inner_scale[f.axes[1]] = factor.reshape(f.shape)[group]

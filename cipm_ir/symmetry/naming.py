@@ -1,0 +1,66 @@
+"""Names and members of spaces: stable, readable, taken from the parameters that move."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cipm_ir.symmetry.analysis import Analysis
+
+_ENDINGS = (".weight", ".bias", "_weight", "_bias", ".kernel", "_w_0", "_b_0", "_W", "_B")
+
+
+@dataclass(frozen=True)
+class Note:
+    """Name of a space and its members, ``tensor[axis]``, producers first."""
+
+    name: str
+    members: tuple[str, ...]
+
+
+def describe_spaces(analysis: Analysis) -> list[Note]:
+    """A note per raw space; names are unique."""
+    walk, classes = analysis.walk, analysis.classes
+    position = np.full(classes.count, -1, np.int64)
+    owner: dict[int, list[int]] = {}
+    for k, raw in enumerate(analysis.spaces):
+        if raw.kind != "blocks" and raw.table.shape[1] == 1:
+            position[raw.table[:, 0]] = k
+        for c in raw.table[0].tolist() if raw.table.shape[1] > 1 else ():
+            owner.setdefault(c, []).append(k)
+    members: dict[int, dict[str, None]] = {}
+    for f in walk.leaf_factors:
+        if not f.active:
+            continue
+        label = f"{walk.leaves[f.leaf].name}[{f.axes[-1]}]"
+        here = classes.of[f.base : f.base + f.size]
+        for k in np.unique(position[here]).tolist():
+            if k >= 0:
+                members.setdefault(k, {})[label] = None
+        for c in np.unique(here).tolist() if owner else ():
+            for k in owner.get(c, ()):
+                members.setdefault(k, {})[label] = None
+    used: set[str] = set()
+    notes = []
+    for k, raw in enumerate(analysis.spaces):
+        names = tuple(members.get(k, {}))
+        stem = _stem(names[0].rpartition("[")[0]) if names else f"space{k}"
+        if raw.kind == "blocks":
+            stem += ".blocks"
+        elif raw.kind == "cells":
+            stem += ".cells"
+        name, n = stem, 1
+        while name in used:
+            n += 1
+            name = f"{stem}#{n}"
+        used.add(name)
+        notes.append(Note(name, names))
+    return notes
+
+
+def _stem(name: str) -> str:
+    for ending in _ENDINGS:
+        if name.endswith(ending) and len(name) > len(ending):
+            return name[: -len(ending)]
+    return name

@@ -1,0 +1,301 @@
+"""`Program`: a model with its symmetry analysis, and the four primitives that change weights.
+
+Programs are immutable for their users: `act`, `restrict`, `absorb` and `refit` return new ones, which share every tensor
+that did not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
+
+from cipm_ir.algebra import Element, Group
+from cipm_ir.errors import CipmError, SymmetryError
+from cipm_ir.ir.labels import Array, Labels
+from cipm_ir.symmetry.absorb import absorb_edits
+from cipm_ir.symmetry.action import act_edits
+from cipm_ir.symmetry.analysis import Analysis
+from cipm_ir.symmetry.apply import Editor
+from cipm_ir.symmetry.edits import Edit
+from cipm_ir.symmetry.naming import describe_spaces
+from cipm_ir.symmetry.restrict import closed_keep, restrict
+from cipm_ir.symmetry.walk import OpaqueNode
+
+
+class Origin(Protocol):
+    """Where a program came from; knows how to write the same kind of thing."""
+
+    def write(self, model: ir.Model, path: str) -> None:
+        """Write a model the way it came in."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """Interchangeable hidden units (``kind`` "units"), heads or groups ("blocks"), or cells where two families of
+    blocks cross ("cells": may be scaled, not exchanged).
+
+    ``members`` names the tensors that move, as ``name[axis]``; ``parent`` is (block space, index) for the units of a block.
+    ``exact`` says for each scale direction whether powers of two leave every result the same bit for bit.
+    """
+
+    name: str
+    kind: str
+    size: int
+    group: Group
+    members: tuple[str, ...] = field(compare=False)
+    exact: tuple[bool, ...] = field(compare=False, default=())
+    parent: tuple[Space, int] | None = field(compare=False, default=None, repr=False)
+
+    def __str__(self) -> str:
+        return f"@{self.name} : {self.size}  {self.group}"
+
+    def random(self, rng: np.random.Generator, *, power_of_two: bool = False) -> Element:
+        """A random element of the group: uniform permutation and signs, scales e^N(0,1) (or 2^-3 .. 2^3).
+
+        With ``power_of_two``, directions in which even these would round (epsilon of a normalization) stay at 1.
+        """
+        element = self.group.random(rng, power_of_two=power_of_two)
+        if not power_of_two or all(self.exact):
+            return element
+        scale = np.where(np.asarray(self.exact)[:, None], element.scale, 1.0)
+        return Element(element.perm, scale, element.sign)
+
+    def identity(self) -> Element:
+        """The neutral element."""
+        return Element.identity(self.size, self.group.scales, self.group.signs)
+
+
+class Program:
+    """A model, its annotations, and the primitives. Build one with `cipm_ir.load` or `Program.of`."""
+
+    def __init__(
+        self, model: ir.Model, *, source: ir.Model | None = None, origin: Origin | None = None, analysis: Analysis | None = None
+    ) -> None:
+        self._model = model
+        self._source = source
+        self._origin = origin
+        self._analysis = analysis
+
+    @classmethod
+    def of(cls, model: ir.Model, *, origin: Origin | None = None) -> Program:
+        """Program of an ONNX model; the model itself is never changed. Model-local functions are inlined for the analysis."""
+        clone = model.clone()
+        if not clone.functions:
+            return cls(clone, origin=origin)
+        inlined = InlinePass()(model.clone()).model
+        return cls(inlined, source=clone, origin=origin)
+
+    # ------------------------------------------------------------ reading
+    @property
+    def model(self) -> ir.Model:
+        """The graph that is analysed (functions inlined). Not to be changed."""
+        return self._model
+
+    @property
+    def origin(self) -> Origin | None:
+        """Where it came from."""
+        return self._origin
+
+    @property
+    def analysis(self) -> Analysis:
+        """The symmetry analysis, made when first needed."""
+        if self._analysis is None:
+            self._analysis = Analysis.of(self._model)
+        return self._analysis
+
+    @cached_property
+    def spaces(self) -> tuple[Space, ...]:
+        """All spaces, in graph order; blocks after the units."""
+        analysis = self.analysis
+        made: list[Space] = []
+        notes = describe_spaces(analysis)
+        index = {id(raw): k for k, raw in enumerate(analysis.spaces)}
+        blocks: dict[int, tuple[int, int]] = {}
+        for k, raw in enumerate(analysis.spaces):
+            if raw.kind == "blocks" or raw.table.shape[1] > 1:
+                for row, block in enumerate(raw.table[:, 0].tolist()):
+                    blocks.setdefault(block, (k, row))
+        order = sorted(range(len(analysis.spaces)), key=lambda k: analysis.spaces[k].kind != "blocks")
+        by_index: dict[int, Space] = {}
+        for k in order:
+            raw, free, note = analysis.spaces[k], analysis.directions[k], notes[k]
+            n = len(raw.table)
+            group = Group(n, permutes=raw.kind != "cells", scales=free.scales, signs=free.signs)
+            parent = None
+            if raw.parent_class in blocks and blocks[raw.parent_class][0] in by_index:
+                where, row = blocks[raw.parent_class]
+                parent = (by_index[where], row)
+            by_index[k] = Space(note.name, raw.kind, n, group, note.members, free.exact, parent)
+        for k in range(len(analysis.spaces)):
+            made.append(by_index[k])
+        del index
+        return tuple(made)
+
+    def space(self, name: str) -> Space:
+        """A space by name, with or without the leading @."""
+        for space in self.spaces:
+            if space.name == name.removeprefix("@"):
+                return space
+        raise SymmetryError(f"There is no space named {name!r}; print(program) or program.spaces lists them.")
+
+    def index(self, space: Space) -> int:
+        """Position of a space among `spaces`."""
+        found = self._by_name.get(space.name)
+        if found is None or self.spaces[found].size != space.size:
+            raise SymmetryError(f"Space @{space.name} of size {space.size} is not one of this program's spaces; use program.spaces.")
+        return found
+
+    @cached_property
+    def _by_name(self) -> dict[str, int]:
+        return {s.name: k for k, s in enumerate(self.spaces)}
+
+    @property
+    def opaque(self) -> tuple[OpaqueNode, ...]:
+        """Nodes that pinned something, and why."""
+        return tuple(self.analysis.walk.opaque)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one run at the analysed shapes (symbolic sizes at their stand-in primes)."""
+        return sum(self.analysis.walk.macs)
+
+    @property
+    def parameters(self) -> int:
+        """Entries of all floating-point parameters that the main graph uses."""
+        seen = {}
+        for leaf in self.analysis.walk.leaves:
+            if leaf.dtype.is_floating_point():
+                seen[leaf.name] = int(np.prod(leaf.shape))
+        return sum(seen.values())
+
+    def __str__(self) -> str:
+        from cipm_ir.symmetry.text import render
+
+        return render(self)
+
+    def to_networkx(self) -> Any:
+        """Spaces and tensors as a bipartite `networkx.Graph`; see `cipm_ir.symmetry.text.to_networkx`."""
+        from cipm_ir.symmetry.text import to_networkx
+
+        return to_networkx(self)
+
+    # ------------------------------------------------------------ primitives
+    def act(self, elements: Mapping[Space, Element]) -> Program:
+        """Apply an element to each of some spaces, with the dual on consumers. Computes the same function.
+
+        Errors: `SymmetryError` for an element that is not in the space's group.
+        """
+        chosen: dict[int, Element] = {}
+        for space, element in elements.items():
+            if element.n != space.size or element not in space.group:
+                raise SymmetryError(f"The element on {element.n} classes is not in the group {space.group} of space @{space.name}.")
+            chosen[self.index(space)] = element
+        return self._edited(act_edits(self.analysis, chosen), same_structure=True)
+
+    def restrict(self, keep: Mapping[Space, Array | Sequence[int]]) -> Program:
+        """Drop classes: for each space, the sorted indices of those that stay. Exact only for units that contribute nothing.
+
+        Errors: `SymmetryError` where blocks would become uneven or a space empty.
+        """
+        stays = self.kept_classes(keep)
+        clone = self._model.clone()
+        restrict(clone, self.analysis, stays)
+        return Program(clone, origin=self._origin)
+
+    def kept_classes(self, keep: Mapping[Space, Array | Sequence[int]]) -> np.ndarray:
+        """Per class, whether it stays: what `keep` drops goes with everything that cannot stay without it."""
+        stays = np.ones(self.analysis.classes.count, bool)
+        for space, indices in keep.items():
+            index = np.asarray(indices, np.int64)
+            if index.ndim != 1 or (np.diff(index) <= 0).any() or (index.size and (index[0] < 0 or index[-1] >= space.size)):
+                raise SymmetryError(f"keep for @{space.name} must be sorted indices within 0..{space.size - 1}, each once.")
+            if not index.size:
+                raise SymmetryError(f"keep for @{space.name} is empty; keep at least one unit.")
+            drop = np.setdiff1d(np.arange(space.size), index)
+            stays[self.analysis.spaces[self.index(space)].table[drop]] = False
+        return closed_keep(self.analysis, stays)
+
+    def absorb(self, space: Space, keep: Array | Sequence[int], mixing: Array, shift: Array | None = None) -> Program:
+        """Replace the hidden vector h by ``mixing @ h[keep] + shift``: consumers take W @ mixing and b + W @ shift.
+
+        ``mixing`` has shape (size, len(keep)), ``shift`` (size,). Every consumer must contract the space with a weight.
+        """
+        index = np.asarray(keep, np.int64)
+        edits, biases = absorb_edits(self.analysis, self._model, self.index(space), index, np.asarray(mixing, np.float64), shift)
+        clone = self._model.clone()
+        editor = Editor(clone, self.analysis)
+        editor.apply(edits)
+        for bias in biases:
+            bias.write(editor)
+        mixed = Program(clone, origin=self._origin)
+        if len(index) == space.size:
+            return mixed
+        twin = next((s for s in mixed.spaces if s.name == space.name and s.size == space.size), None)
+        if twin is None:
+            raise SymmetryError(f"Space @{space.name} did not survive the mixing of its consumers.")
+        return mixed.restrict({twin: index})
+
+    def refit(self, weights: Mapping[str, Array]) -> Program:
+        """Set the values, not the shapes, of named parameters. For approximate passes."""
+        clone = self._model.clone()
+        for name, array in weights.items():
+            value = clone.graph.initializers.get(name)
+            if value is None or value.const_value is None:
+                raise SymmetryError(f"There is no parameter named {name!r} to refit.")
+            old = tuple(int(d) for d in value.const_value.shape)  # type: ignore[arg-type]
+            if tuple(array.shape) != old:
+                raise SymmetryError(f"refit of {name!r}: shape {tuple(array.shape)} is not {old}; use restrict to change shapes.")
+            dtype = value.const_value.dtype
+            value.const_value = ir.Tensor(np.asarray(array).astype(dtype.numpy()), dtype=dtype, name=name)
+        return Program(clone, origin=self._origin, analysis=self._analysis, source=self._with_values(clone))
+
+    def _edited(self, edits: dict[int, Edit], *, same_structure: bool) -> Program:
+        clone = self._model.clone()
+        before = set(clone.graph.initializers)
+        count = len(list(clone.graph))
+        editor = Editor(clone, self.analysis)
+        editor.apply(edits)
+        editor.sweep()
+        same = same_structure and set(clone.graph.initializers) == before and len(list(clone.graph)) == count
+        if not same:
+            return Program(clone, origin=self._origin)
+        return Program(clone, source=self._with_values(clone), origin=self._origin, analysis=self._analysis)
+
+    def _with_values(self, changed: ir.Model) -> ir.Model | None:
+        """The source with functions, holding the changed values; None where a value lives inside a function."""
+        if self._source is None:
+            return None
+        clone = self._source.clone()
+        for name, value in changed.graph.initializers.items():
+            own = clone.graph.initializers.get(name)
+            if own is None:
+                return None
+            own.const_value = value.const_value
+        return clone
+
+    # ------------------------------------------------------------ writing
+    def emit(self, *, annotate: bool = False) -> ir.Model:
+        """The model, as a fresh `onnx_ir.Model`; with ``annotate``, groups are written into ``metadata_props``."""
+        model = (self._source or self._model).clone()
+        if annotate:
+            from cipm_ir.symmetry.text import annotate_model
+
+            annotate_model(self, model)
+        return model
+
+    def save(self, path: str, *, annotate: bool = False) -> None:
+        """Write the model to ``path``: beside first, then renamed, so that no half-written file is left."""
+        if self._origin is None:
+            raise CipmError("This program was made from an object in memory; load it with cipm_ir.load to save it.")
+        self._origin.write(self.emit(annotate=annotate), path)
+
+
+def classes_of(program: Program, space: Space) -> Labels:
+    """Class numbers of a space's elements."""
+    return program.analysis.spaces[program.index(space)].table[:, 0]

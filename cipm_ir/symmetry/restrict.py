@@ -1,0 +1,304 @@
+"""The primitive `restrict`: drop classes, slice every tensor, rewrite every literal that depends on a size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from cipm_ir.errors import SymmetryError
+from cipm_ir.ir.constants import attribute, evaluate
+from cipm_ir.ir.labels import Array, Labels, State
+from cipm_ir.rules.context import Literal
+from cipm_ir.rules.registry import Opaque, lookup
+from cipm_ir.rules.resize import Resize
+from cipm_ir.symmetry.analysis import Analysis
+from cipm_ir.symmetry.apply import Editor
+from cipm_ir.symmetry.edits import Edit
+from cipm_ir.symmetry.sizes import Sizes
+
+Shape = tuple[int, ...]
+
+
+def closed_keep(analysis: Analysis, keep: np.ndarray) -> np.ndarray:
+    """Classes that stay, when blocks go with their contents and empty blocks go too (per class, in place)."""
+    links, of = analysis.classes.links, analysis.classes.of
+    if not len(links.parent):
+        return keep
+    parent, child = of[links.parent], of[links.child]
+    while True:
+        before = int(keep.sum())
+        keep[child[~keep[parent]]] = False
+        alive = np.zeros(len(keep), bool)
+        alive[parent[keep[child]]] = True
+        blocks = np.zeros(len(keep), bool)
+        blocks[parent] = True
+        keep &= alive | ~blocks
+        if int(keep.sum()) == before:
+            return keep
+
+
+def restrict_edits(analysis: Analysis, keep: Labels) -> dict[int, Edit]:
+    """Slices of every parameter; ``keep`` is per atom."""
+    edits: dict[int, Edit] = {}
+    for f in analysis.walk.leaf_factors:
+        if not f.active:
+            continue
+        mask = keep[f.base : f.base + f.size]
+        if mask.all():
+            continue
+        edit = edits.setdefault(f.leaf, Edit())
+        if not f.groups:
+            edit.take[f.axes[0]] = np.flatnonzero(mask)
+            continue
+        table = mask.reshape(f.shape)
+        width = table.sum(axis=1)
+        kept = width[width > 0]
+        if (kept != kept[0]).any():
+            raise SymmetryError(f"The groups of {analysis.walk.leaves[f.leaf].name} must keep equally many channels each.")
+        columns = np.zeros((f.groups, int(kept[0])), np.int64)
+        columns[width > 0] = np.nonzero(table)[1].reshape(-1, int(kept[0]))
+        rows = analysis.walk.leaves[f.leaf].shape[0]
+        edit.inner[f.axes[1]] = columns[np.arange(rows) * f.groups // rows]
+    for k, edit in edits.items():  # rows of grouped axes follow the rows that stay
+        if 0 in edit.take and edit.inner:
+            edit.inner = {axis: rows[edit.take[0]] for axis, rows in edit.inner.items()}
+        leaf = analysis.walk.leaves[k]
+        if 0 in edit.shape(leaf.shape):
+            raise SymmetryError(f"Nothing would remain of {leaf.name}; keep at least one unit of each of its spaces.")
+    return edits
+
+
+def restrict(model: ir.Model, analysis: Analysis, keep: np.ndarray) -> dict[int, Edit]:
+    """Restrict ``model`` (a clone of the analysed one) in place to the classes in ``keep``; returns the edits made."""
+    atoms = keep[analysis.classes.of]
+    sizes = Sizes(atoms, analysis.walk.states)
+    edits = restrict_edits(analysis, atoms)
+    new_shapes: dict[str, Shape] = {}
+    for name, state in analysis.walk.states.items():
+        if state.factors:
+            shape = sizes.shape(state, name)
+            if shape != state.shape:
+                new_shapes[name] = shape
+    editor = Editor(model, analysis)
+    editor.apply(edits)
+    _Literals(editor, analysis, sizes, new_shapes, edits).run()
+    for node in editor.nodes:
+        for value in node.outputs:
+            _reshape_value(value, analysis, new_shapes)
+    for value in model.graph.inputs:
+        _reshape_value(value, analysis, new_shapes)
+    editor.sweep()
+    return edits
+
+
+def _reshape_value(value: ir.Value, analysis: Analysis, new_shapes: dict[str, Shape]) -> None:
+    new = new_shapes.get(value.name or "")
+    if new is None or value.shape is None or value.shape.rank() != len(new):
+        return
+    old = analysis.walk.states[value.name or ""].shape
+    value.shape = ir.Shape([d if a == b else b for d, a, b in zip(value.shape, old, new, strict=True)])
+
+
+class _Literals:
+    """Second walk: sizes as numbers, and each operator's own resize rule where a shape changed."""
+
+    def __init__(self, editor: Editor, analysis: Analysis, sizes: Sizes, shapes: dict[str, Shape], edits: dict[int, Edit]) -> None:
+        self.editor, self.analysis, self.sizes, self.shapes, self.edits = editor, analysis, sizes, shapes, edits
+        self.now: dict[str, Literal] = {}
+        self.names = [[v.name or "" if v is not None else "" for v in n.inputs] for n in analysis.walk.nodes]
+
+    def run(self) -> None:
+        """Visit the nodes in order."""
+        walk = self.analysis.walk
+        for position, node in enumerate(self.editor.nodes):
+            self._evaluate(node, position)
+            changed = [n for n in [*self.names[position], *(v.name or "" for v in node.outputs)] if n in self.shapes]
+            touched = changed or any(k in self.edits for k in self._leaves(position))
+            entry = lookup(node.domain, node.op_type)
+            handled: set[int] = set()
+            if entry is not None and entry.resize is not None and touched:
+                resize = _NodeResize(self, node, position)
+                try:
+                    entry.resize(resize)
+                except Opaque as reason:
+                    raise SymmetryError(f"{node.op_type} {node.name}: {reason}; keep more of the units that reach it.") from reason
+                handled = set(entry.literals)
+            self._freeze(node, position, handled, walk.literals)
+
+    def _leaves(self, position: int) -> list[int]:
+        use = self.analysis.walk.use_leaf
+        return [use[position, k] for k in range(len(self.names[position])) if (position, k) in use]
+
+    def shape_of(self, position: int, index: int) -> Shape | None:
+        """New shape of an input."""
+        leaf = self.analysis.walk.use_leaf.get((position, index))
+        if leaf is not None:
+            shape = self.analysis.walk.leaves[leaf].shape
+            return self.edits[leaf].shape(shape) if leaf in self.edits else shape
+        name = self.names[position][index]
+        return self.shapes.get(name) or self.analysis.walk.shapes.first.get(name)
+
+    def _evaluate(self, node: ir.Node, position: int) -> None:
+        """Recompute a chain of sizes that now comes out different."""
+        out = node.outputs[0].name or "" if node.outputs else ""
+        old = self.analysis.walk.literals.get(out)
+        names = self.names[position]
+        if old is None or not names or not (node.op_type in ("Shape", "Size") or any(n in self.now for n in names)):
+            return
+        if node.op_type in ("Shape", "Size") and names[0] not in self.shapes and self._unchanged(position):
+            return
+        results = []
+        for which in (0, 1):
+            args = [self._literal(n, which) for n in names]
+            shape = self.shape_of(position, 0)
+            second = self.analysis.walk.shapes.second.get(names[0])
+            before = self.analysis.walk.shapes.first.get(names[0])
+            if which and shape is not None and second is not None and before is not None:
+                shape = tuple(s if b == n else n for n, b, s in zip(shape, before, second, strict=True))
+            results.append(evaluate(node, args, shape, 0))
+        if results[0] is not None and results[1] is not None and not np.array_equal(results[0], old[0]):
+            self.now[out] = (results[0], results[1])
+
+    def _unchanged(self, position: int) -> bool:
+        return not any(k in self.edits for k in self._leaves(position))
+
+    def _literal(self, name: str, which: int) -> Array | None:
+        pair = self.now.get(name) or self.analysis.walk.literals.get(name)
+        return None if pair is None else pair[which]
+
+    def _freeze(self, node: ir.Node, position: int, handled: set[int], literals: dict[str, Literal]) -> None:
+        """A number that came from a size and is used as a number (1 / sqrt(d)) must stay what it was."""
+        out = node.outputs[0].name or "" if node.outputs else ""
+        if out in literals and out in self.now:
+            return  # still part of the chain
+        for k, name in enumerate(self.names[position]):
+            if name not in self.now or k in handled:
+                continue
+            old = literals[name]
+            if not np.array_equal(old[0], old[1]):
+                raise SymmetryError(f"{node.op_type} {node.name}: input {k} mixes a size that changes with a dynamic one.")
+            node.replace_input_with(k, self.editor.initializer(name, ir.tensor(old[0])))
+
+
+class _NodeResize(Resize):
+    def __init__(self, parent: _Literals, node: ir.Node, position: int) -> None:
+        self.parent, self.node, self.position = parent, node, position
+        walk = parent.analysis.walk
+        self.names = parent.names[position]
+        self.outs = [v.name or "" for v in walk.nodes[position].outputs]
+        self.version = node.version or parent.editor.model.opset_imports.get("" if node.domain == "ai.onnx" else node.domain, 1)
+
+    def attr(self, name: str, default: Any = None) -> Any:
+        return attribute(self.node, name, default)
+
+    def set_attr(self, name: str, value: Any) -> None:
+        if value is None:
+            self.node.attributes.pop(name, None)
+        elif isinstance(value, float):
+            self.node.attributes[name] = ir.AttrFloat32(name, value)
+        elif isinstance(value, int | np.integer):
+            self.node.attributes[name] = ir.AttrInt64(name, int(value))
+        else:
+            self.node.attributes[name] = ir.AttrInt64s(name, [int(v) for v in value])
+
+    def literal(self, index: int) -> Array | None:
+        name = self.names[index] if index < len(self.names) else ""
+        pair = self.parent.analysis.walk.literals.get(name) if name else None
+        return None if pair is None else pair[0]
+
+    def set_literal(self, index: int, value: Array) -> None:
+        parent = self.parent
+        name = self.names[index] if index < len(self.names) else ""
+        if name:
+            now = parent.now.get(name) or parent.analysis.walk.literals[name]
+            if np.array_equal(now[0], value):
+                return
+            if not np.array_equal(now[0], now[1]):
+                current = self.node.inputs[index]
+                if current is None:
+                    raise SymmetryError(f"input {index} of {self.node.name} is gone")
+                self.node.replace_input_with(index, self._patched(current, now, value))
+                return
+        if index >= len(self.node.inputs):
+            self.node.resize_inputs(index + 1)
+        tensor = ir.tensor(np.asarray(value))
+        self.node.replace_input_with(index, parent.editor.initializer(name or f"{self.node.name or self.outs[0]}_sizes", tensor))
+
+    def _patched(self, current: ir.Value, now: Literal, value: Array) -> ir.Value:
+        """The computed literal with some entries replaced: in its Concat if there is one, else by ScatterElements."""
+        editor = self.parent.editor
+        wrong = np.flatnonzero(now[0] != value)
+        producer = current.producer()
+        if producer is not None and producer.op_type == "Concat":
+            sizes = [self.parent._literal(v.name or "", 0) if v is not None else None for v in producer.inputs]
+            if all(s is not None for s in sizes):
+                ends = np.cumsum([s.size for s in sizes if s is not None])
+                piece = np.searchsorted(ends, wrong, side="right")
+                inputs = list(producer.inputs)
+                for k in np.unique(piece).tolist():
+                    lo = int(ends[k]) - int(sizes[k].size)  # type: ignore[union-attr]
+                    inputs[k] = editor.initializer(inputs[k].name or "size", ir.tensor(np.asarray(value[lo : int(ends[k])], now[0].dtype)))  # type: ignore[union-attr]
+                return self._insert("Concat", inputs, list(producer.attributes.values()), current)
+        index = editor.initializer("index", ir.tensor(wrong.astype(np.int64)))
+        update = editor.initializer("size", ir.tensor(np.asarray(value[wrong], now[0].dtype)))
+        return self._insert("ScatterElements", [current, index, update], [], current)
+
+    def _insert(self, op_type: str, inputs: list[ir.Value | None], attributes: list[Any], like: ir.Value) -> ir.Value:
+        out = ir.Value(name=self.parent.editor.fresh_name(like.name or "size"), shape=like.shape, type=like.type)
+        node = ir.Node("", op_type, inputs, attributes, outputs=[out], name=f"{out.name}_node")
+        self.node.prepend(node)
+        return out
+
+    # ------------------------------------------------------------ shapes
+    def _state(self, index: int) -> State:
+        leaf = self.parent.analysis.walk.use_leaf.get((self.position, index))
+        if leaf is not None:
+            return self.parent.analysis.walk.leaves[leaf].state
+        return self.parent.analysis.walk.states[self.names[index]]
+
+    def old(self, index: int) -> Shape:
+        return self._state(index).shape
+
+    def new(self, index: int) -> Shape:
+        shape = self.parent.shape_of(self.position, index)
+        return self.old(index) if shape is None else shape
+
+    def old_out(self, index: int) -> Shape:
+        return self.parent.analysis.walk.states[self.outs[index]].shape
+
+    def new_out(self, index: int) -> Shape:
+        return self.parent.shapes.get(self.outs[index]) or self.old_out(index)
+
+    def kept(self, index: int, axis: int) -> Labels:
+        return self.parent.sizes.positions(self._state(index), axis, self.names[index])
+
+    def kept_out(self, index: int, axis: int) -> Labels:
+        return self.parent.sizes.positions(self.parent.analysis.walk.states[self.outs[index]], axis, self.outs[index])
+
+    def rows(self, index: int, axis: int, count: int) -> int:
+        f = self._state(index).factor_of(axis)
+        if f is None:
+            return count
+        width = self.parent.sizes.keep[f.labels].reshape(count, -1).sum(axis=1)
+        kept = width[width > 0]
+        if (kept != kept[0]).any():
+            raise SymmetryError(f"The {count} groups of {self.names[index]} must keep equally many units each.")
+        return len(kept)
+
+    def replace(self, op_type: str, inputs: list[ir.Value | None], constants: dict[int, Array], attributes: dict[str, Any]) -> None:
+        current = self.node.inputs[0]
+        new = list(inputs)
+        new[0] = current
+        for k, array in constants.items():
+            new[k] = self.parent.editor.initializer(f"{self.outs[0]}_index", ir.tensor(array))
+        made = [ir.AttrInt64(k, v) for k, v in attributes.items()]
+        old = self.node.outputs[0]
+        out = ir.Value(name=old.name, shape=old.shape, type=old.type)
+        self.node.prepend(ir.Node("", op_type, new, made, outputs=[out], name=self.node.name))
+        old.name = self.parent.editor.fresh_name(old.name or "old")
+        old.replace_all_uses_with(out, replace_graph_outputs=True)
+        graph = self.node.graph
+        if graph is not None:
+            graph.remove(self.node, safe=True)
