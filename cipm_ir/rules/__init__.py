@@ -6,6 +6,7 @@ import importlib
 
 FAMILIES = (
     "elementwise", "contraction", "convolution", "normalization", "reduction", "shaping", "indexing",
+    "recurrent", "attention", "quantized",
 )  # fmt: skip
 
 

@@ -38,10 +38,11 @@ class Editor:
                 groups.setdefault(b"" if edit is None or edit.empty else edit.key(), []).append(k)
             keep = b"" if b"" in groups else next(iter(groups))
             elsewhere = self._used_elsewhere(name, leaves)
+            value = self._value(name, leaves)
+            tensor = self._tensor(value, self.analysis.walk.leaves[leaves[0]])
             for key, members in groups.items():
-                if key == b"":
-                    continue
-                self._rewrite(name, members, edits[members[0]], in_place=key == keep and not elsewhere)
+                if key != b"":
+                    self._rewrite(value, tensor, members, edits[members[0]], in_place=key == keep and not elsewhere)
 
     def _used_elsewhere(self, name: str, leaves: list[int]) -> bool:
         value = self._value(name, leaves)
@@ -57,10 +58,9 @@ class Editor:
             raise ValueError(f"input {index} of node {node} ({name}) is gone")
         return value
 
-    def _rewrite(self, name: str, members: list[int], edit: Edit, *, in_place: bool) -> None:
+    def _rewrite(self, value: ir.Value, tensor: ir.TensorProtocol | None, members: list[int], edit: Edit, *, in_place: bool) -> None:
         leaf = self.analysis.walk.leaves[members[0]]
-        value = self._value(name, members)
-        tensor = self._tensor(value, leaf)
+        name = leaf.name
         if tensor is None:  # ConstantOfShape
             if not edit.scale and not edit.inner_scale and not edit.mix and edit.shape(leaf.shape) == leaf.shape:
                 return

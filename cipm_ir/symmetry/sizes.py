@@ -18,12 +18,9 @@ def outer_first(labels: Labels) -> list[int]:
     """Dimensions of a label array from the slowest to the fastest moving: rows before columns."""
     if labels.ndim == 1:
         return [0]
-    strides = []
-    for k in range(labels.ndim):
-        corner = labels[(0,) * labels.ndim]
-        step = labels[tuple(1 if j == k else 0 for j in range(labels.ndim))] if labels.shape[k] > 1 else corner
-        strides.append(abs(int(step) - int(corner)))
-    return sorted(range(labels.ndim), key=lambda k: -strides[k])
+    corner = int(labels[(0,) * labels.ndim])
+    extent = [abs(int(labels[tuple(-1 if j == k else 0 for j in range(labels.ndim))]) - corner) for k in range(labels.ndim)]
+    return sorted(range(labels.ndim), key=lambda k: -extent[k])
 
 
 def grid_shape(mask: Mask, order: list[int]) -> tuple[int, ...] | None:

@@ -1,0 +1,172 @@
+"""Attention and RotaryEmbedding (opset 23 on): written out as the contractions that they stand for.
+
+Heads are an axis of a joint factor (head, position in the head). Query heads that share a key head move together.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from cipm_ir.ir.labels import ZERO, Factor, State
+from cipm_ir.rules.context import OpContext, fixed
+from cipm_ir.rules.contraction import contract
+from cipm_ir.rules.elementwise import broadcast
+from cipm_ir.rules.registry import Opaque, operator
+from cipm_ir.rules.resize import Resize
+from cipm_ir.rules.shaping import reshaped
+
+_SWAP = {0: 0, 1: 2, 2: 1, 3: 3}
+
+
+def _swapped(state: State) -> State:
+    """(batch, sequence, heads, d) from (batch, heads, sequence, d), or back."""
+    shape = tuple(state.shape[a] for a in (0, 2, 1, 3))
+    factors = tuple(f.moved(_SWAP) for f in state.factors)
+    return State(shape, factors, frozenset(_SWAP[a] for a in state.uniform))
+
+
+def _heads(op: OpContext, state: State, count: int | None) -> State:
+    """(batch, heads, sequence, d); batch and sequence fixed."""
+    if state.rank == 3:
+        if not count:
+            raise Opaque("the number of heads is not given")
+        batch, length, size = state.shape
+        state = _swapped(reshaped(op, state, (batch, length, count, size // count)))
+    op.pin(state, f"batch or position of {op.node.op_type}", (0, 2))
+    factors = tuple(f for f in state.factors if 0 not in f.axes and 2 not in f.axes)
+    return State(state.shape, factors, state.uniform - {0, 2})
+
+
+def _repeated(state: State, heads: int) -> State:
+    """Each key head serves a run of query heads."""
+    own = state.shape[1]
+    if own == heads:
+        return state
+    if heads % own:
+        raise Opaque(f"{heads} query heads over {own} key heads")
+    shape = (state.shape[0], heads, *state.shape[2:])
+    factors = []
+    for f in state.factors:
+        if 1 in f.axes:
+            labels = np.repeat(f.labels, heads // own, axis=f.axes.index(1))
+            f = Factor(f.axes, labels, f.var, True)
+        factors.append(f)
+    grown = {1} if own == 1 else set[int]()
+    return State(shape, tuple(factors), state.uniform | grown)
+
+
+def _masked(op: OpContext, scores: State, index: int) -> State:
+    """Scores plus a mask, which may tell heads apart."""
+    mask = op.optional(index)
+    if mask is None:
+        return scores
+    op.freeze(mask)
+    if mask.rank and mask.shape[-1] not in (1, scores.shape[-1]):  # a short mask is padded (opset 24)
+        last = mask.rank - 1
+        op.pin(mask, "mask of Attention", (last,))
+        kept = tuple(f for f in mask.factors if last not in f.axes)
+        mask = State((*mask.shape[:-1], scores.shape[-1]), kept, mask.uniform - {last})
+    return broadcast(replace(op, shapes=[scores.shape]), [scores, mask], "Attention mask")
+
+
+def _attention_macs(op: OpContext) -> int:
+    """Q K' and the product with V."""
+    q, k, v = op.state(0), op.state(1), op.state(2)
+    heads = int(op.attr("q_num_heads", 1)) if q.rank == 3 else q.shape[1]
+    values = v.shape[3] * heads if v.rank == 4 else v.shape[2] * heads // int(op.attr("kv_num_heads", 1))
+    keys = q.shape[-1] * (heads if q.rank == 4 else 1)
+    return q.shape[0] * q.shape[-2] * k.shape[-2] * (keys + values)
+
+
+def _resize_attention(r: Resize) -> None:
+    """Numbers of heads follow; the default 1 / sqrt(d) becomes explicit where d shrinks."""
+    if len(r.old(0)) == 3:
+        heads = {"q_num_heads": (0,), "kv_num_heads": (1, 2)}
+        rows = {}
+        for name, inputs in heads.items():
+            counts = {r.rows(k, 2, int(r.attr(name))) for k in inputs}
+            if len(counts) != 1:
+                raise Opaque("keys and values keep different numbers of heads")
+            rows[name] = counts.pop()
+        before, after = r.old(0)[2] // int(r.attr("q_num_heads")), r.new(0)[2] // rows["q_num_heads"]
+        for name, count in rows.items():
+            r.set_attr(name, count)
+    else:
+        before, after = r.old(0)[3], r.new(0)[3]
+        for name, k in (("q_num_heads", 0), ("kv_num_heads", 1)):
+            if r.attr(name) is not None:
+                r.set_attr(name, r.new(k)[1])
+    if before != after and r.attr("scale") is None:
+        r.set_attr("scale", 1.0 / math.sqrt(before))
+
+
+@operator("Attention", resize=_resize_attention, macs=_attention_macs)
+def attention(op: OpContext) -> None:
+    """softmax(Q K' scale + mask) V per head (ONNX Attention 23, 24, 25); a cache of past keys is opaque."""
+    if op.optional(4) is not None or op.optional(5) is not None:
+        raise Opaque("Attention with past keys and values")
+    op.pin(op.optional(6), "lengths of the sequences")
+    q = _heads(op, op.state(0), op.attr("q_num_heads"))
+    k = _heads(op, op.state(1), op.attr("kv_num_heads"))
+    v = _heads(op, op.state(2), op.attr("kv_num_heads"))
+    batch, heads, length, _ = q.shape
+    keys = k.shape[2]
+    scores = contract(
+        replace(op, shapes=[(batch, heads, length, keys)]),
+        [q, _repeated(k, heads)], [("b", "h", "s", "d"), ("b", "h", "t", "d")], ("b", "h", "s", "t"),
+    )  # fmt: skip
+    op.freeze(scores)
+    scores = State(scores.shape, tuple(fixed(f) for f in scores.factors), scores.uniform)
+    scores = _masked(op, scores, 3)
+    y = contract(
+        replace(op, shapes=[(batch, heads, length, v.shape[3])]),
+        [scores, _repeated(v, heads)], [("b", "h", "s", "t"), ("b", "h", "t", "e")], ("b", "h", "s", "e"),
+    )  # fmt: skip
+    op.like(0, y if op.state(0).rank == 4 else reshaped(op, _swapped(y), op.shape()))
+    for index, state in ((1, k), (2, v), (3, scores)):
+        if index < len(op.node.outputs) and op.node.outputs[index].name:
+            op.like(index, State(state.shape, state.factors))
+
+
+# ---------------------------------------------------------------- rotary position embedding
+def _resize_rotary(r: Resize) -> None:
+    """Planes go as pairs, in every head alike."""
+    if len(r.old(0)) == 3:
+        r.set_attr("num_heads", r.rows(0, 2, int(r.attr("num_heads"))))
+    if r.attr("rotary_embedding_dim", 0):
+        r.set_attr("rotary_embedding_dim", 2 * r.new(1)[-1])
+
+
+@operator("RotaryEmbedding", resize=_resize_rotary)
+def rotary_embedding(op: OpContext) -> None:
+    """Rotates planes of two positions of a head; the tables' columns move with the planes (ONNX RotaryEmbedding 23)."""
+    x, tables = op.state(0), (op.state(1), op.state(2))
+    op.pin(op.optional(3), "positions")
+    for table in tables:
+        op.freeze(table)
+        op.pin(table, "positions of RotaryEmbedding", range(table.rank - 1))
+    grid = _heads(op, x, op.attr("num_heads"))
+    f = grid.factor_of(3)
+    if f is None or f.repeats or f.axes not in ((3,), (1, 3)):
+        raise Opaque("planes that are fixed or repeated")
+    half = (int(op.attr("rotary_embedding_dim", 0)) or grid.shape[3]) // 2
+    step = np.arange(half)
+    first, second = (2 * step, 2 * step + 1) if op.attr("interleaved", 0) else (step, step + half)
+    one, two = f.labels.take(first, axis=-1), f.labels.take(second, axis=-1)
+    op.rec.mark(one)
+    op.rec.mark(two)
+    op.rec.unify(one, two)
+    plane = op.rec.marginal(Factor(f.axes, one, ZERO), (3,)).labels
+    for table in tables:
+        own = table.factor_of(table.rank - 1)
+        if own is not None and own.axes == (table.rank - 1,):
+            op.rec.unify(plane, own.labels)
+        elif not table.broadcasts(table.rank - 1):
+            op.rec.pin(plane, "RotaryEmbedding with fixed angles")
+    if x.rank == 3:
+        op.like(0, State(x.shape, x.factors))
+    else:
+        op.like(0, State(x.shape, grid.factors, grid.uniform & {1}))
