@@ -3,7 +3,41 @@
 if __name__ == "passes":
     raise ImportError("import cipm_ir.passes, not passes: the folder at the root is the source of that package")
 
-from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
-from cipm_ir.passes.registry import listing, lookup, names, register
+from cipm_ir.passes.base import Context, Kind, Pass, PassResult, Progress, option
+from cipm_ir.passes.cleanup import CleanUp, FoldBatchNorm
+from cipm_ir.passes.pipeline import Outcome, RolledBack, Witness, run_passes
+from cipm_ir.passes.registry import Listing, listing, lookup, names, register
+from cipm_ir.passes.report import Report, Step, Totals
+from cipm_ir.passes.text import parse_passes, print_passes
 
-__all__ = ["Context", "Kind", "Pass", "PassResult", "listing", "lookup", "names", "option", "register"]
+import contextlib
+import importlib
+
+for _module, _class in (("canonicalize", "Canonicalize"), ("prune", "Prune"), ("remove_dead", "RemoveDead")):
+    with contextlib.suppress(ModuleNotFoundError):
+        globals()[_class] = getattr(importlib.import_module(f"cipm_ir.passes.{_module}"), _class)
+
+__all__ = [
+    "CleanUp",
+    "Context",
+    "FoldBatchNorm",
+    "Kind",
+    "Listing",
+    "Outcome",
+    "Pass",
+    "PassResult",
+    "Progress",
+    "Report",
+    "RolledBack",
+    "Step",
+    "Totals",
+    "Witness",
+    "listing",
+    "lookup",
+    "names",
+    "option",
+    "parse_passes",
+    "print_passes",
+    "register",
+    "run_passes",
+]

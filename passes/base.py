@@ -66,6 +66,7 @@ class Context:
         verify: the pipeline runs the model before and after; expensive checks of a pass may follow this flag.
         options: settings shared by all passes of a run, by name; passes ignore names that they do not know.
         original: the program before the first pass: budgets such as ``macs=0.5`` are fractions of this one.
+        step: the number of the pass in its pipeline, from 0.
     """
 
     data: Data | None = None
@@ -74,11 +75,12 @@ class Context:
     verify: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
     original: Program | None = None
+    step: int = 0
 
     @cached_property
     def rng(self) -> np.random.Generator:
-        """Random numbers of this pass: the same for the same seed."""
-        return np.random.default_rng(self.seed)
+        """Random numbers of this pass: the same for the same seed and step."""
+        return np.random.default_rng([self.seed, self.step])
 
 
 @dataclass(frozen=True)

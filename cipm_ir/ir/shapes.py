@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -18,6 +19,8 @@ Shape = tuple[int, ...]
 
 _SMALL = ((11, 13, 17, 19, 23, 29, 31, 37), (41, 43, 47, 53, 59, 61, 67, 71))
 _SPATIAL = ((211, 223, 227, 229), (233, 239, 241, 251))
+_LATE = (257, 263)
+_UNKNOWN = (1009, 1013)
 _STRIP_BYTES = 4096
 
 
@@ -28,6 +31,8 @@ class Shapes:
     first: dict[str, Shape]
     second: dict[str, Shape]
     symbols: dict[str, int] = field(default_factory=dict)
+    types: dict[str, ir.DataType] = field(default_factory=dict)
+    """Element types, as far as they could be inferred."""
 
     @property
     def static(self) -> bool:
@@ -55,9 +60,12 @@ def infer_shapes(model: ir.Model) -> Shapes:
     Errors: `InputError` when ONNX's shape inference finds the model inconsistent.
     """
     known: dict[str, Shape] = {}
+    types: dict[str, ir.DataType] = {}
     complete = True
     for value in _all_values(model.graph):
         shape = _declared(value)
+        if value.dtype is not None:
+            types[value.name or ""] = value.dtype
         if shape is None and value.const_value is not None:
             shape = tuple(int(d) for d in value.const_value.shape)  # type: ignore[arg-type]
         if shape is None:
@@ -65,33 +73,82 @@ def infer_shapes(model: ir.Model) -> Shapes:
         else:
             known[value.name or ""] = shape
     if complete:
-        return Shapes(known, known)
+        return Shapes(known, known, types=types)
     dynamic = any(_declared(v) is None and v.const_value is None for v in model.graph.inputs)
     proto = _stripped(model)
     symbols: dict[str, int] = {}
-    first = _infer(proto, 0, symbols)
-    second = _infer(proto, 1, {}) if dynamic else first
-    return Shapes(first, second, symbols)
+    first = _infer(proto, 0, symbols, types)
+    second = _infer(proto, 1, {}, types) if dynamic else first
+    return Shapes(first, second, symbols, types)
 
 
 def _stripped(model: ir.Model) -> onnx.ModelProto:
-    """A proto of the model in which large weights are inputs, so that inference never copies them."""
-    clone = model.clone()
-    graph = clone.graph
-    listed = set(graph.inputs)
-    for name, value in list(graph.initializers.items()):
+    """A proto of the main graph in which large weights are inputs, so that inference never copies them."""
+    proto = onnx.ModelProto(ir_version=max(model.ir_version, 8))
+    for domain, version in model.opset_imports.items():
+        proto.opset_import.add(domain=domain, version=version)
+    graph = proto.graph
+    graph.name = "shapes"
+    listed = {v.name for v in model.graph.inputs}
+    for value in model.graph.inputs:
+        _value_into(graph.input.add(), value)
+    for name, value in model.graph.initializers.items():
         tensor = value.const_value
-        if tensor is not None and tensor.nbytes > _STRIP_BYTES:
-            value.shape = ir.Shape([int(d) for d in tensor.shape])  # type: ignore[arg-type]
-            value.dtype = tensor.dtype
-            del graph.initializers[name]
-            value.const_value = None
-            if value not in listed:
-                graph.inputs.append(value)
-    return ir.to_proto(clone)
+        if tensor is None:
+            continue
+        if tensor.nbytes <= _STRIP_BYTES and tensor.dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.FLOAT):
+            array = np.asarray(tensor.numpy())
+            graph.initializer.add(name=name, dims=array.shape, data_type=int(tensor.dtype), raw_data=array.tobytes())
+        elif name not in listed:
+            graph.input.append(onnx.helper.make_tensor_value_info(name, int(tensor.dtype), [int(d) for d in tensor.shape]))  # type: ignore[arg-type]
+    for node in model.graph:
+        made = graph.node.add(op_type=node.op_type, domain=node.domain, name=node.name or "")
+        made.input.extend([v.name or "" if v is not None else "" for v in node.inputs])
+        made.output.extend([v.name or "" for v in node.outputs])
+        for attr in node.attributes.values():
+            _attribute_into(made.attribute.add(), attr)
+        for value in node.outputs:
+            if value.shape is not None and value.name and not value.is_graph_output():
+                _value_into(graph.value_info.add(), value)
+    for value in model.graph.outputs:
+        _value_into(graph.output.add(), value)
+    return proto
 
 
-def _infer(proto: onnx.ModelProto, which: int, symbols: dict[str, int]) -> dict[str, Shape]:
+def _value_into(proto: onnx.ValueInfoProto, value: ir.Value) -> None:
+    """Name, type and shape; values that are not tensors the general way."""
+    if not isinstance(value.type, ir.TensorType):
+        ir.serde.serialize_value_into(proto, value)
+        return
+    proto.name = value.name or ""
+    tensor = proto.type.tensor_type
+    tensor.elem_type = int(value.type.dtype)
+    if value.shape is not None:
+        tensor.shape.SetInParent()
+        for d in value.shape:
+            dim = tensor.shape.dim.add()
+            if isinstance(d, int):
+                dim.dim_value = d
+            elif d.value:
+                dim.dim_param = d.value
+
+
+def _attribute_into(proto: onnx.AttributeProto, attr: ir.Attr) -> None:
+    """The common kinds by hand: several times faster than the general way, which checks protocols."""
+    proto.name = attr.name
+    kind = attr.type
+    if kind == ir.AttributeType.INT:
+        proto.type, proto.i = onnx.AttributeProto.INT, attr.value
+    elif kind == ir.AttributeType.INTS:
+        proto.type = onnx.AttributeProto.INTS
+        proto.ints.extend(attr.value)
+    elif kind == ir.AttributeType.FLOAT:
+        proto.type, proto.f = onnx.AttributeProto.FLOAT, attr.value
+    else:
+        ir.serde.serialize_attribute_into(proto, attr)
+
+
+def _infer(proto: onnx.ModelProto, which: int, symbols: dict[str, int], types: dict[str, ir.DataType]) -> dict[str, Shape]:
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     small, spatial = iter(_SMALL[which]), iter(_SPATIAL[which])
@@ -104,7 +161,7 @@ def _infer(proto: onnx.ModelProto, which: int, symbols: dict[str, int]) -> dict[
             name = dim.dim_param or f"?{axis}"
             if name not in symbols:
                 pool = spatial if len(dims) >= 4 and axis >= 2 else small
-                symbols[name] = next(pool, 73 + 2 * len(symbols))
+                symbols[name] = next(pool, _LATE[which] + 12 * len(symbols))
             dim.dim_value = symbols[name]
     for info in list(graph.output):
         info.type.tensor_type.ClearField("shape")
@@ -118,6 +175,8 @@ def _infer(proto: onnx.ModelProto, which: int, symbols: dict[str, int]) -> dict[
     shapes: dict[str, Shape] = {}
     for info in [*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output]:
         tensor = info.type.tensor_type
+        if tensor.elem_type:
+            types.setdefault(info.name, ir.DataType(tensor.elem_type))
         if tensor.HasField("shape") and all(d.WhichOneof("value") == "dim_value" for d in tensor.shape.dim):
             shapes[info.name] = tuple(int(d.dim_value) for d in tensor.shape.dim)
     for initializer in inferred.graph.initializer:
@@ -139,7 +198,9 @@ def _substitute(info: onnx.ValueInfoProto, symbols: dict[str, int]) -> bool:
     return True
 
 
-def infer_node(node: ir.Node, inputs: list[Shape | None], version: int) -> list[Shape | None]:
+def infer_node(
+    node: ir.Node, inputs: list[Shape | None], version: int, element_types: dict[str, ir.DataType] | None = None
+) -> list[Shape | None]:
     """Output shapes of one node from those of its inputs, where the whole-graph inference gave up."""
     none: list[Shape | None] = [None] * len(node.outputs)
     if any(v is not None and s is None for v, s in zip(node.inputs, inputs, strict=True)):
@@ -148,7 +209,7 @@ def infer_node(node: ir.Node, inputs: list[Shape | None], version: int) -> list[
     data = {}
     for value, shape in zip(node.inputs, inputs, strict=True):
         if value is not None:
-            dtype = value.dtype or ir.DataType.FLOAT
+            dtype = value.dtype or (element_types or {}).get(value.name or "", ir.DataType.FLOAT)
             types[value.name or ""] = onnx.helper.make_tensor_type_proto(int(dtype), shape)
             if value.const_value is not None and value.const_value.size <= 64:
                 data[value.name or ""] = ir.to_proto(value.const_value)
@@ -162,7 +223,22 @@ def infer_node(node: ir.Node, inputs: list[Shape | None], version: int) -> list[
     out: list[Shape | None] = []
     for value in node.outputs:
         proto = found.get(value.name or "")
+        if element_types is not None and proto is not None and proto.tensor_type.elem_type:
+            element_types.setdefault(value.name or "", ir.DataType(proto.tensor_type.elem_type))
         dims = proto.tensor_type.shape.dim if proto is not None and proto.tensor_type.HasField("shape") else None
         known = dims is not None and all(d.WhichOneof("value") == "dim_value" for d in dims)
         out.append(tuple(int(d.dim_value) for d in dims) if known and dims is not None else None)
     return out
+
+
+def implied_shape(node: ir.Node, weight: Shape, which: int) -> Shape | None:
+    """Shape of a first operand that nothing tells, from a second one: rank and contracted size; the rest is dynamic."""
+    unknown = _UNKNOWN[which]
+    if node.op_type == "Gemm" and not node.domain:
+        transposed = [(name in node.attributes and node.attributes[name].value) for name in ("transA", "transB")]
+        size = weight[1 if transposed[1] else 0]
+        return (size, unknown) if transposed[0] else (unknown, size)
+    if node.op_type == "Conv" and not node.domain:
+        group = node.attributes["group"].value if "group" in node.attributes else 1
+        return (unknown, weight[1] * group, *[unknown] * (len(weight) - 2))
+    return None

@@ -25,7 +25,7 @@ class Seeds(Protocol):
         """Labels (groups, size) for an axis that means something else in each group of axis 0."""
 
     def variance(self, node: ir.Node, index: int, epsilon: float) -> bool:
-        """Note that a parameter v scales by s as s^2 (v + epsilon) - epsilon."""
+        """Note that a parameter v takes a scale s (and any sign) as s^2 (v + epsilon) - epsilon."""
 
 
 @dataclass

@@ -37,8 +37,7 @@ def batch_normalization(op: OpContext) -> None:
                 op.freeze_factor(own)
     else:
         rec.equate(f.labels, ((mean.var, 1), (f.var, -1)))
-        rec.equate(f.labels, ((variance.var, 1), (f.var, -2)), sign=False)
-        rec.zero(f.labels, variance.var, scale=False)
+        rec.equate(f.labels, ((variance.var, 1), (f.var, -1)))  # s, of which the variance takes the square
         rec.same(f.labels, y, beta.var)
         rec.equate(f.labels, ((gamma.var, 1), (y, -1)), sign=False)
         rec.equate(f.labels, ((gamma.var, 1), (y, 1), (f.var, 1)), scale=False)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
+
 from cipm_ir.ir.labels import ZERO, Factor, Labels, State
 from cipm_ir.rules.context import OpContext
 from cipm_ir.rules.contraction import contract
@@ -80,7 +82,7 @@ def _rows(op: OpContext, rows: Factor | None, count: int) -> Labels | None:
     table = rows.labels.reshape(count, -1)
     for k in range(1, count):
         op.rec.unify(table[0], table[k])
-    return table[0]
+    return np.asarray(table[0])
 
 
 def _along(op: OpContext, index: int, hidden: Labels, count: int) -> None:

@@ -140,14 +140,13 @@ def _colours(walk: Walk, of: Labels, count: int) -> tuple[Flags, Hashes]:
             tag = mix(np.asarray(salt) + (k + 1) * (1 << 34))
             colour[labels] += tag
         seen: set[int] = set()
+        tags = mix((np.arange(len(rec.equations), dtype=np.uint64) + np.uint64(1)) << np.uint64(44))
         for k, eq in enumerate(rec.equations):
             labels = eq.labels
             if id(labels) in seen or not labels.size or starts.get(int(labels[0])) == labels.size:
                 continue  # a whole factor: tells nothing apart
             seen.add(id(labels))
-            hit = np.zeros(rec.atoms, bool)
-            hit[labels] = True
-            colour[hit] += mix((k + 1) * (1 << 44))
+            colour[labels] += tags[k]  # once per atom, however often it is listed
     return real, colour
 
 
@@ -166,15 +165,18 @@ def _touched(walk: Walk, of: Labels, count: int) -> Flags:
 
 def _ranked(of: Labels, colour: Hashes) -> Hashes:
     """Tell atoms of one class and colour apart by their order."""
-    order = np.lexsort((colour, of))
-    c, k = colour[order], of[order]
-    first = np.r_[True, (c[1:] != c[:-1]) | (k[1:] != k[:-1])]
-    if first.all():
-        return mix(colour)
-    position = np.arange(len(order))
-    rank = np.empty(len(order), np.int64)
-    rank[order] = position - np.maximum.accumulate(np.where(first, position, 0))
     with np.errstate(over="ignore"):
+        key = mix(of) + colour
+        ordered = np.sort(key)
+        twice = ordered[1:][ordered[1:] == ordered[:-1]]
+        if not len(twice):
+            return mix(colour)
+        rank = np.zeros(len(of), np.int64)
+        hit = np.flatnonzero(np.isin(key, twice))
+        order = hit[np.argsort(key[hit], kind="stable")]
+        position = np.arange(len(order))
+        first = np.r_[True, key[order][1:] != key[order][:-1]]
+        rank[order] = position - np.maximum.accumulate(np.where(first, position, 0))
         return mix(colour + mix(rank))
 
 

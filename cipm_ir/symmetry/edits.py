@@ -17,7 +17,7 @@ class Edit:
 
     ``take[axis]``: new position i holds old position take[i]. ``inner[axis]``: a matrix (new rows of axis 0, new size),
     the old position along ``axis`` for each new row. ``scale[axis]``: factors along the new axis. ``inner_scale`` likewise
-    per row. ``epsilon``: the scale s acts on a variance as s (v + epsilon) - epsilon.
+    per row. ``epsilon``: the scale s acts on a variance as s^2 (v + epsilon) - epsilon.
     ``mix[axis]``: (old size, new size), multiplied from the right instead of a gather.
     """
 
@@ -70,7 +70,7 @@ class Edit:
         if factor is not None:
             if self.epsilon is not None:
                 wide = out.astype(np.float64)
-                out = (factor * (wide + self.epsilon) - self.epsilon).astype(array.dtype)
+                out = (factor**2 * (wide + self.epsilon) - self.epsilon).astype(array.dtype)
             else:
                 out = _multiplied(out, factor)
         if self.shift is not None:

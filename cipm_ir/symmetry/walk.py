@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
 
 from cipm_ir.ir.constants import constant_tensor, evaluate
 from cipm_ir.ir.labels import Array, Factor, State
-from cipm_ir.ir.shapes import Shape, Shapes, infer_node, infer_shapes
+from cipm_ir.ir.shapes import Shape, Shapes, implied_shape, infer_node, infer_shapes
 from cipm_ir.rules import load_rules
 from cipm_ir.rules.context import Literal, OpContext
 from cipm_ir.rules.events import Recorder
@@ -111,6 +111,7 @@ class _Walker:
         self.params: dict[str, tuple[ir.TensorProtocol | None, bool]] = {}
         self.grouped_cache: dict[tuple[int, int], Factor] = {}
         self.here = -1
+        self.nested = next(iter(model.graph.subgraphs()), None) is not None
 
     def run(self) -> Walk:
         graph, shapes = self.graph, self.shapes
@@ -175,6 +176,7 @@ class _Walker:
         index = len(self.leaves)
         if dtype.is_floating_point() or dtype in _LABELLED_INTS:
             factors = []
+            fixed = "graph output" if value.is_graph_output() else "captured by a subgraph" if self._captured(value) else ""
             for axis, size in enumerate(shape):
                 if size < 2:
                     continue
@@ -183,16 +185,16 @@ class _Walker:
                 leaf.factors.append(made)
                 self.leaf_factors.append(made)
                 factors.append(Factor((axis,), labels, var))
-                if not dtype.is_floating_point() or value.is_graph_output() or self._captured(value):
+                if not dtype.is_floating_point() or fixed:
                     self.rec.zero(labels, var)
-                if value.is_graph_output() or self._captured(value):
-                    self.rec.pin(labels, "graph output" if value.is_graph_output() else "captured by a subgraph")
+                if fixed:
+                    self.rec.pin(labels, fixed)
             leaf.state = State(shape, tuple(factors))
         self.leaves.append(leaf)
         return index
 
     def _captured(self, value: ir.Value) -> bool:
-        return any(use.node.graph is not self.graph for use in value.uses())
+        return self.nested and any(use.node.graph is not self.graph for use in value.uses())
 
     # ------------------------------------------------------------ nodes
     def _visit(self, node: ir.Node) -> None:
@@ -211,6 +213,8 @@ class _Walker:
                 inputs.append(self._parameter(value, (self.here, k)))
             else:
                 inputs.append(self.states.get(value.name or ""))
+        if inputs and inputs[0] is None:
+            inputs[0] = self._implied(node)
         domain = "" if node.domain == "ai.onnx" else node.domain
         version = node.version or self.opsets.get(domain, 1)
         shapes = self._output_shapes(node, version)
@@ -230,6 +234,21 @@ class _Walker:
         for value, state in zip(node.outputs, op.outputs, strict=False):
             if state is not None and value.name:
                 self.states[value.name] = state
+                if value.name not in self.shapes.first:
+                    self._learn(value.name, state, node)
+
+    def _implied(self, node: ir.Node) -> State | None:
+        """An unlabelled first operand whose shape nothing tells, behind an opaque node, as far as the weight implies it."""
+        first, weight = (*node.inputs, None, None)[:2]
+        shape = None if weight is None else self._known_shape(weight, self.shapes.first)
+        if first is None or shape is None or (made := implied_shape(node, shape, 0)) is None:
+            return None
+        if self.shapes.static:
+            self.shapes = replace(self.shapes, second=dict(self.shapes.first))
+        self.shapes.first[first.name or ""] = made
+        self.shapes.second[first.name or ""] = implied_shape(node, shape, 1) or made
+        self.states[first.name or ""] = State(made)
+        return self.states[first.name or ""]
 
     def _output_shapes(self, node: ir.Node, version: int) -> list[Shape | None]:
         """Shapes of the outputs; node by node where the inference of the whole graph gave up."""
@@ -238,10 +257,17 @@ class _Walker:
             return shapes
         for table in (self.shapes.first,) if self.shapes.static else (self.shapes.first, self.shapes.second):
             known = [None if v is None else self._known_shape(v, table) for v in node.inputs]
-            for value, shape in zip(node.outputs, infer_node(node, known, version), strict=True):
+            for value, shape in zip(node.outputs, infer_node(node, known, version, self.shapes.types), strict=True):
                 if shape is not None and value.name:
                     table.setdefault(value.name, shape)
         return [self.shapes.first.get(v.name or "") for v in node.outputs]
+
+    def _learn(self, name: str, state: State, node: ir.Node) -> None:
+        """A rule knew the shape of an output that ONNX could not infer: that of its first input."""
+        self.shapes.first[name] = state.shape
+        source = node.inputs[0].name or "" if node.inputs and node.inputs[0] is not None else ""
+        if not self.shapes.static and self.shapes.first.get(source) == state.shape and source in self.shapes.second:
+            self.shapes.second[name] = self.shapes.second[source]
 
     def _known_shape(self, value: ir.Value, table: dict[str, Shape]) -> Shape | None:
         name = value.name or ""

@@ -1,0 +1,329 @@
+"""The command line: `cipm inspect`, `cipm optimize`, `cipm verify`, `cipm passes`.
+
+Exit codes: 0 done, 1 `verify` found a difference, 2 bad input, option or output (one sentence on stderr), 3 a defect of
+this program, 130 stopped by the user, 141 the reader of the output went away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.main import get_command
+
+from cipm_ir.errors import CipmError, OutputError
+from cipm_ir.version import __version__
+
+if TYPE_CHECKING:
+    from cipm_ir.symmetry.program import Program, Space
+
+app = typer.Typer(
+    name="cipm",
+    help="A compiler middle-end for neural networks that knows the symmetries of their weights.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(help="An .onnx file.", show_default=False)]
+DataOption = Annotated[
+    str | None, typer.Option("--data", metavar="NPZ", help="Calibration input: arrays by input name, first axis samples.")
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"cipm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def inspect(
+    model: Model,
+    spaces: Annotated[bool, typer.Option("--spaces", help="Show the table of spaces instead of the graph.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Write spaces, sizes and opaque nodes as JSON.")] = False,
+    annotate: Annotated[
+        str | None, typer.Option("--annotate", metavar="OUT", help="Write a copy with the groups in its metadata.")
+    ] = None,
+) -> None:
+    """Show the annotated graph: which axes move with which space of hidden units, and by which group."""
+    from cipm_ir.api import check_output, load
+
+    if annotate is not None:
+        check_output(annotate)
+    program = load(model)
+    if annotate is not None:
+        program.save(annotate, annotate=True)
+    if as_json:
+        print(json.dumps(_described(program), indent=2))
+    elif spaces:
+        _print_spaces(program)
+    else:
+        print(program)
+
+
+@app.command()
+def optimize(
+    model: Model,
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", metavar="OUT", help="Where to write the result.")
+    ] = None,
+    passes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-p",
+            "--pass",
+            metavar="PASS",
+            help="A pass with its options, as in 'prune{macs=0.5}'; may be repeated. "
+            "Default: clean-up, fold-batch-norm, remove-dead. `cipm passes` lists them.",
+        ),
+    ] = None,
+    data: DataOption = None,
+    report: Annotated[
+        str | None, typer.Option("--report", metavar="JSON", help="Write the report to this file too.")
+    ] = None,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not run the model before and after.")] = False,
+    annotate: Annotated[bool, typer.Option("--annotate", help="Write the groups into the metadata.")] = False,
+    seed: Seed = 0,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Show neither progress nor report.")] = False,
+) -> None:
+    """Run passes, check after each that the model still computes what it should, and write the result."""
+    from cipm_ir import api
+
+    for path in (output, report):
+        if path is not None:
+            api.check_output(path)
+    with _progress(quiet) as progress:
+        result = api.optimize(
+            model,
+            passes or api.DEFAULT_PASSES,
+            data=data,
+            verify=not no_verify,
+            annotate=annotate,
+            seed=seed,
+            progress=progress,
+        )
+    with _written(report, json.dumps(result.report.to_dict(), indent=2, ensure_ascii=False) + "\n"):
+        if output is not None:
+            result.save(output)
+    if quiet:
+        return
+    print(result.report)
+    print(f"written: {output}" if output is not None else "nothing written: give -o to keep the result")
+
+
+@app.command()
+def verify(
+    a: Annotated[str, typer.Argument(help="The model taken as right.", show_default=False)],
+    b: Annotated[str, typer.Argument(help="The model to compare with it.", show_default=False)],
+    data: DataOption = None,
+    seed: Seed = 0,
+    rtol: Annotated[float | None, typer.Option("--rtol", min=0.0, help="Allowed max|a - b| / max|a|.")] = None,
+    atol: Annotated[float | None, typer.Option("--atol", min=0.0, help="Allowed in addition to that.")] = None,
+    cases: Annotated[int, typer.Option("--cases", min=1, help="How many random inputs, and batches of data.")] = 3,
+) -> None:
+    """Run two models on the same inputs; exit code 0 when they agree, 1 when they differ."""
+    from cipm_ir import api
+
+    found = api.verify(a, b, data=data, seed=seed, rtol=rtol, atol=atol, cases=cases)
+    if not found.verified:
+        raise CipmError(f"The models could not be compared: {found.reason.rstrip('.')}.")
+    print(found)
+    raise typer.Exit(0 if found else 1)
+
+
+@app.command("passes")
+def list_passes() -> None:
+    """List the passes with their options."""
+    from cipm_ir.passes.registry import listing
+
+    for entry in listing():
+        print(f"{entry.name}  ({entry.kind or 'not usable'}{'' if entry.package == 'cipm_ir' else ', ' + entry.package})")
+        print(f"    {entry.fault or entry.doc}")
+        for option in entry.options:
+            default = "required" if option.required else f"default {_plain(option.default)}"
+            doc = f"{option.doc}; " if option.doc else ""
+            print(f"    {option.name}: {doc}{option.allowed} ({default})")
+        print()
+
+
+# --- output ---------------------------------------------------------------------------------------
+
+
+def _plain(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return "()" if value == () else str(value)
+
+
+def _described(program: Program) -> dict[str, Any]:
+    from cipm_ir.passes.report import Totals, as_plain
+
+    def one(space: Space) -> dict[str, Any]:
+        parent = None if space.parent is None else {"space": space.parent[0].name, "index": space.parent[1]}
+        return {
+            "name": space.name,
+            "kind": space.kind,
+            "size": space.size,
+            "group": str(space.group),
+            "members": list(space.members),
+            "parent": parent,
+        }
+
+    made: dict[str, Any] = as_plain(
+        {
+            "totals": vars(Totals.of(program)),
+            "spaces": [one(space) for space in program.spaces],
+            "opaque": [vars(node) for node in program.opaque],
+        }
+    )
+    return made
+
+
+def _print_spaces(program: Program) -> None:
+    rows = [("space", "kind", "size", "group", "tensors", "in block")]
+    for space in program.spaces:
+        parent = "" if space.parent is None else f"{space.parent[1]} of @{space.parent[0].name}"
+        rows.append((f"@{space.name}", space.kind, str(space.size), str(space.group), str(len(space.members)), parent))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    units = sum(space.size for space in program.spaces if space.kind == "units")
+    print(f"{len(program.spaces)} spaces, {units} free units")
+    for node in program.opaque:
+        print(f"opaque: {node}")
+
+
+@contextlib.contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[str, float | None], None]]:
+    """A bar on stderr, where that is a terminal."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+        task = bar.add_task("read", total=1.0)
+
+        def show(what: str, fraction: float | None) -> None:
+            bar.update(task, description=escape(what), completed=fraction)
+
+        yield show
+
+
+@contextlib.contextmanager
+def _written(path: str | None, text: str) -> Iterator[None]:
+    """Write the text beside its place, do what is inside, then rename: all or nothing."""
+    if path is None:
+        yield
+        return
+    target = Path(os.path.abspath(path))
+    temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
+    try:
+        try:
+            temporary.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"{path!r} was not written: {error.strerror}; nothing was left behind.") from error
+        yield
+        try:
+            os.replace(temporary, target)
+        except OSError as error:
+            raise OutputError(f"{path!r} was not written: {error.strerror}.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# --- exit codes -----------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and give its exit code; never raises but for `SystemExit` of the interpreter."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    end = given.index("--") if "--" in given else len(given)
+    debug = "--debug" in given[:end]
+    given = [word for place, word in enumerate(given) if word != "--debug" or place >= end]
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal without Unicode shows a question mark for a Greek letter rather than failing.
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        code = _run(given)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        _drop_stdout()
+        return 141
+    except KeyboardInterrupt:
+        return _fail("Stopped.", 130, debug)
+    except CipmError as error:
+        return _fail(str(error), 2, debug)
+    except OSError as error:
+        if error.filename is None:
+            _drop_stdout()
+        return _fail(f"{error.strerror or error}{f': {error.filename!r}' if error.filename else ''}.", 2, debug)
+    except Exception as error:
+        notes = " ".join(getattr(error, "__notes__", ()))
+        first = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+        hint = "" if debug else " Run again with --debug to see where, and please report it."
+        return _fail(f"Internal error: {type(error).__name__}: {first}. {notes}".rstrip() + hint, 3, debug)
+
+
+def _run(given: list[str]) -> int:
+    """Typer's command without its own handling of errors."""
+    try:
+        code = get_command(app).main(args=given, prog_name="cipm", standalone_mode=False)
+    except typer.Exit as done:
+        return int(done.exit_code)
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    except _USAGE_ERROR as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message())
+            return 2
+        hint = " `cipm --help` says what there is." if "No such command" in error.format_message() else ""
+        raise CipmError(error.format_message().strip().rstrip(".") + "." + hint) from error
+    return code if isinstance(code, int) else 0
+
+
+# Typer lies on click, newer ones on a copy of their own: take the base class from where it is in either.
+_USAGE_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    with contextlib.suppress(OSError):
+        if debug:
+            traceback.print_exc()
+        print(f"cipm: {message}", file=sys.stderr)
+        sys.stderr.flush()
+    return code
+
+
+def _drop_stdout() -> None:
+    """Python flushes stdout once more at exit; let it flush into nothing."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""Gauge fixing: one scale and one sign for every hidden unit, from rows that do not depend on the gauge of others.
+
+Row of a unit at a member: the entries there, over those positions of the other axes whose own gauge is already fixed.
+Its largest magnitude does not depend on the order of the other axes, so gauges are fixed before anything is sorted.
+
+1. Scale: the first member with a row that is not zero, and in which one direction of the unit is still open, takes this
+   direction to a largest magnitude in [1/2, 1) (exact: a power of two) or to Euclidean norm 1. Matrices come before vectors.
+2. Sign: the entry of largest magnitude becomes positive; where it occurs with both signs, the next member decides.
+3. What is zero in every member has no gauge: scale 1. A scale that a weight could not take without rounding (16 bits, or
+   very far from 1) is given up for that unit: the model computes what it did, but is not canonical there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from cipm_ir.ir.labels import Array, Labels
+from cipm_ir.passes.canonical_members import Floats, Member, Members
+
+TOLERANCE = 1e-5
+_FAR = 64.0
+_ROUNDS = 8
+
+
+class Gauge:
+    """Log2 of the scale and the sign of every class and direction, and which of them are fixed."""
+
+    def __init__(self, members: Members) -> None:
+        self.members = members
+        self.exact = members.exact
+        self.scale: Floats = np.zeros((members.count, members.scales))
+        self.scaled = np.zeros((members.count, members.scales), bool)
+        self.sign = np.ones((members.count, members.signs), np.int8)
+        self.signed = np.zeros((members.count, members.signs), bool)
+        self._read: dict[tuple[int, bool], int] = {}
+
+    def fix(self) -> None:
+        """Fix all scales, then all signs that some row decides."""
+        self._sweep(signs=False)
+        self.scaled[:] = True
+        self._give_up_rounding()
+        self._sweep(signs=True)
+
+    def magnitude(self, m: Member) -> Floats:
+        """What each position of a member is to be multiplied by, up to sign."""
+        power = (m.scale * self.scale[m.classes]).sum(1)
+        return np.ldexp(1.0, power.astype(np.int64)) if self.exact else np.exp2(power)
+
+    def weight(self, m: Member) -> Floats:
+        """The same with signs; open signs count as plus."""
+        return self.magnitude(m) * self.parity(m)
+
+    def parity(self, m: Member) -> Floats:
+        """The sign of each position of a member."""
+        return np.where(m.sign % 2 == 1, self.sign[m.classes], 1).prod(1).astype(np.float64)
+
+    def settled(self, m: Member) -> Array:
+        """Positions of a member whose sign is fixed, or plays no part."""
+        return np.asarray((self.signed[m.classes] | (m.sign % 2 == 0)).all(1))
+
+    # ------------------------------------------------------------ rounds
+    def _sweep(self, *, signs: bool) -> None:
+        every = [m for m in self.members.all if (m.sign % 2 if signs else m.scale).any()]
+        lines, matrices = [m for m in every if m.line], [m for m in every if not m.line]
+        order = (lines, matrices) if signs else (matrices, lines)
+        step = self._fix_sign if signs else self._fix_scale
+        while True:
+            progress = False
+            for group in order:
+                for m in group:
+                    progress |= step(m)
+            if not progress:
+                return
+
+    def _open(self, m: Member, *, signs: bool) -> tuple[Labels, Labels, Labels]:
+        """Classes of a member with exactly one open direction there: a position, the direction and the class of each."""
+        exponent, fixed = (m.sign % 2, self.signed) if signs else (m.scale, self.scaled)
+        todo = (exponent != 0) & ~fixed[m.classes]
+        here = np.flatnonzero(todo.sum(1) == 1)
+        classes, first = np.unique(m.classes[here], return_index=True)
+        return here[first], todo[here[first]].argmax(1), classes
+
+    def _weights(self, m: Member, *, signs: bool) -> list[Array]:
+        """Weights of the other axes: zero where they are not fixed yet."""
+        out = []
+        for o in self.members.on_leaf[m.factor.leaf]:
+            if o is not m:
+                known = (self.scaled[o.classes] | (o.scale == 0)).all(1)
+                vector = self.magnitude(o) * known
+                out.append(o.spread(vector * self.parity(o) * self.settled(o) if signs else vector))
+        return out
+
+    def _seen(self, m: Member, weights: list[Array], open_classes: Labels, *, signs: bool) -> bool:
+        """Whether this member was read before with the same other axes and found nothing for these classes."""
+        state = hash((open_classes.tobytes(), *(w.tobytes() for w in weights)))
+        key = (m.factor.base, signs)
+        if self._read.get(key) == state:
+            return True
+        self._read[key] = state
+        return False
+
+    def _per_class(self, m: Member, values: Array, ufunc: np.ufunc) -> Array:
+        out = np.zeros(self.members.count)
+        ufunc.at(out, m.classes, values)
+        return out
+
+    def _reduce(self, m: Member, weights: list[Array], ufunc: np.ufunc, shape: str) -> Array:
+        """Row-wise reduction of |x|, x or x^2; infinities and NaN in a weight are left out."""
+        leaf = m.factor.leaf
+        for clean in (False, True):
+            blocks = _shaped(self.members.blocks(leaf, weights, m.epsilon), shape, clean)
+            with np.errstate(invalid="ignore", over="ignore"):
+                out = self.members.reduce(m, blocks, ufunc, np.float64 if ufunc is np.add else None)
+            if np.isfinite(out).all():
+                break
+        return np.where(np.isfinite(out), out, 0.0).astype(np.float64)
+
+    def _fix_scale(self, m: Member) -> bool:
+        position, direction, classes = self._open(m, signs=False)
+        if not len(classes):
+            return False
+        weights = self._weights(m, signs=False)
+        if self._seen(m, weights, classes, signs=False):
+            return False
+        if self.exact:
+            size = self._per_class(m, self._reduce(m, weights, np.maximum, "magnitude"), np.maximum)[classes]
+        else:
+            size = np.sqrt(self._per_class(m, self._reduce(m, weights, np.add, "square"), np.add)[classes])
+        good = size > 0
+        position, direction, classes, size = position[good], direction[good], classes[good], size[good]
+        rest = m.scale[position].astype(np.float64)
+        exponent = rest[np.arange(len(rest)), direction].copy()
+        own = np.where(self.scaled[classes], rest * self.scale[classes], 0.0).sum(1)
+        if self.exact:
+            power = np.frexp(size)[1] + own
+            fixed = -np.sign(exponent) * np.floor(power / np.abs(exponent))
+        else:
+            fixed = -(np.log2(size) + own) / exponent
+        self.scale[classes, direction] = fixed
+        self.scaled[classes, direction] = True
+        return bool(len(classes))
+
+    def _fix_sign(self, m: Member) -> bool:
+        position, direction, classes = self._open(m, signs=True)
+        if not len(classes):
+            return False
+        weights = self._weights(m, signs=True)
+        if self._seen(m, weights, classes, signs=True):
+            return False
+        high = self._per_class(m, self._reduce(m, weights, np.maximum, "value"), np.maximum)[classes]
+        low = self._per_class(m, self._reduce(m, weights, np.minimum, "value"), np.minimum)[classes]
+        margin = 0.0 if self.exact else TOLERANCE
+        return self.decide(m, position, direction, classes, np.where(np.abs(high + low) > margin * (high - low), high + low, 0))
+
+    def decide(self, m: Member, position: Labels, direction: Labels, classes: Labels, value: Array) -> bool:
+        """Fix the open sign of some classes such that their values at a member become positive; zeros stay open."""
+        good = value != 0
+        position, direction, classes, value = position[good], direction[good], classes[good], value[good]
+        own = np.where((m.sign[position] % 2 == 1) & self.signed[classes], self.sign[classes], 1).prod(1)
+        self.sign[classes, direction] = np.sign(value) * own
+        self.signed[classes, direction] = True
+        return bool(len(classes))
+
+    # ------------------------------------------------------------ rounding
+    def _give_up_rounding(self) -> None:
+        for attempt in range(_ROUNDS):
+            bad = np.zeros(self.members.count, bool)
+            for leaf, members in self.members.on_leaf.items():
+                if self._may_round(leaf, members):
+                    self._rounds(leaf, members, bad)
+            if not bad.any():
+                return
+            self.scale[bad] = 0.0
+            if attempt == _ROUNDS - 2:
+                self.scale[:] = 0.0
+
+    def _may_round(self, leaf: int, members: list[Member]) -> bool:
+        moved = [np.abs(np.log2(self.magnitude(m))).max() for m in members]
+        dtype = self.members.analysis.walk.leaves[leaf].dtype
+        narrow = dtype.itemsize <= 2 and dtype.name != "BFLOAT16"
+        return max(moved) > 0 and (narrow or sum(moved) >= _FAR)
+
+    def _rounds(self, leaf: int, members: list[Member], bad: Array) -> None:
+        """Mark the classes whose scale a parameter cannot take (exact: without rounding; else: without overflow)."""
+        dtype = self.members.array(leaf).dtype
+        weights = [m.spread(self.magnitude(m)) for m in members]
+
+        def wrong() -> Iterator[tuple[slice, Array]]:
+            for part, block in self.members.blocks(leaf, weights, members[0].epsilon):
+                with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+                    back = block.astype(dtype).astype(np.float64)
+                yield part, (back != block if self.exact else np.isinf(back)) & np.isfinite(block)
+
+        for m in members:
+            hit = self.members.reduce(m, wrong(), np.logical_or, None).astype(bool) & (self.magnitude(m) != 1.0)
+            bad[m.classes[hit]] = True
+
+
+def _shaped(blocks: Iterator[tuple[slice, Array]], shape: str, clean: bool) -> Iterator[tuple[slice, Array]]:
+    for part, block in blocks:
+        if clean:
+            block = np.where(np.isfinite(block), block, 0.0)
+        if shape == "magnitude":
+            block = np.abs(block)
+        elif shape == "square":
+            block = np.square(block, dtype=np.float64)
+        yield part, block

@@ -1,0 +1,214 @@
+"""What the canonical form is read from: every axis of every parameter that moves, and the values along it.
+
+A *member* is one factor of one parameter: each of its positions holds an atom of some class, and the entries at that
+position are the *row* of the class there. Entries are read as float64, so a weight of 16, 32 or 64 bits keeps its value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from cipm_ir.ir.constants import constant_tensor
+from cipm_ir.ir.labels import Array, Labels
+from cipm_ir.symmetry.analysis import Analysis
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.walk import Leaf, LeafFactor
+
+Floats = npt.NDArray[np.float64]
+CHUNK = 1 << 18
+_KEPT_BYTES = 1 << 28
+
+
+@dataclass
+class Member:
+    """One factor with, per position: the class, which of its atoms this is, and the exponents of its directions.
+
+    ``scale`` is (positions, scale directions), ``sign`` (positions, sign directions) of the space of the class.
+    ``line``: every other axis of the parameter has size 1, so that a row is one number. ``epsilon``: a variance, whose
+    scale acts on value + epsilon.
+    """
+
+    factor: LeafFactor
+    shape: tuple[int, ...]
+    classes: Labels
+    rank: Labels
+    scale: Labels
+    sign: Labels
+    line: bool
+    epsilon: float | None
+
+    @property
+    def axis(self) -> int:
+        """The axis of the parameter that the positions lie on."""
+        return self.factor.axes[-1]
+
+    @property
+    def groups(self) -> int:
+        """0 for a plain axis; else positions are counted separately in each group of rows of axis 0."""
+        return self.factor.groups
+
+    def spread(self, vector: Array) -> Array:
+        """A value per position, shaped so that it broadcasts against the parameter."""
+        shape = [1] * len(self.shape)
+        shape[self.axis] = self.shape[self.axis]
+        if not self.groups:
+            return vector.reshape(shape)
+        shape[0] = self.shape[0]
+        return vector.reshape(self.factor.shape)[self.group_of_rows()].reshape(shape)
+
+    def group_of_rows(self) -> Labels:
+        """For each row of axis 0, its group."""
+        rows = self.shape[0]
+        return np.asarray(np.arange(rows) * self.groups // rows, np.int64)
+
+    def at(self, vector: Array, index: Sequence[Array]) -> Array:
+        """A value per position, read at entries of the parameter: one index array per axis."""
+        if not self.groups:
+            return np.asarray(vector[index[self.axis]])
+        return np.asarray(vector[index[0] * self.groups // self.shape[0] * self.factor.shape[1] + index[self.axis]])
+
+
+class Members:
+    """All members of a program in graph order, and their values.
+
+    With ``exact``, directions whose powers of two would round are left out. An edited tensor that is not yet evaluated
+    is evaluated once and kept, up to 256 MiB in all.
+    """
+
+    def __init__(self, program: Program, *, exact: bool) -> None:
+        self.program = program
+        self.analysis: Analysis = program.analysis
+        self.count = self.analysis.classes.count
+        self.exact = exact
+        directions = self.analysis.directions
+        self.scales = max((d.scales for d in directions), default=0)
+        self.signs = max((d.signs for d in directions), default=0)
+        self._nodes = list(program.model.graph)
+        self._arrays: dict[int, Array] = {}
+        self._kept = 0
+        self._space = np.full(self.count, -1, np.int64)
+        for k, raw in enumerate(self.analysis.spaces):
+            if raw.kind != "blocks" and raw.table.shape[1] == 1:
+                self._space[raw.table[:, 0]] = k
+        self.rank_of = self._ranks()
+        self.moving = self._moving()
+        self.all = [m for f in self.analysis.walk.leaf_factors if (m := self._member(f)) is not None]
+        self.on_leaf: dict[int, list[Member]] = {}
+        for m in self.all:
+            self.on_leaf.setdefault(m.factor.leaf, []).append(m)
+
+    def _ranks(self) -> Labels:
+        of = self.analysis.classes.of
+        order = np.lexsort((self.analysis.classes.colour, of))
+        start = np.searchsorted(of[order], np.arange(self.count + 1))
+        rank = np.empty(len(of), np.int64)
+        rank[order] = np.arange(len(of)) - start[of[order]]
+        return rank
+
+    def _moving(self) -> npt.NDArray[np.bool_]:
+        """Classes that some space exchanges or rescales."""
+        moving = np.zeros(self.count, bool)
+        for raw in self.analysis.spaces:
+            moving[raw.table.ravel()] = True
+        return moving
+
+    def _member(self, f: LeafFactor) -> Member | None:
+        leaf = self.analysis.walk.leaves[f.leaf]
+        span = slice(f.base, f.base + f.size)
+        classes = self.analysis.classes.of[span]
+        if not f.active or leaf.filled or not self.moving[classes].any():
+            return None
+        scale, sign = self._exponents(f, classes)
+        other = int(np.prod(leaf.shape)) // (f.shape[-1] * max(f.groups, 1))
+        epsilon = None if self.exact else f.epsilon
+        return Member(f, leaf.shape, classes, self.rank_of[span], scale, sign, other == 1, epsilon)
+
+    def _exponents(self, f: LeafFactor, classes: Labels) -> tuple[Labels, Labels]:
+        scale = np.zeros((f.size, self.scales), np.int64)
+        sign = np.zeros((f.size, self.signs), np.int64)
+        space = self._space[classes]
+        for k in np.unique(space[space >= 0]).tolist():
+            free = self.analysis.directions[k]
+            here = space == k
+            up, flip = free.scale.get(f.var), free.sign.get(f.var)
+            if up:
+                scale[here, : free.scales] = up
+                if self.exact:
+                    scale[np.ix_(here, np.flatnonzero(~np.asarray(free.exact)))] = 0
+            if flip:
+                sign[here, : free.signs] = flip
+        return scale, sign
+
+    # ------------------------------------------------------------ values
+    def array(self, leaf: int) -> Array:
+        """The parameter itself, unedited and in its own dtype."""
+        known = self._arrays.get(leaf)
+        if known is not None:
+            return known
+        tensor = leaf_tensor(self._nodes, self.analysis.walk.leaves[leaf])
+        array = np.asarray(tensor.numpy())
+        lazy = isinstance(tensor, ir.LazyTensor)
+        if not lazy or self._kept + array.nbytes <= _KEPT_BYTES:
+            self._arrays[leaf] = array
+            self._kept += array.nbytes if lazy else 0
+        return array
+
+    def blocks(self, leaf: int, weights: Sequence[Array], epsilon: float | None) -> Iterator[tuple[slice, Array]]:
+        """The parameter times some weights that broadcast, in slices of axis 0 that fit into the cache."""
+        array = self.array(leaf)
+        step = max(1, CHUNK // max(1, array[:1].size))
+        used = [w for w in weights if not (w == 1.0).all()]
+        plain = not used and epsilon is None and array.dtype == np.float32
+        for lo in range(0, len(array), step):
+            part = slice(lo, min(lo + step, len(array)))
+            block = array[part] if plain else array[part].astype(np.float64)
+            if epsilon is not None:
+                block = block + epsilon
+            for w in used:
+                block = block * (w[part] if w.shape[0] > 1 else w)
+            yield part, block
+
+    def reduce(self, m: Member, blocks: Iterator[tuple[slice, Array]], ufunc: np.ufunc, dtype: npt.DTypeLike) -> Array:
+        """Reduce blocks of the parameter to one value per position of a member."""
+        others = tuple(a for a in range(len(m.shape)) if a != m.axis and not (m.groups and a == 0))
+        out: Array | None = None
+        rows: list[Array] = []
+        for _, block in blocks:
+            part = ufunc.reduce(block, axis=others, dtype=dtype)
+            if m.axis == 0 or m.groups:
+                rows.append(part)
+            else:
+                out = part if out is None else ufunc(out, part)
+        if m.axis == 0:
+            return np.concatenate(rows)
+        if m.groups:
+            grouped = np.concatenate(rows).reshape(m.groups, m.shape[0] // m.groups, m.factor.shape[1])
+            return np.asarray(ufunc.reduce(grouped, axis=1, dtype=dtype)).ravel()
+        if out is None:
+            raise ValueError(f"parameter {self.analysis.walk.leaves[m.factor.leaf].name} is empty")
+        return np.asarray(out)
+
+    def entries(self, leaf: int, index: Sequence[Array], weight: Callable[[Member], Floats]) -> Floats:
+        """Entries of the parameter at one index array per axis, times the weights of all its members."""
+        values = np.asarray(self.array(leaf)[tuple(index)]).astype(np.float64)
+        for m in self.on_leaf[leaf]:
+            values = (values if m.epsilon is None else values + m.epsilon) * m.at(weight(m), index)
+        return values
+
+
+def leaf_tensor(nodes: Sequence[ir.Node], leaf: Leaf) -> ir.TensorProtocol:
+    """The tensor of a parameter in a graph with these nodes; ValueError where the graph is not the analysed one."""
+    node, slot = leaf.uses[0]
+    value = nodes[node].inputs[slot]
+    tensor = None
+    if value is not None:
+        producer = value.producer()
+        tensor = value.const_value if value.is_initializer() or producer is None else constant_tensor(producer)
+    if tensor is None:
+        raise ValueError(f"input {slot} of node {node} ({leaf.name}) is not a parameter")
+    return tensor

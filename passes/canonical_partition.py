@@ -1,0 +1,135 @@
+"""An ordered partition of the classes: the colour of a class is how many classes come before its cell."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from cipm_ir.ir.labels import Labels, mix
+from cipm_ir.passes.canonical_members import Floats
+from cipm_ir.symmetry.analysis import Analysis
+from cipm_ir.symmetry.classes import Hashes, components
+
+_CLOSE = 1e-5
+
+
+class Partition:
+    """Cells of classes that may still be exchanged; splitting keeps the order of the cells.
+
+    At first, the cells are the orbits of the permutations, so that classes of sibling blocks start in one cell.
+    """
+
+    def __init__(self, analysis: Analysis) -> None:
+        pairs = []
+        self._parent = np.zeros(0, np.int64)
+        self._child = np.zeros(0, np.int64)
+        self._heads = np.zeros(analysis.classes.count, bool)
+        for raw in analysis.spaces:
+            table = raw.table
+            if raw.kind != "cells" and len(table) > 1:
+                pairs.append((table[1:].ravel(), np.broadcast_to(table[0], table[1:].shape).ravel()))
+            if table.shape[1] > 1:
+                self._heads[table[:, 0]] = True
+                self._parent = np.r_[self._parent, np.repeat(table[:, 0], table.shape[1] - 1)]
+                self._child = np.r_[self._child, table[:, 1:].ravel()]
+        count = analysis.classes.count
+        number, label = components(count, pairs)
+        first = np.full(number, count, np.int64)
+        np.minimum.at(first, label, np.arange(count))
+        size = np.bincount(label, minlength=number)
+        order = np.argsort(first)
+        start = np.empty(number, np.int64)
+        start[order] = np.cumsum(size[order]) - size[order]
+        self.colour: Labels = start[label]
+
+    def tied(self) -> npt.NDArray[np.bool_]:
+        """Classes that share their colour."""
+        if self._tied is None:
+            self._tied = np.bincount(self.colour, minlength=len(self.colour))[self.colour] > 1
+        return self._tied
+
+    _tied: npt.NDArray[np.bool_] | None = None
+
+    def split(self, classes: Labels, keys: Labels) -> bool:
+        """Split cells by the rows of ``keys`` (classes, columns); every class of such a cell must be given."""
+        classes, keys = self._whole(classes, keys)
+        if not len(classes):
+            return False
+        colour = self.colour[classes]
+        order = np.lexsort((*keys.T[::-1], colour))
+        keys, colour = keys[order], colour[order]
+        return self._cut(classes[order], colour, (keys[1:] != keys[:-1]).any(1))
+
+    def split_close(self, classes: Labels, key: Floats, size: Floats) -> bool:
+        """Split cells by one number per class that is known up to about 1e-7 of ``size``.
+
+        First into as many ranges of equal width as the root of the cell's size, then, within these, at gaps.
+        """
+        whole = self._complete(classes)
+        classes, key, size = classes[whole], key[whole], size[whole]
+        if not len(classes):
+            return False
+        progress = False
+        for coarse in (True, False):
+            colour = self.colour[classes]
+            order = np.lexsort((key, colour))
+            classes, key, size, colour = classes[order], key[order], size[order], colour[order]
+            starts = np.flatnonzero(np.r_[True, colour[1:] != colour[:-1]])
+            count = np.diff(np.r_[starts, len(colour)])
+            bound = np.repeat(np.maximum.reduceat(size, starts), count)
+            if coarse:
+                mean = np.repeat(np.add.reduceat(key, starts) / count, count)
+                spread = np.sqrt(np.add.reduceat((key - mean) ** 2, starts) / count)
+                width = np.maximum(np.repeat(4 * spread / np.sqrt(count), count), bound * _CLOSE)
+                rung = np.floor((key - mean) / np.where(width > 0, width, 1.0) + 0.37)
+                progress |= self._cut(classes, colour, rung[1:] != rung[:-1])
+            else:
+                progress |= self._cut(classes, colour, np.diff(key) > bound[1:] * _CLOSE)
+        return progress
+
+    def propagate(self) -> None:
+        """Let blocks learn from what they hold, and the other way round, until nothing changes."""
+        while len(self._parent) and self.tied().any():
+            with np.errstate(over="ignore"):
+                key: Hashes = np.zeros(len(self.colour), np.uint64)
+                np.add.at(key, self._parent, mix(self.colour[self._child]))
+                np.add.at(key, self._child, mix(self.colour[self._parent] + (1 << 40)))
+            tied = np.flatnonzero(self.tied())
+            if not self.split(tied, key[tied, None].view(np.int64)):
+                return
+
+    def choose(self, *, single: bool, small: int) -> None:
+        """Split one tied cell by the order the classes came in, blocks before units: only its first class, or all."""
+        tied = self.tied()
+        cells = self.colour[tied & self._heads] if (tied & self._heads).any() else self.colour[tied]
+        cell = np.flatnonzero(self.colour == cells.min())
+        key = np.arange(len(cell))
+        self.split(cell, (np.minimum(key, 1) if single and len(cell) <= small else key)[:, None])
+
+    def spread_all(self) -> None:
+        """Keep the order that the classes came in wherever they are tied."""
+        tied = np.flatnonzero(self.tied())
+        self.split(tied, tied[:, None])
+
+    # ------------------------------------------------------------ cells
+    def _complete(self, classes: Labels) -> npt.NDArray[np.bool_]:
+        colour = self.colour[classes]
+        given = np.bincount(colour, minlength=len(self.colour))
+        size = np.bincount(self.colour, minlength=len(self.colour))
+        return np.asarray((given == size)[colour] & (size[colour] > 1))
+
+    def _whole(self, classes: Labels, keys: Labels) -> tuple[Labels, Labels]:
+        whole = self._complete(classes)
+        return classes[whole], keys[whole]
+
+    def _cut(self, classes: Labels, colour: Labels, between: npt.NDArray[np.bool_]) -> bool:
+        """New colours for classes in order of (colour, key), with a cut wherever ``between`` neighbours of one cell."""
+        cell = np.r_[True, colour[1:] != colour[:-1]]
+        group = cell | np.r_[True, between]
+        place = np.arange(len(classes))
+        offset = np.maximum.accumulate(np.where(group, place, 0)) - np.maximum.accumulate(np.where(cell, place, 0))
+        if not offset.any():
+            return False
+        self.colour[classes] = colour + offset
+        self._tied = None
+        return True

@@ -1,0 +1,218 @@
+"""What a pipeline did: sizes before and after each pass, how far the outputs moved, and what spaces there are."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cipm_ir.runtime.graphs import all_graphs
+from cipm_ir.runtime.verify import Verification
+from cipm_ir.symmetry.program import Program
+
+_WIDTH = 118
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sizes of a program: float parameters, multiply-accumulates of one run, bytes of all weights, nodes, free units."""
+
+    parameters: int
+    macs: int
+    bytes: int
+    nodes: int
+    units: int
+
+    @classmethod
+    def of(cls, program: Program) -> Totals:
+        """Measure a program; macs and units come from its analysis."""
+        model = program.emit()
+        weights = [value.const_value for graph in all_graphs(model) for value in graph.initializers.values()]
+        return cls(
+            program.parameters,
+            program.macs,
+            sum(tensor.nbytes for tensor in weights if tensor is not None),
+            sum(len(graph) for graph in all_graphs(model)),
+            sum(space.size for space in program.spaces if space.kind == "units"),
+        )
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass of a run; ``checked`` says in words what is known of the outputs, ``error`` is None where nothing is."""
+
+    name: str
+    kind: str
+    changed: bool
+    summary: str
+    before: Totals
+    after: Totals
+    seconds: float
+    verification: Verification | None
+    checked: str
+    metrics: Mapping[str, Any]
+
+    @property
+    def error(self) -> float | None:
+        """max |Δ| of the outputs against the program before this pass."""
+        return _error(self.changed, self.verification)
+
+
+@dataclass(frozen=True)
+class SpaceLine:
+    """One space of the final program."""
+
+    name: str
+    kind: str
+    size: int
+    group: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """The whole run. `str` gives a table that needs no terminal, `to_dict` what `json.dump` takes.
+
+    Attributes:
+        steps: one for each pass, in order.
+        before, after: sizes of the first and of the last program.
+        verification: the last program against the first; None where nothing was compared.
+        checked: that in words.
+        spaces: of the last program.
+        opaque: nodes of the last program that pin what they touch, with the reason.
+        seconds: of the passes and of the comparisons together.
+    """
+
+    steps: tuple[Step, ...]
+    before: Totals
+    after: Totals
+    verification: Verification | None
+    checked: str
+    spaces: tuple[SpaceLine, ...]
+    opaque: tuple[str, ...]
+    seconds: float
+
+    @property
+    def error(self) -> float | None:
+        """max |Δ| of the outputs of the last program against the first; None where they were not compared."""
+        return _error(any(step.changed for step in self.steps), self.verification)
+
+    def __str__(self) -> str:
+        out = io.StringIO()
+        console = Console(file=out, width=_WIDTH, color_system=None, force_terminal=False, legacy_windows=False)
+        for part in self.renderables():
+            console.print(part)
+        return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+    def renderables(self) -> tuple[Any, ...]:
+        """The table and the lines below it, for a rich console."""
+        return (self._table(), *(Text(line) for line in self._notes()))
+
+    def _table(self) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("pass", overflow="fold", max_width=46)
+        table.add_column("kind")
+        for head in ("parameters", "MACs", "bytes", "max |Δ|", "seconds"):
+            table.add_column(head, justify="right", no_wrap=True)
+        first = self.before
+        table.add_row("(original)", "", f"{first.parameters:,}", f"{first.macs:,}", f"{first.bytes:,}", "", "")
+        for step in self.steps:
+            kind = step.kind if step.changed else "no change"
+            table.add_row(Text(step.name), kind, *_sizes(step.after, first), _shown(step.error), f"{step.seconds:.2f}")
+        table.add_section()
+        table.add_row("in all", "", *_sizes(self.after, first), _shown(self.error), f"{self.seconds:.2f}")
+        return table
+
+    def _notes(self) -> list[str]:
+        lines = [f"{step.name.split('{')[0]}: {step.summary}" for step in self.steps if step.summary]
+        unchecked = {step.checked for step in self.steps if step.changed and step.error is None}
+        lines += sorted(text[:1].upper() + text[1:] for text in unchecked if text)
+        kinds = Counter(space.kind for space in self.spaces)
+        counted = ", ".join(f"{count} of {kind}" for kind, count in kinds.items())
+        lines.append(f"spaces: {len(self.spaces)}{f' ({counted})' if counted else ''}, {self.after.units:,} free units")
+        if self.opaque:
+            more = f" and {len(self.opaque) - 3} more" if len(self.opaque) > 3 else ""
+            lines.append(f"opaque, so that what they touch stays fixed: {'; '.join(self.opaque[:3])}{more}")
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as dicts, lists, strings and finite numbers."""
+        made = {
+            "before": vars(self.before),
+            "after": vars(self.after),
+            "max_abs": self.error,
+            "checked": self.checked,
+            "verification": _verification(self.verification),
+            "seconds": self.seconds,
+            "passes": [_step(step) for step in self.steps],
+            "spaces": [vars(space) for space in self.spaces],
+            "opaque": list(self.opaque),
+        }
+        plain: dict[str, Any] = as_plain(made)
+        return plain
+
+
+def space_lines(program: Program) -> tuple[SpaceLine, ...]:
+    """The spaces of a program as the report shows them."""
+    return tuple(SpaceLine(space.name, space.kind, space.size, str(space.group)) for space in program.spaces)
+
+
+def opaque_lines(program: Program) -> tuple[str, ...]:
+    """The opaque nodes of a program, one text each."""
+    return tuple(f"{node.op} {node.name!r}: {node.reason}" for node in program.opaque)
+
+
+def _error(changed: bool, verification: Verification | None) -> float | None:
+    if not changed:
+        return 0.0
+    return verification.max_abs if verification is not None and verification.verified else None
+
+
+def _sizes(now: Totals, first: Totals) -> list[str]:
+    return [
+        _against(now.parameters, first.parameters),
+        _against(now.macs, first.macs),
+        _against(now.bytes, first.bytes),
+    ]
+
+
+def _against(now: int, first: int) -> str:
+    return f"{now:,}" if now == first or not first else f"{now:,} ({now / first:.0%})"
+
+
+def _shown(error: float | None) -> str:
+    return "?" if error is None else ("0" if error == 0 else f"{error:.2g}")
+
+
+def _step(step: Step) -> dict[str, Any]:
+    made = {key: value for key, value in vars(step).items() if key != "verification"}
+    made |= {"before": vars(step.before), "after": vars(step.after), "max_abs": step.error}
+    return made | {"verification": _verification(step.verification)}
+
+
+def _verification(verification: Verification | None) -> dict[str, Any] | None:
+    return None if verification is None else dict(vars(verification))
+
+
+def as_plain(value: Any) -> Any:
+    """A value as JSON knows it: numpy scalars and arrays unwrapped, infinities and NaN as text, the rest as `str`."""
+    if isinstance(value, Mapping):
+        return {str(key): as_plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [as_plain(entry) for entry in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return as_plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
