@@ -40,8 +40,8 @@ class Shuffle(passes.Pass):
         chosen = [space for space in program.spaces if space.size >= self.least]
         elements = {}
         for space in chosen:
-            element = space.random(ctx.rng, power_of_two=True)
-            elements[space] = element if self.scales else element.permutation()
+            element, still = space.random(ctx.rng, power_of_two=True), space.identity()
+            elements[space] = element if self.scales else cipm_ir.Element(element.perm, still.scale, still.sign)
         if not elements:
             return PassResult(program, changed=False, summary="no space is large enough")
         witness = {space.name: element for space, element in elements.items()}

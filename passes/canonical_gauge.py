@@ -3,11 +3,12 @@
 Row of a unit at a member: the entries there, over those positions of the other axes whose own gauge is already fixed.
 Its largest magnitude does not depend on the order of the other axes, so gauges are fixed before anything is sorted.
 
-1. Scale: the first member with a row that is not zero, and in which one direction of the unit is still open, takes this
-   direction to a largest magnitude in [1/2, 1) (exact: a power of two) or to Euclidean norm 1. Matrices come before vectors.
+1. Scale: the first member with a row that is not zero, and in which one direction of the unit is still open, takes
+   this direction to a largest magnitude in [1/2, 1) (exact: by a power of two) or to Euclidean norm 1. Matrices come
+   before vectors.
 2. Sign: the entry of largest magnitude becomes positive; where it occurs with both signs, the next member decides.
-3. What is zero in every member has no gauge: scale 1. A scale that a weight could not take without rounding (16 bits, or
-   very far from 1) is given up for that unit: the model computes what it did, but is not canonical there.
+3. What is zero in every member has no gauge: scale 1. A scale that a weight could not take without rounding (16 bits,
+   or very far from 1) is given up for that unit: the model computes what it did, but is not canonical there.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Gauge:
     def magnitude(self, m: Member) -> Floats:
         """What each position of a member is to be multiplied by, up to sign."""
         power = (m.scale * self.scale[m.classes]).sum(1)
-        return np.ldexp(1.0, power.astype(np.int64)) if self.exact else np.exp2(power)
+        return np.asarray(np.ldexp(1.0, power.astype(np.int64)) if self.exact else np.exp2(power))
 
     def weight(self, m: Member) -> Floats:
         """The same with signs; open signs count as plus."""
@@ -54,7 +55,7 @@ class Gauge:
 
     def parity(self, m: Member) -> Floats:
         """The sign of each position of a member."""
-        return np.where(m.sign % 2 == 1, self.sign[m.classes], 1).prod(1).astype(np.float64)
+        return np.asarray(np.where(m.sign % 2 == 1, self.sign[m.classes], 1).prod(1), np.float64)
 
     def settled(self, m: Member) -> Array:
         """Positions of a member whose sign is fixed, or plays no part."""
@@ -75,7 +76,7 @@ class Gauge:
                 return
 
     def _open(self, m: Member, *, signs: bool) -> tuple[Labels, Labels, Labels]:
-        """Classes of a member with exactly one open direction there: a position, the direction and the class of each."""
+        """Classes with exactly one open direction at a member: a position, the direction and the class of each."""
         exponent, fixed = (m.sign % 2, self.signed) if signs else (m.scale, self.scaled)
         todo = (exponent != 0) & ~fixed[m.classes]
         here = np.flatnonzero(todo.sum(1) == 1)
@@ -112,7 +113,7 @@ class Gauge:
         for clean in (False, True):
             blocks = _shaped(self.members.blocks(leaf, weights, m.epsilon), shape, clean)
             with np.errstate(invalid="ignore", over="ignore"):
-                out = self.members.reduce(m, blocks, ufunc, np.float64 if ufunc is np.add else None)
+                out = self.members.reduce(m, blocks, ufunc)
             if np.isfinite(out).all():
                 break
         return np.where(np.isfinite(out), out, 0.0).astype(np.float64)
@@ -152,7 +153,8 @@ class Gauge:
         high = self._per_class(m, self._reduce(m, weights, np.maximum, "value"), np.maximum)[classes]
         low = self._per_class(m, self._reduce(m, weights, np.minimum, "value"), np.minimum)[classes]
         margin = 0.0 if self.exact else TOLERANCE
-        return self.decide(m, position, direction, classes, np.where(np.abs(high + low) > margin * (high - low), high + low, 0))
+        value = np.where(np.abs(high + low) > margin * (high - low), high + low, 0)
+        return self.decide(m, position, direction, classes, value)
 
     def decide(self, m: Member, position: Labels, direction: Labels, classes: Labels, value: Array) -> bool:
         """Fix the open sign of some classes such that their values at a member become positive; zeros stay open."""
@@ -194,7 +196,7 @@ class Gauge:
                 yield part, (back != block if self.exact else np.isinf(back)) & np.isfinite(block)
 
         for m in members:
-            hit = self.members.reduce(m, wrong(), np.logical_or, None).astype(bool) & (self.magnitude(m) != 1.0)
+            hit = self.members.reduce(m, wrong(), np.logical_or).astype(bool) & (self.magnitude(m) != 1.0)
             bad[m.classes[hit]] = True
 
 

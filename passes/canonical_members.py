@@ -1,7 +1,7 @@
 """What the canonical form is read from: every axis of every parameter that moves, and the values along it.
 
 A *member* is one factor of one parameter: each of its positions holds an atom of some class, and the entries at that
-position are the *row* of the class there. Entries are read as float64, so a weight of 16, 32 or 64 bits keeps its value.
+position are the *row* of the class there. Entries are compared as float64, which holds every smaller type exactly.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class Members:
         leaf = self.analysis.walk.leaves[f.leaf]
         span = slice(f.base, f.base + f.size)
         classes = self.analysis.classes.of[span]
-        if not f.active or leaf.filled or not self.moving[classes].any():
+        if not f.active or not self.moving[classes].any():
             return None
         scale, sign = self._exponents(f, classes)
         other = int(np.prod(leaf.shape)) // (f.shape[-1] * max(f.groups, 1))
@@ -150,8 +150,10 @@ class Members:
         known = self._arrays.get(leaf)
         if known is not None:
             return known
-        tensor = leaf_tensor(self._nodes, self.analysis.walk.leaves[leaf])
+        tensor = _tensor(self._nodes, self.analysis.walk.leaves[leaf])
         array = np.asarray(tensor.numpy())
+        if self.analysis.walk.leaves[leaf].filled:
+            array = np.broadcast_to(array.reshape(()), self.analysis.walk.leaves[leaf].shape)
         lazy = isinstance(tensor, ir.LazyTensor)
         if not lazy or self._kept + array.nbytes <= _KEPT_BYTES:
             self._arrays[leaf] = array
@@ -173,13 +175,13 @@ class Members:
                 block = block * (w[part] if w.shape[0] > 1 else w)
             yield part, block
 
-    def reduce(self, m: Member, blocks: Iterator[tuple[slice, Array]], ufunc: np.ufunc, dtype: npt.DTypeLike) -> Array:
+    def reduce(self, m: Member, blocks: Iterator[tuple[slice, Array]], ufunc: np.ufunc) -> Array:
         """Reduce blocks of the parameter to one value per position of a member."""
         others = tuple(a for a in range(len(m.shape)) if a != m.axis and not (m.groups and a == 0))
         out: Array | None = None
         rows: list[Array] = []
         for _, block in blocks:
-            part = ufunc.reduce(block, axis=others, dtype=dtype)
+            part = ufunc.reduce(block, axis=others)
             if m.axis == 0 or m.groups:
                 rows.append(part)
             else:
@@ -188,7 +190,7 @@ class Members:
             return np.concatenate(rows)
         if m.groups:
             grouped = np.concatenate(rows).reshape(m.groups, m.shape[0] // m.groups, m.factor.shape[1])
-            return np.asarray(ufunc.reduce(grouped, axis=1, dtype=dtype)).ravel()
+            return np.asarray(ufunc.reduce(grouped, axis=1)).ravel()
         if out is None:
             raise ValueError(f"parameter {self.analysis.walk.leaves[m.factor.leaf].name} is empty")
         return np.asarray(out)
@@ -201,14 +203,22 @@ class Members:
         return values
 
 
-def leaf_tensor(nodes: Sequence[ir.Node], leaf: Leaf) -> ir.TensorProtocol:
-    """The tensor of a parameter in a graph with these nodes; ValueError where the graph is not the analysed one."""
+def _tensor(nodes: Sequence[ir.Node], leaf: Leaf) -> ir.TensorProtocol:
+    """The tensor of a parameter in a graph with these nodes; of a filled one, the tensor with its only entry."""
     node, slot = leaf.uses[0]
     value = nodes[node].inputs[slot]
-    tensor = None
-    if value is not None:
-        producer = value.producer()
-        tensor = value.const_value if value.is_initializer() or producer is None else constant_tensor(producer)
+    producer = None if value is None else value.producer()
+    tensor = None if value is None else value.const_value
+    if leaf.filled and producer is not None:
+        tensor = fill_of(producer)
+    elif producer is not None:
+        tensor = constant_tensor(producer)
     if tensor is None:
         raise ValueError(f"input {slot} of node {node} ({leaf.name}) is not a parameter")
     return tensor
+
+
+def fill_of(node: ir.Node) -> ir.TensorProtocol:
+    """The tensor with the one entry that a ConstantOfShape repeats."""
+    attribute = node.attributes.get("value")
+    return ir.tensor(np.zeros(1, np.float32)) if attribute is None else attribute.as_tensor()

@@ -71,18 +71,17 @@ class Ordering:
         return progress
 
     def _hashed(self) -> bool:
+        progress = False
         for k, m in enumerate(self.members.all):
-            tied = self.part.tied()[m.classes]
-            if not tied.any() or (k in self._done and not m.line):
+            if not self.part.tied()[m.classes].any() or (k in self._done and not m.line):
                 continue
             labels = [self._labels(m, axis) for axis in range(len(m.shape))]
             state = hash((tuple(int(x.sum(dtype=np.uint64)) for x in labels), self.part.colour[m.classes].tobytes()))
             if self._read.get(k) == state:
                 continue
             self._read[k] = state
-            if self._by_content(m, labels):
-                return True
-        return False
+            progress |= self._by_content(m, labels)
+        return progress
 
     def _signs(self, *, zeros: bool) -> bool:
         """Signs that the gauge could not decide; with ``zeros``, by the sign bit of what is zero."""
@@ -219,19 +218,20 @@ class Ordering:
         if not len(classes):
             return False
         if self.exact:
-            rows = self.members.reduce(m, self._hashes(m, weights, labels, bare), np.add, np.uint64)
+            rows = self.members.reduce(m, self._hashes(m, weights, labels, bare), np.add)
             return self.part.split(classes, rows[positions].view(np.int64))
         progress = False
-        for salt in range(_PROJECTIONS):
-            for squared in (False, True):
-                if not (bare and not squared) and len(classes):
-                    rows = self.members.reduce(m, self._projected(m, weights, labels, salt, squared), np.add, np.float64)
-                    size = self.members.reduce(m, self._sizes(m, weights, squared), np.maximum, None)
-                    for k in range(positions.shape[1]):
-                        progress |= self.part.split_close(classes, rows[positions[:, k]], size[positions[:, k]])
+        for salt, squared in [(s, q) for q in ((True,) if bare else (False, True)) for s in range(_PROJECTIONS)]:
+            projected = self._projected(m, weights, labels, salt, squared)
+            rows = self.members.reduce(m, projected, np.add)
+            size = self.members.reduce(m, self._sizes(m, weights, squared), np.maximum)
+            for k in range(positions.shape[1]):
+                progress |= self.part.split_close(classes, rows[positions[:, k]], size[positions[:, k]])
         return progress
 
-    def _hashes(self, m: Member, weights: list[Array], labels: list[Hashes], bare: bool) -> Iterator[tuple[slice, Array]]:
+    def _hashes(
+        self, m: Member, weights: list[Array], labels: list[Hashes], bare: bool
+    ) -> Iterator[tuple[slice, Array]]:
         for part, block in self.members.blocks(m.factor.leaf, weights, m.epsilon):
             wide = block.astype(np.float64)
             code = _sortable(np.abs(wide) if bare else wide).view(np.uint64)

@@ -11,6 +11,7 @@ from cipm_ir.symmetry.analysis import Analysis
 from cipm_ir.symmetry.classes import Hashes, components
 
 _CLOSE = 1e-5
+_SMALL = 8
 
 
 class Partition:
@@ -63,29 +64,26 @@ class Partition:
     def split_close(self, classes: Labels, key: Floats, size: Floats) -> bool:
         """Split cells by one number per class that is known up to about 1e-7 of ``size``.
 
-        First into as many ranges of equal width as the root of the cell's size, then, within these, at gaps.
+        Large cells into about as many ranges of equal width as the root of their size, small ones at gaps: sorting a
+        large cell by one number would compare too many neighbours that differ by no more than the noise.
         """
         whole = self._complete(classes)
         classes, key, size = classes[whole], key[whole], size[whole]
         if not len(classes):
             return False
-        progress = False
-        for coarse in (True, False):
-            colour = self.colour[classes]
-            order = np.lexsort((key, colour))
-            classes, key, size, colour = classes[order], key[order], size[order], colour[order]
-            starts = np.flatnonzero(np.r_[True, colour[1:] != colour[:-1]])
-            count = np.diff(np.r_[starts, len(colour)])
-            bound = np.repeat(np.maximum.reduceat(size, starts), count)
-            if coarse:
-                mean = np.repeat(np.add.reduceat(key, starts) / count, count)
-                spread = np.sqrt(np.add.reduceat((key - mean) ** 2, starts) / count)
-                width = np.maximum(np.repeat(4 * spread / np.sqrt(count), count), bound * _CLOSE)
-                rung = np.floor((key - mean) / np.where(width > 0, width, 1.0) + 0.37)
-                progress |= self._cut(classes, colour, rung[1:] != rung[:-1])
-            else:
-                progress |= self._cut(classes, colour, np.diff(key) > bound[1:] * _CLOSE)
-        return progress
+        order = np.lexsort((key, self.colour[classes]))
+        classes, key, size = classes[order], key[order], size[order]
+        colour = self.colour[classes]
+        starts = np.flatnonzero(np.r_[True, colour[1:] != colour[:-1]])
+        count = np.diff(np.r_[starts, len(colour)])
+        bound = np.maximum.reduceat(size, starts) * _CLOSE
+        mean = np.repeat(np.add.reduceat(key, starts) / count, count)
+        deviation = np.sqrt(np.add.reduceat((key - mean) ** 2, starts) / count)
+        width = np.maximum(4 * deviation / np.sqrt(count), bound)
+        # The offset keeps values that sit exactly on the mean away from the edge of a range.
+        rung = np.floor((key - mean) / np.repeat(np.where(width > 0, width, 1.0), count) + 0.37)
+        gap = np.diff(key) > np.repeat(bound, count)[1:]
+        return self._cut(classes, colour, np.where(np.repeat(count, count)[1:] > _SMALL, rung[1:] != rung[:-1], gap))
 
     def propagate(self) -> None:
         """Let blocks learn from what they hold, and the other way round, until nothing changes."""

@@ -15,7 +15,7 @@ FLOAT, DOUBLE = TensorProto.FLOAT, TensorProto.DOUBLE
 _STATE = ort.capi.onnxruntime_pybind11_state
 _REFUSALS = (_STATE.NotImplemented, _STATE.InvalidGraph, _STATE.Fail, _STATE.InvalidArgument, _STATE.RuntimeException)
 _STASHES = {"GroupNormalization"}
-_TYPE_ATTRIBUTES = {"to", "dtype", "stash_type", "softmax_precision"}
+_TYPE_ATTRIBUTES = {"to", "dtype", "softmax_precision"}
 
 
 class NoKernelError(RuntimeError):

@@ -129,11 +129,15 @@ def occurrence_rank(labels: Labels) -> Labels:
     return rank
 
 
-def mix(values: Iterable[Any] | Any) -> npt.NDArray[np.uint64]:
-    """A 64-bit hash of each entry (the finalizer of splitmix64), for signatures; deterministic across runs."""
+def mix(values: Iterable[Any] | Any, salt: int = 0) -> npt.NDArray[np.uint64]:
+    """A 64-bit hash of each entry (the finalizer of splitmix64), for signatures; deterministic across runs.
+
+    Sums of hashes stand for multisets: hashes of different kinds of things need different salts, or x + y = y + x
+    takes one for the other.
+    """
     x = np.asarray(values).astype(np.uint64)
     with np.errstate(over="ignore"):
-        x = (x + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
+        x = (x + np.uint64((0x9E3779B97F4A7C15 * (2 * salt + 1)) & 0xFFFFFFFFFFFFFFFF)).astype(np.uint64)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return np.asarray(x ^ (x >> np.uint64(31)), dtype=np.uint64)

@@ -40,7 +40,10 @@ def homogeneous(op: OpContext) -> None:
     op.like(0, op.state(0))
 
 
-@operator("Tanh", "Sin", "Erf", "Softsign", "Asinh", "Atan", "Sinh", "Tan", "Asin", "Atanh", "Sign", "Round")
+@operator(
+    "Tanh", "Sin", "Erf", "Softsign", "Asinh", "Atan", "Sinh", "Tan", "Asin", "Atanh", "Sign", "Round",
+    "Shrink",
+)  # fmt: skip
 def odd(op: OpContext) -> None:
     """f(-x) = -f(x): signs pass, scalings do not. (Round is to even, hence odd.)"""
     op.freeze(op.state(0), sign=False)
@@ -85,7 +88,7 @@ def square_root(op: OpContext) -> None:
 
 @operator(
     "Sigmoid", "Gelu", "Silu", "Swish", "Elu", "Selu", "Celu", "Softplus", "HardSigmoid", "HardSwish", "Mish", "Exp", "Log",
-    "ThresholdedRelu", "Shrink", "Floor", "Ceil", "Acos", "Acosh", "Not", "IsNaN", "IsInf", "BitwiseNot",
+    "ThresholdedRelu", "Floor", "Ceil", "Acos", "Acosh", "Not", "IsNaN", "IsInf", "BitwiseNot",
 )  # fmt: skip
 def pointwise(op: OpContext) -> None:
     """Any other function of one element: permutations only."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from cipm_ir.ir.labels import ZERO, Factor, State
 from cipm_ir.rules.context import OpContext, fixed
 from cipm_ir.rules.elementwise import broadcast, shifted, var_on
@@ -41,7 +43,7 @@ def batch_normalization(op: OpContext) -> None:
         rec.same(f.labels, y, beta.var)
         rec.equate(f.labels, ((gamma.var, 1), (y, -1)), sign=False)
         rec.equate(f.labels, ((gamma.var, 1), (y, 1), (f.var, 1)), scale=False)
-        op.variance(4, float(op.attr("epsilon", 1e-5)))
+        op.variance(4, float(np.float32(op.attr("epsilon", 1e-5))))
     others = [fixed(g) for g in x.factors if g is not f]
     for g in others:
         op.pin(State(x.shape, (g,)), "spatial position under BatchNormalization")

@@ -20,6 +20,7 @@ from cipm_ir.symmetry.walk import Walk
 Hashes = npt.NDArray[np.uint64]
 Flags = npt.NDArray[np.bool_]
 _LOW = np.uint64((1 << 30) - 1)
+_FACTOR, _MARK, _EQUATION, _CLASS, _RANK, _EVENT = range(1, 7)  # salts
 
 
 @dataclass
@@ -58,6 +59,12 @@ def components(count: int, pairs: list[tuple[Labels, Labels]]) -> tuple[int, Lab
     graph = coo_array((np.ones(len(a), np.int8), (a, b)), shape=(count, count)).tocsr()
     number, label = connected_components(graph, directed=False)
     return int(number), label.astype(np.int64)
+
+
+def unique_pairs(a: Labels, b: Labels) -> Labels:
+    """Distinct rows (a, b), sorted; entries below 2^31."""
+    key = np.unique((a << 31) | b)
+    return np.stack([key >> 31, key & ((1 << 31) - 1)], 1)
 
 
 def scatter_sum(index: Labels, hashes: Hashes, count: int) -> Hashes:
@@ -105,7 +112,7 @@ def _close_blocks(count: int, of: Labels, links: Links) -> tuple[int, Labels]:
     """Unify block labels that hold the same classes, and those of one event that share a class, until nothing changes."""
     while True:
         child, parent = of[links.child], of[links.parent]
-        rows = np.unique(np.stack([links.parent, child], 1), axis=0)
+        rows = unique_pairs(links.parent, child)
         atoms, index = np.unique(rows[:, 0], return_inverse=True)
         content = scatter_sum(index, mix(rows[:, 1]), len(atoms))
         size = np.bincount(index)
@@ -124,26 +131,23 @@ def _close_blocks(count: int, of: Labels, links: Links) -> tuple[int, Labels]:
 def _colours(walk: Walk, of: Labels, count: int) -> tuple[Flags, Hashes]:
     """Which classes are real, and a colour per atom: the factor it comes from and the selections it went through."""
     rec = walk.rec
+    leaves = [f for f in walk.leaf_factors if f.active]
+    base = np.asarray([f.base for f in leaves] + [lo for lo, _ in rec.fresh_ranges], np.int64)
+    size = np.asarray([f.size for f in leaves] + [hi - lo for lo, hi in rec.fresh_ranges], np.int64)
+    atoms = np.arange(size.sum()) + np.repeat(base - (np.cumsum(size) - size), size)
     colour = np.zeros(rec.atoms, np.uint64)
+    colour[atoms] = np.repeat(mix(np.arange(len(base)), salt=_FACTOR), size)
     real = np.zeros(count, bool)
-    starts = {}
-    for k, f in enumerate(walk.leaf_factors):
-        if f.active:
-            colour[f.base : f.base + f.size] = mix(2 * k + 1)
-            real[of[f.base : f.base + f.size]] = True
-        starts[f.base] = f.size
-    for k, (lo, hi) in enumerate(rec.fresh_ranges):
-        colour[lo:hi] = mix(2 * k + 2)
-        starts[lo] = hi - lo
+    real[of[atoms[: size[: len(leaves)].sum()]]] = True
+    whole = set(zip(base.tolist(), size.tolist(), strict=True))
+    seen: set[int] = set()
+    tags = mix(np.arange(len(rec.equations)), salt=_EQUATION)
     with np.errstate(over="ignore"):
         for k, (labels, salt) in enumerate(rec.marks):
-            tag = mix(np.asarray(salt) + (k + 1) * (1 << 34))
-            colour[labels] += tag
-        seen: set[int] = set()
-        tags = mix((np.arange(len(rec.equations), dtype=np.uint64) + np.uint64(1)) << np.uint64(44))
+            colour[labels] += mix(np.asarray(salt) + (k << 40), salt=_MARK)
         for k, eq in enumerate(rec.equations):
             labels = eq.labels
-            if id(labels) in seen or not labels.size or starts.get(int(labels[0])) == labels.size:
+            if id(labels) in seen or not labels.size or (int(labels[0]), labels.size) in whole:
                 continue  # a whole factor: tells nothing apart
             seen.add(id(labels))
             colour[labels] += tags[k]  # once per atom, however often it is listed
@@ -166,7 +170,7 @@ def _touched(walk: Walk, of: Labels, count: int) -> Flags:
 def _ranked(of: Labels, colour: Hashes) -> Hashes:
     """Tell atoms of one class and colour apart by their order."""
     with np.errstate(over="ignore"):
-        key = mix(of) + colour
+        key = mix(of + (1 << 52)) + colour  # its own range of salts: mix(1) + mix(3) is also mix(3) + mix(1)
         ordered = np.sort(key)
         twice = ordered[1:][ordered[1:] == ordered[:-1]]
         if not len(twice):
@@ -177,7 +181,7 @@ def _ranked(of: Labels, colour: Hashes) -> Hashes:
         position = np.arange(len(order))
         first = np.r_[True, key[order][1:] != key[order][:-1]]
         rank[order] = position - np.maximum.accumulate(np.where(first, position, 0))
-        return mix(colour + mix(rank))
+        return mix(colour + mix(rank, salt=_RANK) - mix(0, salt=_RANK), salt=_RANK)
 
 
 def _signatures(walk: Walk, of: Labels, count: int, colour: Hashes) -> Hashes:
@@ -188,5 +192,5 @@ def _signatures(walk: Walk, of: Labels, count: int, colour: Hashes) -> Hashes:
     b = np.concatenate([u.b for u in walk.rec.unifications])
     event = np.repeat(np.arange(len(walk.rec.unifications)), [len(u.a) for u in walk.rec.unifications])
     with np.errstate(over="ignore"):
-        edges = mix(colour[a] + np.uint64(3) * colour[b] + mix(event))
+        edges = mix(colour[a] + np.uint64(3) * colour[b] + mix(event, salt=_EVENT))
         return np.asarray(total + scatter_sum(of[a], edges, count), dtype=np.uint64)

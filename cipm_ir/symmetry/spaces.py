@@ -13,7 +13,10 @@ import numpy as np
 from scipy.sparse import coo_array
 
 from cipm_ir.ir.labels import Labels, mix
-from cipm_ir.symmetry.classes import Classes, Hashes, scatter_sum
+from cipm_ir.symmetry.classes import Classes, Hashes, scatter_sum, unique_pairs
+
+
+_LABEL, _CODE, _SELF, _RANK, _CONTENT, _SUB, _OUTER = range(16, 23)  # salts
 
 
 @dataclass
@@ -45,7 +48,7 @@ def find_spaces(classes: Classes) -> list[RawSpace]:
     key = classes.signature.copy()
     with np.errstate(over="ignore"):
         if len(holds.child):
-            key += scatter_sum(holds.child, mix(holds.label), classes.count)
+            key += scatter_sum(holds.child, mix(holds.label, salt=_LABEL), classes.count)
     spaces = []
     for table in _grouped(np.flatnonzero(loose & ~cells), key):
         spaces.append(RawSpace("units", table[:, None], int(innermost[table[0]])))
@@ -77,7 +80,7 @@ def _closed(classes: Classes) -> _Holds:
     if not len(links.parent):
         empty = np.zeros(0, np.int64)
         return _Holds(empty, empty, empty, empty.astype(np.uint64))
-    rows = np.unique(np.stack([links.parent, of[links.child]], 1), axis=0)
+    rows = unique_pairs(links.parent, of[links.child])
     atoms, where = np.unique(links.parent, return_index=True)
     event = links.event[where]
     block = of[atoms]
@@ -86,7 +89,7 @@ def _closed(classes: Classes) -> _Holds:
     same = np.r_[False, (block[order][1:] == block[order][:-1]) & (event[order][1:] == event[order][:-1])]
     position = np.arange(len(atoms))
     rank[order] = position - np.maximum.accumulate(np.where(same, 0, position))
-    code = mix(event * 1_000_003 + rank)
+    code = mix(event * 1_000_003 + rank, salt=_CODE)
     at = np.searchsorted(atoms, rows[:, 0])
     label, child, codes = rows[:, 0], rows[:, 1], code[at]
     frontier = (label, child, codes)
@@ -103,7 +106,7 @@ def _closed(classes: Classes) -> _Holds:
             fresh = (
                 np.repeat(frontier[0][inner], times),
                 rows[index, 1],
-                mix(np.repeat(frontier[2][inner], times) * np.uint64(3) + code[at[index]]),
+                mix(np.repeat(frontier[2][inner], times) * np.uint64(3) + code[at[index]], salt=_CODE),
             )
         known = set(zip(label.tolist(), child.tolist(), strict=True))
         new = np.array([(p, c) not in known for p, c in zip(fresh[0].tolist(), fresh[1].tolist(), strict=True)], bool)
@@ -119,7 +122,7 @@ def _crossings(classes: Classes, holds: _Holds) -> tuple[np.ndarray, Labels, Lab
     none = np.zeros((0, 2), np.int64)
     if not len(holds.label):
         return cells, innermost, none
-    pairs = np.unique(np.stack([holds.block, holds.child], 1), axis=0)
+    pairs = unique_pairs(holds.block, holds.child)
     blocks, row = np.unique(pairs[:, 0], return_inverse=True)
     members = coo_array((np.ones(len(pairs), np.int64), (row, pairs[:, 1])), shape=(len(blocks), classes.count)).tocsr()
     shared = (members @ members.T).tocoo()
@@ -147,20 +150,20 @@ def _block_spaces(classes: Classes, holds: _Holds, cells: np.ndarray, nested: La
         return []
     count = classes.count
     with np.errstate(over="ignore"):
-        absolute = mix(holds.label) * holds.code
+        absolute = mix(holds.label, salt=_LABEL) * holds.code
         every = np.zeros(count, np.uint64)
         np.add.at(every, holds.child, absolute)
         key = holds.block * count + holds.child
         pair, row = np.unique(key, return_inverse=True)
         own = np.zeros(len(pair), np.uint64)
-        np.add.at(own, row, mix(holds.code) - absolute)  # to itself: by event and rank instead of by name
+        np.add.at(own, row, mix(holds.code, salt=_SELF) - absolute)  # to itself: by event and rank instead of by name
         block, child = pair // count, pair % count
         inner = _nested_ranks(nested, first)
         extra = np.zeros(len(pair), np.uint64)
         for outer, sub, rank in inner:
             mine = holds.block == sub
             at = np.searchsorted(pair, outer * count + holds.child[mine])
-            np.add.at(extra, at, mix(holds.code[mine] + mix(rank)) - absolute[mine])
+            np.add.at(extra, at, mix(holds.code[mine] + mix(rank, salt=_RANK), salt=_SELF) - absolute[mine])
         look = classes.signature[child] + every[child] + own + extra
     blocks = np.unique(block)
     sub_of: dict[int, list[tuple[int, int]]] = {}
@@ -180,9 +183,9 @@ def _block_spaces(classes: Classes, holds: _Holds, cells: np.ndarray, nested: La
         subs = [s for _, s in sorted(sub_of.get(b, [])) if s not in set(child[lo:hi].tolist())]
         rows[b] = np.concatenate([[b], child[lo:hi][order], np.asarray(subs, np.int64)])
         with np.errstate(over="ignore"):
-            content = mix(np.sort(look[lo:hi]) + mix(np.arange(hi - lo))).sum(dtype=np.uint64)
-            content += sum((mix(classes.signature[s] + mix(k)) for k, s in enumerate(subs)), np.uint64(0))
-            profile[b] = classes.signature[b] + content + mix(len(subs))
+            content = mix(np.sort(look[lo:hi]) + mix(np.arange(hi - lo), salt=_RANK), salt=_CONTENT).sum(dtype=np.uint64)
+            content += sum((mix(classes.signature[s] + mix(k, salt=_RANK), salt=_SUB) for k, s in enumerate(subs)), np.uint64(0))
+            profile[b] = classes.signature[b] + content + mix(len(subs), salt=_SUB)
             profile[b] += _outer_names(b, nested)
     spaces = []
     for members in _grouped(np.asarray(sorted(usable), np.int64), profile):
@@ -199,7 +202,7 @@ def _outer_names(block: int, nested: Labels) -> np.uint64:
     """Blocks around this one, by name: blocks are exchanged inside the same outer blocks only."""
     outer = nested[nested[:, 1] == block, 0]
     with np.errstate(over="ignore"):
-        return np.uint64(mix(outer).sum(dtype=np.uint64)) if len(outer) else np.uint64(0)
+        return np.uint64(mix(outer, salt=_OUTER).sum(dtype=np.uint64)) if len(outer) else np.uint64(0)
 
 
 def _nested_ranks(nested: Labels, first: Labels) -> list[tuple[int, int, int]]:

@@ -1,0 +1,200 @@
+"""What a choice of units would cost, without building the model: multiply-accumulates, parameters, units.
+
+The numbers are those that the restricted program reports. Sizes come from counting kept labels, all one-axis factors in
+one pass; the operators' own rules turn shapes into multiply-accumulates.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from cipm_ir.ir.labels import Labels, State
+from cipm_ir.rules.context import OpContext
+from cipm_ir.rules.registry import MacRule, lookup
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.sizes import grid_shape, outer_first
+from cipm_ir.symmetry.walk import Leaf
+
+Mask = npt.NDArray[np.bool_]
+Slots = tuple[tuple[int, int], ...]
+"""(axis, which of the counted sizes)."""
+
+
+@dataclass
+class _Node:
+    """A node whose cost depends on what is kept."""
+
+    op: OpContext
+    rule: MacRule
+    inputs: list[tuple[State, Slots] | None]
+    outputs: list[tuple[State, Slots] | None]
+
+
+@dataclass
+class _Tensor:
+    """The uses of one parameter; differently sliced ones become tensors of their own."""
+
+    leaves: list[Leaf]
+    shapes: list[tuple[tuple[int, ...], Slots]]
+
+
+@dataclass
+class _Counter:
+    """Sizes of the axes of factors, given which classes stay."""
+
+    of: Labels
+    slot: dict[int, int] = field(default_factory=dict)
+    flat: list[Labels] = field(default_factory=list)
+    flat_slot: list[int] = field(default_factory=list)
+    grids: list[tuple[Labels, list[int], int]] = field(default_factory=list)
+    alive: list[Labels] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, labels: Labels) -> int:
+        """First slot of the sizes of a label array (atoms); the same array is counted once."""
+        known = self.slot.get(id(labels))
+        if known is None:
+            known = self.slot[id(labels)] = self.count
+            self.alive.append(labels)
+            self.count += labels.ndim
+            if labels.ndim == 1:
+                self.flat.append(self.of[labels])
+                self.flat_slot.append(known)
+            else:
+                self.grids.append((self.of[labels], outer_first(labels), known))
+        return known
+
+    def close(self) -> None:
+        """Prepare for counting."""
+        lengths = [len(c) for c in self.flat]
+        self._index = np.concatenate(self.flat) if self.flat else np.zeros(0, np.int64)
+        self._start = np.cumsum([0, *lengths[:-1]]).astype(np.int64)
+        self._slots = np.asarray(self.flat_slot, np.int64)
+
+    def sizes(self, stays: Mask) -> Labels:
+        """All sizes; a ragged grid counts as its longest row."""
+        out = np.zeros(self.count, np.int64)
+        if len(self._index):
+            out[self._slots] = np.add.reduceat(stays[self._index], self._start, dtype=np.int64)
+        for classes, order, slot in self.grids:
+            mask = stays[classes]
+            shape = mask.shape if mask.all() else grid_shape(mask, order)
+            if shape is None:
+                shape = tuple(int(mask.sum(axis=k).max()) for k in range(mask.ndim))
+            out[slot : slot + mask.ndim] = shape
+        return out
+
+
+class CostModel:
+    """Costs of a program as functions of the mask of classes that stay (closed under blocks)."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        walk = program.analysis.walk
+        self._counter = _Counter(program.analysis.classes.of)
+        self._fixed = 0
+        self._nodes: list[_Node] = []
+        for position, macs in enumerate(walk.macs):
+            if macs:
+                self._add_node(position, macs)
+        self._tensors = self._group_tensors()
+        self._units = [s.table[:, 0] for s in program.analysis.spaces if s.kind == "units"]
+        self._counter.close()
+
+    # ------------------------------------------------------------ costs
+    def macs(self, stays: Mask) -> int:
+        """Multiply-accumulates of one run, at the shapes of the analysis."""
+        sizes = self._counter.sizes(stays)
+        return self._fixed + sum(_node_macs(node, sizes) for node in self._nodes)
+
+    def params(self, stays: Mask) -> int:
+        """Entries of floating-point parameters."""
+        sizes = self._counter.sizes(stays)
+        total = 0
+        for tensor in self._tensors:
+            shapes = [_shape(base, slots, sizes) for base, slots in tensor.shapes]
+            if len(shapes) == 1:
+                total += math.prod(shapes[0])
+            else:
+                slices = {self._slice(leaf, stays): shape for leaf, shape in zip(tensor.leaves, shapes, strict=True)}
+                total += sum(math.prod(shape) for shape in slices.values())
+        return total
+
+    def units(self, stays: Mask) -> int:
+        """Hidden units that stay."""
+        return sum(int(stays[classes].sum()) for classes in self._units)
+
+    # ------------------------------------------------------------ building
+    def _add_node(self, position: int, macs: int) -> None:
+        walk = self.program.analysis.walk
+        node = walk.nodes[position]
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        entry = lookup(domain, node.op_type)
+        if entry is None or entry.macs is None:
+            self._fixed += macs
+            return
+        inputs: list[State | None] = []
+        for k, value in enumerate(node.inputs):
+            leaf = walk.use_leaf.get((position, k))
+            name = "" if value is None else value.name or ""
+            inputs.append(walk.leaves[leaf].state if leaf is not None else walk.states.get(name))
+        outputs = [walk.states.get(v.name or "") for v in node.outputs]
+        sized = [_sized(s, self._counter) for s in inputs], [_sized(s, self._counter) for s in outputs]
+        if not any(pair is not None and pair[1] for pairs in sized for pair in pairs):
+            self._fixed += macs
+            return
+        version = node.version or self.program.model.opset_imports.get(domain, 1)
+        shapes = [None if s is None else s.shape for s in outputs]
+        op = OpContext(node, version, inputs, shapes, [], walk.rec)
+        self._nodes.append(_Node(op, entry.macs, *sized))
+
+    def _group_tensors(self) -> list[_Tensor]:
+        by_name: dict[str, _Tensor] = {}
+        for leaf in self.program.analysis.walk.leaves:
+            if not leaf.dtype.is_floating_point():
+                continue
+            slots: list[tuple[int, int]] = []
+            for f in leaf.factors:
+                if f.active:
+                    # a grouped axis is a grid (groups, size): its second slot is the size of the axis
+                    first = self._counter.add(np.arange(f.base, f.base + f.size).reshape(f.shape))
+                    slots.append((f.axes[-1], first + len(f.shape) - 1))
+            tensor = by_name.setdefault(leaf.name, _Tensor([], []))
+            tensor.leaves.append(leaf)
+            tensor.shapes.append((leaf.shape, tuple(slots)))
+        return list(by_name.values())
+
+    def _slice(self, leaf: Leaf, stays: Mask) -> bytes:
+        of = self.program.analysis.classes.of
+        return b"".join(stays[of[f.base : f.base + f.size]].tobytes() for f in leaf.factors if f.active)
+
+
+def _sized(state: State | None, counter: _Counter) -> tuple[State, Slots] | None:
+    if state is None:
+        return None
+    slots = []
+    for f in state.factors:
+        first = counter.add(f.labels)
+        slots.extend((axis, first + k) for k, axis in enumerate(f.axes))
+    return state, tuple(slots)
+
+
+def _shape(base: tuple[int, ...], slots: Slots, sizes: Labels) -> tuple[int, ...]:
+    if not slots:
+        return base
+    out = list(base)
+    for axis, slot in slots:
+        out[axis] = int(sizes[slot])
+    return tuple(out)
+
+
+def _node_macs(node: _Node, sizes: Labels) -> int:
+    """The operator's own rule, on the shapes that would remain."""
+    op = node.op
+    op.inputs = [None if p is None else State(_shape(p[0].shape, p[1], sizes)) for p in node.inputs]
+    op.shapes = [None if p is None else _shape(p[0].shape, p[1], sizes) for p in node.outputs]
+    return node.rule(op)

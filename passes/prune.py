@@ -1,0 +1,263 @@
+"""Structured pruning: drop the least important hidden units, heads and groups until a budget is met."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from math import ceil
+from typing import ClassVar, Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from cipm_ir.errors import OptionError, SymmetryError
+from cipm_ir.ir.labels import Labels
+from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
+from cipm_ir.passes.budget import (
+    Choice,
+    Found,
+    Scores,
+    Search,
+    allowed_levels,
+    even,
+    grids_of,
+    link_spaces,
+    make_choice,
+)
+from cipm_ir.passes.cost import CostModel, Mask
+from cipm_ir.passes.importance import Importance, make_importance
+from cipm_ir.passes.registry import register
+from cipm_ir.symmetry.program import Program, Space
+
+_BUDGETS = ("macs", "params", "ratio")
+
+
+@runtime_checkable
+class Reconstruction(Protocol):
+    """Makes up for what a restriction takes away. Without one, units are only deleted."""
+
+    def compensate(self, program: Program, space: Space, keep: Labels, ctx: Context) -> Program:
+        """A program of the same shapes in which the consumers of ``space`` rely on the units in ``keep`` alone.
+
+        Called for each pruned space in graph order, before all of them are restricted together.
+        """
+
+
+@register("prune")
+@dataclass(frozen=True)
+class Prune(Pass):
+    """Drop the least important hidden units, heads and groups, down to a budget.
+
+    Rules: (1) every free space of units and of blocks may shrink, to the elements with the largest `importance`;
+    (2) under ``global`` ranking scores are divided by the mean of their space and compared across spaces, under ``local``
+    every space keeps the same fraction; (3) unit spaces of sibling blocks keep equal numbers, each its own best;
+    (4) the largest model within the budget is taken. Refused: spaces in which equal rows are impossible are left as
+    they are, and the summary says so. Source: Fang et al. 2023, DepGraph (group magnitude).
+
+    Errors: `OptionError` for contradictory options; `SymmetryError` where the budget is out of reach.
+    """
+
+    kind: ClassVar[Kind] = Kind.APPROXIMATE
+
+    macs: float | None = option(None, "fraction of the original multiply-accumulates that may remain", above=0, high=1)
+    params: float | None = option(None, "fraction of the original parameters that may remain", above=0, high=1)
+    ratio: float | None = option(None, "fraction of the units to remove", low=0, high=1)
+    norm: Literal["l1", "l2"] = option("l2", "norm of a group of weights")
+    scope: Literal["global", "local"] = option("global", "compare units across spaces, or shrink all spaces alike")
+    round_to: int = option(1, "widths of pruned spaces are multiples of this", low=1)
+    include: tuple[str, ...] = option((), "only spaces whose name, or one of whose tensors, matches a pattern")
+    exclude: tuple[str, ...] = option((), "no space whose name, or one of whose tensors, matches a pattern")
+    blocks: bool = option(True, "also drop whole heads and groups")
+    min_keep: float = option(0.1, "what every space keeps: a fraction below 1, or a number of units", low=0)
+    importance: str | Importance = option("magnitude", "criterion: a name, or an object with score()")
+    reconstruction: Reconstruction | None = option(None, "what makes up for removed units: an object with compensate()")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [name for name in _BUDGETS if getattr(self, name) is not None]
+        if len(given) != 1:
+            what = f"got {' and '.join(given)}" if given else "got none"
+            raise OptionError(f"Pass 'prune' takes exactly one of macs, params and ratio; {what}.")
+        make_importance(self.importance, self.norm)
+
+    def run(self, program: Program, ctx: Context) -> PassResult:
+        """Rank, search, restrict."""
+        costs = CostModel(program)
+        cost, budget = self._budget(program, ctx, costs)
+        choices, notes = self._choices(program, ctx)
+        while True:
+            search = Search(program.analysis, choices, cost)
+            found = search.run(budget)
+            if found.cost > budget:
+                raise SymmetryError(self._out_of_reach(program, ctx, found, notes))
+            keep = _kept(program, choices, found.levels)
+            if not keep:
+                return PassResult(program, False, "nothing to remove: the model is within the budget already")
+            stays = search.mask(found.levels)
+            try:
+                made = self._applied(program, keep, ctx)
+            except SymmetryError as refusal:
+                choices = _without_refused(program, choices, found.levels, refusal)
+                notes = [*notes, str(refusal)]
+                continue
+            return self._result(program, made, keep, costs, stays, notes)
+
+    # ------------------------------------------------------------ budget
+    def _budget(self, program: Program, ctx: Context, costs: CostModel) -> tuple[Callable[[Mask], float], float]:
+        original = ctx.original or program
+        if self.macs is not None:
+            return costs.macs, self.macs * original.macs
+        if self.params is not None:
+            return costs.params, self.params * original.parameters
+        units = costs.units(np.ones(program.analysis.classes.count, bool))
+        return costs.units, (1.0 - (self.ratio or 0.0)) * units + 1e-9
+
+    def _out_of_reach(self, program: Program, ctx: Context, found: Found, notes: Sequence[str]) -> str:
+        name = next(n for n in _BUDGETS if getattr(self, n) is not None)
+        original = ctx.original or program
+        units = sum(s.size for s in program.spaces if s.kind == "units")
+        whole = {"macs": original.macs, "params": original.parameters, "ratio": units}[name]
+        reached = found.least / max(whole, 1)
+        asked = getattr(self, name) if name != "ratio" else 1.0 - (self.ratio or 0.0)
+        what = {"macs": "multiply-accumulates", "params": "parameters", "ratio": "units"}[name]
+        why = f" ({'; '.join(notes)})" if notes else ""
+        return (
+            f"prune cannot come down to {asked:.3g} of the {what}: with all spaces that it may touch at their minimum, "
+            f"{reached:.3g} remain{why}; ask for less, or lower min_keep, round_to or exclude."
+        )
+
+    # ------------------------------------------------------------ choices
+    def _choices(self, program: Program, ctx: Context) -> tuple[list[Choice], list[str]]:
+        """What may be chosen, and notes on what may not."""
+        analysis = program.analysis
+        links = link_spaces(analysis)
+        wanted = self._wanted(program)
+        criterion = make_importance(self.importance, self.norm)
+        choices, stuck = [], []
+        grids = grids_of(analysis)
+        for group in links.groups:
+            spaces = [program.spaces[k] for k in group]
+            if not all(k in wanted for k in group) or max(s.size for s in spaces) < 2:
+                continue
+            levels = self._levels(spaces)
+            if len(levels) < 2:
+                continue
+            scores = [self._score(criterion, program, s, ctx) for s in spaces]
+            choice = make_choice(analysis, group, scores, levels, local=self.scope == "local")
+            if links.frozen.isdisjoint(group) and _fits(program, choice, grids):
+                choices.append(choice)
+            else:
+                stuck.append(spaces[0].name)
+        notes = [f"left as they are, because rows would become uneven: {', '.join('@' + n for n in stuck)}"] if stuck else []
+        return choices, notes
+
+    def _levels(self, spaces: Sequence[Space]) -> Labels:
+        sizes = [s.size for s in spaces]
+        floor = ceil(self.min_keep * max(sizes)) if self.min_keep < 1 else int(self.min_keep)
+        round_to = self.round_to if spaces[0].kind == "units" else 1
+        return allowed_levels(min(sizes), max(sizes), floor, round_to)
+
+    def _score(self, criterion: Importance, program: Program, space: Space, ctx: Context) -> Scores:
+        scores = np.asarray(criterion.score(program, space, ctx), np.float64)
+        if scores.shape != (space.size,) or not np.isfinite(scores).all():
+            raise OptionError(f"The criterion {self.importance!r} must give {space.size} finite numbers for @{space.name}.")
+        mean = float(scores.mean())
+        return scores / mean if mean > 0 else scores
+
+    def _wanted(self, program: Program) -> set[int]:
+        """Spaces that the patterns and ``blocks`` let through; a link with one that is excluded stays as it is."""
+        spaces = program.spaces
+        chosen = {k for k, s in enumerate(spaces) if s.kind != "cells" and (self.blocks or s.kind != "blocks")}
+        if self.include:
+            included = _matching(spaces, self.include, "include")
+            chosen &= {k for group in link_spaces(program.analysis).groups if included & set(group) for k in group}
+        excluded = _matching(spaces, self.exclude, "exclude")
+        if excluded:
+            table = [program.analysis.spaces[k].table for k in sorted(excluded)]
+            classes = np.unique(np.concatenate([t.ravel() for t in table]))
+            chosen = {k for k in chosen if not np.isin(program.analysis.spaces[k].table, classes).any()}
+        return chosen
+
+    # ------------------------------------------------------------ doing it
+    def _applied(self, program: Program, keep: Mapping[Space, Labels], ctx: Context) -> Program:
+        if self.reconstruction is None:
+            return program.restrict(keep)
+        made = program
+        for space, kept in keep.items():
+            made = self.reconstruction.compensate(made, made.space(space.name), kept, ctx)
+        return made.restrict({made.space(space.name): kept for space, kept in keep.items()})
+
+    def _result(
+        self, before: Program, after: Program, keep: Mapping[Space, Labels], costs: CostModel, stays: Mask, notes: Sequence[str]
+    ) -> PassResult:
+        whole = np.ones(len(stays), bool)
+        metrics = {
+            "macs": [costs.macs(whole), costs.macs(stays)],
+            "params": [costs.params(whole), costs.params(stays)],
+            "units": [costs.units(whole), costs.units(stays)],
+            "widths": {space.name: [space.size, len(kept)] for space, kept in keep.items()},
+        }
+        shares = {k: metrics[k][1] / max(metrics[k][0], 1) for k in ("macs", "params")}  # type: ignore[index]
+        units = metrics["units"]
+        summary = (
+            f"{units[0] - units[1]} of {units[0]} units in {len(keep)} spaces removed; "  # type: ignore[index]
+            f"{shares['macs']:.1%} of the multiply-accumulates and {shares['params']:.1%} of the parameters remain"
+        )
+        return PassResult(
+            after,
+            True,
+            "; ".join([summary, *notes]),
+            {"kept": {space.name: kept for space, kept in keep.items()}},
+            metrics,
+        )
+
+
+def _matching(spaces: Sequence[Space], patterns: Sequence[str], option_name: str) -> set[int]:
+    """Indices of spaces that a pattern names, by their own name or a tensor's; every pattern must match something."""
+    found: set[int] = set()
+    for pattern in patterns:
+        hit = {
+            k
+            for k, s in enumerate(spaces)
+            if fnmatchcase(s.name, pattern.removeprefix("@"))
+            or any(fnmatchcase(m, pattern) or fnmatchcase(m.rpartition("[")[0], pattern) for m in s.members)
+        }
+        if not hit:
+            raise OptionError(f"Pass 'prune': {option_name} pattern {pattern!r} matches no space and no tensor that moves with one.")
+        found |= hit
+    return found
+
+
+def _fits(program: Program, choice: Choice, grids: Sequence[Labels]) -> bool:
+    """Whether the lowest level leaves grids that are grids."""
+    if not grids:
+        return True
+    search = Search(program.analysis, [choice], lambda _: 0.0)
+    return even(program.analysis, grids, search.mask([0]))
+
+
+def _kept(program: Program, choices: Sequence[Choice], levels: Sequence[int]) -> dict[Space, Labels]:
+    """Kept elements of every space that shrinks, in graph order."""
+    kept: dict[int, Labels] = {}
+    for choice, level in zip(choices, levels, strict=True):
+        number = int(choice.levels[level])
+        for k, elements in zip(choice.spaces, choice.kept(number), strict=True):
+            if len(elements) < program.spaces[k].size:
+                kept[k] = elements
+    return {program.spaces[k]: kept[k] for k in sorted(kept)}
+
+
+def _without_refused(program: Program, choices: list[Choice], levels: Sequence[int], refusal: SymmetryError) -> list[Choice]:
+    """The choices that can be restricted on their own at these levels; what cannot is left alone from now on."""
+    good = []
+    for choice, level in zip(choices, levels, strict=True):
+        keep = _kept(program, [choice], [level])
+        try:
+            if keep:
+                program.restrict(keep)
+        except SymmetryError:
+            continue
+        good.append(choice)
+    if len(good) == len(choices):
+        raise SymmetryError(f"prune: the chosen sizes do not fit together: {refusal}") from refusal
+    return good

@@ -1,0 +1,408 @@
+"""The pass framework: options, text form, registry, and a pipeline that undoes what breaks its promise."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from cipm_ir.api import load
+from cipm_ir.errors import InputError, OptionError, VerificationError
+from cipm_ir.passes import base, registry
+from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
+from cipm_ir.passes.options import options_of
+from cipm_ir.passes.pipeline import RolledBack, run_passes
+from cipm_ir.passes.report import as_plain
+from cipm_ir.passes.text import parse_passes, print_passes
+from cipm_ir.symmetry.program import Program
+
+DIGITS = Path(__file__).parents[1] / "examples" / "digits" / "digits.onnx"
+
+
+@registry.register("toy")
+@dataclass(frozen=True)
+class Toy(Pass):
+    """Does nothing; has an option of every type."""
+
+    macs: float | None = option(None, "fraction that may remain", above=0, high=1)
+    scope: str = option("global", "where to rank", choices=("local", "global"))
+    norm: Literal["l1", "l2"] = "l2"
+    round_to: int = option(1, "widths are multiples of this", low=1)
+    exact: bool = True
+    include: tuple[str, ...] = ()
+    window: tuple[int, float] = (1, 2.0)
+    label: str | None = None
+
+    def run(self, program: Program, ctx: Context) -> PassResult:
+        return PassResult(program, False)
+
+
+@registry.register("toy-scale")
+@dataclass(frozen=True)
+class Scale(Pass):
+    """Multiplies one weight: a broken exact pass, or an honest approximate one."""
+
+    kind: ClassVar[Kind] = Kind.EXACT
+    factor: float = 1.5
+    weight: str = "stem.conv.weight"
+    honest: bool = False
+
+    def run(self, program: Program, ctx: Context) -> PassResult:
+        array = weight_of(program, self.weight) * np.float32(self.factor)
+        promise = Kind.APPROXIMATE if self.honest else None
+        return PassResult(program.refit({self.weight: array}), True, "scaled", {"factor": self.factor}, kind=promise)
+
+
+@registry.register("toy-move")
+@dataclass(frozen=True)
+class Move(Pass):
+    """A random element on every space: exact."""
+
+    ensures: ClassVar[frozenset[str]] = frozenset({"moved"})
+
+    def run(self, program: Program, ctx: Context) -> PassResult:
+        ctx.progress("drawing", 0.5)
+        elements = {space: space.random(ctx.rng, power_of_two=True) for space in program.spaces}
+        return PassResult(program.act(elements), witness={space.name: g for space, g in elements.items()})
+
+
+@registry.register("toy-needs-moved")
+@dataclass(frozen=True)
+class NeedsMoved(Toy):
+    """Runs only after toy-move."""
+
+    requires: ClassVar[frozenset[str]] = frozenset({"moved"})
+
+
+@registry.register("toy-bad")
+@dataclass(frozen=True)
+class Bad(Pass):
+    """Breaks in the way that is asked for."""
+
+    how: str = option("nothing", "", choices=("crash", "none", "shape", "error", "nothing"))
+
+    def run(self, program: Program, ctx: Context) -> PassResult:
+        if self.how == "crash":
+            raise KeyError("oops")
+        if self.how == "error":
+            raise InputError("the weights are strange.")
+        if self.how == "shape":
+            model = program.emit()
+            value = model.graph.initializers["block1.widen.conv.weight"]
+            value.const_value = ir.tensor(np.zeros((48, 7, 3, 3), np.float32), name=value.name)
+            value.shape = ir.Shape([48, 7, 3, 3])
+            return PassResult(Program.of(model, origin=program.origin))
+        return None if self.how == "none" else PassResult(program)  # type: ignore[return-value]
+
+
+@registry.register("toy-look")
+@dataclass(frozen=True)
+class Look(Scale):
+    """An analysis that writes, which it must not."""
+
+    kind: ClassVar[Kind] = Kind.ANALYSIS
+
+
+def weight_of(program: Program, name: str) -> np.ndarray[Any, Any]:
+    tensor = program.model.graph.initializers[name].const_value
+    assert tensor is not None
+    return tensor.numpy()
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    return load(DIGITS)
+
+
+# --- text -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "made"),
+    [
+        ("toy", Toy()),
+        (" toy { } ", Toy()),
+        ("toy{macs=0.5, scope=local}", Toy(macs=0.5, scope="local")),
+        ("toy{macs=1}", Toy(macs=1.0)),
+        ("toy{macs=none}", Toy()),
+        ("toy{round-to=8,exact=False}", Toy(round_to=8, exact=False)),
+        ("toy{include=a}", Toy(include=("a",))),
+        ("toy{include=(a/b.c[*], 'd')}", Toy(include=("a/b.c[*]", "'d'"))),
+        ('toy{include=("x, y={", "q\\"\\\\")}', Toy(include=("x, y={", 'q"\\'))),
+        ("toy{include=()}", Toy()),
+        ("toy{window=(3, 4)}", Toy(window=(3, 4.0))),
+        ("toy{label=none}", Toy(label=None)),
+        ('toy{label="none"}', Toy(label="none")),
+        ('toy{label="5"}', Toy(label="5")),
+        ('toy{label="true"}', Toy(label="true")),
+        ("toy{label=}", None),
+        ("toy{norm=L1}", Toy(norm="l1")),
+        ("toy{macs=1e-3}", Toy(macs=1e-3)),
+    ],
+)
+def test_text_is_read_and_printed(text: str, made: Toy | None) -> None:
+    if made is None:
+        with pytest.raises(OptionError, match="where a value should be"):
+            parse_passes(text)
+        return
+    assert parse_passes(text) == (made,)
+    assert parse_passes(str(made)) == (made,)
+
+
+def test_a_pipeline_is_read_and_printed() -> None:
+    passes = parse_passes(["toy{macs=0.5}, toy-move", Scale(2.0), Move, "toy"])
+    assert passes == (Toy(macs=0.5), Move(), Scale(2.0), Move(), Toy())
+    assert print_passes(passes) == "toy{macs=0.5}, toy-move, toy-scale{factor=2.0}, toy-move, toy"
+    assert parse_passes(print_passes(passes)) == passes
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["where the name of a pass should be"]),
+        ("toy,", ["where the name of a pass should be"]),
+        ("toi", ["no pass named 'toi'", "toy"]),
+        ("toy{", ["column 5"]),
+        ("toy{macs=0.5", ["'}' should be"]),
+        ("toy}", ["column 4", "'}'"]),
+        ("toy toy", ["comma"]),
+        ("toy{macs}", ["'=' should be"]),
+        ("toy{mac=0.5}", ["'toy'", "'mac'", "did you mean macs?"]),
+        ("toy{zzz=0.5}", ["'toy'", "'zzz'", "it takes macs, scope"]),
+        ("toy-move{a=1}", ["'toy-move'", "takes none"]),
+        ("toy{macs=half}", ["'toy'", "'macs'", "a number above 0 and at most 1 or none", "'half'"]),
+        ("toy{macs=0}", ["'macs'", "above 0"]),
+        ("toy{macs=1.5}", ["'macs'", "at most 1"]),
+        ("toy{macs=nan}", ["'macs'"]),
+        ("toy{macs=(0.5, 1)}", ["'macs'"]),
+        ('toy{macs="0.5"}', ["'macs'"]),
+        ("toy{scope=here}", ["'scope'", "one of local, global", "'here'"]),
+        ("toy{norm=l3}", ["'norm'", "l1, l2"]),
+        ("toy{round_to=0.5}", ["'round_to'", "a whole number at least 1"]),
+        ("toy{exact=yes}", ["'exact'", "true or false"]),
+        ("toy{window=(1)}", ["'window'"]),
+        ("toy{macs=0.5, macs=0.6}", ["given twice"]),
+        ('toy{label="open}', ["quote"]),
+    ],
+)
+def test_bad_text_is_named(text: str, words: list[str]) -> None:
+    with pytest.raises(OptionError) as caught:
+        parse_passes(text)
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message and message.endswith((".", "?"))
+
+
+def test_options_are_checked_in_python_too() -> None:
+    for options in ({"macs": 2}, {"macs": "0.5"}, {"exact": 1}, {"round_to": True}, {"round_to": 1.5}, {"include": 3}):
+        with pytest.raises(OptionError, match=next(iter(options))):
+            Toy(**options)  # type: ignore[arg-type]
+    assert Toy(include="stem").include == ("stem",)  # type: ignore[arg-type]
+    assert isinstance(Toy(macs=1).macs, float)
+    for wrong in (3, [3], None):
+        with pytest.raises(OptionError, match="passes= takes"):
+            parse_passes(wrong)  # type: ignore[arg-type]
+
+
+# --- registry -------------------------------------------------------------------------------------
+
+
+def test_a_name_is_taken_once() -> None:
+    @dataclass(frozen=True)
+    class Other(Toy):
+        """Wants a name that is taken."""
+
+    with pytest.raises(OptionError, match="exists already"):
+        registry.register("toy")(Other)
+    with pytest.raises(OptionError, match="lower-case"):
+        registry.register("Not A Name")(Other)
+    assert registry.lookup("toy") is Toy
+
+
+def test_only_frozen_dataclasses_that_are_passes() -> None:
+    class Plain(Toy):
+        """Forgot the decorator."""
+
+    with pytest.raises(OptionError, match="dataclass"):
+        registry.register("toy-plain")(Plain)
+    with pytest.raises(OptionError, match="subclass"):
+        registry.register("toy-int")(int)  # type: ignore[type-var]
+
+
+def test_listing_tells_options() -> None:
+    (entry,) = (line for line in registry.listing() if line.name == "toy")
+    assert entry.doc == "Does nothing; has an option of every type."
+    assert [found.name for found in entry.options] == [found.name for found in options_of(Toy)]
+    assert entry.options[1].allowed == "one of local, global"
+    assert {"clean-up", "fold-batch-norm"} <= set(registry.names())
+
+
+class Point:
+    """Stands in for an installed entry point."""
+
+    def __init__(self, name: str, loaded: Any) -> None:
+        self.name, self.value, self.loaded, self.dist = name, "other.module:Class", loaded, None
+
+    def load(self) -> Any:
+        if isinstance(self.loaded, Exception):
+            raise self.loaded
+        return self.loaded
+
+
+def test_entry_points_of_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True)
+    class Foreign(Pass):
+        """From elsewhere."""
+
+        def run(self, program: Program, ctx: Context) -> PassResult:
+            return PassResult(program, False)
+
+    points = [Point("foreign", Foreign), Point("broken", ImportError("no module named x"))]
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: points if group == registry.GROUP else [])
+    monkeypatch.setattr(registry, "_PASSES", dict(registry._PASSES))
+    assert parse_passes("foreign") == (Foreign(),)
+    with pytest.raises(OptionError, match=r"'broken'.*no module named x"):
+        registry.lookup("broken")
+    faults = {line.name: line.fault for line in registry.listing()}
+    assert faults["broken"] and not faults["foreign"] and not faults["toy"]
+
+
+# --- pipeline -------------------------------------------------------------------------------------
+
+
+def test_an_exact_pass_is_verified(program: Program) -> None:
+    outcome = run_passes(program, "toy-move, toy")
+    move, toy = outcome.report.steps
+    assert move.changed and move.checked == "verified" and move.error is not None and move.error < 1e-5
+    assert not toy.changed and toy.error == 0.0
+    assert outcome.witness[0].name == "toy-move" and set(outcome.witness[0].data) == {s.name for s in program.spaces}
+    assert outcome.report.error == move.error
+    assert outcome.program is not program
+
+
+def test_a_broken_exact_pass_is_undone_and_named(program: Program) -> None:
+    with pytest.raises(RolledBack, match=r"'toy-scale\{factor=1.001.*\}' was rolled back: it promised") as caught:
+        run_passes(program, "toy-move, toy-scale{factor=1.001, weight=classifier.weight}")
+    error = caught.value
+    assert isinstance(error, VerificationError)
+    assert [step.name for step in error.outcome.report.steps] == ["toy-move"]
+    assert error.verification is not None and error.verification.max_abs > 0
+    held = error.outcome.program
+    assert np.array_equal(weight_of(held, "classifier.bias"), weight_of(program, "classifier.bias"))
+
+
+def test_an_approximate_pass_is_measured(program: Program) -> None:
+    (step,) = run_passes(program, [Scale(0.9, honest=True)]).report.steps
+    assert step.kind == "approximate" and step.checked == "measured"
+    assert step.error is not None and step.error > 1e-3
+
+
+def test_nothing_is_run_without_verification(program: Program) -> None:
+    report = run_passes(program, [Scale(0.9)], verify=False).report
+    assert report.error is None and "verification is off" in report.checked
+    assert "Not verified" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "message"),
+    [
+        ("crash", KeyError, "oops"),
+        ("none", OptionError, "not a PassResult"),
+        ("shape", RolledBack, "made an invalid model"),
+        ("error", InputError, "Pass 'toy-bad': the weights are strange"),
+    ],
+)
+def test_faults_of_a_pass_are_named(program: Program, how: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message) as caught:
+        run_passes(program, [Bad(how)], verify=False)
+    notes = " ".join(getattr(caught.value, "__notes__", ()))
+    assert "toy-bad" in str(caught.value) + notes
+
+
+def test_an_analysis_may_not_change_the_program(program: Program) -> None:
+    with pytest.raises(RolledBack, match="analysis"):
+        run_passes(program, [Look()])
+
+
+def test_required_properties_are_checked_before_anything_runs(program: Program) -> None:
+    with pytest.raises(OptionError, match=r"'toy-needs-moved' requires 'moved'"):
+        run_passes(program, "toy-needs-moved")
+    with pytest.raises(OptionError, match="requires"):
+        run_passes(program, "toy-move, toy-scale, toy-needs-moved")
+    assert len(run_passes(program, "toy-move, toy-needs-moved").report.steps) == 2
+
+
+def test_same_seed_same_result(program: Program) -> None:
+    def first(seed: int) -> np.ndarray[Any, Any]:
+        return weight_of(run_passes(program, "toy-move", seed=seed, verify=False).program, "stem.conv.weight")
+
+    assert np.array_equal(first(1), first(1))
+    assert not np.array_equal(first(1), first(2))
+    assert base.Context(seed=1, step=0).rng.random() != base.Context(seed=1, step=1).rng.random()
+
+
+def test_progress_goes_from_nothing_to_done(program: Program) -> None:
+    seen: list[tuple[str, float | None]] = []
+    run_passes(program, "toy-move, toy", verify=False, progress=lambda what, part: seen.append((what, part)))
+    parts = [part for _, part in seen if part is not None]
+    assert parts == sorted(parts) and parts[0] == 0.0 and parts[-1] == 1.0
+    assert ("toy-move: drawing", 0.25) in seen
+
+
+def test_data_is_used_and_checked_first(program: Program, rng: np.random.Generator) -> None:
+    images = rng.standard_normal((4, 1, 8, 8)).astype(np.float32)
+
+    def generator() -> Iterator[dict[str, np.ndarray[Any, Any]]]:
+        yield {"images": images}
+
+    # A generator can be read once, yet each pass and each comparison gets the data.
+    report = run_passes(program, "toy-move, toy-move", data=generator()).report
+    cases = [step.verification.cases for step in report.steps if step.verification is not None]
+    assert cases == [4, 4] and report.verification is not None and report.verification.cases == 4
+    with pytest.raises(InputError, match="no array for input 'images'"):
+        run_passes(program, "toy", data={"x": images})
+    with pytest.raises(InputError, match="no samples"):
+        run_passes(program, "toy", data=[])
+
+
+def test_nan_and_contradicting_shapes_are_refused_at_the_start(program: Program) -> None:
+    array = weight_of(program, "classifier.bias").copy()
+    array[3] = np.nan
+    with pytest.raises(InputError, match="'classifier.bias' holds NaN"):
+        run_passes(program.refit({"classifier.bias": array}), "toy")
+
+
+def test_a_model_without_kernel_is_reported_as_not_verified() -> None:
+    text = '<ir_version: 10, opset_import: ["" : 20, "my.domain" : 1]> g (float[N,4] x) => (float[N,4] y) '
+    text += "<float[4,4] w = {1,2,3,4,5,6,7,8,9,8,7,6,5,4,3,2}> { h = MatMul(x, w) y = my.domain.Odd(h) }"
+    report = run_passes(load(ir.from_onnx_text(text)), [Scale(2.0, weight="w")]).report
+    assert report.error is None
+    assert report.steps[0].checked.startswith("not verified: ") and "Odd" in report.steps[0].checked
+    assert "Not verified: " in str(report) and "opaque" in str(report)
+
+
+# --- report ---------------------------------------------------------------------------------------
+
+
+def test_report_is_plain_text_and_json(program: Program) -> None:
+    report = run_passes(program, "toy-move, toy{include=(a[0],)}").report
+    text = str(report)
+    assert "\x1b" not in text and "toy{include=(a[0],)}" in text and "in all" in text
+    assert max(map(len, text.splitlines())) <= 120
+    made = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert made["before"]["parameters"] == program.parameters
+    assert [step["name"] for step in made["passes"]] == ["toy-move", "toy{include=(a[0],)}"]
+    assert len(made["spaces"]) == len(program.spaces)
+
+
+def test_what_json_does_not_know_is_unwrapped() -> None:
+    mixed = {1: np.float32(0.5), "a": np.arange(2), "b": math.inf, "c": (None, True), "d": Path("x")}
+    assert as_plain(mixed) == {"1": 0.5, "a": [0, 1], "b": "inf", "c": [None, True], "d": "x"}
