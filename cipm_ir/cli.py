@@ -290,20 +290,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(given: list[str]) -> int:
-    """Typer's command without its own handling of errors."""
+    """Typer's command without its `main`, which would end the process where the reader of the output goes away."""
+    command = get_command(app)
     try:
-        code = get_command(app).main(args=given, prog_name="cipm", standalone_mode=False)
+        with command.make_context("cipm", given) as context:
+            command.invoke(context)
+        return 0
     except typer.Exit as done:
         return int(done.exit_code)
-    except typer.Abort:
-        raise KeyboardInterrupt from None
     except _USAGE_ERROR as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error.format_message())
             return 2
         hint = " `cipm --help` says what there is." if "No such command" in error.format_message() else ""
         raise CipmError(error.format_message().strip().rstrip(".") + "." + hint) from error
-    return code if isinstance(code, int) else 0
 
 
 # Typer lies on click, newer ones on a copy of their own: take the base class from where it is in either.

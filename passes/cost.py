@@ -22,6 +22,8 @@ from cipm_ir.symmetry.walk import Leaf
 Mask = npt.NDArray[np.bool_]
 Slots = tuple[tuple[int, int], ...]
 """(axis, which of the counted sizes)."""
+Sized = tuple[tuple[int, ...], Slots]
+"""A shape now, and which of its axes follow what is kept."""
 
 
 @dataclass
@@ -30,8 +32,8 @@ class _Node:
 
     op: OpContext
     rule: MacRule
-    inputs: list[tuple[State, Slots] | None]
-    outputs: list[tuple[State, Slots] | None]
+    inputs: list[Sized | None]
+    outputs: list[Sized | None]
 
 
 @dataclass
@@ -39,7 +41,7 @@ class _Tensor:
     """The uses of one parameter; differently sliced ones become tensors of their own."""
 
     leaves: list[Leaf]
-    shapes: list[tuple[tuple[int, ...], Slots]]
+    shapes: list[Sized]
 
 
 @dataclass
@@ -98,6 +100,7 @@ class CostModel:
         self._counter = _Counter(program.analysis.classes.of)
         self._fixed = 0
         self._nodes: list[_Node] = []
+        self._leaves: dict[int, Sized] = {}
         for position, macs in enumerate(walk.macs):
             if macs:
                 self._add_node(position, macs)
@@ -137,50 +140,54 @@ class CostModel:
         if entry is None or entry.macs is None:
             self._fixed += macs
             return
-        inputs: list[State | None] = []
+        inputs: list[Sized | None] = []
         for k, value in enumerate(node.inputs):
             leaf = walk.use_leaf.get((position, k))
             name = "" if value is None else value.name or ""
-            inputs.append(walk.leaves[leaf].state if leaf is not None else walk.states.get(name))
-        outputs = [walk.states.get(v.name or "") for v in node.outputs]
-        sized = [_sized(s, self._counter) for s in inputs], [_sized(s, self._counter) for s in outputs]
-        if not any(pair is not None and pair[1] for pairs in sized for pair in pairs):
+            inputs.append(self._leaf(walk.leaves[leaf]) if leaf is not None else self._value(name))
+        outputs = [self._value(v.name or "") for v in node.outputs]
+        if not any(pair is not None and pair[1] for pair in [*inputs, *outputs]):
             self._fixed += macs
             return
         version = node.version or self.program.model.opset_imports.get(domain, 1)
-        shapes = [None if s is None else s.shape for s in outputs]
-        op = OpContext(node, version, inputs, shapes, [], walk.rec)
-        self._nodes.append(_Node(op, entry.macs, *sized))
+        op = OpContext(node, version, [], [], [], walk.rec)
+        self._nodes.append(_Node(op, entry.macs, inputs, outputs))
+
+    def _value(self, name: str) -> Sized | None:
+        state = self.program.analysis.walk.states.get(name)
+        if state is None:
+            return None
+        slots = []
+        for f in state.factors:
+            first = self._counter.add(f.labels)
+            slots.extend((axis, first + k) for k, axis in enumerate(f.axes))
+        return state.shape, tuple(slots)
+
+    def _leaf(self, leaf: Leaf) -> Sized:
+        known = self._leaves.get(id(leaf))
+        if known is None:
+            slots = []
+            for f in leaf.factors:
+                if f.active:
+                    # a grouped axis is a grid (groups, size): its second slot is the size of the axis
+                    first = self._counter.add(np.arange(f.base, f.base + f.size).reshape(f.shape))
+                    slots.append((f.axes[-1], first + len(f.shape) - 1))
+            known = self._leaves[id(leaf)] = (leaf.shape, tuple(slots))
+        return known
 
     def _group_tensors(self) -> list[_Tensor]:
         by_name: dict[str, _Tensor] = {}
         for leaf in self.program.analysis.walk.leaves:
             if not leaf.dtype.is_floating_point():
                 continue
-            slots: list[tuple[int, int]] = []
-            for f in leaf.factors:
-                if f.active:
-                    # a grouped axis is a grid (groups, size): its second slot is the size of the axis
-                    first = self._counter.add(np.arange(f.base, f.base + f.size).reshape(f.shape))
-                    slots.append((f.axes[-1], first + len(f.shape) - 1))
             tensor = by_name.setdefault(leaf.name, _Tensor([], []))
             tensor.leaves.append(leaf)
-            tensor.shapes.append((leaf.shape, tuple(slots)))
+            tensor.shapes.append(self._leaf(leaf))
         return list(by_name.values())
 
     def _slice(self, leaf: Leaf, stays: Mask) -> bytes:
         of = self.program.analysis.classes.of
         return b"".join(stays[of[f.base : f.base + f.size]].tobytes() for f in leaf.factors if f.active)
-
-
-def _sized(state: State | None, counter: _Counter) -> tuple[State, Slots] | None:
-    if state is None:
-        return None
-    slots = []
-    for f in state.factors:
-        first = counter.add(f.labels)
-        slots.extend((axis, first + k) for k, axis in enumerate(f.axes))
-    return state, tuple(slots)
 
 
 def _shape(base: tuple[int, ...], slots: Slots, sizes: Labels) -> tuple[int, ...]:
@@ -195,6 +202,6 @@ def _shape(base: tuple[int, ...], slots: Slots, sizes: Labels) -> tuple[int, ...
 def _node_macs(node: _Node, sizes: Labels) -> int:
     """The operator's own rule, on the shapes that would remain."""
     op = node.op
-    op.inputs = [None if p is None else State(_shape(p[0].shape, p[1], sizes)) for p in node.inputs]
-    op.shapes = [None if p is None else _shape(p[0].shape, p[1], sizes) for p in node.outputs]
+    op.inputs = [None if p is None else State(_shape(*p, sizes)) for p in node.inputs]
+    op.shapes = [None if p is None else _shape(*p, sizes) for p in node.outputs]
     return node.rule(op)

@@ -75,6 +75,8 @@ class Magnitude:
             self._known = (program, class_sums(program, self.norm))
         table = program.analysis.spaces[program.index(space)].table
         sums = self._known[1][table].sum(axis=1)
+        if not np.isfinite(sums).all():
+            raise InputError(f"A weight that moves with @{space.name} holds NaN or infinity; repair the model before pruning it.")
         return np.sqrt(sums) if self.norm == "l2" else sums
 
 
@@ -94,8 +96,6 @@ def class_sums(program: Program, norm: str) -> Scores:
         if not factors:
             continue
         sums = _marginals(_array(program, name), factors, norm)
-        if not all(np.isfinite(s).all() for s in sums):
-            raise InputError(f"The weight {name!r} holds NaN or infinity; repair the model before pruning it.")
         for f, s in zip(factors, sums, strict=True):
             classes = analysis.classes.of[f.base : f.base + f.size]
             total += np.bincount(classes, weights=s, minlength=len(total))

@@ -15,7 +15,6 @@ ACTIVATIONS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "Dropout": (FULL, 20, {}),
     "Neg": (FULL, 20, {}),
     "Abs": (FULL, 20, {}),
-    "Reciprocal": (FULL, 20, {}),
     "Relu": (SCALED, 20, {}),
     "LeakyRelu": (SCALED, 20, {"alpha": 0.2}),
     "Tanh": (SIGNED, 20, {}),
@@ -79,6 +78,11 @@ def log_of_positive(net: Sample) -> None:
     net.read(net.op("Log", net.vector(positive=True)))
 
 
+@case("Reciprocal", FULL)
+def reciprocal_of_positive(net: Sample) -> None:
+    net.read(net.op("Reciprocal", net.vector(positive=True)))
+
+
 @case("Sqrt", SCALED)  # the input by s^2, the output by s
 def square_root(net: Sample) -> None:
     net.read(net.op("Sqrt", net.vector(positive=True)))
@@ -106,12 +110,17 @@ def to_double(net: Sample) -> None:
     net.read(net.op("Cast", wide, to=TensorProto.FLOAT))
 
 
-@case("Cast", S)
+@case("Cast", S, coarse={"h:sign": "truncation is odd for signed integers, not for unsigned ones"})
 def to_integer(net: Sample) -> None:
     net.read_cast(net.op("Cast", net.op("Mul", net.vector(), net.const(3.0)), to=TensorProto.INT32))
 
 
-@case("CastLike", S)
+@case("CastLike", FULL)
+def like_float(net: Sample) -> None:
+    net.read(net.op("CastLike", net.vector(), net.const(1.0)))
+
+
+@case("CastLike", S, coarse={"h:sign": "truncation is odd for signed integers, not for unsigned ones"})
 def like_integer(net: Sample) -> None:
     net.read_cast(net.op("CastLike", net.op("Mul", net.vector(), net.const(3.0)), net.const([1], dtype=np.int32)))
 
@@ -141,11 +150,11 @@ def slope_per_channel(net: Sample) -> None:
 
 
 # ---------------------------------------------------------------- several inputs
-def _two(op: str, *groups: str, units: tuple[str, str] = ("h", "h"), positive: bool = False, **attributes: Any) -> None:
-    @case(op, *groups, name="two_branches")
+def _two(op: str, *groups: str, positive: bool = False, coarse: dict[str, str] | None = None, **attributes: Any) -> None:
+    @case(op, *groups, name="two_branches", coarse=coarse)
     def write(net: Sample) -> None:
-        a, b = (net.vector(units=u, positive=positive) for u in units)
-        net.read(net.op(op, a, b, **attributes), units=units[0])
+        a, b = (net.vector(positive=positive) for _ in range(2))
+        net.read(net.op(op, a, b, **attributes))
 
 
 for _op in ("Add", "Sub", "Sum", "Mean"):
@@ -154,7 +163,7 @@ for _op in ("Max", "Min"):
     _two(_op, SCALED)
 _two("Mul", "(R>0^2 x ±1^2) wr S(6)")
 _two("Div", "(R>0^2 x ±1^2) wr S(6)")
-_two("Mod", S, fmod=1)
+_two("Mod", S, fmod=1, coarse=dict.fromkeys(("h:scale", "h:sign"), "fmod is homogeneous, Mod of integers is not"))
 _two("Pow", S, positive=True)
 
 
@@ -169,8 +178,8 @@ for _op in ("Less", "LessOrEqual", "Greater", "GreaterOrEqual"):
 
 
 @case("Equal", S)
-def equal_floors(net: Sample) -> None:
-    net.read_cast(net.op("Equal", net.op("Floor", net.vector()), net.op("Floor", net.vector())))
+def equal_signs(net: Sample) -> None:
+    net.read_cast(net.op("Equal", net.op("Sign", net.vector()), net.op("Sign", net.vector())))
 
 
 def _logical(op: str) -> None:
@@ -185,7 +194,7 @@ for _op in ("And", "Or", "Xor"):
 
 
 def _bits(op: str, count: int, **attributes: Any) -> None:
-    @case(op, S, name="integers")
+    @case(op, SIGNED if count == 1 else "(±1^2) wr S(6)", name="integers")  # the signs end at Abs
     def write(net: Sample) -> None:
         kind = TensorProto.UINT8 if op == "BitShift" else TensorProto.INT32
         parts = [
@@ -229,7 +238,7 @@ def max_with_number(net: Sample) -> None:
 @case("Where", "S(6)")
 def condition_from_one(net: Sample) -> None:
     x = net.vector()
-    net.read(net.op("Where", net.op("Greater", x, net.const(0.1)), x, net.const(0.0)))
+    net.read(net.op("Where", net.op("Greater", x, net.const(0.6)), x, net.const(0.0)))
 
 
 @case("Where", FULL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
 
 from cipm_ir.ir.labels import ZERO, Array, Factor, State
 from cipm_ir.rules.context import OpContext
@@ -22,13 +23,21 @@ def _permuted(op: OpContext, f: Factor) -> Factor:
     return Factor(f.axes, f.labels, ZERO, f.repeats)
 
 
+_REAL = {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+
+
 @operator("Cast", "CastLike")
 def cast(op: OpContext) -> None:
-    """Between floating types linear (up to rounding); to integers or booleans nothing but permutations."""
+    """To a wide floating type linear (up to rounding); to integers, booleans and 8-bit floats nothing but permutations.
+
+    Whether the source is a floating type does not matter: integers are never scaled in the first place.
+    """
     state = op.state(0)
-    source, target = op.node.inputs[0], op.node.outputs[0]
-    floats = [v is not None and v.dtype is not None and v.dtype.is_floating_point() for v in (source, target)]
-    if not all(floats):
+    target = op.attr("to")
+    if target is None:  # CastLike
+        known = [v.dtype for v in (op.node.outputs[0], op.node.inputs[1]) if v is not None and v.dtype is not None]
+        target = known[0] if known else ir.DataType.UNDEFINED
+    if ir.DataType(target) not in _REAL:
         op.freeze(state)
     op.like(0, state)
 
@@ -87,7 +96,7 @@ def square_root(op: OpContext) -> None:
 
 
 @operator(
-    "Sigmoid", "Gelu", "Silu", "Swish", "Elu", "Selu", "Celu", "Softplus", "HardSigmoid", "HardSwish", "Mish", "Exp", "Log",
+    "Sigmoid", "Gelu", "Swish", "Elu", "Selu", "Celu", "Softplus", "HardSigmoid", "HardSwish", "Mish", "Exp", "Log",
     "ThresholdedRelu", "Floor", "Ceil", "Acos", "Acosh", "Not", "IsNaN", "IsInf", "BitwiseNot",
 )  # fmt: skip
 def pointwise(op: OpContext) -> None:
@@ -317,6 +326,7 @@ def power(op: OpContext) -> None:
     if degree is not None and degree.size == 1 and float(degree.reshape(())).is_integer():
         d = int(degree.reshape(()))
         op.pin(exponent, "exponent of Pow")
+        x = shifted(x, len(op.shape()))
         op.like(0, State(op.shape(), tuple(op.scaled(f, d, sign=d % 2 == 1) for f in x.factors), x.uniform))
         return
     op.freeze(x)

@@ -170,18 +170,24 @@ def _touched(walk: Walk, of: Labels, count: int) -> Flags:
 def _ranked(of: Labels, colour: Hashes) -> Hashes:
     """Tell atoms of one class and colour apart by their order."""
     with np.errstate(over="ignore"):
-        key = mix(of + (1 << 52)) + colour  # its own range of salts: mix(1) + mix(3) is also mix(3) + mix(1)
-        ordered = np.sort(key)
-        twice = ordered[1:][ordered[1:] == ordered[:-1]]
-        if not len(twice):
-            return mix(colour)
+        key = mix(of, salt=_CLASS) + colour
+        hit = _suspects(key)
         rank = np.zeros(len(of), np.int64)
-        hit = np.flatnonzero(np.isin(key, twice))
         order = hit[np.argsort(key[hit], kind="stable")]
         position = np.arange(len(order))
-        first = np.r_[True, key[order][1:] != key[order][:-1]]
+        first = np.r_[True, key[order][1:] != key[order][:-1]][: len(order)]
         rank[order] = position - np.maximum.accumulate(np.where(first, position, 0))
         return mix(colour + mix(rank, salt=_RANK) - mix(0, salt=_RANK), salt=_RANK)
+
+
+def _suspects(key: Hashes) -> Labels:
+    """Positions whose key may occur twice, in order: those that share a bucket with another."""
+    bucket = (key >> np.uint64(43)).astype(np.int64)
+    here = np.arange(len(key), dtype=np.int32)
+    table = np.empty(1 << 21, np.int32)
+    table[bucket] = here  # the last one stays
+    table[bucket[table[bucket] != here]] = -1
+    return np.flatnonzero(table[bucket] == -1)
 
 
 def _signatures(walk: Walk, of: Labels, count: int, colour: Hashes) -> Hashes:
