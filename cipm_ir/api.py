@@ -157,11 +157,11 @@ def fingerprint(model: Source) -> str:
 
     Errors: `InputError`, `UnsupportedError`.
     """
-    from cipm_ir.passes.canonicalize import fingerprint_program
+    from cipm_ir.passes.fingerprint import fingerprint_program
 
     program = load(model)
     check_finite(program.model)
-    return str(fingerprint_program(program))
+    return fingerprint_program(program)
 
 
 def check_output(path: str | os.PathLike[str]) -> None:
@@ -181,8 +181,8 @@ def _read(source: Source) -> Program:
         return source
     if _is_torch(source):
         raise UnsupportedError(
-            f"A {type(source).__name__} of torch cannot be read yet: the torch frontend comes with the [torch] extra in a "
-            "later version; until then, write it with torch.onnx.export(..., dynamo=True) and give the file."
+            f"A {type(source).__name__} of torch cannot be read yet: the torch frontend comes with the [torch] extra "
+            "in a later version; until then, write it with torch.onnx.export(..., dynamo=True) and give the file."
         )
     loaded = load_onnx(source)
     return Program.of(loaded.model, origin=OnnxOrigin(loaded.kind, loaded.path, loaded.external))

@@ -36,7 +36,7 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(help="An .onnx file.", show_default=False)]
 DataOption = Annotated[
-    str | None, typer.Option("--data", metavar="NPZ", help="Calibration input: arrays by input name, first axis samples.")
+    str | None, typer.Option("--data", metavar="NPZ", help="Calibration input: arrays by name, first axis samples.")
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
 
@@ -158,7 +158,8 @@ def list_passes() -> None:
     from cipm_ir.passes.registry import listing
 
     for entry in listing():
-        print(f"{entry.name}  ({entry.kind or 'not usable'}{'' if entry.package == 'cipm_ir' else ', ' + entry.package})")
+        origin = "" if entry.package in ("", "cipm_ir") else f", {entry.package}"
+        print(f"{entry.name}  ({entry.kind or 'not usable'}{origin})")
         print(f"    {entry.fault or entry.doc}")
         for option in entry.options:
             default = "required" if option.required else f"default {_plain(option.default)}"

@@ -18,7 +18,7 @@ import onnxruntime as ort
 import cipm_ir
 
 DIGITS = Path(__file__).parent / "digits" / "digits.onnx"
-PASSES = "clean-up, fold-batch-norm, remove-dead, prune{macs=0.6, round_to=8}"
+PASSES = "clean-up, prune{macs=0.8, round_to=8}, fold-batch-norm, remove-dead"
 RUNS = 50
 BATCH = 16
 

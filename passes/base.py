@@ -126,7 +126,7 @@ def option(
 ) -> Any:
     """A field of a pass with a line of documentation and, where not every value makes sense, what is allowed.
 
-    ``low`` and ``high`` are included, ``above`` is not; for tuples they hold for each entry. None is checked by the type only.
+    ``low`` and ``high`` are included, ``above`` is not; for tuples they hold for each entry, and not for None.
     """
     allowed = {"choices": None if choices is None else tuple(choices), "low": low, "high": high, "above": above}
     return field(default=default, metadata={"doc": doc, **allowed})

@@ -74,9 +74,11 @@ def _foldable(norm: ir.Node, graph: ir.Graph) -> bool:
         return False
     if before.graph is not graph or value.is_graph_output() or len(value.uses()) != 1:
         return False
-    trains = norm.attributes.get_int("training_mode", 0) or any(out.uses() or out.is_graph_output() for out in norm.outputs[1:])
+    statistics_read = any(out.uses() or out.is_graph_output() for out in norm.outputs[1:])
+    if statistics_read or norm.attributes.get_int("training_mode", 0) == 1:
+        return False
     # `spatial=0` of opset 7 and 8 normalizes every position with parameters of its own.
-    if trains or norm.attributes.get_int("spatial", 1) != 1 or len(norm.inputs) != 5:
+    if norm.attributes.get_int("spatial", 1) != 1 or len(norm.inputs) != 5:
         return False
     tensors = [_constant(parameter) for parameter in _parameters(norm)]
     if any(tensor is None for tensor in tensors):
@@ -97,7 +99,7 @@ def _parameters(norm: ir.Node) -> list[ir.Value | None]:
 
 
 def _constant(value: ir.Value | None) -> ir.TensorProtocol | None:
-    """The tensor that a value always has: of an initializer that no caller can override, a Constant, or copies of these."""
+    """The tensor that a value always has: an initializer that no caller can override, a Constant, a copy of these."""
     while value is not None and not value.is_initializer():
         node = value.producer()
         if node is None or node.domain not in _STANDARD:

@@ -46,6 +46,7 @@ def link_spaces(analysis: Analysis) -> Links:
     root = list(range(len(analysis.spaces)))
     frozen: set[int] = set()
     seen: set[bytes] = set()
+    partitions: list[dict[int, int]] = []
     for table in _row_tables(analysis):
         rows = np.sort(owner[table], axis=1)
         if (rows == rows[:1]).all():
@@ -54,12 +55,37 @@ def link_spaces(analysis: Analysis) -> Links:
         key = distinct.tobytes()
         if key not in seen:
             seen.add(key)
-            _link_rows([Counter(row) for row in distinct.tolist()], analysis, root, frozen)
+            counts = [Counter(row) for row in distinct.tolist()]
+            _link_rows(counts, analysis, root, frozen)
+            partitions.append(_partition(counts))
+    for crossing in _crossings(partitions):
+        for k in crossing[1:]:
+            _union(root, crossing[0], k)
     groups: dict[int, list[int]] = {}
     for k in range(len(root)):
         groups.setdefault(_find(root, k), []).append(k)
     stuck = {_find(root, k) for k in frozen}
     return Links(list(groups.values()), {k for r in stuck for k in groups[r]})
+
+
+def _partition(rows: list[Counter[int]]) -> dict[int, int]:
+    """Which row each space lies in, for those that lie in one."""
+    times = Counter(k for row in rows for k in row)
+    return {k: r for r, row in enumerate(rows) for k in row if k >= 0 and times[k] == 1}
+
+
+def _crossings(partitions: list[dict[int, int]]) -> Iterable[list[int]]:
+    """Spaces on which two partitions cross like rows and columns: neither row decides the other."""
+    of_space: dict[int, list[int]] = {}
+    for p, partition in enumerate(partitions):
+        for k in partition:
+            of_space.setdefault(k, []).append(p)
+    pairs = {(a, b) for found in of_space.values() for i, a in enumerate(found) for b in found[i + 1 :]}
+    for a, b in sorted(pairs):
+        common = sorted(partitions[a].keys() & partitions[b].keys())
+        cells = {(partitions[a][k], partitions[b][k]) for k in common}
+        if len(cells) > max(len({r for r, _ in cells}), len({c for _, c in cells})):
+            yield common
 
 
 def _row_tables(analysis: Analysis) -> Iterable[Labels]:
@@ -72,15 +98,14 @@ def _row_tables(analysis: Analysis) -> Iterable[Labels]:
         ordered = labels.transpose(outer_first(labels))
         for depth in range(1, labels.ndim):
             yield of[ordered].reshape(int(np.prod(ordered.shape[:depth])), -1)
-    for f in walk.leaf_factors:
-        if f.groups and f.active:
-            yield of[f.base : f.base + f.size].reshape(f.shape)
 
 
 def grids_of(analysis: Analysis) -> list[Labels]:
-    """Label arrays with several axes, each once."""
-    found = {id(f.labels): f.labels for s in analysis.walk.states.values() for f in s.factors if f.labels.ndim > 1}
-    return list(found.values())
+    """Label arrays with several axes, each once: of values, and of weights of grouped convolutions."""
+    walk = analysis.walk
+    found = {id(f.labels): f.labels for s in walk.states.values() for f in s.factors if f.labels.ndim > 1}
+    grouped = [np.arange(f.base, f.base + f.size).reshape(f.shape) for f in walk.leaf_factors if f.groups and f.active]
+    return [*found.values(), *grouped]
 
 
 def _link_rows(rows: list[Counter[int]], analysis: Analysis, root: list[int], frozen: set[int]) -> None:

@@ -32,8 +32,8 @@ _RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLi
 class FoldBatchNorm(Pass):
     """Folds batch normalizations (inference) into the Conv, ConvTranspose or Gemm before them.
 
-    1. ``BatchNormalization(Conv(x, W, b))`` becomes ``Conv(x, W·s, (b - mean)·s + bias)`` with s = scale / sqrt(var + ε);
-       ConvTranspose and Gemm likewise.
+    1. ``BatchNormalization(Conv(x, W, b))`` becomes ``Conv(x, W·s, (b - mean)·s + bias)`` with
+       s = scale / sqrt(var + ε); ConvTranspose and Gemm likewise.
     2. Constants and Identity copies that stand for W, b or the normalization's parameters are written as initializers;
        a weight that another node reads too is copied first.
 
@@ -84,7 +84,9 @@ class CleanUp(Pass):
 
     kind: ClassVar[Kind] = Kind.EXACT
     input_size_limit: int = option(8192, "constants with more entries are not folded", low=1)
-    output_size_limit: int = option(262144, "results with more entries are not stored", low=1)
+    output_size_limit: int = option(
+        262144, "results with more entries are not stored, unless they replace larger constants", low=1
+    )
     merge: bool = option(True, "merge nodes that compute the same")
 
     def run(self, program: Program, ctx: Context) -> PassResult:
@@ -106,8 +108,8 @@ class CleanUp(Pass):
         after = _signature(model)
         if after == before:
             return PassResult(program, False, "nothing to clean")
-        gone = before.total() - after.total()
-        return PassResult(Program.of(model, origin=program.origin), True, _summary(before, after), metrics={"gone": gone})
+        metrics = {"gone": before.total() - after.total()}
+        return PassResult(Program.of(model, origin=program.origin), True, _summary(before, after), metrics=metrics)
 
 
 def _free_initializers(model: ir.Model) -> int:

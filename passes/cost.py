@@ -17,7 +17,7 @@ from cipm_ir.rules.context import OpContext
 from cipm_ir.rules.registry import MacRule, lookup
 from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.sizes import grid_shape, outer_first
-from cipm_ir.symmetry.walk import Leaf
+from cipm_ir.symmetry.leaves import Leaf
 
 Mask = npt.NDArray[np.bool_]
 Slots = tuple[tuple[int, int], ...]

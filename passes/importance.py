@@ -17,7 +17,7 @@ from cipm_ir.errors import InputError, OptionError
 from cipm_ir.ir.constants import constant_tensor
 from cipm_ir.passes.base import Context
 from cipm_ir.symmetry.program import Program, Space
-from cipm_ir.symmetry.walk import Leaf, LeafFactor
+from cipm_ir.symmetry.leaves import Leaf, LeafFactor
 
 Scores = npt.NDArray[np.float64]
 _STATISTICS = ((3, "running mean"), (4, "running variance"))

@@ -50,7 +50,7 @@ class Option:
         if not bounds:
             return text
         head, none, _ = text.partition(" or none")
-        return f"{head} {' and '.join(bounds)}{none}"
+        return f"{head} {' and '.join(bounds)}{',' if none else ''}{none}"
 
 
 def options_of(cls: type[Any]) -> tuple[Option, ...]:
@@ -61,7 +61,7 @@ def options_of(cls: type[Any]) -> tuple[Option, ...]:
     try:
         hints = typing.get_type_hints(cls)
     except NameError as error:
-        raise OptionError(f"The options of {cls.__name__} cannot be read: {error}; import it at module level.") from None
+        raise OptionError(f"The options of {cls.__name__} cannot be read: {error}; import that name.") from None
     found = []
     for item in dataclasses.fields(cls):
         if not item.init:
@@ -96,7 +96,7 @@ def describe_type(annotation: Any) -> str:
         inner = [arg for arg in args if arg is not Ellipsis]
         if origin is tuple and Ellipsis not in args:
             return "(" + ", ".join(describe_type(arg) for arg in inner) + ")"
-        return "a list (a, b, …) of " + {"text": "texts"}.get(describe_type(inner[0]), describe_type(inner[0]) + " each")
+        return f"a list (a, b, …), each {describe_type(inner[0]) if inner else 'anything'}"
     return getattr(annotation, "__name__", str(annotation))
 
 

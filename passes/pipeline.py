@@ -69,7 +69,7 @@ def run_passes(
     given inputs: an EXACT pass must give equal outputs within the tolerance of their type, of an APPROXIMATE one the
     error is measured. A model that cannot be run is reported as not verified, with the reason.
 
-    Errors: `OptionError` for passes, `InputError` for model or data, `RolledBack` naming the pass that broke its promise.
+    Errors: `OptionError` for passes, `InputError` for model or data, `RolledBack` naming the pass that broke a promise.
     """
     todo = parse_passes(passes)
     check_properties(todo)
@@ -172,7 +172,7 @@ class _Run:
             error.add_note(f"This happened in pass {one}.")
             raise
         if not isinstance(result, PassResult):
-            raise OptionError(f"Pass {one.name!r} gave back {type(result).__name__}, not a PassResult; fix its run method.")
+            raise OptionError(f"Pass {one.name!r} gave back {type(result).__name__}, not a PassResult; fix its run.")
         return result
 
     def _checked(self, one: Pass, kind: Kind, result: PassResult) -> tuple[Verification | None, str]:

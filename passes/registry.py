@@ -25,7 +25,7 @@ P = TypeVar("P", bound=type[Pass])
 def register(name: str) -> Callable[[P], P]:
     """Class decorator that makes a pass known by a name; put it above ``@dataclass(frozen=True)``.
 
-    Errors: `OptionError` for a name that is taken or not of the form `my-pass`, and for a class that is no frozen dataclass.
+    Errors: `OptionError` for a name that is taken or not of the form `my-pass`, a class that is no frozen dataclass.
     """
 
     def decorate(cls: P) -> P:

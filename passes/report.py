@@ -25,7 +25,7 @@ _WIDTH = 118
 
 @dataclass(frozen=True)
 class Totals:
-    """Sizes of a program: float parameters, multiply-accumulates of one run, bytes of all weights, nodes, free units."""
+    """Sizes of a program: float parameters, multiply-accumulates of a run, bytes of all weights, nodes, free units."""
 
     parameters: int
     macs: int

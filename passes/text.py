@@ -1,4 +1,4 @@
-"""The text form of a pipeline: passes joined by commas, options in braces: `canonicalize, prune{macs=0.5, include=(a, b)}`.
+"""The text form of a pipeline: passes joined by commas, options in braces: `canonicalize, prune{macs=0.5, norm=l1}`.
 
     pipeline = pass {"," pass}          value = word | '"' text '"' | "(" [value {"," value} [","]] ")"
     pass     = name ["{" [option {"," option}] "}"]        option = key "=" value
@@ -22,7 +22,7 @@ from cipm_ir.passes.registry import lookup
 _TOKEN = re.compile(r'\s*(?:(?P<mark>[,{}()=])|(?P<quoted>"(?:[^"\\]|\\.)*")|(?P<word>[^\s,{}()="\\]+))')
 
 
-def parse_passes(source: str | Pass | Iterable[str | Pass]) -> tuple[Pass, ...]:
+def parse_passes(source: str | Pass | Iterable[str | Pass | type[Pass]]) -> tuple[Pass, ...]:
     """Passes from names, pass objects, or a mix; a text may hold several passes joined by commas.
 
     Errors: `OptionError` naming pass and option, with what is allowed.

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 from tests.zoo.net import Net
 
-from cipm_ir.errors import UnsupportedError
 from cipm_ir.runtime.session import run
 from cipm_ir.symmetry.program import Program, Space
 
@@ -209,12 +208,9 @@ def _outside(
     kinds = ["permute"] if not spaces else []
     kinds += [k for k, n in (("scale", "scales"), ("sign", "signs")) if all(not getattr(s.group, n) for s in spaces)]
     complaints = []
-    for kind in kinds if spaces else ["permute"]:
+    for kind in kinds[:1] if not spaces else kinds:
         key = f"{units}:{kind}"
-        try:
-            error = difference(expected, run(ir.from_proto(naive(proto, sample, units, kind)), sample.feeds))
-        except UnsupportedError:
-            raise
+        error = difference(expected, run(ir.from_proto(naive(proto, sample, units, kind)), sample.feeds))
         if key in case_.coarse:
             if error > SAME:
                 complaints.append(f"stale: {key} is called coarse, but changes the outputs by {error:.1e}")
@@ -239,9 +235,10 @@ def naive(proto: onnx.ModelProto, sample: Sample, units: str, kind: str) -> onnx
 def _moved(array: NDArray[Any], side: Side, kind: str, inverse: bool) -> NDArray[Any]:
     n = array.shape[side.axis] // side.blocks
     if kind == "permute":
-        return array.take(np.concatenate([np.arange(n)[::-1] + k * n for k in range(side.blocks)]), axis=side.axis)
+        order = np.roll(np.r_[np.arange(0, n, 2), np.arange(1, n, 2)], 1)
+        return array.take(np.concatenate([order + k * n for k in range(side.blocks)]), axis=side.axis)
     if array.dtype.kind != "f":
         return array
-    factor = np.where(np.arange(n) % 3 == 0, 2.0, 0.5) if kind == "scale" else np.where(np.arange(n) % 3 == 1, -1.0, 1.0)
+    factor = np.resize([2.0, 0.5, 0.5, 0.25, 4.0, 1.0] if kind == "scale" else [1.0, -1.0], n)
     factor = np.tile(1.0 / factor if inverse else factor, side.blocks)
     return np.asarray(array * factor.reshape([-1 if a == side.axis else 1 for a in range(array.ndim)]))

@@ -178,7 +178,7 @@ def test_a_pipeline_is_read_and_printed() -> None:
         ("toy{mac=0.5}", ["'toy'", "'mac'", "did you mean macs?"]),
         ("toy{zzz=0.5}", ["'toy'", "'zzz'", "it takes macs, scope"]),
         ("toy-move{a=1}", ["'toy-move'", "takes none"]),
-        ("toy{macs=half}", ["'toy'", "'macs'", "a number above 0 and at most 1 or none", "'half'"]),
+        ("toy{macs=half}", ["'toy'", "'macs'", "a number above 0 and at most 1, or none", "'half'"]),
         ("toy{macs=0}", ["'macs'", "above 0"]),
         ("toy{macs=1.5}", ["'macs'", "at most 1"]),
         ("toy{macs=nan}", ["'macs'"]),
@@ -204,7 +204,7 @@ def test_bad_text_is_named(text: str, words: list[str]) -> None:
 def test_options_are_checked_in_python_too() -> None:
     for options in ({"macs": 2}, {"macs": "0.5"}, {"exact": 1}, {"round_to": True}, {"round_to": 1.5}, {"include": 3}):
         with pytest.raises(OptionError, match=next(iter(options))):
-            Toy(**options)  # type: ignore[arg-type]
+            Toy(**options)
     assert Toy(include="stem").include == ("stem",)  # type: ignore[arg-type]
     assert isinstance(Toy(macs=1).macs, float)
     for wrong in (3, [3], None):
@@ -376,7 +376,7 @@ def test_data_is_used_and_checked_first(program: Program, rng: np.random.Generat
 def test_nan_and_contradicting_shapes_are_refused_at_the_start(program: Program) -> None:
     array = weight_of(program, "classifier.bias").copy()
     array[3] = np.nan
-    with pytest.raises(InputError, match="'classifier.bias' holds NaN"):
+    with pytest.raises(InputError, match=r"'classifier\.bias' holds NaN"):
         run_passes(program.refit({"classifier.bias": array}), "toy")
 
 

@@ -73,8 +73,9 @@ def largest_change(before: Outputs, after: Outputs) -> float:
     return worst
 
 
-def parameters(model: onnx.ModelProto) -> dict[str, bytes]:
-    return {tensor.name: tensor.SerializeToString() for tensor in model.graph.initializer}
+def some_parameter_moved(before: onnx.ModelProto, after: onnx.ModelProto) -> bool:
+    old = {tensor.name: tensor for tensor in before.graph.initializer}
+    return any(t.name not in old or old[t.name].raw_data != t.raw_data for t in after.graph.initializer)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -82,7 +83,7 @@ def test_random_element_changes_nothing(name: str) -> None:
     model, entry = zoo.build_or_skip(name), zoo.entry(name)
     program, inputs = program_of(model), zoo.feeds(name, model)
     moved = acted(program, random_elements(program))
-    assert not program.spaces or parameters(moved) != parameters(model), "the element moved no parameter"
+    assert not program.spaces or some_parameter_moved(model, moved), "the element moved no parameter"
     before = zoo.run(model, inputs, reference=entry.reference)
     after = zoo.run(moved, inputs, reference=entry.reference)
     tolerance = ILL_CONDITIONED.get(name, TOLERANCE[next((t for t in TOLERANCE if t in entry.tags), "float32")])

@@ -55,8 +55,10 @@ def run_widened(model: onnx.ModelProto, feeds: Feeds) -> list[NDArray[np.generic
 
 
 def _graph(graph: onnx.GraphProto) -> None:
+    scales = {name for node in graph.node if node.op_type == "Resize" for name in node.input[2:3]}
     for tensor in graph.initializer:
-        _tensor(tensor)
+        if tensor.name not in scales:  # these stay float32 by the specification
+            _tensor(tensor)
     for info in (*graph.input, *graph.output, *graph.value_info):
         _value(info)
     _nodes(graph.node)

@@ -39,7 +39,7 @@ class Factor:
     def moved(self, axis_map: Sequence[int] | dict[int, int]) -> Factor:
         """The same factor where old axis ``a`` has become ``axis_map[a]``."""
         new = [axis_map[a] for a in self.axes]
-        if len(new) == 1 or all(x < y for x, y in zip(new, new[1:], strict=False)):
+        if len(new) == 1 or new == sorted(new):
             return replace(self, axes=tuple(new))
         order = sorted(range(len(new)), key=new.__getitem__)
         return replace(self, axes=tuple(new[k] for k in order), labels=self.labels.transpose(order))
@@ -84,9 +84,7 @@ def simplified(shape: Sequence[int], labels: Labels, axes: Sequence[int], var: i
     """A factor over those ``axes`` along which ``labels`` really change, or None where nothing is left."""
     keep = []
     for k, axis in enumerate(axes):
-        if shape[axis] == 1:
-            labels = labels.take([0], axis=k)
-        elif (labels == labels.take([0], axis=k)).all():
+        if shape[axis] == 1 or (labels == labels.take([0], axis=k)).all():
             labels = labels.take([0], axis=k)
         else:
             keep.append(k)

@@ -44,7 +44,7 @@ def _declared(value: ir.Value) -> Shape | None:
     shape = value.shape
     if shape is None or not shape.is_static():
         return None
-    return tuple(int(d) for d in shape)  # type: ignore[arg-type]
+    return tuple(shape.numpy())
 
 
 def _all_values(graph: ir.Graph) -> list[ir.Value]:
@@ -67,7 +67,7 @@ def infer_shapes(model: ir.Model) -> Shapes:
         if value.dtype is not None:
             types[value.name or ""] = value.dtype
         if shape is None and value.const_value is not None:
-            shape = tuple(int(d) for d in value.const_value.shape)  # type: ignore[arg-type]
+            shape = tuple(value.const_value.shape.numpy())
         if shape is None:
             complete = False
         else:
@@ -100,7 +100,7 @@ def _stripped(model: ir.Model) -> onnx.ModelProto:
             array = np.asarray(tensor.numpy())
             graph.initializer.add(name=name, dims=array.shape, data_type=int(tensor.dtype), raw_data=array.tobytes())
         elif name not in listed:
-            graph.input.append(onnx.helper.make_tensor_value_info(name, int(tensor.dtype), [int(d) for d in tensor.shape]))  # type: ignore[arg-type]
+            graph.input.append(onnx.helper.make_tensor_value_info(name, int(tensor.dtype), tensor.shape.numpy()))
     for node in model.graph:
         made = graph.node.add(op_type=node.op_type, domain=node.domain, name=node.name or "")
         made.input.extend([v.name or "" if v is not None else "" for v in node.inputs])
@@ -148,7 +148,9 @@ def _attribute_into(proto: onnx.AttributeProto, attr: ir.Attr) -> None:
         ir.serde.serialize_attribute_into(proto, attr)
 
 
-def _infer(proto: onnx.ModelProto, which: int, symbols: dict[str, int], types: dict[str, ir.DataType]) -> dict[str, Shape]:
+def _infer(
+    proto: onnx.ModelProto, which: int, symbols: dict[str, int], types: dict[str, ir.DataType]
+) -> dict[str, Shape]:
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     small, spatial = iter(_SMALL[which]), iter(_SPATIAL[which])
@@ -207,9 +209,11 @@ def infer_node(
         return none
     types = {}
     data = {}
-    for value, shape in zip(node.inputs, inputs, strict=True):
+    dtypes = [None if v is None else v.dtype or (element_types or {}).get(v.name or "") for v in node.inputs]
+    guess = next((t for t in dtypes if t is not None and t.is_floating_point()), ir.DataType.FLOAT)
+    for value, shape, known_dtype in zip(node.inputs, inputs, dtypes, strict=True):
         if value is not None:
-            dtype = value.dtype or (element_types or {}).get(value.name or "", ir.DataType.FLOAT)
+            dtype = guess if known_dtype is None else known_dtype
             types[value.name or ""] = onnx.helper.make_tensor_type_proto(int(dtype), shape)
             if value.const_value is not None and value.const_value.size <= 64:
                 data[value.name or ""] = ir.to_proto(value.const_value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 
 FAMILIES = (
-    "elementwise", "contraction", "convolution", "normalization", "reduction", "shaping", "indexing",
+    "elementwise", "contraction", "convolution", "normalization", "reduction", "shaping", "indexing", "padding",
     "recurrent", "attention", "quantized",
 )  # fmt: skip
 

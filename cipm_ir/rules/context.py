@@ -82,7 +82,9 @@ class OpContext:
         return None if value is None else self.second.get(value.name or "")
 
     # emitting
-    def set(self, index: int, factors: Iterable[Factor] = (), uniform: Iterable[int] = (), shape: Shape | None = None) -> None:
+    def set(
+        self, index: int, factors: Iterable[Factor] = (), uniform: Iterable[int] = (), shape: Shape | None = None
+    ) -> None:
         """Set the state of an output."""
         while len(self.outputs) <= index:
             self.outputs.append(None)

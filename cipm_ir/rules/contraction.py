@@ -109,7 +109,10 @@ def _against(op: OpContext, p: _Piece, blind: set[str], flat: set[str], out: set
     """A factor against the other operand's fixed and uniform axes, and against letters that only it has."""
     fixed = tuple(x for x in p.letters if x in blind)
     if fixed:
-        op.rec.pin(op.rec.marginal(p.factor, _axes(p, fixed)).labels, f"{op.node.op_type} with a value that is fixed along this axis")
+        op.rec.pin(
+            op.rec.marginal(p.factor, _axes(p, fixed)).labels,
+            f"{op.node.op_type} with a value that is fixed along this axis",
+        )
         op.freeze_factor(p.factor)
         p.covered = p.covered or fixed == p.letters
     if any(x in flat and x not in out for x in p.letters):
@@ -239,7 +242,9 @@ def einsum_macs(op: OpContext) -> int:
     """Product of all index ranges."""
     states = [op.state(k) for k in range(len(op.node.inputs))]
     operands, _ = einsum_terms(_equation(op), [s.rank for s in states])
-    return math.prod({x: n for o, s in zip(operands, states, strict=True) for x, n in zip(o, s.shape, strict=True)}.values())
+    return math.prod(
+        {x: n for o, s in zip(operands, states, strict=True) for x, n in zip(o, s.shape, strict=True)}.values()
+    )
 
 
 def _equation(op: OpContext) -> str:
@@ -260,7 +265,10 @@ def einsum(op: OpContext) -> None:
     for o, s in zip(operands, states, strict=True):
         for x, n in zip(o, s.shape, strict=True):
             sizes[x] = max(sizes[x], n)
-    letters = [tuple(None if n == 1 < sizes[x] else x for x, n in zip(o, s.shape, strict=True)) for o, s in zip(operands, states, strict=True)]
+    letters = [
+        tuple(None if n == 1 < sizes[x] else x for x, n in zip(o, s.shape, strict=True))
+        for o, s in zip(operands, states, strict=True)
+    ]
     for o, s in zip(operands, states, strict=True):
         others = {x for p in operands if p is not o for x in p}
         for f in s.factors:

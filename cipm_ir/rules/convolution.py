@@ -163,7 +163,9 @@ def conv_transpose(op: OpContext) -> None:
     _with_bias(op, State(op.shape()[:2], (Factor((1,), joint.labels.ravel(), joint.var),)), 2)
 
 
-@operator("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "LpPool", "GlobalLpPool", "MaxRoiPool", "RoiAlign")
+@operator(
+    "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "LpPool", "GlobalLpPool", "MaxRoiPool", "RoiAlign"
+)
 def pool(op: OpContext) -> None:
     """Channels pass; averages keep signs, maxima do not, norms end them."""
     x = _channels(op, op.state(0), "spatial position")

@@ -250,7 +250,9 @@ def additive(op: OpContext, states: list[State], what: str, *, signs: bool) -> N
                 op.rec.same(f.labels, var, term)
         if not signs:
             op.rec.zero(f.labels, var, scale=False)
-        partial = any(set(g.axes) & set(f.axes) and g.axes != f.axes for s in states for g in shifted(s, len(out.shape)).factors)
+        partial = any(
+            set(g.axes) & set(f.axes) and g.axes != f.axes for s in states for g in shifted(s, len(out.shape)).factors
+        )
         if partial:
             op.rec.zero(f.labels, var)
         factors.append(Factor(f.axes, f.labels, var, f.repeats))
@@ -335,7 +337,8 @@ def power(op: OpContext) -> None:
 
 
 @operator(
-    "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Xor", "Mod", "BitShift", "BitwiseAnd", "BitwiseOr",
+    "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Xor", "Mod", "BitShift",
+    "BitwiseAnd", "BitwiseOr",
     "BitwiseXor",
 )  # fmt: skip
 def compare(op: OpContext) -> None:

@@ -154,7 +154,9 @@ class Recorder:
         self.marks.append((atoms, colour))
 
     # scale structure
-    def equate(self, labels: Labels, terms: tuple[tuple[int, int], ...], *, scale: bool = True, sign: bool = True) -> None:
+    def equate(
+        self, labels: Labels, terms: tuple[tuple[int, int], ...], *, scale: bool = True, sign: bool = True
+    ) -> None:
         """``sum(c * l_v) == 0`` on these atoms, for log-scales, signs or both."""
         terms = tuple((v, c) for v, c in terms if v != ZERO)
         if terms:

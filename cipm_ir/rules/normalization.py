@@ -13,7 +13,7 @@ from cipm_ir.rules.resize import Resize
 
 @operator("BatchNormalization")
 def batch_normalization(op: OpContext) -> None:
-    """Inference: input and output decouple. mean scales by s, var' = s^2 (var + eps) - eps, beta and gamma with the output.
+    """Inference: input and output decouple. mean' = s mean, var' = s^2 (var + eps) - eps.
 
     A scaling of the input is exact in real arithmetic but rounds in the variance.
     """

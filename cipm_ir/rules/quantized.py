@@ -107,5 +107,3 @@ def qlinear_matmul(op: OpContext) -> None:
     else:
         _per_axis(op, out, out.rank - 1, 4, 5)
     op.like(0, State(out.shape, tuple(fixed(f) for f in out.factors)))
-
-

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cipm_ir.ir.labels import ZERO, Factor, State
+from cipm_ir.ir.labels import ZERO, Factor
 from cipm_ir.rules.context import OpContext
 from cipm_ir.rules.registry import Opaque, operator
 
@@ -26,7 +26,8 @@ def reduced_axes(op: OpContext, rank: int) -> list[int]:
 
 
 @operator(
-    "ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceProd", "ReduceLogSum",
+    "ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceProd",
+    "ReduceLogSum",
     "ReduceLogSumExp",
 )  # fmt: skip
 def reduce(op: OpContext) -> None:

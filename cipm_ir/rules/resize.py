@@ -68,7 +68,9 @@ class Resize(ABC):
         """Number of rows that remain when an axis is read as ``count`` equal rows; an error where lengths differ."""
 
     @abstractmethod
-    def replace(self, op_type: str, inputs: list[ir.Value | None], constants: dict[int, Array], attributes: dict[str, Any]) -> None:
+    def replace(
+        self, op_type: str, inputs: list[ir.Value | None], constants: dict[int, Array], attributes: dict[str, Any]
+    ) -> None:
         """Put another operator in the node's place."""
 
 

@@ -70,9 +70,9 @@ def reshape(op: OpContext) -> None:
     state, new = op.state(0), op.shape()
     a = op.second_shape(op.node.inputs[0])
     b = op.second_shape(op.node.outputs[0])
-    if state.factors and (a, b) != (state.shape, new):
-        if a is None or b is None or reshape_groups(state.shape, new) != reshape_groups(a, b):
-            raise Opaque("how axes are grouped depends on a dynamic size")
+    known = a is not None and b is not None and reshape_groups(state.shape, new) == reshape_groups(a, b)
+    if state.factors and (a, b) != (state.shape, new) and not known:
+        raise Opaque("how axes are grouped depends on a dynamic size")
     for k in range(1, len(op.node.inputs)):
         op.pin(op.optional(k), "target shape")
     op.like(0, reshaped(op, state, new))

@@ -15,7 +15,7 @@ from cipm_ir.rules.registry import lookup
 from cipm_ir.symmetry.analysis import Analysis
 from cipm_ir.symmetry.apply import Editor
 from cipm_ir.symmetry.edits import Edit
-from cipm_ir.symmetry.walk import LeafFactor
+from cipm_ir.symmetry.leaves import LeafFactor
 
 _LINEAR_MODULES = ("elementwise", "contraction", "convolution", "shaping", "indexing")
 
@@ -42,10 +42,14 @@ class BiasShift:
         if old is None:
             dtype = node.outputs[0].dtype or ir.DataType.FLOAT
             node.resize_inputs(3)
-            node.replace_input_with(2, editor.initializer(f"{node.outputs[0].name}_bias", ir.tensor(self.delta.astype(dtype.numpy()))))
+            node.replace_input_with(
+                2, editor.initializer(f"{node.outputs[0].name}_bias", ir.tensor(self.delta.astype(dtype.numpy())))
+            )
             return
         if old.const_value is None:
-            raise SymmetryError(f"{node.op_type} {node.name}: its bias {old.name} is computed, so it cannot take a constant shift.")
+            raise SymmetryError(
+                f"{node.op_type} {node.name}: its bias {old.name} is computed, so it cannot take a constant shift."
+            )
         tensor = old.const_value
         value = (np.asarray(tensor.numpy(), np.float64) + self.delta).astype(tensor.dtype.numpy())
         node.replace_input_with(2, editor.initializer(old.name or "bias", ir.tensor(value)))
@@ -91,14 +95,20 @@ def consumers(analysis: Analysis, inside: np.ndarray) -> list[Contraction]:
     """Contractions over these classes; an error where something else reads them in a way that is not linear in them."""
     walk, of = analysis.walk, analysis.classes.of
     if any(inside[of[labels]].any() for labels in walk.rec.normalized):
-        raise SymmetryError("A normalization, softmax or mean runs over this space, so its units cannot be merged; restrict drops them.")
+        raise SymmetryError(
+            "A normalization, softmax or mean runs over this space, so its units cannot be merged; restrict drops them."
+        )
     for position, node in enumerate(walk.nodes):
         entry = lookup(node.domain, node.op_type)
         module = "" if entry is None else entry.labels.__module__.rpartition(".")[2]
         if module in _LINEAR_MODULES or node.op_type == "BatchNormalization":
             continue
         states = [walk.states.get(v.name or "") for v in node.inputs if v is not None]
-        states += [walk.leaves[walk.use_leaf[position, k]].state for k in range(len(node.inputs)) if (position, k) in walk.use_leaf]
+        states += [
+            walk.leaves[walk.use_leaf[position, k]].state
+            for k in range(len(node.inputs))
+            if (position, k) in walk.use_leaf
+        ]
         if any(inside[of[f.labels]].any() for s in states if s is not None for f in s.factors):
             raise SymmetryError(f"{node.op_type} {node.name} reads this space, and its weights cannot absorb a mixing.")
     found = [c for c in walk.rec.contractions if inside[of[c.a]].any()]
@@ -109,10 +119,15 @@ def consumers(analysis: Analysis, inside: np.ndarray) -> list[Contraction]:
 
 def _weight_factor(analysis: Analysis, c: Contraction, inside: np.ndarray, nodes: list[ir.Node]) -> LeafFactor:
     owners = [_owner(analysis, labels) for labels in (c.a, c.b)]
-    direct = [f for f in owners if f is not None and any(node == c.node for node, _ in analysis.walk.leaves[f.leaf].uses)]
+    direct = [
+        f for f in owners if f is not None and any(node == c.node for node, _ in analysis.walk.leaves[f.leaf].uses)
+    ]
     node = nodes[c.node]
     if len(direct) != 1:
-        raise SymmetryError(f"{node.op_type} {node.name} does not contract this space with a weight of its own, so it cannot absorb a mixing.")
+        raise SymmetryError(
+            f"{node.op_type} {node.name} does not contract this space with a weight of its own, "
+            "so it cannot absorb a mixing."
+        )
     if direct[0].groups:
         raise SymmetryError(f"{node.op_type} {node.name} is grouped; a mixing across its groups cannot be absorbed.")
     return direct[0]
@@ -125,11 +140,17 @@ def _owner(analysis: Analysis, labels: Labels) -> LeafFactor | None:
     return None
 
 
-def _shift(analysis: Analysis, nodes: list[ir.Node], c: Contraction, f: LeafFactor, positions: Labels, shift: Array) -> BiasShift:
+def _shift(
+    analysis: Analysis, nodes: list[ir.Node], c: Contraction, f: LeafFactor, positions: Labels, shift: Array
+) -> BiasShift:
     node, leaf = nodes[c.node], analysis.walk.leaves[f.leaf]
     index = next(k for position, k in leaf.uses if position == c.node)
-    if node.op_type == "Conv" and (any(attribute(node, "pads", ())) or attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID")):
-        raise SymmetryError(f"Conv {node.name} pads with zeros, so a constant shift of its input is not constant at the border.")
+    if node.op_type == "Conv" and (
+        any(attribute(node, "pads", ())) or attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID")
+    ):
+        raise SymmetryError(
+            f"Conv {node.name} pads with zeros, so a constant shift of its input is not constant at the border."
+        )
     if node.op_type not in ("Conv", "Gemm", "MatMul") or index != 1:
         raise SymmetryError(f"{node.op_type} {node.name} cannot take a constant shift of its input.")
     if node.op_type == "Gemm" and (attribute(node, "alpha", 1.0) != 1.0 or attribute(node, "beta", 1.0) != 1.0):

@@ -8,7 +8,7 @@ from cipm_ir.algebra import Element
 from cipm_ir.ir.labels import Array, Labels
 from cipm_ir.symmetry.analysis import Analysis
 from cipm_ir.symmetry.edits import Edit
-from cipm_ir.symmetry.walk import LeafFactor
+from cipm_ir.symmetry.leaves import LeafFactor
 
 
 def act_edits(analysis: Analysis, elements: dict[int, Element]) -> dict[int, Edit]:

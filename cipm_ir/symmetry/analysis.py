@@ -14,14 +14,15 @@ import onnx_ir as ir
 from cipm_ir.algebra import Element
 from cipm_ir.ir.labels import Array, Labels
 from cipm_ir.symmetry.classes import Classes, find_classes
+from cipm_ir.symmetry.leaves import LeafFactor
 from cipm_ir.symmetry.scales import Directions, solve_scales
 from cipm_ir.symmetry.spaces import RawSpace, find_spaces
-from cipm_ir.symmetry.walk import LeafFactor, Walk, walk
+from cipm_ir.symmetry.walk import Walk, walk
 
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """No garbage collection meanwhile: everything that is allocated stays, and scanning it takes a quarter of the time."""
+    """No garbage collection meanwhile: what is allocated stays, and scanning it again and again takes time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

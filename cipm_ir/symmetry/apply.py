@@ -9,7 +9,7 @@ from cipm_ir.ir.constants import constant_tensor
 from cipm_ir.ir.labels import Array
 from cipm_ir.symmetry.analysis import Analysis
 from cipm_ir.symmetry.edits import Edit, edited
-from cipm_ir.symmetry.walk import Leaf
+from cipm_ir.symmetry.leaves import Leaf
 
 
 class Editor:
@@ -58,7 +58,9 @@ class Editor:
             raise ValueError(f"input {index} of node {node} ({name}) is gone")
         return value
 
-    def _rewrite(self, value: ir.Value, tensor: ir.TensorProtocol | None, members: list[int], edit: Edit, *, in_place: bool) -> None:
+    def _rewrite(
+        self, value: ir.Value, tensor: ir.TensorProtocol | None, members: list[int], edit: Edit, *, in_place: bool
+    ) -> None:
         leaf = self.analysis.walk.leaves[members[0]]
         name = leaf.name
         if tensor is None:  # ConstantOfShape
@@ -114,8 +116,13 @@ class Editor:
     def initializer(self, base: str, tensor: ir.TensorProtocol) -> ir.Value:
         """Register a tensor under a fresh name (also as a graph input where the file format wants that)."""
         name = self.fresh_name(base)
-        tensor.name = name  # type: ignore[misc]
-        value = ir.Value(name=name, shape=ir.Shape([int(d) for d in tensor.shape]), type=ir.TensorType(tensor.dtype), const_value=tensor)  # type: ignore[arg-type]
+        tensor.name = name
+        value = ir.Value(
+            name=name,
+            shape=ir.Shape(tuple(tensor.shape.numpy())),
+            type=ir.TensorType(tensor.dtype),
+            const_value=tensor,
+        )
         self.graph.register_initializer(value)
         if self.model.ir_version < 4:
             self.graph.inputs.append(value)

@@ -36,7 +36,7 @@ class Links:
 class Classes:
     """Coupled classes and what is known of each.
 
-    ``of[atom]`` is the class of an atom; ``free``, ``block``, ``real`` and ``signature`` are per class: nothing pins it,
+    ``of[atom]`` is the class of an atom. ``free``, ``block``, ``real``, ``signature`` are per class: nothing pins it,
     it contains block labels, it contains positions of a parameter, what it looks like. ``colour`` is per atom.
     """
 
@@ -70,7 +70,9 @@ def unique_pairs(a: Labels, b: Labels) -> Labels:
 def scatter_sum(index: Labels, hashes: Hashes, count: int) -> Hashes:
     """Sum of 60 bits of the hashes by index; exact in float64 up to 2^23 terms each."""
     low = np.bincount(index, weights=(hashes & _LOW).astype(np.float64), minlength=count).astype(np.uint64)
-    high = np.bincount(index, weights=((hashes >> np.uint64(30)) & _LOW).astype(np.float64), minlength=count).astype(np.uint64)
+    high = np.bincount(index, weights=((hashes >> np.uint64(30)) & _LOW).astype(np.float64), minlength=count).astype(
+        np.uint64
+    )
     with np.errstate(over="ignore"):
         return np.asarray(mix(low) + mix(high + np.uint64(1)), dtype=np.uint64)
 
@@ -109,7 +111,7 @@ def _flat_links(walk: Walk) -> Links:
 
 
 def _close_blocks(count: int, of: Labels, links: Links) -> tuple[int, Labels]:
-    """Unify block labels that hold the same classes, and those of one event that share a class, until nothing changes."""
+    """Unify block labels that hold the same classes, and those of one event that share a class, to a fixpoint."""
     while True:
         child, parent = of[links.child], of[links.parent]
         rows = unique_pairs(links.parent, child)

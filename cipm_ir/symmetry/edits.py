@@ -16,8 +16,8 @@ class Edit:
     """What happens to one parameter.
 
     ``take[axis]``: new position i holds old position take[i]. ``inner[axis]``: a matrix (new rows of axis 0, new size),
-    the old position along ``axis`` for each new row. ``scale[axis]``: factors along the new axis. ``inner_scale`` likewise
-    per row. ``epsilon``: the scale s acts on a variance as s^2 (v + epsilon) - epsilon.
+    the old position along ``axis`` for each new row. ``scale[axis]``: factors along the new axis, ``inner_scale``
+    likewise per row. ``epsilon``: the scale s acts on a variance as s^2 (v + epsilon) - epsilon.
     ``mix[axis]``: (old size, new size), multiplied from the right instead of a gather.
     """
 
@@ -65,7 +65,9 @@ class Edit:
             index = rows.reshape(rows.shape[:1] + tuple(rows.shape[1] if a == axis else 1 for a in range(1, out.ndim)))
             out = np.take_along_axis(out, index, axis=axis)
         for axis, matrix in self.mix.items():
-            out = np.moveaxis(np.tensordot(np.moveaxis(out, axis, -1).astype(np.float64), matrix, 1), -1, axis).astype(array.dtype)
+            out = np.moveaxis(np.tensordot(np.moveaxis(out, axis, -1).astype(np.float64), matrix, 1), -1, axis).astype(
+                array.dtype
+            )
         factor = self._factor(out)
         if factor is not None:
             if self.epsilon is not None:
@@ -99,7 +101,7 @@ def _multiplied(array: Array, factor: Array) -> Array:
 
 def edited(tensor: ir.TensorProtocol, edit: Edit, name: str) -> ir.LazyTensor:
     """A tensor that reads ``tensor`` and applies ``edit`` whenever it is evaluated; nothing is cached."""
-    old = tuple(int(d) for d in tensor.shape)  # type: ignore[arg-type]
+    old = tuple(tensor.shape.numpy())
     dtype = tensor.dtype
 
     def evaluate() -> ir.TensorProtocol:

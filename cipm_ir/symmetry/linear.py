@@ -1,6 +1,6 @@
 """Sparse exact linear algebra for the scale and sign systems: equations of a few terms, coefficients of one.
 
-Equations of one or two terms are solved for all unknowns at once by connected components of a signed graph. What remains
+Equations of one or two terms are solved for all unknowns at once by connected components of a signed graph. The rest
 is eliminated row by row over the rationals (over F2 for signs), pivots chosen where nothing fills in.
 """
 
@@ -151,7 +151,9 @@ def _pivot(work: list[Row], where: dict[int, set[int]], todo: set[int], preferre
     return (-1, -1) if best is None else (best[1], best[2])
 
 
-def nullspace(system: list[list[Term]], variables: list[int], extra: Iterable[int] = ()) -> tuple[int, dict[int, tuple[int, ...]]]:
+def nullspace(
+    system: list[list[Term]], variables: list[int], extra: Iterable[int] = ()
+) -> tuple[int, dict[int, tuple[int, ...]]]:
     """Integer basis of the solutions as seen on ``variables``: how many directions, and each unknown's exponents.
 
     Unknowns in ``extra`` get exponents in the same basis, without adding directions.
@@ -185,8 +187,7 @@ def solution(
         shown = [x for i, x in zip(where, whole, strict=True) if i < len(variables)] or [1]
         table[where, d] = whole
         table[:, d] //= gcd(*shown) * (1 if shown[0] > 0 else -1)
-    used = table.any(axis=1).tolist()
-    return len(chosen), {v: tuple(e) for v, e, some in zip(index, table.tolist(), used, strict=True) if some}
+    return len(chosen), {v: tuple(e) for v, e in zip(index, table.tolist(), strict=True) if any(e)}
 
 
 def _independent(rows: list[Row], free: list[int]) -> list[int]:
@@ -272,4 +273,6 @@ def nullspace_f2(system: list[list[int]], variables: list[int]) -> tuple[int, di
         if column:
             basis.append(column)
             kept.append(f)
-    return len(kept), {v: tuple(int(f in shown[v]) for f in kept) for v in variables if any(f in shown[v] for f in kept)}
+    return len(kept), {
+        v: tuple(int(f in shown[v]) for f in kept) for v in variables if any(f in shown[v] for f in kept)
+    }

@@ -1,7 +1,7 @@
 """`Program`: a model with its symmetry analysis, and the four primitives that change weights.
 
-Programs are immutable for their users: `act`, `restrict`, `absorb` and `refit` return new ones, which share every tensor
-that did not change.
+Programs are immutable for their users: `act`, `restrict`, `absorb` and `refit` return new ones, which share every
+tensor that did not change.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from cipm_ir.symmetry.action import act_edits
 from cipm_ir.symmetry.analysis import Analysis
 from cipm_ir.symmetry.apply import Editor
 from cipm_ir.symmetry.edits import Edit
+from cipm_ir.symmetry.leaves import OpaqueNode
 from cipm_ir.symmetry.naming import describe_spaces
 from cipm_ir.symmetry.restrict import closed_keep, restrict
-from cipm_ir.symmetry.walk import OpaqueNode
 
 
 class Origin(Protocol):
@@ -40,7 +40,7 @@ class Space:
     """Interchangeable hidden units (``kind`` "units"), heads or groups ("blocks"), or cells where two families of
     blocks cross ("cells": may be scaled, not exchanged).
 
-    ``members`` names the tensors that move, as ``name[axis]``; ``parent`` is (block space, index) for the units of a block.
+    ``members`` names the tensors that move, as ``name[axis]``; ``parent`` is (block space, index) for a block's units.
     ``exact`` says for each scale direction whether powers of two leave every result the same bit for bit.
     """
 
@@ -75,7 +75,12 @@ class Program:
     """A model, its annotations, and the primitives. Build one with `cipm_ir.load` or `Program.of`."""
 
     def __init__(
-        self, model: ir.Model, *, source: ir.Model | None = None, origin: Origin | None = None, analysis: Analysis | None = None
+        self,
+        model: ir.Model,
+        *,
+        source: ir.Model | None = None,
+        origin: Origin | None = None,
+        analysis: Analysis | None = None,
     ) -> None:
         self._model = model
         self._source = source
@@ -84,7 +89,7 @@ class Program:
 
     @classmethod
     def of(cls, model: ir.Model, *, origin: Origin | None = None) -> Program:
-        """Program of an ONNX model; the model itself is never changed. Model-local functions are inlined for the analysis."""
+        """Program of an ONNX model; the model itself is never changed. Its functions are inlined for the analysis."""
         clone = model.clone()
         if not clone.functions:
             return cls(clone, origin=origin)
@@ -148,7 +153,9 @@ class Program:
         """Position of a space among `spaces`."""
         found = self._by_name.get(space.name)
         if found is None or self.spaces[found].size != space.size:
-            raise SymmetryError(f"Space @{space.name} of size {space.size} is not one of this program's spaces; use program.spaces.")
+            raise SymmetryError(
+                f"Space @{space.name} of size {space.size} is not one of this program's spaces; use program.spaces."
+            )
         return found
 
     @cached_property
@@ -194,12 +201,14 @@ class Program:
         chosen: dict[int, Element] = {}
         for space, element in elements.items():
             if element.n != space.size or element not in space.group:
-                raise SymmetryError(f"The element on {element.n} classes is not in the group {space.group} of space @{space.name}.")
+                raise SymmetryError(
+                    f"The element on {element.n} classes is not in the group {space.group} of space @{space.name}."
+                )
             chosen[self.index(space)] = element
         return self._edited(act_edits(self.analysis, chosen), same_structure=True)
 
     def restrict(self, keep: Mapping[Space, Array | Sequence[int]]) -> Program:
-        """Drop classes: for each space, the sorted indices of those that stay. Exact only for units that contribute nothing.
+        """Drop classes: per space, the sorted indices of those that stay. Exact only for units that contribute nothing.
 
         Errors: `SymmetryError` where blocks would become uneven or a space empty.
         """
@@ -213,8 +222,14 @@ class Program:
         stays = np.ones(self.analysis.classes.count, bool)
         for space, indices in keep.items():
             index = np.asarray(indices, np.int64)
-            if index.ndim != 1 or (np.diff(index) <= 0).any() or (index.size and (index[0] < 0 or index[-1] >= space.size)):
-                raise SymmetryError(f"keep for @{space.name} must be sorted indices within 0..{space.size - 1}, each once.")
+            if (
+                index.ndim != 1
+                or (np.diff(index) <= 0).any()
+                or (index.size and (index[0] < 0 or index[-1] >= space.size))
+            ):
+                raise SymmetryError(
+                    f"keep for @{space.name} must be sorted indices within 0..{space.size - 1}, each once."
+                )
             if not index.size:
                 raise SymmetryError(f"keep for @{space.name} is empty; keep at least one unit.")
             drop = np.setdiff1d(np.arange(space.size), index)
@@ -227,7 +242,9 @@ class Program:
         ``mixing`` has shape (size, len(keep)), ``shift`` (size,). Every consumer must contract the space with a weight.
         """
         index = np.asarray(keep, np.int64)
-        edits, biases = absorb_edits(self.analysis, self._model, self.index(space), index, np.asarray(mixing, np.float64), shift)
+        edits, biases = absorb_edits(
+            self.analysis, self._model, self.index(space), index, np.asarray(mixing, np.float64), shift
+        )
         clone = self._model.clone()
         editor = Editor(clone, self.analysis)
         editor.apply(edits)
@@ -248,9 +265,11 @@ class Program:
             value = clone.graph.initializers.get(name)
             if value is None or value.const_value is None:
                 raise SymmetryError(f"There is no parameter named {name!r} to refit.")
-            old = tuple(int(d) for d in value.const_value.shape)  # type: ignore[arg-type]
+            old = tuple(value.const_value.shape.numpy())
             if tuple(array.shape) != old:
-                raise SymmetryError(f"refit of {name!r}: shape {tuple(array.shape)} is not {old}; use restrict to change shapes.")
+                raise SymmetryError(
+                    f"refit of {name!r}: shape {tuple(array.shape)} is not {old}; use restrict to change shapes."
+                )
             dtype = value.const_value.dtype
             value.const_value = ir.Tensor(np.asarray(array).astype(dtype.numpy()), dtype=dtype, name=name)
         return Program(clone, origin=self._origin, analysis=self._analysis, source=self._with_values(clone))

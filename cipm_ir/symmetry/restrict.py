@@ -56,7 +56,9 @@ def restrict_edits(analysis: Analysis, keep: Labels) -> dict[int, Edit]:
         width = table.sum(axis=1)
         kept = width[width > 0]
         if (kept != kept[0]).any():
-            raise SymmetryError(f"The groups of {analysis.walk.leaves[f.leaf].name} must keep equally many channels each.")
+            raise SymmetryError(
+                f"The groups of {analysis.walk.leaves[f.leaf].name} must keep equally many channels each."
+            )
         columns = np.zeros((f.groups, int(kept[0])), np.int64)
         columns[width > 0] = np.nonzero(table)[1].reshape(-1, int(kept[0]))
         rows = analysis.walk.leaves[f.leaf].shape[0]
@@ -104,7 +106,9 @@ def _reshape_value(value: ir.Value, analysis: Analysis, new_shapes: dict[str, Sh
 class _Literals:
     """Second walk: sizes as numbers, and each operator's own resize rule where a shape changed."""
 
-    def __init__(self, editor: Editor, analysis: Analysis, sizes: Sizes, shapes: dict[str, Shape], edits: dict[int, Edit]) -> None:
+    def __init__(
+        self, editor: Editor, analysis: Analysis, sizes: Sizes, shapes: dict[str, Shape], edits: dict[int, Edit]
+    ) -> None:
         self.editor, self.analysis, self.sizes, self.shapes, self.edits = editor, analysis, sizes, shapes, edits
         self.now: dict[str, Literal] = {}
         self.names = [[v.name or "" if v is not None else "" for v in n.inputs] for n in analysis.walk.nodes]
@@ -123,7 +127,9 @@ class _Literals:
                 try:
                     entry.resize(resize)
                 except Opaque as reason:
-                    raise SymmetryError(f"{node.op_type} {node.name}: {reason}; keep more of the units that reach it.") from reason
+                    raise SymmetryError(
+                        f"{node.op_type} {node.name}: {reason}; keep more of the units that reach it."
+                    ) from reason
                 handled = set(entry.literals)
             self._freeze(node, position, handled, walk.literals)
 
@@ -178,7 +184,9 @@ class _Literals:
                 continue
             old = literals[name]
             if not np.array_equal(old[0], old[1]):
-                raise SymmetryError(f"{node.op_type} {node.name}: input {k} mixes a size that changes with a dynamic one.")
+                raise SymmetryError(
+                    f"{node.op_type} {node.name}: input {k} mixes a size that changes with a dynamic one."
+                )
             node.replace_input_with(k, self.editor.initializer(name, ir.tensor(old[0])))
 
 
@@ -188,7 +196,9 @@ class _NodeResize(Resize):
         walk = parent.analysis.walk
         self.names = parent.names[position]
         self.outs = [v.name or "" for v in walk.nodes[position].outputs]
-        self.version = node.version or parent.editor.model.opset_imports.get("" if node.domain == "ai.onnx" else node.domain, 1)
+        self.version = node.version or parent.editor.model.opset_imports.get(
+            "" if node.domain == "ai.onnx" else node.domain, 1
+        )
 
     def attr(self, name: str, default: Any = None) -> Any:
         return attribute(self.node, name, default)
@@ -224,7 +234,9 @@ class _NodeResize(Resize):
         if index >= len(self.node.inputs):
             self.node.resize_inputs(index + 1)
         tensor = ir.tensor(np.asarray(value))
-        self.node.replace_input_with(index, parent.editor.initializer(name or f"{self.node.name or self.outs[0]}_sizes", tensor))
+        self.node.replace_input_with(
+            index, parent.editor.initializer(name or f"{self.node.name or self.outs[0]}_sizes", tensor)
+        )
 
     def _patched(self, current: ir.Value, now: Literal, value: Array) -> ir.Value:
         """The computed literal with some entries replaced: in its Concat if there is one, else by ScatterElements."""
@@ -238,8 +250,10 @@ class _NodeResize(Resize):
                 piece = np.searchsorted(ends, wrong, side="right")
                 inputs = list(producer.inputs)
                 for k in np.unique(piece).tolist():
-                    lo = int(ends[k]) - int(sizes[k].size)  # type: ignore[union-attr]
-                    inputs[k] = editor.initializer(inputs[k].name or "size", ir.tensor(np.asarray(value[lo : int(ends[k])], now[0].dtype)))  # type: ignore[union-attr]
+                    lo = int(ends[k]) - int(sizes[k].size)
+                    inputs[k] = editor.initializer(
+                        inputs[k].name or "size", ir.tensor(np.asarray(value[lo : int(ends[k])], now[0].dtype))
+                    )
                 return self._insert("Concat", inputs, list(producer.attributes.values()), current)
         index = editor.initializer("index", ir.tensor(wrong.astype(np.int64)))
         update = editor.initializer("size", ir.tensor(np.asarray(value[wrong], now[0].dtype)))
@@ -287,7 +301,9 @@ class _NodeResize(Resize):
             raise SymmetryError(f"The {count} groups of {self.names[index]} must keep equally many units each.")
         return len(kept)
 
-    def replace(self, op_type: str, inputs: list[ir.Value | None], constants: dict[int, Array], attributes: dict[str, Any]) -> None:
+    def replace(
+        self, op_type: str, inputs: list[ir.Value | None], constants: dict[int, Array], attributes: dict[str, Any]
+    ) -> None:
         current = self.node.inputs[0]
         new = list(inputs)
         new[0] = current

@@ -65,12 +65,19 @@ def solve_scales(walk: Walk, classes: Classes, spaces: list[RawSpace]) -> list[D
 class _Components:
     """Equations of one or two terms, solved for all spaces at once; the rest is kept by space.
 
-    An unknown is ``variable * spaces + space``. In the double cover, node 2i stands for +x_i and 2i + 1 for -x_i; over F2
+    An unknown is ``variable * spaces + space``. In the double cover, node 2i is +x_i and 2i + 1 is -x_i; over F2
     the two are the same, and one extra node stands for zero.
     """
 
     def __init__(
-        self, equations: list[Equation], at: list[list[int]], leaf_space: Labels, leaf_var: Labels, count: int, *, signed: bool
+        self,
+        equations: list[Equation],
+        at: list[list[int]],
+        leaf_space: Labels,
+        leaf_var: Labels,
+        count: int,
+        *,
+        signed: bool,
     ) -> None:
         self.count, self.signed = count, signed
         ones: list[int] = []
@@ -98,7 +105,9 @@ class _Components:
         single = np.asarray(ones, np.int64)
         double = np.asarray(pairs, np.int64).reshape(-1, 2)
         extra = [v for rows in self.rest.values() for terms in rows for v, _ in terms]
-        names, index = np.unique(np.concatenate([single, double.ravel(), leaf, np.asarray(extra, np.int64)]), return_inverse=True)
+        names, index = np.unique(
+            np.concatenate([single, double.ravel(), leaf, np.asarray(extra, np.int64)]), return_inverse=True
+        )
         one, two = index[: len(single)], index[len(single) : len(single) + double.size].reshape(-1, 2)
         n = len(names)
         if signed:
@@ -115,7 +124,9 @@ class _Components:
             coefficient = np.where(key[:n] == key[n], 0, 1)
         self._image = dict(zip(names.tolist(), zip(key.tolist(), coefficient.tolist(), strict=False), strict=False))
 
-    def directions(self, space: int, variables: list[int], tainted: set[int]) -> tuple[int, dict[int, Vector], tuple[bool, ...]]:
+    def directions(
+        self, space: int, variables: list[int], tainted: set[int]
+    ) -> tuple[int, dict[int, Vector], tuple[bool, ...]]:
         """Number of directions, exponents by variable, and which of them leave the tainted variables alone."""
         count = self.count
         images = {v: self._image[v * count + space] for v in variables}
@@ -128,12 +139,16 @@ class _Components:
         exponents = {v: units[image] for v, image in images.items() if image[1]}
         return n, exponents, tuple(key not in bad for key in order)
 
-    def _solved(self, space: int, images: dict[int, tuple[int, int]], tainted: set[int]) -> tuple[int, dict[int, Vector], tuple[bool, ...]]:
+    def _solved(
+        self, space: int, images: dict[int, tuple[int, int]], tainted: set[int]
+    ) -> tuple[int, dict[int, Vector], tuple[bool, ...]]:
         rest = []
         for terms in self.rest[space]:
             rest.append([(self._image[u][0], c * self._image[u][1]) for u, c in terms if self._image[u][1]])
         wanted = sorted({key for key, c in images.values() if c})
-        extra = {self._image[u][0] for v in tainted if (u := v * self.count + space) in self._image and self._image[u][1]}
+        extra = {
+            self._image[u][0] for v in tainted if (u := v * self.count + space) in self._image and self._image[u][1]
+        }
         if self.signed:
             n, solved = nullspace(rest, wanted, extra)
         else:

@@ -1,6 +1,6 @@
 """Sizes and kept positions of every axis when some classes are dropped.
 
-A factor over several axes is a grid (heads by head dim). Its remaining part must again be a grid: rows go as wholes, and
+A factor over several axes is a grid (heads by head dim). The rest must again be a grid: rows go as wholes, and
 the rows that stay keep equally many entries, because a reshape fixes the row length.
 """
 
@@ -19,7 +19,9 @@ def outer_first(labels: Labels) -> list[int]:
     if labels.ndim == 1:
         return [0]
     corner = int(labels[(0,) * labels.ndim])
-    extent = [abs(int(labels[tuple(-1 if j == k else 0 for j in range(labels.ndim))]) - corner) for k in range(labels.ndim)]
+    extent = [
+        abs(int(labels[tuple(-1 if j == k else 0 for j in range(labels.ndim))]) - corner) for k in range(labels.ndim)
+    ]
     return sorted(range(labels.ndim), key=lambda k: -extent[k])
 
 
@@ -27,7 +29,7 @@ def grid_shape(mask: Mask, order: list[int]) -> tuple[int, ...] | None:
     """Sizes of what remains of a grid, None where it is ragged."""
     table = mask.transpose(order)
     sizes = []
-    alive = np.ones((), bool)
+    alive: Mask = np.ones((), bool)
     for k in range(table.ndim):
         some = table.any(axis=tuple(range(k + 1, table.ndim))) if k + 1 < table.ndim else table
         counts = some.sum(axis=-1)
@@ -71,8 +73,8 @@ class Sizes:
             sizes = self.factor(f)
             if sizes is None:
                 raise SymmetryError(
-                    f"What would remain of {name} along axes {list(f.axes)} is ragged: its rows (heads, groups) must keep equally many units; "
-                    "keep the same number in every block."
+                    f"What would remain of {name} along axes {list(f.axes)} is ragged: its rows (heads, groups) "
+                    "must keep equally many units; keep the same number in every block."
                 )
             for axis, size in zip(f.axes, sizes, strict=True):
                 new[axis] = size
@@ -92,5 +94,7 @@ class Sizes:
         table = np.moveaxis(mask, k, 0).reshape(mask.shape[k], -1)
         some = table[:, table.any(axis=0)]
         if (some != some[:, :1]).any():
-            raise SymmetryError(f"Along axis {axis} of {name} every row must keep the same positions, because an index is taken there.")
+            raise SymmetryError(
+                f"Along axis {axis} of {name} every row must keep the same positions, because an index is taken there."
+            )
         return np.flatnonzero(some[:, 0]) if some.size else np.zeros(0, np.int64)

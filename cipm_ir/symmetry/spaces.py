@@ -2,7 +2,7 @@
 
 * *Units* are free classes with the same signature that lie in the same blocks.
 * *Cells* lie where two families of blocks cross (head by RoPE plane); alone they may be scaled, not exchanged.
-* *Blocks* are exchanged as wholes, each with all that it holds. Two blocks are alike when their contents match one by one.
+* *Blocks* are exchanged as wholes, each with all that it holds. Two are alike when their contents match one by one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from scipy.sparse import coo_array
 
 from cipm_ir.ir.labels import Labels, mix
 from cipm_ir.symmetry.classes import Classes, Hashes, scatter_sum, unique_pairs
-
 
 _LABEL, _CODE, _SELF, _RANK, _CONTENT, _SUB, _OUTER = range(16, 23)  # salts
 
@@ -183,8 +182,12 @@ def _block_spaces(classes: Classes, holds: _Holds, cells: np.ndarray, nested: La
         subs = [s for _, s in sorted(sub_of.get(b, [])) if s not in set(child[lo:hi].tolist())]
         rows[b] = np.concatenate([[b], child[lo:hi][order], np.asarray(subs, np.int64)])
         with np.errstate(over="ignore"):
-            content = mix(np.sort(look[lo:hi]) + mix(np.arange(hi - lo), salt=_RANK), salt=_CONTENT).sum(dtype=np.uint64)
-            content += sum((mix(classes.signature[s] + mix(k, salt=_RANK), salt=_SUB) for k, s in enumerate(subs)), np.uint64(0))
+            content = mix(np.sort(look[lo:hi]) + mix(np.arange(hi - lo), salt=_RANK), salt=_CONTENT).sum(
+                dtype=np.uint64
+            )
+            content += sum(
+                (mix(classes.signature[s] + mix(k, salt=_RANK), salt=_SUB) for k, s in enumerate(subs)), np.uint64(0)
+            )
             profile[b] = classes.signature[b] + content + mix(len(subs), salt=_SUB)
             profile[b] += _outer_names(b, nested)
     spaces = []

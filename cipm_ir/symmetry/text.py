@@ -1,4 +1,4 @@
-"""The text form of a program, for people, diffs and golden tests: stable order and names, no ids (DESIGN, section 6)."""
+"""The text form of a program, for people, diffs and golden tests: stable order and names, no ids."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 _SHORT = {
     ir.DataType.FLOAT: "f32", ir.DataType.DOUBLE: "f64", ir.DataType.FLOAT16: "f16", ir.DataType.BFLOAT16: "bf16",
-    ir.DataType.INT64: "i64", ir.DataType.INT32: "i32", ir.DataType.INT8: "i8", ir.DataType.UINT8: "u8", ir.DataType.BOOL: "bool",
+    ir.DataType.INT64: "i64", ir.DataType.INT32: "i32", ir.DataType.INT8: "i8", ir.DataType.UINT8: "u8",
+    ir.DataType.BOOL: "bool",
 }  # fmt: skip
 _LITERAL = 8
 
@@ -95,7 +96,9 @@ def render(program: Program) -> str:
         lines.append(f"space @{s.name:<{width}} : {s.size}  {s.group}  // {note}")
     for value in graph.inputs:
         if value.name not in graph.initializers:
-            lines.append(f"input %{value.name} : {_dtype(value.dtype)}{_dims(_shape(value, analysis), None, annotate, dual)}")
+            lines.append(
+                f"input %{value.name} : {_dtype(value.dtype)}{_dims(_shape(value, analysis), None, annotate, dual)}"
+            )
     first: dict[str, State] = {}
     for leaf in analysis.walk.leaves:
         first.setdefault(leaf.name, leaf.state)
@@ -130,7 +133,11 @@ def _node(node: ir.Node, program: Program, annotate: _Annotator, dual: np.ndarra
     prefix = f"{node.domain}::" if node.domain else ""
     line = f"{left} = {prefix}{node.op_type}({args}){attrs} : {', '.join(types)}"
     for (op, name, inputs), note in opaque.items():
-        if op == node.op_type and name == (node.name or "") and (name or set(inputs) <= {v.name for v in node.inputs if v is not None}):
+        if (
+            op == node.op_type
+            and name == (node.name or "")
+            and (name or set(inputs) <= {v.name for v in node.inputs if v is not None})
+        ):
             pinned = ", ".join("%" + i for i in note.inputs) or "nothing"
             return line + f"  // opaque: {note.reason}; pinned: {pinned}"
     return line
@@ -169,7 +176,9 @@ def annotate_model(program: Program, model: ir.Model) -> None:
     states = dict(program.analysis.walk.states)
     for leaf in program.analysis.walk.leaves:
         states.setdefault(leaf.name, leaf.state)
-    values = list(model.graph.inputs) + list(model.graph.initializers.values()) + [v for n in model.graph for v in n.outputs]
+    values = (
+        list(model.graph.inputs) + list(model.graph.initializers.values()) + [v for n in model.graph for v in n.outputs]
+    )
     for value in values:
         state = states.get(value.name or "")
         if state is not None and any(annotate.labels(f.labels) for f in state.factors):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -14,61 +14,10 @@ from cipm_ir.rules import load_rules
 from cipm_ir.rules.context import Literal, OpContext
 from cipm_ir.rules.events import Recorder
 from cipm_ir.rules.registry import Opaque, lookup
+from cipm_ir.symmetry.leaves import Leaf, LeafFactor, OpaqueNode, Use
 
 LITERAL_SIZE = 4096
 _LABELLED_INTS = {ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT32, ir.DataType.INT4, ir.DataType.UINT4}
-Use = tuple[int, int]
-"""(position of the node in the graph, number of its input)."""
-
-
-@dataclass
-class LeafFactor:
-    """Atoms ``base .. base + size`` over some axes of a parameter.
-
-    ``groups``: 0 for a plain factor over ``axes``; otherwise the atoms are (groups, shape[axis]) and name positions of
-    ``axes[1]`` separately in each group of consecutive rows of ``axes[0]``. ``epsilon`` is set for a variance.
-    """
-
-    leaf: int
-    axes: tuple[int, ...]
-    base: int
-    shape: tuple[int, ...]
-    var: int
-    groups: int = 0
-    epsilon: float | None = None
-    active: bool = True
-
-    @property
-    def size(self) -> int:
-        """Number of atoms."""
-        return int(np.prod(self.shape))
-
-
-@dataclass
-class Leaf:
-    """A parameter as used in some places; another use of the same tensor may be another leaf."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: ir.DataType
-    uses: list[Use]
-    state: State
-    factors: list[LeafFactor] = field(default_factory=list)
-    filled: bool = False
-    """The output of a ConstantOfShape: equal entries, so that only its size ever changes."""
-
-
-@dataclass(frozen=True)
-class OpaqueNode:
-    """A node that pinned what reached it, and why."""
-
-    name: str
-    op: str
-    reason: str
-    inputs: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"{self.op} {self.name}: {self.reason}"
 
 
 @dataclass
@@ -135,7 +84,16 @@ class _Walker:
                 self.rec.pin(f.labels, "graph output")
                 self.rec.zero(f.labels, f.var)
         return Walk(
-            self.rec, shapes, self.states, self.leaves, self.leaf_factors, self.use_leaf, self.literals, self.opaque, self.nodes, self.macs
+            self.rec,
+            shapes,
+            self.states,
+            self.leaves,
+            self.leaf_factors,
+            self.use_leaf,
+            self.literals,
+            self.opaque,
+            self.nodes,
+            self.macs,
         )
 
     # ------------------------------------------------------------ parameters
@@ -163,20 +121,22 @@ class _Walker:
         """Whether several uses of one tensor are one parameter: a matrix with content, not a vector or a constant."""
         if tensor is None or filled or (len(value.uses()) < 2 and not value.is_graph_output()):
             return False
-        if sum(int(d) > 1 for d in tensor.shape) < 2:  # type: ignore[arg-type, operator]
+        if sum(d > 1 for d in tensor.shape.numpy()) < 2:
             return False
         array = np.asarray(tensor.numpy())
         return not bool((array[:1] == array.flat[0]).all() and (array == array.flat[0]).all())
 
     def _new_leaf(self, value: ir.Value, tensor: ir.TensorProtocol | None, filled: bool, use: Use) -> int:
         name = value.name or ""
-        shape = self.shapes.first[name] if tensor is None else tuple(int(d) for d in tensor.shape)  # type: ignore[arg-type]
+        shape = self.shapes.first[name] if tensor is None else tuple(tensor.shape.numpy())
         dtype = tensor.dtype if tensor is not None else (value.dtype or ir.DataType.FLOAT)
         leaf = Leaf(name, shape, dtype, [use], State(shape), filled=filled)
         index = len(self.leaves)
         if dtype.is_floating_point() or dtype in _LABELLED_INTS:
             factors = []
-            fixed = "graph output" if value.is_graph_output() else "captured by a subgraph" if self._captured(value) else ""
+            fixed = (
+                "graph output" if value.is_graph_output() else "captured by a subgraph" if self._captured(value) else ""
+            )
             for axis, size in enumerate(shape):
                 if size < 2:
                     continue
@@ -238,7 +198,7 @@ class _Walker:
                     self._learn(value.name, state, node)
 
     def _implied(self, node: ir.Node) -> State | None:
-        """An unlabelled first operand whose shape nothing tells, behind an opaque node, as far as the weight implies it."""
+        """An unlabelled first operand of unknown shape (behind an opaque node), as far as the weight implies it."""
         first, weight = (*node.inputs, None, None)[:2]
         shape = None if weight is None else self._known_shape(weight, self.shapes.first)
         if first is None or shape is None or (made := implied_shape(node, shape, 0)) is None:
@@ -272,7 +232,7 @@ class _Walker:
     def _known_shape(self, value: ir.Value, table: dict[str, Shape]) -> Shape | None:
         name = value.name or ""
         tensor = self.params[name][0] if name in self.params else None
-        return table.get(name) if tensor is None else tuple(int(d) for d in tensor.shape)  # type: ignore[arg-type]
+        return table.get(name) if tensor is None else tuple(tensor.shape.numpy())
 
     def _pin_all(self, op: OpContext, reason: str) -> None:
         node = op.node
@@ -298,9 +258,9 @@ class _Walker:
 
     def _evaluated(self, node: ir.Node, literals: list[Literal | None]) -> bool:
         """Follow chains of shapes and indices as numbers; True where nothing else is left to do."""
-        if not node.outputs or len(node.outputs) > 1 or any(v is not None and lit is None for v, lit in zip(node.inputs, literals, strict=True)):
-            if node.op_type not in ("Shape", "Size"):
-                return False
+        known = len(node.outputs) == 1 and all(v is None or lit for v, lit in zip(node.inputs, literals, strict=True))
+        if not known and node.op_type not in ("Shape", "Size"):
+            return False
         source = node.inputs[0] if node.inputs else None
         name = (source.name or "") if source is not None else ""
         first_shape, second_shape = self.shapes.first.get(name), self.shapes.second.get(name)
@@ -321,7 +281,12 @@ class _Walker:
 
     def _filled(self, node: ir.Node, literals: list[Literal | None]) -> bool:
         """ConstantOfShape of a constant shape is a parameter."""
-        if node.op_type != "ConstantOfShape" or node.domain or literals[0] is None or literals[0][0] is not literals[0][1]:
+        if (
+            node.op_type != "ConstantOfShape"
+            or node.domain
+            or literals[0] is None
+            or literals[0][0] is not literals[0][1]
+        ):
             return False
         value = node.outputs[0]
         name = value.name or ""

@@ -48,7 +48,11 @@ class Builder:
 
 
 def _norm(b: Builder, x: str, name: str, n: int) -> str:
-    parts = [b.weight(f"{name}.weight", n, scale=1.0), b.weight(f"{name}.bias", n, scale=0.1), b.weight(f"{name}.running_mean", n, scale=0.1)]
+    parts = [
+        b.weight(f"{name}.weight", n, scale=1.0),
+        b.weight(f"{name}.bias", n, scale=0.1),
+        b.weight(f"{name}.running_mean", n, scale=0.1),
+    ]
     parts.append(b.const(f"{name}.running_var", np.ones(n, np.float32)))
     return b.node("BatchNormalization", x, *parts, epsilon=1e-5)
 
@@ -56,7 +60,14 @@ def _norm(b: Builder, x: str, name: str, n: int) -> str:
 def densenet121(size: int = 224) -> onnx.ModelProto:
     """DenseNet-121 (Huang et al. 2017) with batch norm kept, as torchvision's exports to ONNX."""
     b = Builder()
-    x = b.node("Conv", "x", b.weight("features.conv0.weight", 64, 3, 7, 7), strides=[2, 2], pads=[3, 3, 3, 3], kernel_shape=[7, 7])
+    x = b.node(
+        "Conv",
+        "x",
+        b.weight("features.conv0.weight", 64, 3, 7, 7),
+        strides=[2, 2],
+        pads=[3, 3, 3, 3],
+        kernel_shape=[7, 7],
+    )
     x = b.node("Relu", _norm(b, x, "features.norm0", 64))
     x = b.node("MaxPool", x, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
     channels = 64
@@ -68,21 +79,34 @@ def densenet121(size: int = 224) -> onnx.ModelProto:
             y = b.node("Relu", _norm(b, joined, f"{name}.norm1", channels))
             y = b.node("Conv", y, b.weight(f"{name}.conv1.weight", 128, channels, 1, 1), kernel_shape=[1, 1])
             y = b.node("Relu", _norm(b, y, f"{name}.norm2", 128))
-            parts.append(b.node("Conv", y, b.weight(f"{name}.conv2.weight", 32, 128, 3, 3), kernel_shape=[3, 3], pads=[1, 1, 1, 1]))
+            parts.append(
+                b.node(
+                    "Conv", y, b.weight(f"{name}.conv2.weight", 32, 128, 3, 3), kernel_shape=[3, 3], pads=[1, 1, 1, 1]
+                )
+            )
             channels += 32
         x = b.node("Concat", *parts, axis=1)
         if k < 4:
             x = b.node("Relu", _norm(b, x, f"features.transition{k}.norm", channels))
-            x = b.node("Conv", x, b.weight(f"features.transition{k}.conv.weight", channels // 2, channels, 1, 1), kernel_shape=[1, 1])
+            x = b.node(
+                "Conv",
+                x,
+                b.weight(f"features.transition{k}.conv.weight", channels // 2, channels, 1, 1),
+                kernel_shape=[1, 1],
+            )
             x = b.node("AveragePool", x, kernel_shape=[2, 2], strides=[2, 2])
             channels //= 2
     x = b.node("Relu", _norm(b, x, "features.norm5", channels))
     x = b.node("Flatten", b.node("GlobalAveragePool", x))
-    x = b.node("Gemm", x, b.weight("classifier.weight", 1000, channels), b.weight("classifier.bias", 1000, scale=0.1), transB=1)
+    x = b.node(
+        "Gemm", x, b.weight("classifier.weight", 1000, channels), b.weight("classifier.bias", 1000, scale=0.1), transB=1
+    )
     return b.model("densenet121", {"x": (TensorProto.FLOAT, [1, 3, size, size])}, x)
 
 
-def bert(layers: int = 12, width: int = 768, heads: int = 12, vocabulary: int = 30522, batch: int = 1, length: int = 128) -> onnx.ModelProto:
+def bert(
+    layers: int = 12, width: int = 768, heads: int = 12, vocabulary: int = 30522, batch: int = 1, length: int = 128
+) -> onnx.ModelProto:
     """BERT-base (Devlin et al. 2019), attention decomposed as torch.onnx.export writes it."""
     b = Builder()
     d = width // heads
@@ -96,7 +120,11 @@ def bert(layers: int = 12, width: int = 768, heads: int = 12, vocabulary: int = 
 
     def norm(x: str, name: str) -> str:
         return b.node(
-            "LayerNormalization", x, b.weight(f"{name}.weight", width, scale=1.0), b.weight(f"{name}.bias", width, scale=0.1), axis=-1
+            "LayerNormalization",
+            x,
+            b.weight(f"{name}.weight", width, scale=1.0),
+            b.weight(f"{name}.bias", width, scale=0.1),
+            axis=-1,
         )
 
     x = b.node("Gather", b.weight("embeddings.word_embeddings.weight", vocabulary, width, scale=0.02), "ids")
@@ -104,12 +132,18 @@ def bert(layers: int = 12, width: int = 768, heads: int = 12, vocabulary: int = 
     x = norm(x, "embeddings.LayerNorm")
     for k in range(layers):
         name = f"encoder.layer.{k}"
-        q, key, v = (b.node("Reshape", linear(x, f"{name}.attention.self.{part}", width, width), split) for part in ("query", "key", "value"))
+        q, key, v = (
+            b.node("Reshape", linear(x, f"{name}.attention.self.{part}", width, width), split)
+            for part in ("query", "key", "value")
+        )
         q, v = b.node("Transpose", q, perm=[0, 2, 1, 3]), b.node("Transpose", v, perm=[0, 2, 1, 3])
         score = b.node("Mul", b.node("MatMul", q, b.node("Transpose", key, perm=[0, 2, 3, 1])), scale)
         context = b.node("Transpose", b.node("MatMul", b.node("Softmax", score, axis=-1), v), perm=[0, 2, 1, 3])
         context = b.node("Reshape", context, merge)
-        x = norm(b.node("Add", linear(context, f"{name}.attention.output.dense", width, width), x), f"{name}.attention.output.LayerNorm")
+        x = norm(
+            b.node("Add", linear(context, f"{name}.attention.output.dense", width, width), x),
+            f"{name}.attention.output.LayerNorm",
+        )
         hidden = b.node("Gelu", linear(x, f"{name}.intermediate.dense", width, 4 * width))
         x = norm(b.node("Add", linear(hidden, f"{name}.output.dense", 4 * width, width), x), f"{name}.output.LayerNorm")
     x = linear(x, "pooler", width, width)

@@ -1,0 +1,63 @@
+"""Parameters as the walk sees them: leaves, their factors, and the nodes that pinned something."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from cipm_ir.ir.labels import State
+
+Use = tuple[int, int]
+"""(position of the node in the graph, number of its input)."""
+
+
+@dataclass
+class LeafFactor:
+    """Atoms ``base .. base + size`` over some axes of a parameter.
+
+    ``groups``: 0 for a plain factor over ``axes``; otherwise the atoms are (groups, shape[axis]) and name positions of
+    ``axes[1]`` separately in each group of consecutive rows of ``axes[0]``. ``epsilon`` is set for a variance.
+    """
+
+    leaf: int
+    axes: tuple[int, ...]
+    base: int
+    shape: tuple[int, ...]
+    var: int
+    groups: int = 0
+    epsilon: float | None = None
+    active: bool = True
+
+    @property
+    def size(self) -> int:
+        """Number of atoms."""
+        return int(np.prod(self.shape))
+
+
+@dataclass
+class Leaf:
+    """A parameter as used in some places; another use of the same tensor may be another leaf."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: ir.DataType
+    uses: list[Use]
+    state: State
+    factors: list[LeafFactor] = field(default_factory=list)
+    filled: bool = False
+    """The output of a ConstantOfShape: equal entries, so that only its size ever changes."""
+
+
+@dataclass(frozen=True)
+class OpaqueNode:
+    """A node that pinned what reached it, and why."""
+
+    name: str
+    op: str
+    reason: str
+    inputs: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.name}: {self.reason}"
