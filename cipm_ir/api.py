@@ -16,7 +16,7 @@ from cipm_ir.backends.to_onnx import emit_proto, save_onnx
 from cipm_ir.errors import OutputError, UnsupportedError
 from cipm_ir.frontends.from_onnx import check_finite, check_shapes, load_onnx
 from cipm_ir.passes.base import Pass, Progress, ignore_progress
-from cipm_ir.passes.pipeline import Outcome, Witness, check_properties, run_passes
+from cipm_ir.passes.pipeline import Outcome, Witness, check_analysis, check_properties, run_passes
 from cipm_ir.passes.report import Report
 from cipm_ir.passes.text import parse_passes
 from cipm_ir.runtime.inputs import Data
@@ -79,9 +79,8 @@ def load(source: Source) -> Program:
 
     Errors: `InputError` (no such file, not a model, damaged, shapes that contradict each other), `UnsupportedError`.
     """
-    program = _read(source)
-    if program is not source:
-        check_shapes(program.model)
+    program = _checked(source)
+    check_analysis(program)
     return program
 
 
@@ -148,7 +147,7 @@ def verify(
 
     Errors: `InputError`, `UnsupportedError`.
     """
-    first, second = load(a), load(b)
+    first, second = _checked(a), _checked(b)
     return verify_models(first.emit(), second.emit(), data=data, seed=seed, rtol=rtol, atol=atol, cases=cases)
 
 
@@ -174,6 +173,13 @@ def check_output(path: str | os.PathLike[str]) -> None:
         raise OutputError(f"{os.fspath(path)!r} is a folder; give the name of a file.")
     if not target.parent.is_dir():
         raise OutputError(f"{os.fspath(path)!r} cannot be written: the folder {str(target.parent)!r} does not exist.")
+
+
+def _checked(source: Source) -> Program:
+    program = _read(source)
+    if program is not source:
+        check_shapes(program.model)
+    return program
 
 
 def _read(source: Source) -> Program:

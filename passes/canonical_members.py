@@ -124,6 +124,8 @@ class Members:
         if not f.active or not self.moving[classes].any():
             return None
         scale, sign = self._exponents(f, classes)
+        if f.epsilon is not None:  # a variance takes the square of a scale, and no sign
+            scale, sign = 2 * scale, 0 * sign
         other = int(np.prod(leaf.shape)) // (f.shape[-1] * max(f.groups, 1))
         epsilon = None if self.exact else f.epsilon
         return Member(f, leaf.shape, classes, self.rank_of[span], scale, sign, other == 1, epsilon)

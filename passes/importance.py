@@ -121,7 +121,8 @@ def _array(program: Program, name: str) -> npt.NDArray[Any]:
 
 def _marginals(array: npt.NDArray[Any], factors: list[LeafFactor], norm: str) -> list[Scores]:
     """For each factor, the sums of |w| or w² over all other axes, flat."""
-    size = np.abs(array) if norm == "l1" else np.square(array)
+    with np.errstate(over="ignore"):  # masks hold -inf or nearly; no unit owns them
+        size = np.abs(array) if norm == "l1" else np.square(array)
     labelled = sorted({a for f in factors for a in f.axes})
     rest = tuple(a for a in range(size.ndim) if a not in labelled)
     if rest:  # kernel taps first, once for all factors

@@ -76,6 +76,7 @@ def run_passes(
     model = program.emit()
     check_shapes(model)
     check_finite(model)
+    check_analysis(program)
     run = _Run(program, _reusable(data), seed, verify, progress, dict(options or {}))
     run.check_data()
     for index, one in enumerate(todo):
@@ -84,6 +85,25 @@ def run_passes(
     outcome = run.outcome()
     progress("done", 1.0)
     return outcome
+
+
+def check_analysis(program: Program) -> None:
+    """Analyse a program, and tell a damaged model from a defect of the analysis by trying to run it.
+
+    Shape inference cannot see every contradiction: behind a computed reshape, for one, it knows no sizes.
+
+    Errors: `InputError` with what the runtime says, where the model can be neither analysed nor run.
+    """
+    try:
+        _ = program.spaces
+    except CipmError:
+        raise
+    except Exception as error:
+        model = program.emit()
+        found = verify_models(model, model, cases=1)
+        if found.verified:
+            raise
+        raise InputError(f"The model can be neither analysed nor run: {found.reason.rstrip('.')}.") from error
 
 
 def check_properties(passes: Iterable[Pass]) -> None:

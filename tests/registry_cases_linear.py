@@ -260,7 +260,7 @@ def per_channel_statistics(net: Sample) -> None:
 
 @case("Hardmax")
 def first_of_equals(net: Sample) -> None:
-    net.read(net.op("Hardmax", net.op("Min", net.vector(), net.const(-0.5)), axis=-1))
+    net.read(net.op("Hardmax", net.op("Min", net.vector(), net.const(-2.0)), axis=-1))
 
 
 # ---------------------------------------------------------------- reductions

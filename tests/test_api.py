@@ -204,3 +204,17 @@ def test_verify_takes_data(rng: np.random.Generator) -> None:
     assert cipm_ir.verify(DIGITS, DIGITS, data={"images": images}).cases == 4
     with pytest.raises(cipm_ir.InputError, match="no array for input"):
         cipm_ir.verify(DIGITS, DIGITS, data={"other": images})
+
+
+# --- fingerprint ----------------------------------------------------------------------------------
+
+
+def test_fingerprint_is_of_the_function_not_of_the_gauge(rng: np.random.Generator) -> None:
+    program = cipm_ir.load(DIGITS)
+    moved = program.act({space: space.random(rng, power_of_two=True) for space in program.spaces})
+    assert cipm_ir.fingerprint(DIGITS) == cipm_ir.fingerprint(onnx.load(DIGITS)) == cipm_ir.fingerprint(moved)
+    tensor = program.model.graph.initializers["classifier.bias"].const_value
+    assert tensor is not None
+    bias = tensor.numpy().copy()
+    bias[3] = np.nextafter(bias[3], np.float32(9))
+    assert cipm_ir.fingerprint(program.refit({"classifier.bias": bias})) != cipm_ir.fingerprint(program)

@@ -135,13 +135,13 @@ def candidate_moves(model: onnx.ModelProto, name: str, axis: int, i: int, j: int
 
 
 def tiny(kind: str) -> onnx.ModelProto:
-    """Two hidden layers of 4 and 3 units; ``kind`` says what ties or breaks them."""
+    """One hidden layer of 4 units; ``kind`` says what ties or breaks them."""
     net = Net(f"tiny_{kind}")
     x = net.input("x", ["N", 2])
     h = net.op("MatMul", x, net.weight((2, 4), 2))
     if kind == "tied":
         h = net.op("Add", h, net.op("MatMul", x, net.weight((2, 4), 2)))
-    h = net.relu(h)
+    h = net.op("Tanh", h)  # Relu might leave a unit at zero on all samples
     if kind == "ordered":
         h = net.op("CumSum", h, net.const(1))
     if kind == "table":
@@ -168,7 +168,7 @@ def test_against_all_exchanges(kind: str, free: bool) -> None:
     assert bool(program.spaces) == free
 
 
-@pytest.mark.parametrize("name", ["gated_mlp", "residual_blocks", "dense_block", "split_two_roles", "attention_separate"])
+@pytest.mark.parametrize("name", ["split_two_roles", "attention_separate", "grouped_conv", "channel_shuffle"])
 def test_spaces_are_not_split_needlessly(name: str) -> None:
     """Exchanging units of two different spaces, in all the positions that they have, changes the output."""
     model = zoo.build(name)
@@ -185,7 +185,7 @@ def test_spaces_are_not_split_needlessly(name: str) -> None:
         if after is not None:
             compared += 1
             assert largest_change(before, zoo.run(after, inputs)) > 1e-4, f"{program.spaces[k]} and {program.spaces[m]}"
-    assert compared or name in ("gated_mlp", "residual_blocks", "dense_block")
+    assert compared
 
 
 def merged_exchange(model: onnx.ModelProto, program: Program, a: Any, b: Any) -> onnx.ModelProto | None:

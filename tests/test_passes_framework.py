@@ -406,3 +406,12 @@ def test_report_is_plain_text_and_json(program: Program) -> None:
 def test_what_json_does_not_know_is_unwrapped() -> None:
     mixed = {1: np.float32(0.5), "a": np.arange(2), "b": math.inf, "c": (None, True), "d": Path("x")}
     assert as_plain(mixed) == {"1": 0.5, "a": [0, 1], "b": "inf", "c": [None, True], "d": "x"}
+
+
+def test_a_defect_of_the_analysis_is_not_called_a_damaged_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: Program) -> tuple[Any, ...]:
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr(Program, "spaces", property(broken))
+    with pytest.raises(ZeroDivisionError, match="a defect"):
+        load(DIGITS)

@@ -162,17 +162,30 @@ def value_range(op: OpContext) -> None:
 def resize(op: OpContext) -> None:
     """Interpolates over space; an axis whose size stays is passed. Linear along the others."""
     state, out = op.state(0), op.shape()
-    changed = [a for a in range(state.rank) if state.shape[a] != out[a]]
-    state = op.without(state, changed, "interpolated axis")
+    if op.attr("coordinate_transformation_mode", "half_pixel") in ("tf_crop_and_resize", b"tf_crop_and_resize"):
+        raise Opaque("Resize with a crop")
+    scaled = _scaled_axes(op, state.rank)
+    state = op.without(state, [a for a in range(state.rank) if state.shape[a] != out[a] or a in scaled], "interpolated axis")
     for k in range(1, len(op.node.inputs)):
         op.pin(op.optional(k), "scales or sizes of Resize")
-    if op.attr("coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize":
-        op.freeze(state)  # pads with a constant
     factors = list(state.factors)
     op.set(0, [fixed(f) if len(f.axes) > 1 else f for f in factors])
     for f in factors:
         if len(f.axes) > 1:
             op.freeze_factor(f)
+
+
+def _scaled_axes(op: OpContext, rank: int) -> set[int]:
+    """Axes with a scale other than one: even where the size comes out the same, positions are interpolated."""
+    index = 1 if op.node.op_type == "Upsample" or op.version < 11 else 2
+    scales = op.attr("scales")
+    if scales is None:
+        const = op.const(index) if op.has(index) else np.ones(0)
+        if const is None:
+            return set(range(rank))
+        scales = const.ravel().tolist()
+    axes = op.attr("axes") or range(rank)
+    return {int(a) % rank for a, s in zip(axes, scales, strict=False) if s != 1}
 
 
 def _resize_sizes(r: Resize) -> None:
