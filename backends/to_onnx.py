@@ -11,7 +11,9 @@ import contextlib
 import os
 import secrets
 import stat
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -28,6 +30,8 @@ __all__ = ["DEFAULT_THRESHOLD", "emit_proto", "save_onnx"]
 DEFAULT_THRESHOLD = 1_800_000_000
 _PROTOBUF_LIMIT = 2**31 - 1
 _EMBED_BELOW = 1024
+_AHEAD = (1 << 20, 256 << 20)
+"""Sizes of lazy tensors that are evaluated while another is written; larger ones would cost too much memory."""
 """Tensors below this many bytes stay in the .onnx file: shape inference reads small ones, but no external data."""
 
 
@@ -262,14 +266,14 @@ def _write_data(slots: list[_Slot], path: Path, location: str) -> None:
     """Write the tensors to `path` one by one and point their slots there; a tensor used twice is written once."""
     places: dict[int, int] = {}
     with open(path, "xb") as file:
-        for slot in slots:
+        for slot, ready in _evaluated_ahead(slots):
             tensor = slot.tensor
             nbytes = _nbytes(tensor)
             if nbytes < _EMBED_BELOW or tensor.dtype == ir.DataType.STRING:
                 slot.put(_embedded(slot))
                 continue
             if id(tensor) not in places:
-                places[id(tensor)] = _append(tensor, nbytes, file, slot.name)
+                places[id(tensor)] = _append(ready, nbytes, file, slot.name)
             slot.put(
                 ir.ExternalTensor(
                     location,
@@ -282,6 +286,30 @@ def _write_data(slots: list[_Slot], path: Path, location: str) -> None:
                     metadata_props=dict(tensor.metadata_props) or None,
                 )
             )
+
+
+def _evaluated_ahead(slots: list[_Slot]) -> Iterator[tuple[_Slot, ir.TensorProtocol]]:
+    """Slots with their tensors, the next large lazy ones being evaluated while one is written."""
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        waiting: deque[tuple[_Slot, Future[ir.TensorProtocol] | None]] = deque()
+        ahead = 0
+        seen: set[int] = set()
+        for slot in slots:
+            lazy = isinstance(slot.tensor, ir.LazyTensor) and _AHEAD[0] <= slot.tensor.nbytes <= _AHEAD[1]
+            lazy = lazy and id(slot.tensor) not in seen
+            seen.add(id(slot.tensor))
+            waiting.append((slot, pool.submit(_evaluate, slot.tensor) if lazy else None))
+            ahead += lazy
+            while ahead > 2:
+                first, future = waiting.popleft()
+                ahead -= future is not None
+                yield first, first.tensor if future is None else future.result()
+        for first, future in waiting:
+            yield first, first.tensor if future is None else future.result()
+
+
+def _evaluate(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    return ir.Tensor(np.ascontiguousarray(tensor.numpy()), dtype=tensor.dtype, name=tensor.name)
 
 
 def _append(tensor: ir.TensorProtocol, nbytes: int, file: BinaryIO, name: str) -> int:

@@ -24,6 +24,8 @@ Scores = npt.NDArray[np.float64]
 Cost = Callable[[Mask], float]
 _CLOSE = 0.002
 """A budget counts as met when this fraction of it, or less, is left over."""
+_ROUNDS = 3
+"""How often each choice may be raised by a step once the threshold is found."""
 
 
 # ---------------------------------------------------------------- links
@@ -157,6 +159,10 @@ class Choice:
         """Kept elements of each space, sorted."""
         return [np.sort(order[:number]) for order in self.order]
 
+    def worth(self, level: int) -> float:
+        """What the first element above a level is worth."""
+        return float(self.curve[self.levels[level]])
+
     def at(self, threshold: float) -> int:
         """Which level keeps what is worth at least ``threshold``, rounded down."""
         number = int(np.searchsorted(-self.curve, -threshold, side="right"))
@@ -237,18 +243,22 @@ class Search:
         return self.cost(self.mask(levels))
 
     def _give_back(self, levels: list[int], cost: float, budget: float) -> tuple[list[int], float]:
-        """Raise one choice after the other by a step, the most valuable first."""
+        """Raise one choice after the other by a step, the most valuable first, while the budget allows."""
         levels = list(levels)
-        open_ = {k for k, c in enumerate(self.choices) if levels[k] + 1 < len(c.levels)}
-        for k in sorted(open_, key=lambda k: -float(self.choices[k].curve[self.choices[k].levels[levels[k]]])):
-            if budget - cost <= _CLOSE * budget:
+        for _ in range(_ROUNDS):
+            before = cost
+            open_ = [k for k, c in enumerate(self.choices) if levels[k] + 1 < len(c.levels)]
+            for k in sorted(open_, key=lambda k: -self.choices[k].worth(levels[k])):
+                if budget - cost <= _CLOSE * budget:
+                    return levels, cost
+                levels[k] += 1
+                price = self._price(levels)
+                if price <= budget:
+                    cost = price
+                else:
+                    levels[k] -= 1
+            if cost == before:
                 break
-            levels[k] += 1
-            price = self._price(levels)
-            if price <= budget:
-                cost = price
-            else:
-                levels[k] -= 1
         return levels, cost
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from tests import registry_cases_elementwise, registry_cases_layout, registry_cases_linear
+from tests import registry_cases_elementwise, registry_cases_layout, registry_cases_linear, registry_cases_sequence
 from tests.registry_sample import CASES, Case, check
 
-FAMILIES = (registry_cases_elementwise, registry_cases_layout, registry_cases_linear)
+FAMILIES = (registry_cases_elementwise, registry_cases_layout, registry_cases_linear, registry_cases_sequence)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)

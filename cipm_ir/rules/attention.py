@@ -35,9 +35,8 @@ def _heads(op: OpContext, state: State, count: int | None) -> State:
             raise Opaque("the number of heads is not given")
         batch, length, size = state.shape
         state = _swapped(reshaped(op, state, (batch, length, count, size // count)))
-    op.pin(state, f"batch or position of {op.node.op_type}", (0, 2))
-    factors = tuple(f for f in state.factors if 0 not in f.axes and 2 not in f.axes)
-    return State(state.shape, factors, state.uniform - {0, 2})
+    state = op.without(state, (0, 2), f"batch or position of {op.node.op_type}")
+    return State(state.shape, state.factors, state.uniform - {0, 2})
 
 
 def _repeated(state: State, heads: int) -> State:
@@ -66,9 +65,8 @@ def _masked(op: OpContext, scores: State, index: int) -> State:
     op.freeze(mask)
     if mask.rank and mask.shape[-1] not in (1, scores.shape[-1]):  # a short mask is padded (opset 24)
         last = mask.rank - 1
-        op.pin(mask, "mask of Attention", (last,))
-        kept = tuple(f for f in mask.factors if last not in f.axes)
-        mask = State((*mask.shape[:-1], scores.shape[-1]), kept, mask.uniform - {last})
+        mask = op.without(mask, (last,), "mask of Attention")
+        mask = State((*mask.shape[:-1], scores.shape[-1]), mask.factors, mask.uniform - {last})
     return broadcast(replace(op, shapes=[scores.shape]), [scores, mask], "Attention mask")
 
 

@@ -113,7 +113,8 @@ def _against(op: OpContext, p: _Piece, blind: set[str], flat: set[str], out: set
             op.rec.marginal(p.factor, _axes(p, fixed)).labels,
             f"{op.node.op_type} with a value that is fixed along this axis",
         )
-        op.freeze_factor(p.factor)
+        if not out >= set(fixed):
+            op.freeze_factor(p.factor)  # nothing on the other side makes up for a scale
         p.covered = p.covered or fixed == p.letters
     if any(x in flat and x not in out for x in p.letters):
         op.freeze_factor(p.factor)  # a sum over the axis

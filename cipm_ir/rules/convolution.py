@@ -172,6 +172,8 @@ def pool(op: OpContext) -> None:
     name = op.node.op_type
     for k in range(1, len(op.node.inputs)):
         op.pin(op.optional(k), f"regions of {name}")
+    if "Roi" in name:  # the first axis of the output counts regions
+        x = op.without(x, [0], f"batch of {name}")
     factors = x.factors
     if "Lp" in name:
         factors = tuple(op.scaled(f, 1, sign=False) for f in factors)

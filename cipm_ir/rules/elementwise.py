@@ -13,7 +13,11 @@ from cipm_ir.rules.registry import Opaque, operator
 # ---------------------------------------------------------------- one input
 @operator("Identity", "Dropout", "Neg")
 def linear(op: OpContext) -> None:
-    """f(-x) = -f(x), f(ax) = a f(x): every scaling and sign passes."""
+    """f(-x) = -f(x), f(ax) = a f(x): every scaling and sign passes. Dropout in training draws per position."""
+    if op.node.op_type == "Dropout" and op.has(2):
+        training = op.const(2)
+        if training is None or training.any():
+            raise Opaque("Dropout in training mode")
     op.like(0, op.state(0))
     if len(op.node.outputs) > 1:
         op.like(1, State(op.state(0).shape, tuple(_permuted(op, f) for f in op.state(0).factors)))

@@ -17,8 +17,11 @@ def batch_normalization(op: OpContext) -> None:
 
     A scaling of the input is exact in real arithmetic but rounds in the variance.
     """
-    if op.attr("training_mode", 0) or (len(op.node.outputs) > 1 and op.version >= 14):
+    statistics = [v for v in op.node.outputs[1:] if v.name]  # asked for in training only (opsets 7 to 13, and 14)
+    if op.attr("training_mode", 0) or (statistics and op.version >= 7):
         raise Opaque("BatchNormalization in training mode")
+    if not op.attr("spatial", 1):
+        raise Opaque("BatchNormalization per position (opset 8 and before)")
     x = op.state(0)
     f = x.factor_of(1)
     if f is None or f.axes != (1,):

@@ -34,6 +34,8 @@ def reduce(op: OpContext) -> None:
     """Along unreduced axes like an activation of its degree; along reduced ones no scaling."""
     x, name = op.state(0), op.node.op_type
     gone = reduced_axes(op, x.rank)
+    if not gone and name in _NORM:
+        raise Opaque("a norm over no axes")  # the identity, or a norm of each entry
     keep = bool(op.attr("keepdims", 1))
     place = {a: (a if keep else a - sum(g < a for g in gone)) for a in range(x.rank)}
     factors = []

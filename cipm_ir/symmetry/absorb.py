@@ -30,17 +30,18 @@ class BiasShift:
     def write(self, editor: Editor) -> None:
         """Into the bias where there is one; otherwise as a bias input, or as an Add behind a MatMul."""
         node = editor.nodes[self.node]
+        weight = node.inputs[1]
+        dtype = (weight.dtype if weight is not None else None) or ir.DataType.FLOAT  # outputs need not be annotated
         if node.op_type == "MatMul":
             out = node.outputs[0]
-            dtype = out.dtype or ir.DataType.FLOAT
             bias = editor.initializer(f"{out.name}_shift", ir.tensor(self.delta.astype(dtype.numpy())))
-            shifted = ir.Value(name=editor.fresh_name(out.name or "shifted"), shape=out.shape, type=out.type)
-            out.replace_all_uses_with(shifted, replace_graph_outputs=False)
+            shifted = ir.Value(name=out.name, shape=out.shape, type=out.type)
+            out.name = editor.fresh_name(out.name or "unshifted")
+            out.replace_all_uses_with(shifted, replace_graph_outputs=True)
             node.append(ir.Node("", "Add", [out, bias], outputs=[shifted]))
             return
         old = node.inputs[2] if len(node.inputs) > 2 else None
         if old is None:
-            dtype = node.outputs[0].dtype or ir.DataType.FLOAT
             node.resize_inputs(3)
             node.replace_input_with(
                 2, editor.initializer(f"{node.outputs[0].name}_bias", ir.tensor(self.delta.astype(dtype.numpy())))
@@ -73,6 +74,8 @@ def absorb_edits(
     inside = np.zeros(analysis.classes.count, bool)
     inside[members] = True
     nodes = list(model.graph)
+    if shift is not None and np.any(shift):
+        _refuse_borders(analysis, inside)
     edits: dict[int, Edit] = {}
     shifts: list[BiasShift] = []
     for c in consumers(analysis, inside):
@@ -115,6 +118,18 @@ def consumers(analysis: Analysis, inside: np.ndarray) -> list[Contraction]:
     if not found:
         raise SymmetryError("No weight contracts this space, so nothing can absorb a mixing.")
     return found
+
+
+def _refuse_borders(analysis: Analysis, inside: np.ndarray) -> None:
+    """A constant that passes an operator which pads with zeros is no constant any more."""
+    walk, of = analysis.walk, analysis.classes.of
+    for node in walk.nodes:
+        averages = node.op_type == "AveragePool" and attribute(node, "count_include_pad", 0)
+        state = walk.states.get(node.inputs[0].name or "") if node.inputs and node.inputs[0] is not None else None
+        if (averages or node.op_type == "Pad") and state is not None and any(inside[of[f.labels]].any() for f in state.factors):
+            raise SymmetryError(
+                f"{node.op_type} {node.name} pads with zeros, so a constant shift of its input is not constant at the border."
+            )
 
 
 def _weight_factor(analysis: Analysis, c: Contraction, inside: np.ndarray, nodes: list[ir.Node]) -> LeafFactor:

@@ -11,6 +11,9 @@ import onnx_ir as ir
 from cipm_ir.ir.labels import Array, Labels
 
 
+_BLOCK = 1 << 20
+
+
 @dataclass
 class Edit:
     """What happens to one parameter.
@@ -58,6 +61,10 @@ class Edit:
 
     def apply(self, array: Array) -> Array:
         """The edited array, in the dtype of ``array``."""
+        parts = self._factors(array.ndim)
+        if len(self.take) > 1 and 0 in self.take and not self.inner and not self.mix and array.nbytes > _BLOCK:
+            out = _gathered_by_rows(array, self.take, parts, self.epsilon)
+            return out if self.shift is None else (out.astype(np.float64) + self.shift).astype(array.dtype)
         out = array
         for axis, index in self.take.items():
             out = np.take(out, index, axis=axis)
@@ -68,35 +75,54 @@ class Edit:
             out = np.moveaxis(np.tensordot(np.moveaxis(out, axis, -1).astype(np.float64), matrix, 1), -1, axis).astype(
                 array.dtype
             )
-        factor = self._factor(out)
-        if factor is not None:
-            if self.epsilon is not None:
-                wide = out.astype(np.float64)
-                out = (factor**2 * (wide + self.epsilon) - self.epsilon).astype(array.dtype)
-            else:
-                out = _multiplied(out, factor)
+        if parts:
+            out = out if out is not array else array.copy()
+            step = max(1, _BLOCK * out.shape[0] // max(out.nbytes, 1)) if out.ndim else 1
+            for start in range(0, out.shape[0] if out.ndim else 1, step):
+                _scale(out, slice(start, start + step), parts, self.epsilon)
         if self.shift is not None:
             out = (out.astype(np.float64) + self.shift).astype(array.dtype)
         return out
 
-    def _factor(self, out: Array) -> Array | None:
-        parts = [s.reshape([-1 if a == axis else 1 for a in range(out.ndim)]) for axis, s in self.scale.items()]
+    def _factors(self, rank: int) -> list[Array]:
+        """Scales in a shape that broadcasts."""
+        parts = [s.reshape([-1 if a == axis else 1 for a in range(rank)]) for axis, s in self.scale.items()]
         for axis, s in self.inner_scale.items():
-            parts.append(s.reshape(s.shape[:1] + tuple(s.shape[1] if a == axis else 1 for a in range(1, out.ndim))))
-        if not parts:
-            return None
-        total = parts[0]
-        for p in parts[1:]:
-            total = total * p
-        return np.asarray(total)
+            parts.append(s.reshape(s.shape[:1] + tuple(s.shape[1] if a == axis else 1 for a in range(1, rank))))
+        return parts
 
 
-def _multiplied(array: Array, factor: Array) -> Array:
-    """Product rounded once. Factors that the dtype holds exactly (powers of two, signs) need no wider type."""
-    narrow = factor.astype(array.dtype)
-    if array.dtype.kind == "f" and array.dtype.itemsize >= 4 and (narrow.astype(np.float64) == factor).all():
-        return np.asarray(array * narrow)
-    return (array.astype(np.float64) * factor).astype(array.dtype)
+def _gathered_by_rows(array: Array, take: dict[int, Labels], parts: list[Array], epsilon: float | None) -> Array:
+    """Gather along the first and other axes, and scale, a block of rows at a time, so that it stays in the cache."""
+    rows = take[0]
+    rest = sorted((len(index) - array.shape[axis], axis) for axis, index in take.items() if axis)
+    shape = [len(take[a]) if a in take else n for a, n in enumerate(array.shape)]
+    out = np.empty(shape, array.dtype)
+    step = max(1, _BLOCK * array.shape[0] // array.nbytes)
+    for start in range(0, len(rows), step):
+        part = array.take(rows[start : start + step], axis=0)
+        for _, axis in rest[:-1]:
+            part = part.take(take[axis], axis=axis)
+        last = rest[-1][1]
+        here = slice(start, start + step)
+        np.take(part, take[last], axis=last, out=out[here], mode="clip")  # "raise" would buffer
+        if parts:
+            _scale(out, here, parts, epsilon)
+    return out
+
+
+def _scale(array: Array, rows: slice, parts: list[Array], epsilon: float | None) -> None:
+    """Multiply some rows in place by the product of ``parts``, rounded once."""
+    here = rows if array.ndim else ()
+    factor: Array = np.ones(())
+    for part in parts:
+        factor = factor * (part[here] if part.ndim and part.shape[0] > 1 else part)
+    wide = array[here].astype(np.float64)
+    if epsilon is None:
+        wide *= factor
+    else:
+        wide = factor**2 * (wide + epsilon) - epsilon
+    array[here] = wide.astype(array.dtype)
 
 
 def edited(tensor: ir.TensorProtocol, edit: Edit, name: str) -> ir.LazyTensor:

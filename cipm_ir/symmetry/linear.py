@@ -184,9 +184,11 @@ def solution(
     for d, f in enumerate(chosen):
         scale = lcm(*(c.denominator for _, c in columns[f]))
         where, whole = [i for i, _ in columns[f]], [int(c * scale) for _, c in columns[f]]
-        shown = [x for i, x in zip(where, whole, strict=True) if i < len(variables)] or [1]
+        head = next((x for i, x in zip(where, whole, strict=True) if i < len(variables)), 1)
         table[where, d] = whole
-        table[:, d] //= gcd(*shown) * (1 if shown[0] > 0 else -1)
+        table[:, d] //= gcd(*whole) * (
+            1 if head > 0 else -1
+        )  # divides the extra ones too: half of one is no power of two
     return len(chosen), {v: tuple(e) for v, e in zip(index, table.tolist(), strict=True) if any(e)}
 
 

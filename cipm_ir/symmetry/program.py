@@ -200,11 +200,14 @@ class Program:
         """
         chosen: dict[int, Element] = {}
         for space, element in elements.items():
-            if element.n != space.size or element not in space.group:
+            index = self.index(space)
+            group = self.spaces[index].group
+            if element not in group:
                 raise SymmetryError(
-                    f"The element on {element.n} classes is not in the group {space.group} of space @{space.name}."
+                    f"The element on {element.n} classes is not in the group {group} of space @{space.name}; "
+                    "space.random(rng) and space.identity() give elements that are."
                 )
-            chosen[self.index(space)] = element
+            chosen[index] = element
         return self._edited(act_edits(self.analysis, chosen), same_structure=True)
 
     def restrict(self, keep: Mapping[Space, Array | Sequence[int]]) -> Program:
