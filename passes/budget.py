@@ -123,7 +123,7 @@ def _link_rows(rows: list[Counter[int]], analysis: Analysis, root: list[int], fr
     spaces = sorted({k for row in free for _, _, k in row})
     for k in spaces[1:]:
         _union(root, spaces[0], k)
-    # k kept units in every space make rows of k times the occurrences, plus what is fixed: the same in each row, or never
+    # k kept units in every space make rows of k times the occurrences, plus what is fixed: equal rows, or never
     if len({sum(n // sizes[k] for s, n, k in row) for row in free}) > 1 or len({row[-1] for row in rows}) > 1:
         frozen.update(spaces)
 
@@ -169,7 +169,9 @@ class Choice:
         return max(0, int(np.searchsorted(self.levels, number, side="right")) - 1)
 
 
-def make_choice(analysis: Analysis, spaces: Sequence[int], scores: Sequence[Scores], levels: Labels, *, local: bool) -> Choice:
+def make_choice(
+    analysis: Analysis, spaces: Sequence[int], scores: Sequence[Scores], levels: Labels, *, local: bool
+) -> Choice:
     """Rank the elements of linked spaces; ``local`` makes the curve a function of the rank alone."""
     order = [np.argsort(-s, kind="stable") for s in scores]
     ranked = [analysis.spaces[k].table[o] for k, o in zip(spaces, order, strict=True)]
@@ -183,7 +185,10 @@ def make_choice(analysis: Analysis, spaces: Sequence[int], scores: Sequence[Scor
 
 
 def allowed_levels(least: int, most: int, floor: int, round_to: int) -> Labels:
-    """Numbers that may be kept: multiples of ``round_to`` from ``floor`` on, or all; ``least`` is the smallest space of the link."""
+    """Numbers that may be kept: multiples of ``round_to`` from ``floor`` on, or all.
+
+    ``least`` and ``most``: sizes of the smallest and the largest space of the link.
+    """
     first = -(-max(floor, 1) // round_to) * round_to
     levels = np.arange(first, least + 1, round_to, dtype=np.int64)
     return np.append(levels[levels < most], most)

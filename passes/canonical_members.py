@@ -16,8 +16,8 @@ import onnx_ir as ir
 from cipm_ir.ir.constants import constant_tensor
 from cipm_ir.ir.labels import Array, Labels
 from cipm_ir.symmetry.analysis import Analysis
-from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.leaves import Leaf, LeafFactor
+from cipm_ir.symmetry.program import Program
 
 Floats = npt.NDArray[np.float64]
 CHUNK = 1 << 18

@@ -30,7 +30,7 @@ from cipm_ir.passes.canonical_partition import Partition
 from cipm_ir.symmetry.classes import Hashes
 
 _SINGLES = 16
-_CHOICES = 64
+_CHOICES = 24
 _SMALL = 8
 _PROJECTIONS = 2
 
@@ -46,6 +46,7 @@ class Ordering:
         self._done: set[int] = set()
         self._read: dict[int, int] = {}
         self._choices = 0
+        self._find_open_signs()
 
     def run(self) -> Labels:
         """The final colours: equal only where nothing distinguishes and nothing may be exchanged."""
@@ -75,18 +76,17 @@ class Ordering:
         for k, m in enumerate(self.members.all):
             if not self.part.tied()[m.classes].any() or (k in self._done and not m.line):
                 continue
-            labels = [self._labels(m, axis) for axis in range(len(m.shape))]
-            state = hash((tuple(int(x.sum(dtype=np.uint64)) for x in labels), self.part.colour[m.classes].tobytes()))
-            if self._read.get(k) == state:
-                continue
-            self._read[k] = state
-            progress |= self._by_content(m, labels)
+            others = self.members.on_leaf[m.factor.leaf]
+            state = hash((self._unsigned(m), *(self.part.colour[o.classes].tobytes() for o in others)))
+            if self._read.get(k) != state:
+                self._read[k] = state
+                progress |= self._by_content(m)
         return progress
 
     def _signs(self, *, zeros: bool) -> bool:
         """Signs that the gauge could not decide; with ``zeros``, by the sign bit of what is zero."""
         progress = False
-        for m in self.members.all:
+        for m in self._signed_members:
             unsigned = (m.sign % 2 == 1) & ~self.gauge.signed[m.classes]
             here = np.flatnonzero(unsigned.sum(1) == 1)
             if not len(here) or not (m.line or self._columns_known(m)):
@@ -97,7 +97,11 @@ class Ordering:
             progress |= self.gauge.decide(m, position, unsigned[position].argmax(1), classes, value)
         if progress:
             self._done.clear()
+            self._find_open_signs()
         return progress
+
+    def _find_open_signs(self) -> None:
+        self._signed_members = [m for m in self.members.all if not self.gauge.settled(m).all()]
 
     def _choose(self) -> None:
         self._choices += 1
@@ -123,7 +127,7 @@ class Ordering:
     def _by_row(self, m: Member) -> bool:
         """Split by the entries of each row, a few columns first, more where they do not decide."""
         if not self.exact:
-            return self._by_content(m, [self._labels(m, axis) for axis in range(len(m.shape))])
+            return self._by_content(m)
         classes, positions = self._positions(m)
         progress, lo, width, total = False, 0, 4, self._row_length(m)
         bare = self._unsigned(m)
@@ -211,7 +215,8 @@ class Ordering:
                 return np.asarray(mix(o.spread(known) + np.uint64(axis)), np.uint64)
         return np.asarray(mix(base + np.uint64(axis)), np.uint64).reshape(shape)
 
-    def _by_content(self, m: Member, labels: list[Hashes]) -> bool:
+    def _by_content(self, m: Member) -> bool:
+        labels = [self._labels(m, axis) for axis in range(len(m.shape))]
         weights = [o.spread(self.gauge.weight(o)) for o in self.members.on_leaf[m.factor.leaf]]
         bare = self._unsigned(m)
         classes, positions = self._positions(m)

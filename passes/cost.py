@@ -15,9 +15,9 @@ import numpy.typing as npt
 from cipm_ir.ir.labels import Labels, State
 from cipm_ir.rules.context import OpContext
 from cipm_ir.rules.registry import MacRule, lookup
+from cipm_ir.symmetry.leaves import Leaf
 from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.sizes import grid_shape, outer_first
-from cipm_ir.symmetry.leaves import Leaf
 
 Mask = npt.NDArray[np.bool_]
 Slots = tuple[tuple[int, int], ...]
@@ -157,7 +157,7 @@ class CostModel:
         state = self.program.analysis.walk.states.get(name)
         if state is None:
             return None
-        slots = []
+        slots: list[tuple[int, int]] = []
         for f in state.factors:
             first = self._counter.add(f.labels)
             slots.extend((axis, first + k) for k, axis in enumerate(f.axes))

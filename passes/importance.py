@@ -16,8 +16,8 @@ import onnx_ir as ir
 from cipm_ir.errors import InputError, OptionError
 from cipm_ir.ir.constants import constant_tensor
 from cipm_ir.passes.base import Context
-from cipm_ir.symmetry.program import Program, Space
 from cipm_ir.symmetry.leaves import Leaf, LeafFactor
+from cipm_ir.symmetry.program import Program, Space
 
 Scores = npt.NDArray[np.float64]
 _STATISTICS = ((3, "running mean"), (4, "running variance"))
@@ -76,8 +76,10 @@ class Magnitude:
         table = program.analysis.spaces[program.index(space)].table
         sums = self._known[1][table].sum(axis=1)
         if not np.isfinite(sums).all():
-            raise InputError(f"A weight that moves with @{space.name} holds NaN or infinity; repair the model before pruning it.")
-        return np.sqrt(sums) if self.norm == "l2" else sums
+            raise InputError(
+                f"A weight that moves with @{space.name} holds NaN or infinity; repair the model before pruning it."
+            )
+        return np.asarray(np.sqrt(sums) if self.norm == "l2" else sums, np.float64)
 
 
 register_importance("magnitude", Magnitude)

@@ -49,9 +49,9 @@ class Prune(Pass):
     """Drop the least important hidden units, heads and groups, down to a budget.
 
     Rules: (1) every free space of units and of blocks may shrink, to the elements with the largest `importance`;
-    (2) under ``global`` ranking scores are divided by the mean of their space and compared across spaces, under ``local``
-    every space keeps the same fraction; (3) unit spaces of sibling blocks keep equal numbers, each its own best;
-    (4) the largest model within the budget is taken. Refused: spaces in which equal rows are impossible are left as
+    (2) under ``global`` ranking scores are divided by the mean of their space and compared across spaces, under
+    ``local`` every space keeps the same fraction; (3) unit spaces of sibling blocks keep equal numbers, each its own
+    best; (4) the largest model within the budget is taken. Refused: spaces in which equal rows are impossible are left as
     they are, and the summary says so. Source: Fang et al. 2023, DepGraph (group magnitude).
 
     Errors: `OptionError` for contradictory options; `SymmetryError` where the budget is out of reach.
@@ -65,12 +65,14 @@ class Prune(Pass):
     norm: Literal["l1", "l2"] = option("l2", "norm of a group of weights")
     scope: Literal["global", "local"] = option("global", "compare units across spaces, or shrink all spaces alike")
     round_to: int = option(1, "widths of pruned spaces are multiples of this", low=1)
-    include: tuple[str, ...] = option((), "only spaces whose name, or one of whose tensors, matches a pattern")
-    exclude: tuple[str, ...] = option((), "no space whose name, or one of whose tensors, matches a pattern")
+    include: tuple[str, ...] = option(
+        (), "only spaces whose names match; a pattern that matches none stands for tensors that move with them"
+    )
+    exclude: tuple[str, ...] = option((), "no spaces whose names match; patterns as for include")
     blocks: bool = option(True, "also drop whole heads and groups")
     min_keep: float = option(0.1, "what every space keeps: a fraction below 1, or a number of units", low=0)
-    importance: str | Importance = option("magnitude", "criterion: a name, or an object with score()")
-    reconstruction: Reconstruction | None = option(None, "what makes up for removed units: an object with compensate()")
+    importance: str | Importance = option("magnitude", "criterion: a name, or an object with score()")  # noqa: RUF009 — a field
+    reconstruction: Reconstruction | None = option(None, "object with compensate() for what goes")  # noqa: RUF009 — a field
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -148,7 +150,11 @@ class Prune(Pass):
                 choices.append(choice)
             else:
                 stuck.append(spaces[0].name)
-        notes = [f"left as they are, because rows would become uneven: {', '.join('@' + n for n in stuck)}"] if stuck else []
+        notes = (
+            [f"left as they are, because rows would become uneven: {', '.join('@' + n for n in stuck)}"]
+            if stuck
+            else []
+        )
         return choices, notes
 
     def _levels(self, spaces: Sequence[Space]) -> Labels:
@@ -160,7 +166,9 @@ class Prune(Pass):
     def _score(self, criterion: Importance, program: Program, space: Space, ctx: Context) -> Scores:
         scores = np.asarray(criterion.score(program, space, ctx), np.float64)
         if scores.shape != (space.size,) or not np.isfinite(scores).all():
-            raise OptionError(f"The criterion {self.importance!r} must give {space.size} finite numbers for @{space.name}.")
+            raise OptionError(
+                f"The criterion {self.importance!r} must give {space.size} finite numbers for @{space.name}."
+            )
         mean = float(scores.mean())
         return scores / mean if mean > 0 else scores
 
@@ -188,7 +196,13 @@ class Prune(Pass):
         return made.restrict({made.space(space.name): kept for space, kept in keep.items()})
 
     def _result(
-        self, before: Program, after: Program, keep: Mapping[Space, Labels], costs: CostModel, stays: Mask, notes: Sequence[str]
+        self,
+        before: Program,
+        after: Program,
+        keep: Mapping[Space, Labels],
+        costs: CostModel,
+        stays: Mask,
+        notes: Sequence[str],
     ) -> PassResult:
         whole = np.ones(len(stays), bool)
         metrics = {
@@ -213,17 +227,20 @@ class Prune(Pass):
 
 
 def _matching(spaces: Sequence[Space], patterns: Sequence[str], option_name: str) -> set[int]:
-    """Indices of spaces that a pattern names, by their own name or a tensor's; every pattern must match something."""
+    """Indices of the spaces whose names match, or else of those with a tensor that does.
+
+    Errors: `OptionError` for a pattern that matches nothing.
+    """
     found: set[int] = set()
     for pattern in patterns:
-        hit = {
-            k
-            for k, s in enumerate(spaces)
-            if fnmatchcase(s.name, pattern.removeprefix("@"))
-            or any(fnmatchcase(m, pattern) or fnmatchcase(m.rpartition("[")[0], pattern) for m in s.members)
-        }
+        hit = {k for k, s in enumerate(spaces) if fnmatchcase(s.name, pattern.removeprefix("@"))}
         if not hit:
-            raise OptionError(f"Pass 'prune': {option_name} pattern {pattern!r} matches no space and no tensor that moves with one.")
+            tensors = [{m.rpartition("[")[0] for m in s.members} for s in spaces]
+            hit = {k for k, names in enumerate(tensors) if any(fnmatchcase(name, pattern) for name in names)}
+        if not hit:
+            raise OptionError(
+                f"Pass 'prune': {option_name} pattern {pattern!r} matches no space and no tensor that moves with one."
+            )
         found |= hit
     return found
 
@@ -247,7 +264,9 @@ def _kept(program: Program, choices: Sequence[Choice], levels: Sequence[int]) ->
     return {program.spaces[k]: kept[k] for k in sorted(kept)}
 
 
-def _without_refused(program: Program, choices: list[Choice], levels: Sequence[int], refusal: SymmetryError) -> list[Choice]:
+def _without_refused(
+    program: Program, choices: list[Choice], levels: Sequence[int], refusal: SymmetryError
+) -> list[Choice]:
     """The choices that can be restricted on their own at these levels; what cannot is left alone from now on."""
     good = []
     for choice, level in zip(choices, levels, strict=True):

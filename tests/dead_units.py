@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from tests import zoo
 
 from cipm_ir.passes.budget import link_spaces
+from cipm_ir.symmetry.leaves import Leaf
 from cipm_ir.symmetry.program import Program, Space
-from cipm_ir.symmetry.walk import Leaf
 
 Keep = dict[Space, NDArray[np.int64]]
 
@@ -59,7 +59,7 @@ def random_keep(program: Program, rng: np.random.Generator) -> Keep:
 
 
 def killed(program: Program, keep: Keep) -> Program:
-    """The program with every weight of the units that `keep` drops set to zero, where they come from and where they go."""
+    """The program with every weight of the units that `keep` drops set to zero, on the way in and on the way out."""
     stays = program.kept_classes(keep)
     gone = ~stays[program.analysis.classes.of]
     weights: dict[str, NDArray[Any]] = {}

@@ -324,6 +324,11 @@ _ordered("TopK", 2, (np.array([3]),), axis=1)
 _ordered("CumSum", 1, (np.array(1),))
 
 
+@case("CumSum")
+def read_over_units(net: Sample) -> None:
+    net.read(net.op("CumSum", net.vector(), net.const(1)))
+
+
 @case("CumSum", FULL)
 def over_time(net: Sample) -> None:
     net.read(net.op("CumSum", net.sequence(), net.const(1)))

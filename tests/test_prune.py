@@ -8,7 +8,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
-from tests import zoo
 from tests.dead_units import distance, outputs, program_of
 
 from cipm_ir.errors import InputError, OptionError, SymmetryError
@@ -54,7 +53,7 @@ def test_patterns_must_match() -> None:
 
 def test_text_form() -> None:
     made = Prune(macs=0.5, round_to=8, scope="local", exclude=("head*",))
-    assert parse_passes(str(made)) == (made,) or list(parse_passes(str(made))) == [made]
+    assert list(parse_passes(str(made))) == [made]
     assert str(Prune(macs=0.5)) == "prune{macs=0.5}"
 
 
@@ -84,30 +83,25 @@ def test_budget_of_one_changes_nothing() -> None:
 
 def test_out_of_reach_says_what_can_be_reached() -> None:
     program = program_of("residual_blocks")
-    with pytest.raises(SymmetryError, match=r"come down to 0\.01 of the multiply-accumulates: .* at their minimum, 0\.\d+ remain"):
+    with pytest.raises(
+        SymmetryError, match=r"come down to 0\.01 of the multiply-accumulates: .* at their minimum, 0\.\d+ remain"
+    ):
         Prune(macs=0.01).run(program, Context())
     least = Prune(macs=0.2, min_keep=1).run(program, Context()).program
     assert least.macs <= 0.2 * program.macs
 
 
 def test_min_keep_guards_every_space() -> None:
-    program = program_of("vit") if "vit" in _available() else program_of("residual_blocks")
-    kept = widths(program, Prune(ratio=0.5, min_keep=0.4))
-    assert all(after >= 0.4 * before for before, after in kept.values())
+    program = program_of("residual_blocks")
+    kept = widths(program, Prune(ratio=0.4, min_keep=0.5))
+    assert all(after >= 0.5 * before for before, after in kept.values())
+    assert any(after < 0.5 * before for before, after in widths(program, Prune(ratio=0.6, min_keep=1)).values())
+    assert all(after >= 4 for _, after in widths(program, Prune(ratio=0.3, min_keep=4)).values())
 
 
-def _available() -> list[str]:
-    found = []
-    for name in ("vit",):
-        try:
-            zoo.build(name)
-            found.append(name)
-        except zoo.UnavailableError:
-            continue
-    return found
-
-
-@pytest.mark.parametrize("name", ["unet_concat_skip", "channel_shuffle", "attention_gqa", "lstm", "shared_zero_bias", "siamese"])
+@pytest.mark.parametrize(
+    "name", ["unet_concat_skip", "channel_shuffle", "attention_gqa", "lstm", "shared_zero_bias", "siamese"]
+)
 def test_costs_are_exact(name: str) -> None:
     """At random sizes, the predicted numbers are those of the program that comes out."""
     program = program_of(name)
@@ -178,20 +172,12 @@ def test_nan_weights_are_refused() -> None:
 
 
 def test_local_keeps_the_same_share_everywhere() -> None:
-    program = program_of("resnet20") if _has_data() else program_of("residual_blocks")
-    kept = widths(program, Prune(ratio=0.25, scope="local"))
+    program = program_of("zero_pad_shortcut")
+    kept = widths(program, Prune(ratio=0.4, scope="local"))
     shares = [after / before for before, after in kept.values()]
-    assert max(shares) - min(shares) < 0.13
-    uneven = widths(program, Prune(ratio=0.25, scope="global"))
-    assert len({after / before for before, after in uneven.values()}) > 1
-
-
-def _has_data() -> bool:
-    try:
-        zoo.build("resnet20")
-    except zoo.UnavailableError:
-        return False
-    return True
+    assert len(shares) == 4 and max(shares) - min(shares) < 0.25  # one unit of the smallest space
+    uneven = widths(program, Prune(ratio=0.4, scope="global", min_keep=1))
+    assert uneven != kept
 
 
 def test_round_to() -> None:
@@ -205,16 +191,17 @@ def test_round_to() -> None:
 def test_include_and_exclude() -> None:
     program = program_of("residual_blocks")
     names = [s.name for s in program.spaces]
-    tensor = program.spaces[1].members[0].rpartition("[")[0]
+    tensor = next(m.rpartition("[")[0] for m in program.spaces[1].members if m.startswith("b_"))
+    moved = {s.name for s in program.spaces if any(m.startswith(f"{tensor}[") for m in s.members)}
     assert set(widths(program, Prune(ratio=0.1, include=(names[1],)))) == {names[1]}
-    assert set(widths(program, Prune(ratio=0.1, include=(tensor,)))) <= {s.name for s in program.spaces if any(tensor in m for m in s.members)}
+    assert set(widths(program, Prune(ratio=0.1, include=(tensor,)))) == moved
     assert names[0] not in widths(program, Prune(ratio=0.3, exclude=(f"@{names[0]}",)))
 
 
 def test_blocks() -> None:
     program = program_of("attention_separate")
     heads = next(s for s in program.spaces if s.kind == "blocks")
-    with_heads = Prune(ratio=0.5, include=(heads.name,), min_keep=1).run(program, Context())
+    with_heads = Prune(ratio=0.4, include=(heads.name,), min_keep=1).run(program, Context())
     assert with_heads.metrics["widths"] == {heads.name: [3, 1]}
     assert heads.name not in widths(program, Prune(ratio=0.3, blocks=False))
     inner = next(s for s in program.spaces if s.parent is not None)
@@ -222,7 +209,9 @@ def test_blocks() -> None:
 
 
 # ---------------------------------------------------------------- links
-@pytest.mark.parametrize("name", ["attention_separate", "attention_head_major", "attention_gqa", "grouped_conv", "maxout_reshape"])
+@pytest.mark.parametrize(
+    "name", ["attention_separate", "attention_head_major", "attention_gqa", "grouped_conv", "maxout_reshape"]
+)
 def test_siblings_keep_equal_numbers_of_their_own_best(name: str) -> None:
     program = program_of(name)
     result = Prune(ratio=0.3, blocks=False, min_keep=1).run(program, Context())
@@ -246,7 +235,7 @@ def test_unlinked_spaces_do_not_fit() -> None:
     """Negative control: unequal numbers in sibling spaces are refused by the primitive."""
     program = program_of("attention_separate")
     inner = next(s for s in program.spaces if s.parent is not None)
-    with pytest.raises(SymmetryError, match="ragged|equally many"):
+    with pytest.raises(SymmetryError, match=r"ragged|equally many"):
         program.restrict({inner: np.arange(inner.size - 1)})
 
 
@@ -269,7 +258,9 @@ def test_search_takes_the_largest_model_within_the_budget() -> None:
         choices.append(make_choice(program.analysis, [k], [scores / scores.mean()], levels, local=False))
     search = Search(program.analysis, choices, costs.macs)
     prices = {
-        (a, b): costs.macs(search.mask([a, b])) for a in range(len(choices[0].levels)) for b in range(len(choices[1].levels))
+        (a, b): costs.macs(search.mask([a, b]))
+        for a in range(len(choices[0].levels))
+        for b in range(len(choices[1].levels))
     }
     for share in (0.3, 0.5, 0.8):
         budget = share * program.macs
