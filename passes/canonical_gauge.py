@@ -4,9 +4,10 @@ Row of a unit at a member: the entries there, over those positions of the other 
 Its largest magnitude does not depend on the order of the other axes, so gauges are fixed before anything is sorted.
 
 1. Scale: the first member with a row that is not zero, and in which one direction of the unit is still open, takes
-   this direction to a largest magnitude in [1/2, 1) (exact: by a power of two) or to Euclidean norm 1. Matrices come
-   before vectors.
+   this direction to a largest magnitude in [1/2, 1) (exact: by a power of two) or to Euclidean norm 1. In graph order
+   this is the weight that makes the unit.
 2. Sign: the entry of largest magnitude becomes positive; where it occurs with both signs, the next member decides.
+   Vectors come before matrices, as they cost less to read.
 3. What is zero in every member has no gauge: scale 1. A scale that a weight could not take without rounding (16 bits,
    or very far from 1) is given up for that unit: the model computes what it did, but is not canonical there.
 """
@@ -46,7 +47,7 @@ class Gauge:
 
     def magnitude(self, m: Member) -> Floats:
         """What each position of a member is to be multiplied by, up to sign."""
-        power = (m.scale * self.scale[m.classes]).sum(1)
+        power = (m.scale * self._at(m, self.scale)).sum(1)
         return np.asarray(np.ldexp(1.0, power.astype(np.int64)) if self.exact else np.exp2(power))
 
     def weight(self, m: Member) -> Floats:
@@ -55,30 +56,30 @@ class Gauge:
 
     def parity(self, m: Member) -> Floats:
         """The sign of each position of a member."""
-        return np.asarray(np.where(m.sign % 2 == 1, self.sign[m.classes], 1).prod(1), np.float64)
+        return np.asarray(np.where(m.sign == 1, self._at(m, self.sign), 1).prod(1), np.float64)
 
     def settled(self, m: Member) -> Array:
         """Positions of a member whose sign is fixed, or plays no part."""
-        return np.asarray((self.signed[m.classes] | (m.sign % 2 == 0)).all(1))
+        return np.asarray((self._at(m, self.signed) | (m.sign == 0)).all(1))
+
+    def _at(self, m: Member, table: Array, position: Labels | slice = slice(None)) -> Array:
+        """A table by class and direction, at positions of a member and the directions that play a part there."""
+        on = m.sign_at if table is self.sign or table is self.signed else m.scale_at
+        return np.asarray(table[m.classes[position][:, None], on])
 
     # ------------------------------------------------------------ rounds
     def _sweep(self, *, signs: bool) -> None:
-        every = [m for m in self.members.all if (m.sign % 2 if signs else m.scale).any()]
-        lines, matrices = [m for m in every if m.line], [m for m in every if not m.line]
-        order = (lines, matrices) if signs else (matrices, lines)
+        order = [m for m in self.members.all if len(m.sign_at if signs else m.scale_at)]
+        if signs:
+            order.sort(key=lambda m: not m.line)
         step = self._fix_sign if signs else self._fix_scale
-        while True:
-            progress = False
-            for group in order:
-                for m in group:
-                    progress |= step(m)
-            if not progress:
-                return
+        while any([step(m) for m in order]):  # a list: every member has its turn in every round
+            pass
 
     def _open(self, m: Member, *, signs: bool) -> tuple[Labels, Labels, Labels]:
         """Classes with exactly one open direction at a member: a position, the direction and the class of each."""
-        exponent, fixed = (m.sign % 2, self.signed) if signs else (m.scale, self.scaled)
-        todo = (exponent != 0) & ~fixed[m.classes]
+        exponent, fixed = (m.sign, self.signed) if signs else (m.scale, self.scaled)
+        todo = (exponent != 0) & ~self._at(m, fixed)
         here = np.flatnonzero(todo.sum(1) == 1)
         classes, first = np.unique(m.classes[here], return_index=True)
         return here[first], todo[here[first]].argmax(1), classes
@@ -88,7 +89,7 @@ class Gauge:
         out = []
         for o in self.members.on_leaf[m.factor.leaf]:
             if o is not m:
-                known = (self.scaled[o.classes] | (o.scale == 0)).all(1)
+                known = (self._at(o, self.scaled) | (o.scale == 0)).all(1)
                 vector = self.magnitude(o) * known
                 out.append(o.spread(vector * self.parity(o) * self.settled(o) if signs else vector))
         return out
@@ -111,7 +112,7 @@ class Gauge:
         """Row-wise reduction of |x|, x or x^2; infinities and NaN in a weight are left out."""
         leaf = m.factor.leaf
         for clean in (False, True):
-            blocks = _shaped(self.members.blocks(leaf, weights, m.epsilon), shape, clean)
+            blocks = _shaped(self.members.blocks(leaf, weights, m.epsilon, narrow=self.exact), shape, clean)
             with np.errstate(invalid="ignore", over="ignore"):
                 out = self.members.reduce(m, blocks, ufunc)
             if np.isfinite(out).all():
@@ -133,14 +134,15 @@ class Gauge:
         position, direction, classes, size = position[good], direction[good], classes[good], size[good]
         rest = m.scale[position].astype(np.float64)
         exponent = rest[np.arange(len(rest)), direction].copy()
-        own = np.where(self.scaled[classes], rest * self.scale[classes], 0.0).sum(1)
+        known = self._at(m, self.scaled, position)
+        own = np.where(known, rest * self._at(m, self.scale, position), 0.0).sum(1)
         if self.exact:
             power = np.frexp(size)[1] + own
             fixed = -np.sign(exponent) * np.floor(power / np.abs(exponent))
         else:
             fixed = -(np.log2(size) + own) / exponent
-        self.scale[classes, direction] = fixed
-        self.scaled[classes, direction] = True
+        self.scale[classes, m.scale_at[direction]] = fixed
+        self.scaled[classes, m.scale_at[direction]] = True
         return bool(len(classes))
 
     def _fix_sign(self, m: Member) -> bool:
@@ -160,9 +162,10 @@ class Gauge:
         """Fix the open sign of some classes such that their values at a member become positive; zeros stay open."""
         good = value != 0
         position, direction, classes, value = position[good], direction[good], classes[good], value[good]
-        own = np.where((m.sign[position] % 2 == 1) & self.signed[classes], self.sign[classes], 1).prod(1)
-        self.sign[classes, direction] = np.sign(value) * own
-        self.signed[classes, direction] = True
+        known = (m.sign[position] == 1) & self._at(m, self.signed, position)
+        own = np.where(known, self._at(m, self.sign, position), 1).prod(1)
+        self.sign[classes, m.sign_at[direction]] = np.sign(value) * own
+        self.signed[classes, m.sign_at[direction]] = True
         return bool(len(classes))
 
     # ------------------------------------------------------------ rounding
@@ -179,7 +182,7 @@ class Gauge:
                 self.scale[:] = 0.0
 
     def _may_round(self, leaf: int, members: list[Member]) -> bool:
-        moved = [np.abs(np.log2(self.magnitude(m))).max() for m in members]
+        moved = [np.abs((m.scale * self._at(m, self.scale)).sum(1)).max() for m in members]
         dtype = self.members.analysis.walk.leaves[leaf].dtype
         narrow = dtype.itemsize <= 2 and dtype.name != "BFLOAT16"
         return max(moved) > 0 and (narrow or sum(moved) >= _FAR)
@@ -205,7 +208,7 @@ def _shaped(blocks: Iterator[tuple[slice, Array]], shape: str, clean: bool) -> I
         if clean:
             block = np.where(np.isfinite(block), block, 0.0)
         if shape == "magnitude":
-            block = np.abs(block)
+            block = np.abs(block, out=block if block.flags.owndata and block.flags.writeable else None)
         elif shape == "square":
             block = np.square(block, dtype=np.float64)
         yield part, block

@@ -28,7 +28,8 @@ _KEPT_BYTES = 1 << 28
 class Member:
     """One factor with, per position: the class, which of its atoms this is, and the exponents of its directions.
 
-    ``scale`` is (positions, scale directions), ``sign`` (positions, sign directions) of the space of the class.
+    ``scale`` is (positions, directions) over those scale directions of the spaces, ``scale_at``, that play a part here;
+    ``sign`` holds the parities of the sign directions ``sign_at``.
     ``line``: every other axis of the parameter has size 1, so that a row is one number. ``epsilon``: a variance, whose
     scale acts on value + epsilon.
     """
@@ -38,7 +39,9 @@ class Member:
     classes: Labels
     rank: Labels
     scale: Labels
+    scale_at: Labels
     sign: Labels
+    sign_at: Labels
     line: bool
     epsilon: float | None
 
@@ -88,6 +91,7 @@ class Members:
         directions = self.analysis.directions
         self.scales = max((d.scales for d in directions), default=0)
         self.signs = max((d.signs for d in directions), default=0)
+        self._rounding = [np.flatnonzero(~np.asarray(d.exact, bool) & exact) for d in directions]
         self._nodes = list(program.model.graph)
         self._arrays: dict[int, Array] = {}
         self._kept = 0
@@ -128,7 +132,9 @@ class Members:
             scale, sign = 2 * scale, 0 * sign
         other = int(np.prod(leaf.shape)) // (f.shape[-1] * max(f.groups, 1))
         epsilon = None if self.exact else f.epsilon
-        return Member(f, leaf.shape, classes, self.rank_of[span], scale, sign, other == 1, epsilon)
+        up, flip = np.flatnonzero(scale.any(0)), np.flatnonzero(sign.any(0))
+        place = classes, self.rank_of[span]
+        return Member(f, leaf.shape, *place, scale[:, up], up, sign[:, flip], flip, other == 1, epsilon)
 
     def _exponents(self, f: LeafFactor, classes: Labels) -> tuple[Labels, Labels]:
         scale = np.zeros((f.size, self.scales), np.int64)
@@ -136,14 +142,13 @@ class Members:
         space = self._space[classes]
         for k in np.unique(space[space >= 0]).tolist():
             free = self.analysis.directions[k]
-            here = space == k
+            here = np.flatnonzero(space == k)
             up, flip = free.scale.get(f.var), free.sign.get(f.var)
             if up:
                 scale[here, : free.scales] = up
-                if self.exact:
-                    scale[np.ix_(here, np.flatnonzero(~np.asarray(free.exact)))] = 0
+                scale[here[:, None], self._rounding[k]] = 0
             if flip:
-                sign[here, : free.signs] = flip
+                sign[here, : free.signs] = np.asarray(flip) % 2
         return scale, sign
 
     # ------------------------------------------------------------ values
@@ -162,12 +167,18 @@ class Members:
             self._kept += array.nbytes if lazy else 0
         return array
 
-    def blocks(self, leaf: int, weights: Sequence[Array], epsilon: float | None) -> Iterator[tuple[slice, Array]]:
-        """The parameter times some weights that broadcast, in slices of axis 0 that fit into the cache."""
+    def blocks(
+        self, leaf: int, weights: Sequence[Array], epsilon: float | None, *, narrow: bool = False
+    ) -> Iterator[tuple[slice, Array]]:
+        """The parameter times some weights that broadcast, in slices of axis 0 that fit into the cache.
+
+        With ``narrow``, products with moderate powers of two stay float32: exact unless they leave the normal range.
+        """
         array = self.array(leaf)
         step = max(1, CHUNK // max(1, array[:1].size))
         used = [w for w in weights if not (w == 1.0).all()]
-        plain = not used and epsilon is None and array.dtype == np.float32
+        plain = epsilon is None and array.dtype == np.float32 and (not used or (narrow and _moderate(used)))
+        used = [w.astype(np.float32) for w in used] if plain else used
         for lo in range(0, len(array), step):
             part = slice(lo, min(lo + step, len(array)))
             block = array[part] if plain else array[part].astype(np.float64)
@@ -203,6 +214,11 @@ class Members:
         for m in self.on_leaf[leaf]:
             values = (values if m.epsilon is None else values + m.epsilon) * m.at(weight(m), index)
         return values
+
+
+def _moderate(weights: Sequence[Array]) -> bool:
+    small = [np.abs(w) for w in weights]
+    return all((((w == 0) | ((w > 2.0**-30) & (w < 2.0**30))) & (np.frexp(w)[0] % 0.5 == 0)).all() for w in small)
 
 
 def _tensor(nodes: Sequence[ir.Node], leaf: Leaf) -> ir.TensorProtocol:

@@ -87,7 +87,7 @@ class Ordering:
         """Signs that the gauge could not decide; with ``zeros``, by the sign bit of what is zero."""
         progress = False
         for m in self._signed_members:
-            unsigned = (m.sign % 2 == 1) & ~self.gauge.signed[m.classes]
+            unsigned = (m.sign == 1) & ~self.gauge.signed[m.classes[:, None], m.sign_at]
             here = np.flatnonzero(unsigned.sum(1) == 1)
             if not len(here) or not (m.line or self._columns_known(m)):
                 continue

@@ -51,8 +51,8 @@ class Prune(Pass):
     Rules: (1) every free space of units and of blocks may shrink, to the elements with the largest `importance`;
     (2) under ``global`` ranking scores are divided by the mean of their space and compared across spaces, under
     ``local`` every space keeps the same fraction; (3) unit spaces of sibling blocks keep equal numbers, each its own
-    best; (4) the largest model within the budget is taken. Refused: spaces in which equal rows are impossible are left as
-    they are, and the summary says so. Source: Fang et al. 2023, DepGraph (group magnitude).
+    best; (4) the largest model within the budget is taken. Refused: spaces in which equal rows are impossible are left
+    as they are, and the summary says so. Source: Fang et al. 2023, DepGraph (group magnitude).
 
     Errors: `OptionError` for contradictory options; `SymmetryError` where the budget is out of reach.
     """

@@ -35,7 +35,7 @@ def distance(first: list[NDArray[Any]], second: list[NDArray[Any]]) -> float:
     return float(max(np.abs(x - y).max() for x, y in pairs) / scale)
 
 
-def random_keep(program: Program, rng: np.random.Generator) -> Keep:
+def random_keep(program: Program, rng: np.random.Generator, *, blocks: bool = True) -> Keep:
     """Random elements of every space that may shrink; linked spaces keep equal numbers of different ones.
 
     Spaces over which something normalizes are left alone: there a zero is not the same as nothing.
@@ -50,7 +50,8 @@ def random_keep(program: Program, rng: np.random.Generator) -> Keep:
         spaces = [program.spaces[k] for k in group]
         least = min(s.size for s in spaces)
         touched = any(normalized[analysis.spaces[k].table].any() for k in group)
-        if touched or least < 2 or spaces[0].kind == "cells" or links.frozen & set(group):
+        kinds = {"units", "blocks"} if blocks else {"units"}
+        if touched or least < 2 or spaces[0].kind not in kinds or links.frozen & set(group):
             continue
         number = int(rng.integers(1, least))
         for s in spaces:

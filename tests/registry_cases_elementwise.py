@@ -146,11 +146,13 @@ def slope_per_unit(net: Sample) -> None:
 
 @case("PRelu", SCALED)
 def slope_per_channel(net: Sample) -> None:
-    net.read(net.op("PRelu", net.image(), net.positive((6, 1, 1))), image=True)
+    net.read(net.op("PRelu", net.picture(), net.positive((6, 1, 1))), image=True)
 
 
 # ---------------------------------------------------------------- several inputs
-def _two(op: str, *groups: str, positive: bool = False, coarse: dict[str, str] | None = None, **attributes: Any) -> None:
+def _two(
+    op: str, *groups: str, positive: bool = False, coarse: dict[str, str] | None = None, **attributes: Any
+) -> None:
     @case(op, *groups, name="two_branches", coarse=coarse)
     def write(net: Sample) -> None:
         a, b = (net.vector(positive=positive) for _ in range(2))

@@ -21,7 +21,7 @@ def merged_positions(net: Sample) -> None:
 @case("Reshape", FULL)  # (2, 6, 6, 6) flattened: 36 rows of the consumer per unit
 def flattened_channels(net: Sample) -> None:
     w = net.weight((216, 3), 216)
-    net.result(net.op("MatMul", net.op("Reshape", net.image(), net.const([0, -1])), w))
+    net.result(net.op("MatMul", net.op("Reshape", net.picture(), net.const([0, -1])), w))
 
 
 @case("Reshape", S)
@@ -37,7 +37,7 @@ def flatten(net: Sample) -> None:
 
 @case("Squeeze", FULL)
 def squeeze(net: Sample) -> None:
-    pooled = net.op("GlobalAveragePool", net.image())
+    pooled = net.op("GlobalAveragePool", net.picture())
     net.read(net.op("Squeeze", pooled, net.const([2, 3])))
 
 
@@ -48,7 +48,7 @@ def unsqueeze(net: Sample) -> None:
 
 @case("Transpose", FULL)
 def channels_last(net: Sample) -> None:
-    net.read(net.op("Transpose", net.image(), perm=[0, 2, 3, 1]))
+    net.read(net.op("Transpose", net.picture(), perm=[0, 2, 3, 1]))
 
 
 @case("Expand", FULL)
@@ -100,26 +100,26 @@ def added_ramp(net: Sample) -> None:
 
 @case("DepthToSpace", "S(2)", "cells 1")  # the four channels of a pixel block move together
 def depth_columns(net: Sample) -> None:
-    h = net.op("DepthToSpace", net.image(8), blocksize=2, mode="CRD")
+    h = net.op("DepthToSpace", net.picture(8), blocksize=2, mode="CRD")
     net.read(h, 2, "r", image=True)
 
 
 @case("DepthToSpace", "S(2)", "cells 1")
 def depth_rows(net: Sample) -> None:
-    h = net.op("DepthToSpace", net.image(8), blocksize=2, mode="DCR")
+    h = net.op("DepthToSpace", net.picture(8), blocksize=2, mode="DCR")
     net.read(h, 2, "r", image=True)
 
 
 @case("SpaceToDepth", FULL)
 def space(net: Sample) -> None:
-    net.read(net.op("SpaceToDepth", net.image(), blocksize=2), 24, "r", image=True)
+    net.read(net.op("SpaceToDepth", net.picture(), blocksize=2), 24, "r", image=True)
 
 
 def _resize(op: str, opset: int, name: str) -> None:
     @case(op, FULL, name=name, opset=opset)
     def write(net: Sample) -> None:
         scales = net.const(np.array([1, 1, 2, 2], np.float32))
-        inputs = [net.image(), scales] if opset < 11 else [net.image(), "", scales]
+        inputs = [net.picture(), scales] if opset < 11 else [net.picture(), "", scales]
         net.read(net.op(op, *inputs, mode="linear"), image=True)
 
 
@@ -131,7 +131,7 @@ _resize("Resize", 20, "scales_20")
 @case("Resize")  # the size stays, 6.9 is cut to 6, but the channels are interpolated
 def channels_by_a_little(net: Sample) -> None:
     scales = net.const(np.array([1, 1.15, 2, 2], np.float32))
-    net.read(net.op("Resize", net.image(), "", scales, mode="nearest"), image=True)
+    net.read(net.op("Resize", net.picture(), "", scales, mode="nearest"), image=True)
 
 
 # ---------------------------------------------------------------- what depends on positions or chance
@@ -305,17 +305,17 @@ def rows_from_outside(net: Sample) -> None:
 # ---------------------------------------------------------------- padding and repetition
 @case("Pad", FULL)
 def zeros_in_space(net: Sample) -> None:
-    net.read(net.op("Pad", net.image(), net.const([0, 0, 1, 1, 0, 0, 1, 1])), image=True)
+    net.read(net.op("Pad", net.picture(), net.const([0, 0, 1, 1, 0, 0, 1, 1])), image=True)
 
 
 @case("Pad", S)
 def ones_in_space(net: Sample) -> None:
-    net.read(net.op("Pad", net.image(), net.const([0, 0, 1, 1, 0, 0, 1, 1]), net.const(1.0)), image=True)
+    net.read(net.op("Pad", net.picture(), net.const([0, 0, 1, 1, 0, 0, 1, 1]), net.const(1.0)), image=True)
 
 
 @case("Pad", FULL)
 def mirror_in_space(net: Sample) -> None:
-    net.read(net.op("Pad", net.image(), net.const([1, 1, 1, 1]), "", net.const([2, 3]), mode="reflect"), image=True)
+    net.read(net.op("Pad", net.picture(), net.const([1, 1, 1, 1]), "", net.const([2, 3]), mode="reflect"), image=True)
 
 
 @case("Pad", FULL, PART)  # three further channels of zeros: their consumers' rows move too

@@ -93,19 +93,21 @@ def integer_matrix(net: Sample) -> None:
 def strided(net: Sample) -> None:
     w = net.weight((3, 6, 3, 3), 54)
     net.taken("h", w, 1)
-    net.result(net.op("Conv", net.image(), w, net.bias(3), kernel_shape=[3, 3], strides=[2, 2], auto_pad="SAME_UPPER"))
+    net.result(
+        net.op("Conv", net.picture(), w, net.bias(3), kernel_shape=[3, 3], strides=[2, 2], auto_pad="SAME_UPPER")
+    )
 
 
 @case("Conv", "(R>0^2) wr S(6)")
 def depthwise(net: Sample) -> None:
     w, b = net.weight((6, 1, 3, 3), 9), net.bias(6)
-    net.read(net.op("Relu", net.op("Conv", net.op("Relu", net.image()), w, b, group=6)), image=True)
+    net.read(net.op("Relu", net.op("Conv", net.op("Relu", net.picture()), w, b, group=6)), image=True)
 
 
 @case("Conv", "S(3)", "S(3)", "S(4)", "S(4)", "blocks S(2)")
 def grouped(net: Sample) -> None:
     w, b = net.weight((8, 3, 3, 3), 27), net.bias(8)
-    y = net.op("Sigmoid", net.op("Conv", net.op("Sigmoid", net.image()), w, b, group=2))
+    y = net.op("Sigmoid", net.op("Conv", net.op("Sigmoid", net.picture()), w, b, group=2))
     net.made("k", w, 0)
     net.made("k", b, 0)
     net.read(y, 8, "k", image=True)
@@ -114,27 +116,41 @@ def grouped(net: Sample) -> None:
 @case("Conv", "S(3)", "cells 1")  # coarse: the groups share one permutation of their channels
 def grouped_with_computed_weight(net: Sample) -> None:
     w = net.op("Mul", net.weight((8, 3, 3, 3), 27), net.const(0.5))
-    net.result(net.op("Conv", net.op("Sigmoid", net.image()), w, group=2))
+    net.result(net.op("Conv", net.op("Sigmoid", net.picture()), w, group=2))
+
+
+@case("Conv", "S(3)", "S(3)", "S(4)", "S(4)", "blocks S(2)")  # both inputs move with the weight
+def grouped_weight_used_twice(net: Sample) -> None:
+    w = net.weight((8, 3, 3, 3), 27)
+    parts = [net.op("Conv", net.op("Sigmoid", net.picture(units=u)), w, group=2) for u in ("h", "g")]
+    net.read(net.op("Sigmoid", net.op("Sub", *parts)), 8, "k", image=True)
+
+
+@case("Conv", "S(3)", "S(4)", "S(4)", "blocks S(2)", "cells 1")  # another use shares one permutation among groups
+def grouped_weight_used_otherwise(net: Sample) -> None:
+    w = net.weight((8, 3, 3, 3), 27)
+    net.read(net.op("Sigmoid", net.op("Conv", net.op("Sigmoid", net.picture()), w, group=2)), 8, "k", image=True)
+    net.read(net.op("ReduceSum", w, net.const([0, 2, 3]), keepdims=0), 3, "sums")
 
 
 @case("ConvTranspose", FULL)
 def upsampling(net: Sample) -> None:
     w = net.weight((6, 3, 2, 2), 24)
     net.taken("h", w, 0)
-    net.result(net.op("ConvTranspose", net.image(), w, net.bias(3), strides=[2, 2]))
+    net.result(net.op("ConvTranspose", net.picture(), w, net.bias(3), strides=[2, 2]))
 
 
 @case("ConvTranspose", "S(3)", "S(3)", "S(4)", "S(4)", "blocks S(2)")
 def grouped_upsampling(net: Sample) -> None:
     w, b = net.weight((6, 4, 2, 2), 24), net.bias(8)
-    y = net.op("Sigmoid", net.op("ConvTranspose", net.op("Sigmoid", net.image()), w, b, group=2))
+    y = net.op("Sigmoid", net.op("ConvTranspose", net.op("Sigmoid", net.picture()), w, b, group=2))
     net.made("k", b, 0)
     net.read(y, 8, "k", image=True)
 
 
 @case("ConvInteger", S, S)
 def integer_kernel(net: Sample) -> None:
-    q = net.op("QuantizeLinear", net.image(), net.const(0.02), net.const(np.uint8(128)))
+    q = net.op("QuantizeLinear", net.picture(), net.const(0.02), net.const(np.uint8(128)))
     w = net.const(net.rng.integers(-60, 60, (6, 6, 1, 1)).astype(np.uint8))
     net.taken("h", w, 1)
     net.made("k", w, 0)
@@ -146,7 +162,7 @@ def integer_kernel(net: Sample) -> None:
 def _pool(op: str, group: str, *, coarse: dict[str, str] | None = None, **attributes: Any) -> None:
     @case(op, group, name="image", coarse=coarse)
     def write(net: Sample) -> None:
-        net.read(net.op(op, net.image(), **attributes), image=True)
+        net.read(net.op(op, net.picture(), **attributes), image=True)
 
 
 _pool("GlobalAveragePool", FULL)
@@ -159,7 +175,7 @@ _pool("GlobalLpPool", FULL, p=2)
 
 @case("MaxPool")
 def with_indices(net: Sample) -> None:
-    values, indices = net.multi("MaxPool", [net.image()], 2, kernel_shape=[2, 2], strides=[2, 2])
+    values, indices = net.multi("MaxPool", [net.picture()], 2, kernel_shape=[2, 2], strides=[2, 2])
     net.result(values)
     net.result(indices, TensorProto.INT64)
 
@@ -167,30 +183,30 @@ def with_indices(net: Sample) -> None:
 @case("MaxRoiPool", SCALED)
 def regions(net: Sample) -> None:
     rois = net.const(np.array([[0, 0, 0, 3, 3], [1, 1, 1, 5, 5]], np.float32))
-    net.read(net.op("MaxRoiPool", net.image(), rois, pooled_shape=[2, 2]), image=True)
+    net.read(net.op("MaxRoiPool", net.picture(), rois, pooled_shape=[2, 2]), image=True)
 
 
 @case("RoiAlign", SCALED, coarse={"h:sign": "averages keep signs, but maxima, the other mode, do not"})
 def aligned_regions(net: Sample) -> None:
     rois = net.const(np.array([[0, 0, 3, 3], [1, 1, 5, 5]], np.float32))
-    out = net.op("RoiAlign", net.image(), rois, net.const([0, 1]), output_height=2, output_width=2)
+    out = net.op("RoiAlign", net.picture(), rois, net.const([0, 1]), output_height=2, output_width=2)
     net.read(out, image=True)
 
 
 @case("LRN")
 def neighbours(net: Sample) -> None:
-    net.read(net.op("LRN", net.image(), size=3, alpha=1.0), image=True)
+    net.read(net.op("LRN", net.picture(), size=3, alpha=1.0), image=True)
 
 
 # ---------------------------------------------------------------- normalizations
 @case("BatchNormalization", "(R>0^2 x ±1^2) wr S(6)")  # into it and out of it
 def inference(net: Sample) -> None:
-    net.read(net.batch_norm(net.image(), 6), image=True)
+    net.read(net.batch_norm(net.picture(), 6), image=True)
 
 
 @case("BatchNormalization", FULL)
 def before_an_activation(net: Sample) -> None:
-    net.read(net.op("Sigmoid", net.batch_norm(net.image(), 6)), image=True)
+    net.read(net.op("Sigmoid", net.batch_norm(net.picture(), 6)), image=True)
 
 
 @case("BatchNormalization")
@@ -223,14 +239,14 @@ def statistics_over_units(net: Sample) -> None:
 
 @case("InstanceNormalization", "B(6)")
 def per_channel(net: Sample) -> None:
-    y = net.op("InstanceNormalization", net.image(), net.positive((6,)), net.bias(6))
+    y = net.op("InstanceNormalization", net.picture(), net.positive((6,)), net.bias(6))
     net.read(net.op("Sigmoid", y), image=True)
 
 
 def _groups(name: str, opset: int, size: int) -> None:
     @case("GroupNormalization", "S(3)", "S(3)", "blocks S(2)", name=name, opset=opset)
     def write(net: Sample) -> None:
-        y = net.op("GroupNormalization", net.image(), net.positive((size,)), net.bias(size), num_groups=2)
+        y = net.op("GroupNormalization", net.picture(), net.positive((size,)), net.bias(size), num_groups=2)
         net.read(net.op("Sigmoid", y), image=True)
 
 
@@ -255,7 +271,7 @@ def unit_length(net: Sample) -> None:
 
 @case("MeanVarianceNormalization", S, coarse={"h:sign": "the statistics are per channel only for the usual axes"})
 def per_channel_statistics(net: Sample) -> None:
-    net.read(net.op("MeanVarianceNormalization", net.image(), axes=[0, 2, 3]), image=True)
+    net.read(net.op("MeanVarianceNormalization", net.picture(), axes=[0, 2, 3]), image=True)
 
 
 @case("Hardmax")
@@ -312,7 +328,7 @@ def _ordered(op: str, outputs: int, inputs: tuple[Any, ...] = (), **attributes: 
     @case(op, "S(3)", "cells 1", name="over_heads")  # the heads stay, their positions share one permutation
     def heads(net: Sample) -> None:
         h = net.op("Reshape", net.sequence(), net.const([2, 5, 2, 3]))
-        at = {k: 2 for k in attributes}
+        at: dict[str, Any] = dict.fromkeys(attributes, 2)
         values = net.multi(op, [h, *(net.const(np.full_like(v, 2)) for v in inputs)], outputs, **at)
         flat = net.op("Reshape", net.op("Cast", values[-1], to=TensorProto.FLOAT), net.const([2, 5, -1]))
         net.read(flat, 3 if op.startswith("Arg") else 6)

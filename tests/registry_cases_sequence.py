@@ -60,7 +60,7 @@ def lengths(net: Sample) -> None:
     net.read(recurrent(net, "RNN", 1, (net.const(np.array([1, 2, 2, 1, 2], np.int32)),))[0], 5, "u")
 
 
-# ---------------------------------------------------------------- attention: q and k share units, so do v and its readers
+# ---------------------------------------------------------------- attention: q and k share units, v and its readers
 HEADS = ("R* wr S(3)",) * 4 + ("blocks S(2)",)
 
 
@@ -82,7 +82,7 @@ def three_axes(net: Sample) -> None:
 def causal_with_mask(net: Sample) -> None:
     q, k, v = net.sequence(units="q"), _keys(net), net.sequence(units="v")
     mask = net.const(net.normal((5, 5), 1.0))
-    heads = {"q_num_heads": 2, "kv_num_heads": 2}
+    heads: dict[str, Any] = {"q_num_heads": 2, "kv_num_heads": 2}
     net.read(net.op("Attention", q, k, v, mask, is_causal=1, scale=0.4, softcap=2.0, **heads), 6, "v")
 
 
@@ -219,7 +219,7 @@ def quantized_matrix(net: Sample) -> None:
 def _qlinear_conv(name: str, group: int, *spaces: str) -> None:
     @case("QLinearConv", *spaces, name=name)
     def write(net: Sample) -> None:
-        q = net.op("QuantizeLinear", net.image(), number(net, 0.02), net.const(np.uint8(120)))
+        q = net.op("QuantizeLinear", net.picture(), number(net, 0.02), net.const(np.uint8(120)))
         w = net.const(net.rng.integers(-60, 60, (8, 6 // group, 1, 1)).astype(np.int8))
         s, z = net.const(net.rng.uniform(0.01, 0.03, 8).astype(np.float32)), net.const(np.zeros(8, np.int8))
         b = net.const(net.rng.integers(-300, 300, 8).astype(np.int32))

@@ -78,7 +78,7 @@ class Sample(Net):
         self.made(units, b, 0)
         return self.op("Add", self.op("MatMul", x, w), b)
 
-    def image(self, n: int = 6, units: str = "h") -> str:
+    def picture(self, n: int = 6, units: str = "h") -> str:
         """(2, n, 6, 6) from the input (2, 3, 6, 6)."""
         w, b = self.weight((n, 3, 3, 3), 27), self.bias(n)
         self.made(units, w, 0)

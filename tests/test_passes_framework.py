@@ -1,14 +1,13 @@
-"""The pass framework: options, text form, registry, and a pipeline that undoes what breaks its promise."""
+"""The pipeline: it verifies, measures, undoes what breaks its promise, and reports."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -18,28 +17,19 @@ from cipm_ir.api import load
 from cipm_ir.errors import InputError, OptionError, VerificationError
 from cipm_ir.passes import base, registry
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
-from cipm_ir.passes.options import options_of
 from cipm_ir.passes.pipeline import RolledBack, run_passes
 from cipm_ir.passes.report import as_plain
-from cipm_ir.passes.text import parse_passes, print_passes
 from cipm_ir.symmetry.program import Program
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits" / "digits.onnx"
 
 
-@registry.register("toy")
+@registry.register("toy-idle")
 @dataclass(frozen=True)
-class Toy(Pass):
-    """Does nothing; has an option of every type."""
+class Idle(Pass):
+    """Does nothing."""
 
-    macs: float | None = option(None, "fraction that may remain", above=0, high=1)
-    scope: str = option("global", "where to rank", choices=("local", "global"))
-    norm: Literal["l1", "l2"] = "l2"
-    round_to: int = option(1, "widths are multiples of this", low=1)
-    exact: bool = True
-    include: tuple[str, ...] = ()
-    window: tuple[int, float] = (1, 2.0)
-    label: str | None = None
+    names: tuple[str, ...] = ()
 
     def run(self, program: Program, ctx: Context) -> PassResult:
         return PassResult(program, False)
@@ -76,7 +66,7 @@ class Move(Pass):
 
 @registry.register("toy-needs-moved")
 @dataclass(frozen=True)
-class NeedsMoved(Toy):
+class NeedsMoved(Idle):
     """Runs only after toy-move."""
 
     requires: ClassVar[frozenset[str]] = frozenset({"moved"})
@@ -122,167 +112,14 @@ def program() -> Program:
     return load(DIGITS)
 
 
-# --- text -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "made"),
-    [
-        ("toy", Toy()),
-        (" toy { } ", Toy()),
-        ("toy{macs=0.5, scope=local}", Toy(macs=0.5, scope="local")),
-        ("toy{macs=1}", Toy(macs=1.0)),
-        ("toy{macs=none}", Toy()),
-        ("toy{round-to=8,exact=False}", Toy(round_to=8, exact=False)),
-        ("toy{include=a}", Toy(include=("a",))),
-        ("toy{include=(a/b.c[*], 'd')}", Toy(include=("a/b.c[*]", "'d'"))),
-        ('toy{include=("x, y={", "q\\"\\\\")}', Toy(include=("x, y={", 'q"\\'))),
-        ("toy{include=()}", Toy()),
-        ("toy{window=(3, 4)}", Toy(window=(3, 4.0))),
-        ("toy{label=none}", Toy(label=None)),
-        ('toy{label="none"}', Toy(label="none")),
-        ('toy{label="5"}', Toy(label="5")),
-        ('toy{label="true"}', Toy(label="true")),
-        ("toy{label=}", None),
-        ("toy{norm=L1}", Toy(norm="l1")),
-        ("toy{macs=1e-3}", Toy(macs=1e-3)),
-    ],
-)
-def test_text_is_read_and_printed(text: str, made: Toy | None) -> None:
-    if made is None:
-        with pytest.raises(OptionError, match="where a value should be"):
-            parse_passes(text)
-        return
-    assert parse_passes(text) == (made,)
-    assert parse_passes(str(made)) == (made,)
-
-
-def test_a_pipeline_is_read_and_printed() -> None:
-    passes = parse_passes(["toy{macs=0.5}, toy-move", Scale(2.0), Move, "toy"])
-    assert passes == (Toy(macs=0.5), Move(), Scale(2.0), Move(), Toy())
-    assert print_passes(passes) == "toy{macs=0.5}, toy-move, toy-scale{factor=2.0}, toy-move, toy"
-    assert parse_passes(print_passes(passes)) == passes
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("", ["where the name of a pass should be"]),
-        ("toy,", ["where the name of a pass should be"]),
-        ("toi", ["no pass named 'toi'", "toy"]),
-        ("toy{", ["column 5"]),
-        ("toy{macs=0.5", ["'}' should be"]),
-        ("toy}", ["column 4", "'}'"]),
-        ("toy toy", ["comma"]),
-        ("toy{macs}", ["'=' should be"]),
-        ("toy{mac=0.5}", ["'toy'", "'mac'", "did you mean macs?"]),
-        ("toy{zzz=0.5}", ["'toy'", "'zzz'", "it takes macs, scope"]),
-        ("toy-move{a=1}", ["'toy-move'", "takes none"]),
-        ("toy{macs=half}", ["'toy'", "'macs'", "a number above 0 and at most 1, or none", "'half'"]),
-        ("toy{macs=0}", ["'macs'", "above 0"]),
-        ("toy{macs=1.5}", ["'macs'", "at most 1"]),
-        ("toy{macs=nan}", ["'macs'"]),
-        ("toy{macs=(0.5, 1)}", ["'macs'"]),
-        ('toy{macs="0.5"}', ["'macs'"]),
-        ("toy{scope=here}", ["'scope'", "one of local, global", "'here'"]),
-        ("toy{norm=l3}", ["'norm'", "l1, l2"]),
-        ("toy{round_to=0.5}", ["'round_to'", "a whole number at least 1"]),
-        ("toy{exact=yes}", ["'exact'", "true or false"]),
-        ("toy{window=(1)}", ["'window'"]),
-        ("toy{macs=0.5, macs=0.6}", ["given twice"]),
-        ('toy{label="open}', ["quote"]),
-    ],
-)
-def test_bad_text_is_named(text: str, words: list[str]) -> None:
-    with pytest.raises(OptionError) as caught:
-        parse_passes(text)
-    message = str(caught.value)
-    assert all(word in message for word in words), message
-    assert "\n" not in message and message.endswith((".", "?"))
-
-
-def test_options_are_checked_in_python_too() -> None:
-    for options in ({"macs": 2}, {"macs": "0.5"}, {"exact": 1}, {"round_to": True}, {"round_to": 1.5}, {"include": 3}):
-        with pytest.raises(OptionError, match=next(iter(options))):
-            Toy(**options)
-    assert Toy(include="stem").include == ("stem",)  # type: ignore[arg-type]
-    assert isinstance(Toy(macs=1).macs, float)
-    for wrong in (3, [3], None):
-        with pytest.raises(OptionError, match="passes= takes"):
-            parse_passes(wrong)  # type: ignore[arg-type]
-
-
-# --- registry -------------------------------------------------------------------------------------
-
-
-def test_a_name_is_taken_once() -> None:
-    @dataclass(frozen=True)
-    class Other(Toy):
-        """Wants a name that is taken."""
-
-    with pytest.raises(OptionError, match="exists already"):
-        registry.register("toy")(Other)
-    with pytest.raises(OptionError, match="lower-case"):
-        registry.register("Not A Name")(Other)
-    assert registry.lookup("toy") is Toy
-
-
-def test_only_frozen_dataclasses_that_are_passes() -> None:
-    class Plain(Toy):
-        """Forgot the decorator."""
-
-    with pytest.raises(OptionError, match="dataclass"):
-        registry.register("toy-plain")(Plain)
-    with pytest.raises(OptionError, match="subclass"):
-        registry.register("toy-int")(int)  # type: ignore[type-var]
-
-
-def test_listing_tells_options() -> None:
-    (entry,) = (line for line in registry.listing() if line.name == "toy")
-    assert entry.doc == "Does nothing; has an option of every type."
-    assert [found.name for found in entry.options] == [found.name for found in options_of(Toy)]
-    assert entry.options[1].allowed == "one of local, global"
-    assert {"clean-up", "fold-batch-norm"} <= set(registry.names())
-
-
-class Point:
-    """Stands in for an installed entry point."""
-
-    def __init__(self, name: str, loaded: Any) -> None:
-        self.name, self.value, self.loaded, self.dist = name, "other.module:Class", loaded, None
-
-    def load(self) -> Any:
-        if isinstance(self.loaded, Exception):
-            raise self.loaded
-        return self.loaded
-
-
-def test_entry_points_of_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    @dataclass(frozen=True)
-    class Foreign(Pass):
-        """From elsewhere."""
-
-        def run(self, program: Program, ctx: Context) -> PassResult:
-            return PassResult(program, False)
-
-    points = [Point("foreign", Foreign), Point("broken", ImportError("no module named x"))]
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: points if group == registry.GROUP else [])
-    monkeypatch.setattr(registry, "_PASSES", dict(registry._PASSES))
-    assert parse_passes("foreign") == (Foreign(),)
-    with pytest.raises(OptionError, match=r"'broken'.*no module named x"):
-        registry.lookup("broken")
-    faults = {line.name: line.fault for line in registry.listing()}
-    assert faults["broken"] and not faults["foreign"] and not faults["toy"]
-
-
 # --- pipeline -------------------------------------------------------------------------------------
 
 
 def test_an_exact_pass_is_verified(program: Program) -> None:
-    outcome = run_passes(program, "toy-move, toy")
-    move, toy = outcome.report.steps
+    outcome = run_passes(program, "toy-move, toy-idle")
+    move, idle = outcome.report.steps
     assert move.changed and move.checked == "verified" and move.error is not None and move.error < 1e-5
-    assert not toy.changed and toy.error == 0.0
+    assert not idle.changed and idle.error == 0.0
     assert outcome.witness[0].name == "toy-move" and set(outcome.witness[0].data) == {s.name for s in program.spaces}
     assert outcome.report.error == move.error
     assert outcome.program is not program
@@ -351,7 +188,7 @@ def test_same_seed_same_result(program: Program) -> None:
 
 def test_progress_goes_from_nothing_to_done(program: Program) -> None:
     seen: list[tuple[str, float | None]] = []
-    run_passes(program, "toy-move, toy", verify=False, progress=lambda what, part: seen.append((what, part)))
+    run_passes(program, "toy-move, toy-idle", verify=False, progress=lambda what, part: seen.append((what, part)))
     parts = [part for _, part in seen if part is not None]
     assert parts == sorted(parts) and parts[0] == 0.0 and parts[-1] == 1.0
     assert ("toy-move: drawing", 0.25) in seen
@@ -368,16 +205,16 @@ def test_data_is_used_and_checked_first(program: Program, rng: np.random.Generat
     cases = [step.verification.cases for step in report.steps if step.verification is not None]
     assert cases == [4, 4] and report.verification is not None and report.verification.cases == 4
     with pytest.raises(InputError, match="no array for input 'images'"):
-        run_passes(program, "toy", data={"x": images})
+        run_passes(program, "toy-idle", data={"x": images})
     with pytest.raises(InputError, match="no samples"):
-        run_passes(program, "toy", data=[])
+        run_passes(program, "toy-idle", data=[])
 
 
 def test_nan_and_contradicting_shapes_are_refused_at_the_start(program: Program) -> None:
     array = weight_of(program, "classifier.bias").copy()
     array[3] = np.nan
     with pytest.raises(InputError, match=r"'classifier\.bias' holds NaN"):
-        run_passes(program.refit({"classifier.bias": array}), "toy")
+        run_passes(program.refit({"classifier.bias": array}), "toy-idle")
 
 
 def test_a_model_without_kernel_is_reported_as_not_verified() -> None:
@@ -393,13 +230,13 @@ def test_a_model_without_kernel_is_reported_as_not_verified() -> None:
 
 
 def test_report_is_plain_text_and_json(program: Program) -> None:
-    report = run_passes(program, "toy-move, toy{include=(a[0],)}").report
+    report = run_passes(program, "toy-move, toy-idle{names=(a[0],)}").report
     text = str(report)
-    assert "\x1b" not in text and "toy{include=(a[0],)}" in text and "in all" in text
+    assert "\x1b" not in text and "toy-idle{names=(a[0],)}" in text and "in all" in text
     assert max(map(len, text.splitlines())) <= 120
     made = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert made["before"]["parameters"] == program.parameters
-    assert [step["name"] for step in made["passes"]] == ["toy-move", "toy{include=(a[0],)}"]
+    assert [step["name"] for step in made["passes"]] == ["toy-move", "toy-idle{names=(a[0],)}"]
     assert len(made["spaces"]) == len(program.spaces)
 
 

@@ -163,7 +163,9 @@ def branch(nodes: list[tuple[str, list[str]]], name: str) -> object:
 def captured_value(net: Sample) -> str:
     """The branches read a hidden value."""
     h = net.vector()
-    return net.op("If", condition(net), then_branch=branch([("Relu", [h])], "a"), else_branch=branch([("Neg", [h])], "b"))
+    return net.op(
+        "If", condition(net), then_branch=branch([("Relu", [h])], "a"), else_branch=branch([("Neg", [h])], "b")
+    )
 
 
 def captured_parameter(net: Sample) -> str:

@@ -125,22 +125,22 @@ def slice_pairs_inputs(net: Sample) -> None:
 
 @form("Pad", FULL, 7, 10)
 def pad_attribute(net: Sample) -> None:
-    net.read(net.op("Pad", net.image(), pads=[0, 0, 1, 1, 0, 0, 1, 1]), image=True)
+    net.read(net.op("Pad", net.picture(), pads=[0, 0, 1, 1, 0, 0, 1, 1]), image=True)
 
 
 @form("Pad", FULL, 11, 13, 18)
 def pad_input(net: Sample) -> None:
-    net.read(net.op("Pad", net.image(), net.const([0, 0, 1, 1, 0, 0, 1, 1]), net.const(0.0)), image=True)
+    net.read(net.op("Pad", net.picture(), net.const([0, 0, 1, 1, 0, 0, 1, 1]), net.const(0.0)), image=True)
 
 
 @form("Pad", FULL, 18)
 def pad_axes(net: Sample) -> None:
-    net.read(net.op("Pad", net.image(), net.const([1, 1, 1, 1]), "", net.const([-1, 2])), image=True)
+    net.read(net.op("Pad", net.picture(), net.const([1, 1, 1, 1]), "", net.const([-1, 2])), image=True)
 
 
 @form("Pad", S, 10)
 def pad_value_attribute(net: Sample) -> None:
-    net.read(net.op("Pad", net.image(), pads=[0, 0, 1, 1, 0, 0, 1, 1], value=1.0), image=True)
+    net.read(net.op("Pad", net.picture(), pads=[0, 0, 1, 1, 0, 0, 1, 1], value=1.0), image=True)
 
 
 @form("TopK", (), 9)
@@ -159,52 +159,52 @@ SCALES = np.array([1, 1, 2, 2], np.float32)
 
 @form("Upsample", FULL, 8)
 def upsample_attribute(net: Sample) -> None:
-    net.read(net.op("Upsample", net.image(), scales=SCALES.tolist()), image=True)
+    net.read(net.op("Upsample", net.picture(), scales=SCALES.tolist()), image=True)
 
 
 @form("Upsample", FULL, 9)
 def upsample_input(net: Sample) -> None:
-    net.read(net.op("Upsample", net.image(), net.const(SCALES)), image=True)
+    net.read(net.op("Upsample", net.picture(), net.const(SCALES)), image=True)
 
 
 @form("Resize", FULL, 10)
 def resize_ten(net: Sample) -> None:
-    net.read(net.op("Resize", net.image(), net.const(SCALES)), image=True)
+    net.read(net.op("Resize", net.picture(), net.const(SCALES)), image=True)
 
 
 @form("Resize", FULL, 11)
 def resize_eleven(net: Sample) -> None:
-    net.read(net.op("Resize", net.image(), net.const(np.zeros(0, np.float32)), net.const(SCALES)), image=True)
+    net.read(net.op("Resize", net.picture(), net.const(np.zeros(0, np.float32)), net.const(SCALES)), image=True)
 
 
 @form("Resize", FULL, 13, 18)
 def resize_sizes(net: Sample) -> None:
-    net.read(net.op("Resize", net.image(), "", "", net.const([2, 6, 9, 9])), image=True)
+    net.read(net.op("Resize", net.picture(), "", "", net.const([2, 6, 9, 9])), image=True)
 
 
 @form("Resize", FULL, 18)
 def resize_axes(net: Sample) -> None:
-    net.read(net.op("Resize", net.image(), "", net.const(SCALES[2:]), axes=[2, 3]), image=True)
+    net.read(net.op("Resize", net.picture(), "", net.const(SCALES[2:]), axes=[2, 3]), image=True)
 
 
 @form("MaxPool", SCALED, 8, 10, 12, 22)
 def max_pool(net: Sample) -> None:
-    net.read(net.op("MaxPool", net.image(), kernel_shape=[2, 2], strides=[2, 2]), image=True)
+    net.read(net.op("MaxPool", net.picture(), kernel_shape=[2, 2], strides=[2, 2]), image=True)
 
 
 @form("AveragePool", FULL, 7, 10, 11, 19)
 def average_pool(net: Sample) -> None:
-    net.read(net.op("AveragePool", net.image(), kernel_shape=[3, 3], pads=[1] * 4, count_include_pad=1), image=True)
+    net.read(net.op("AveragePool", net.picture(), kernel_shape=[3, 3], pads=[1] * 4, count_include_pad=1), image=True)
 
 
 @form("BatchNormalization", "(R>0^2 x ±1^2) wr S(6)", 7, 9, 14, 15)
 def batch_normalization(net: Sample) -> None:
-    net.read(net.batch_norm(net.image(), 6), image=True)
+    net.read(net.batch_norm(net.picture(), 6), image=True)
 
 
 @form("InstanceNormalization", SIGNED, 6, 22)
 def instance_normalization(net: Sample) -> None:
-    y = net.op("InstanceNormalization", net.image(), net.positive((6,)), net.bias(6))
+    y = net.op("InstanceNormalization", net.picture(), net.positive((6,)), net.bias(6))
     net.read(net.op("Sigmoid", y), image=True)
 
 

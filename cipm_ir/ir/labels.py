@@ -22,9 +22,9 @@ ZERO = 0
 """The scale variable that is zero everywhere: values whose scale and sign are fixed."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Factor:
-    """Labels over some axes of a value.
+    """Labels over some axes of a value. Never changed; not frozen only because that makes creation several times slower.
 
     ``axes`` ascend; ``labels`` has one dimension per axis, with the sizes of those axes. ``var`` is the variable of
     the scale system: the log-scale (and the sign) of a position is a function of its atom, ``l_var(atom)``, and the
@@ -55,7 +55,7 @@ class Factor:
         return np.moveaxis(self.labels, self.axes.index(axis), 0).reshape(self.labels.shape[self.axes.index(axis)], -1)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class State:
     """Concrete shape of a value, its factors (over disjoint axes) and its uniform axes."""
 

@@ -148,9 +148,16 @@ class OpContext:
         self.rec.unify(a.labels, b.labels)
 
     def grouped(self, index: int, axis: int, groups: int) -> Factor | None:
-        """Joint labels (groups, size) for axis ``axis`` of a parameter; None where the input is computed."""
-        if self.seeds is None or self.node.inputs[index] is None:
+        """Joint labels (groups, size) for axis ``axis`` of a parameter.
+
+        None where the input is computed, or where another use of the parameter knows nothing of the groups.
+        """
+        value = self.node.inputs[index]
+        if self.seeds is None or value is None:
             return None
+        for node, position in value.uses():
+            if (node.op_type, position, attribute(node, "group", 1)) != (self.node.op_type, index, groups):
+                return None
         return self.seeds.grouped(self.node, index, axis, groups)
 
     def variance(self, index: int, epsilon: float) -> None:

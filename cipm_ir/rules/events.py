@@ -5,6 +5,7 @@ Nothing is decided here. The recorder appends arrays; `cipm_ir.symmetry` turns t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from cipm_ir.ir.labels import ZERO, Factor, Labels, mix, occurrence_rank
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Unification:
     """Atoms ``a[k]`` and ``b[k]`` move together; the two sides of an event are told apart."""
 
@@ -21,7 +22,7 @@ class Unification:
     node: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Pin:
     """Atoms that must not move, and why."""
 
@@ -30,7 +31,7 @@ class Pin:
     reason: str
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Link:
     """Block labels: ``parents[k]`` moves as a whole with its ``children[k, :]``."""
 
@@ -39,7 +40,7 @@ class Link:
     axes: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Equation:
     """``sum(coefficient * l_var(atom)) == 0`` for every atom in ``labels``.
 
@@ -54,7 +55,7 @@ class Equation:
     inexact: bool = False
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Contraction:
     """Both operands of a node are summed over these atoms (equal shapes)."""
 
@@ -89,10 +90,10 @@ class Recorder:
 
     def allocate(self, *shape: int) -> Labels:
         """New atoms for a parameter; the caller keeps the book of them."""
-        count = int(np.prod(shape))
-        labels = np.arange(self.atoms, self.atoms + count, dtype=np.int64).reshape(shape)
+        count = math.prod(shape)
+        labels = np.arange(self.atoms, self.atoms + count, dtype=np.int64)
         self.atoms += count
-        return labels
+        return labels if len(shape) == 1 else labels.reshape(shape)
 
     def variable(self) -> int:
         """A new variable of the scale system."""

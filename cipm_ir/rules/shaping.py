@@ -164,8 +164,8 @@ def resize(op: OpContext) -> None:
     state, out = op.state(0), op.shape()
     if op.attr("coordinate_transformation_mode", "half_pixel") in ("tf_crop_and_resize", b"tf_crop_and_resize"):
         raise Opaque("Resize with a crop")
-    scaled = _scaled_axes(op, state.rank)
-    state = op.without(state, [a for a in range(state.rank) if state.shape[a] != out[a] or a in scaled], "interpolated axis")
+    changed = _scaled_axes(op, state.rank) | {a for a in range(state.rank) if state.shape[a] != out[a]}
+    state = op.without(state, sorted(changed), "interpolated axis")
     for k in range(1, len(op.node.inputs)):
         op.pin(op.optional(k), "scales or sizes of Resize")
     factors = list(state.factors)

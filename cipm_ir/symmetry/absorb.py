@@ -126,7 +126,11 @@ def _refuse_borders(analysis: Analysis, inside: np.ndarray) -> None:
     for node in walk.nodes:
         averages = node.op_type == "AveragePool" and attribute(node, "count_include_pad", 0)
         state = walk.states.get(node.inputs[0].name or "") if node.inputs and node.inputs[0] is not None else None
-        if (averages or node.op_type == "Pad") and state is not None and any(inside[of[f.labels]].any() for f in state.factors):
+        if (
+            (averages or node.op_type == "Pad")
+            and state is not None
+            and any(inside[of[f.labels]].any() for f in state.factors)
+        ):
             raise SymmetryError(
                 f"{node.op_type} {node.name} pads with zeros, so a constant shift of its input is not constant at the border."
             )

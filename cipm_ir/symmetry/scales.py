@@ -12,10 +12,10 @@ import numpy as np
 
 from cipm_ir.ir.labels import Labels
 from cipm_ir.rules.events import Equation
-from cipm_ir.symmetry.classes import Classes, components
+from cipm_ir.symmetry.classes import Classes, Flags, components, unique_pairs
 from cipm_ir.symmetry.linear import Term, collect, nullspace, nullspace_f2
 from cipm_ir.symmetry.spaces import RawSpace
-from cipm_ir.symmetry.walk import Walk
+from cipm_ir.symmetry.walk import FLOATS, Walk
 
 Vector = tuple[int, ...]
 
@@ -39,27 +39,49 @@ def solve_scales(walk: Walk, classes: Classes, spaces: list[RawSpace]) -> list[D
         if space.kind != "blocks" and space.table.shape[1] == 1:
             space_of[space.table[0, 0]] = k
     leaf_space, leaf_var = _leaf_variables(walk, classes, space_of)
-    equations, at = _touched(walk, classes, space_of)
-    scale = _Components(equations, at, leaf_space, leaf_var, len(spaces), signed=True)
-    sign = _Components(equations, at, leaf_space, leaf_var, len(spaces), signed=False)
+    equation, at = _touched(walk, classes, space_of)
+    table = _Table.of(walk.rec.equations)
+    scale = _Components(table, equation, at, leaf_space, leaf_var, len(spaces), signed=True)
+    sign = _Components(table, equation, at, leaf_space, leaf_var, len(spaces), signed=False)
     tainted: dict[int, set[int]] = {}
-    for eq, touched in zip(equations, at, strict=True):
-        if eq.inexact:
-            for k in touched:
-                tainted.setdefault(k, set()).add(eq.terms[0][0])
-    by_space: dict[int, list[int]] = {}
-    for k, v in zip(leaf_space.tolist(), leaf_var.tolist(), strict=True):
-        by_space.setdefault(k, []).append(v)
+    rounding = table.inexact[equation]
+    for k, v in zip(at[rounding].tolist(), table.variable[equation[rounding], 0].tolist(), strict=True):
+        tainted.setdefault(k, set()).add(v)
+    bounds = np.searchsorted(leaf_space, np.arange(len(spaces) + 1))
     out = []
     for k in range(len(spaces)):
-        variables = by_space.get(k)
-        if variables is None:
+        span = slice(int(bounds[k]), int(bounds[k + 1]))
+        if span.start == span.stop:
             out.append(Directions())
             continue
-        n, exponents, exact = scale.directions(k, variables, tainted.get(k, set()))
-        j, signs, _ = sign.directions(k, variables, set())
+        n, exponents, exact = scale.directions(k, span, tainted.get(k, set()))
+        j, signs, _ = sign.directions(k, span, set())
         out.append(Directions(n, j, exponents, signs, exact))
     return out
+
+
+@dataclass
+class _Table:
+    """Equations of at most two terms as arrays; longer ones are kept as they are."""
+
+    equations: list[Equation]
+    terms: Labels
+    variable: Labels
+    coefficient: Labels
+    scale: Flags
+    sign: Flags
+    inexact: Flags
+
+    @classmethod
+    def of(cls, equations: list[Equation]) -> _Table:
+        collected = [
+            eq.terms if len({v for v, _ in eq.terms}) == len(eq.terms) else collect(eq.terms) for eq in equations
+        ]
+        padded = [(*t[:2], (0, 0), (0, 0))[:2] for t in collected]
+        pairs = np.asarray(padded, np.int64).reshape(-1, 2, 2)
+        flags = np.asarray([(eq.scale, eq.sign, eq.inexact) for eq in equations], bool).reshape(-1, 3)
+        length = np.asarray([len(t) for t in collected], np.int64)
+        return cls(equations, length, pairs[:, :, 0], pairs[:, :, 1], flags[:, 0], flags[:, 1], flags[:, 2])
 
 
 class _Components:
@@ -71,123 +93,118 @@ class _Components:
 
     def __init__(
         self,
-        equations: list[Equation],
-        at: list[list[int]],
+        table: _Table,
+        equation: Labels,
+        at: Labels,
         leaf_space: Labels,
         leaf_var: Labels,
         count: int,
         *,
         signed: bool,
     ) -> None:
-        self.count, self.signed = count, signed
-        ones: list[int] = []
-        pairs: list[tuple[int, int]] = []
-        flips: list[bool] = []
+        self.count, self.signed, self.variable = count, signed, leaf_var
+        holds = (table.scale if signed else table.sign)[equation] & ~table.inexact[equation]
+        equation, at = equation[holds], at[holds]
+        length, c = table.terms[equation], table.coefficient[equation]
+        if not signed:  # even coefficients vanish
+            c = c % 2
+            long = length > 2
+            length = np.where(long, length, np.count_nonzero(c, axis=1))
+        unknown = table.variable[equation] * count + at[:, None]
+        one = length == 1
+        two = (length == 2) & (np.abs(c[:, 0]) == np.abs(c[:, 1]))
         self.rest: dict[int, list[list[Term]]] = {}
-        for eq, touched in zip(equations, at, strict=True):
-            if eq.inexact or not (eq.scale if signed else eq.sign):
-                continue
-            terms = collect(eq.terms) if signed else collect((v, c % 2) for v, c in eq.terms)
-            if not signed:
-                terms = [(v, 1) for v, c in terms if c % 2]
-            if not terms:
-                continue
-            if len(terms) == 1:
-                ones.extend(terms[0][0] * count + k for k in touched)
-            elif len(terms) == 2 and abs(terms[0][1]) == abs(terms[1][1]):
-                (v, c), (w, d) = terms
-                pairs.extend((v * count + k, w * count + k) for k in touched)
-                flips.extend([c * d > 0] * len(touched))
-            else:
-                for k in touched:
-                    self.rest.setdefault(k, []).append([(v * count + k, c) for v, c in terms])
+        for e, k in zip(
+            equation[(length > 0) & ~one & ~two].tolist(), at[(length > 0) & ~one & ~two].tolist(), strict=True
+        ):
+            terms = [(v * count + k, x) for v, x in collect(table.equations[e].terms)]
+            self.rest.setdefault(k, []).append(terms if signed else [(v, 1) for v, x in terms if x % 2])
+        single = np.where(c[one, 0] != 0, unknown[one, 0], unknown[one, 1])
+        double = unknown[two]
         leaf = leaf_var * count + leaf_space
-        single = np.asarray(ones, np.int64)
-        double = np.asarray(pairs, np.int64).reshape(-1, 2)
         extra = [v for rows in self.rest.values() for terms in rows for v, _ in terms]
-        names, index = np.unique(
-            np.concatenate([single, double.ravel(), leaf, np.asarray(extra, np.int64)]), return_inverse=True
-        )
-        one, two = index[: len(single)], index[len(single) : len(single) + double.size].reshape(-1, 2)
-        n = len(names)
+        parts = [single, double.ravel(), leaf, np.asarray(extra, np.int64)]
+        self.names, index = np.unique(np.concatenate(parts), return_inverse=True)
+        first, second = index[: len(single)], index[len(single) : len(single) + double.size].reshape(-1, 2)
+        n = len(self.names)
         if signed:
-            flip = np.asarray(flips, np.int64)
-            a = np.concatenate([2 * one, 2 * two[:, 0], 2 * two[:, 0] + 1])
-            b = np.concatenate([2 * one + 1, 2 * two[:, 1] + flip, 2 * two[:, 1] + 1 - flip])
+            flip = (c[two, 0] * c[two, 1] > 0).astype(np.int64)
+            a = np.concatenate([2 * first, 2 * second[:, 0], 2 * second[:, 0] + 1])
+            b = np.concatenate([2 * first + 1, 2 * second[:, 1] + flip, 2 * second[:, 1] + 1 - flip])
             _, label = components(2 * n, [(a, b)])
             plus, minus = label[0::2], label[1::2]
-            key = np.minimum(plus, minus)
-            coefficient = np.where(plus == minus, 0, np.where(plus == key, 1, -1))
+            self.key = np.minimum(plus, minus)
+            self.coefficient = np.where(plus == minus, 0, np.where(plus == self.key, 1, -1))
         else:
-            a, b = np.concatenate([one, two[:, 0]]), np.concatenate([np.full(len(one), n), two[:, 1]])
+            a = np.concatenate([first, second[:, 0]])
+            b = np.concatenate([np.full(len(first), n), second[:, 1]])
             _, key = components(n + 1, [(a, b)])
-            coefficient = np.where(key[:n] == key[n], 0, 1)
-        self._image = dict(zip(names.tolist(), zip(key.tolist(), coefficient.tolist(), strict=False), strict=False))
+            self.key, self.coefficient = key[:n], np.where(key[:n] == key[n], 0, 1)
+        start = len(single) + double.size
+        self.leaf_key = self.key[index[start : start + len(leaf)]].tolist()
+        self.leaf_coefficient = self.coefficient[index[start : start + len(leaf)]].tolist()
+        self.leaf_variable = leaf_var.tolist()
 
-    def directions(
-        self, space: int, variables: list[int], tainted: set[int]
-    ) -> tuple[int, dict[int, Vector], tuple[bool, ...]]:
+    def _image(self, unknown: int) -> tuple[int, int]:
+        """(component, coefficient) of an unknown; coefficient 0 where it is zero or in no equation."""
+        i = int(np.searchsorted(self.names, unknown))
+        known = i < len(self.names) and int(self.names[i]) == unknown
+        return (int(self.key[i]), int(self.coefficient[i])) if known else (-1, 0)
+
+    def directions(self, space: int, span: slice, tainted: set[int]) -> tuple[int, dict[int, Vector], tuple[bool, ...]]:
         """Number of directions, exponents by variable, and which of them leave the tainted variables alone."""
-        count = self.count
-        images = {v: self._image[v * count + space] for v in variables}
+        images = list(zip(self.leaf_variable[span], self.leaf_key[span], self.leaf_coefficient[span], strict=True))
+        touched = {key for v in tainted if (image := self._image(v * self.count + space))[1] for key in image[:1]}
         if space in self.rest:
-            return self._solved(space, images, tainted)
-        order = {key: d for d, key in enumerate(dict.fromkeys(key for key, c in images.values() if c))}
+            return self._solved(space, images, touched)
+        order = {key: d for d, key in enumerate(dict.fromkeys(key for _, key, c in images if c))}
         n = len(order)
-        units = {(key, c): tuple(c if d == e else 0 for e in range(n)) for key, d in order.items() for c in (1, -1)}
-        bad = {self._image[u][0] for v in tainted if (u := v * count + space) in self._image and self._image[u][1]}
-        exponents = {v: units[image] for v, image in images.items() if image[1]}
-        return n, exponents, tuple(key not in bad for key in order)
+        exponents = {v: (0,) * order[key] + (c,) + (0,) * (n - 1 - order[key]) for v, key, c in images if c}
+        return n, exponents, tuple(key not in touched for key in order)
 
     def _solved(
-        self, space: int, images: dict[int, tuple[int, int]], tainted: set[int]
+        self, space: int, images: list[tuple[int, int, int]], touched: set[int]
     ) -> tuple[int, dict[int, Vector], tuple[bool, ...]]:
         rest = []
         for terms in self.rest[space]:
-            rest.append([(self._image[u][0], c * self._image[u][1]) for u, c in terms if self._image[u][1]])
-        wanted = sorted({key for key, c in images.values() if c})
-        extra = {
-            self._image[u][0] for v in tainted if (u := v * self.count + space) in self._image and self._image[u][1]
-        }
+            seen = [(self._image(u), c) for u, c in terms]
+            rest.append([(key, c * d) for (key, d), c in seen if d])
+        wanted = sorted({key for _, key, c in images if c})
         if self.signed:
-            n, solved = nullspace(rest, wanted, extra)
+            n, solved = nullspace(rest, wanted, touched)
         else:
             n, solved = nullspace_f2([[v for v, c in collect(t) if c % 2] for t in rest], wanted)
-        exponents = {v: tuple(c * e for e in solved[key]) for v, (key, c) in images.items() if c and key in solved}
-        exact = tuple(not any(solved.get(key, (0,) * n)[d] for key in extra) for d in range(n))
+        exponents = {v: tuple(c * e for e in solved[key]) for v, key, c in images if c and key in solved}
+        exact = tuple(not any(solved.get(key, (0,) * n)[d] for key in touched) for d in range(n))
         return n, exponents, exact
 
 
-def _touched(walk: Walk, classes: Classes, space_of: Labels) -> tuple[list[Equation], list[list[int]]]:
-    """The equations that mention the representative of a space, and which."""
+def _touched(walk: Walk, classes: Classes, space_of: Labels) -> tuple[Labels, Labels]:
+    """Pairs (equation, space whose representative it mentions)."""
     atom_space = space_of[classes.of]
     cache: dict[int, list[int]] = {}
-    equations, at = [], []
-    for eq in walk.rec.equations:
+    equations: list[int] = []
+    at: list[int] = []
+    for number, eq in enumerate(walk.rec.equations):
         hit = cache.get(id(eq.labels))
         if hit is None:
             found = atom_space[eq.labels]
             found = found[found >= 0]
             hit = cache[id(eq.labels)] = sorted(set(found.tolist())) if found.size else []
-        if hit:
-            equations.append(eq)
-            at.append(hit)
-    return equations, at
+        equations += [number] * len(hit)
+        at += hit
+    return np.asarray(equations, np.int64), np.asarray(at, np.int64)
 
 
 def _leaf_variables(walk: Walk, classes: Classes, space_of: Labels) -> tuple[Labels, Labels]:
-    """Pairs (space, variable) of the parameters' factors that a space moves."""
-    atom_space = space_of[classes.of]
-    spaces: list[int] = []
-    variables: list[int] = []
-    for f in walk.leaf_factors:
-        if not f.active or not walk.leaves[f.leaf].dtype.is_floating_point():
-            continue
-        found = atom_space[f.base : f.base + f.size]
-        found = found[found >= 0]
-        if found.size:
-            here = sorted(set(found.tolist()))
-            spaces.extend(here)
-            variables.extend([f.var] * len(here))
-    pairs = sorted(set(zip(spaces, variables, strict=True)))
-    return np.asarray([k for k, _ in pairs], np.int64), np.asarray([v for _, v in pairs], np.int64)
+    """Pairs (space, variable) of the parameters' factors that a space moves, sorted."""
+    leaves = [f for f in walk.leaf_factors if f.active and walk.leaves[f.leaf].dtype in FLOATS]
+    if not leaves:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    size = np.asarray([f.size for f in leaves], np.int64)
+    base = np.asarray([f.base for f in leaves], np.int64)
+    atoms = np.arange(size.sum()) + np.repeat(base - (np.cumsum(size) - size), size)
+    variable = np.repeat(np.asarray([f.var for f in leaves], np.int64), size)
+    space = space_of[classes.of[atoms]]
+    pairs = unique_pairs(space[space >= 0], variable[space >= 0])
+    return pairs[:, 0], pairs[:, 1]

@@ -1,4 +1,8 @@
-"""The text form of a program, for people, diffs and golden tests: stable order and names, no ids."""
+"""The text form of a program, for people, diffs and golden tests: stable order and names, no ids (DESIGN, section 6).
+
+``16:@s`` is an axis of 16 that moves with space @s, ``*`` by the dual, bare a fixed one. ``@w..@w#3`` stands for the sibling
+spaces of a layer's blocks (the units of each head), ``@a+@b`` for an axis that holds units of several spaces.
+"""
 
 from __future__ import annotations
 
@@ -8,26 +12,31 @@ import networkx as nx
 import numpy as np
 import onnx_ir as ir
 
-from cipm_ir.ir.labels import Labels, State
+from cipm_ir.ir.labels import Factor, Labels, State
+from cipm_ir.symmetry.walk import Leaf, OpaqueNode
 
 if TYPE_CHECKING:
     from cipm_ir.symmetry.program import Program, Space
 
 _SHORT = {
     ir.DataType.FLOAT: "f32", ir.DataType.DOUBLE: "f64", ir.DataType.FLOAT16: "f16", ir.DataType.BFLOAT16: "bf16",
-    ir.DataType.INT64: "i64", ir.DataType.INT32: "i32", ir.DataType.INT8: "i8", ir.DataType.UINT8: "u8",
-    ir.DataType.BOOL: "bool",
+    ir.DataType.INT64: "i64", ir.DataType.INT32: "i32", ir.DataType.INT8: "i8", ir.DataType.UINT8: "u8", ir.DataType.BOOL: "bool",
 }  # fmt: skip
 _LITERAL = 8
+_NAMES = 4
 
 
 class _Annotator:
-    """Which spaces an axis moves with."""
+    """Which spaces the axes of a value move with."""
 
     def __init__(self, program: Program) -> None:
         analysis = program.analysis
-        self.analysis = analysis
+        self.classes = analysis.classes
         self.names = [s.name for s in program.spaces]
+        self.dual = dual_atoms(program)
+        self.parents = [
+            (-1, -1) if s.parent is None else (program.index(s.parent[0]), s.parent[1]) for s in program.spaces
+        ]
         self.of = np.full(analysis.classes.count, -1, np.int64)
         for k in reversed(range(len(analysis.spaces))):
             raw = analysis.spaces[k]
@@ -38,15 +47,50 @@ class _Annotator:
                 free = self.of[raw.table[:, 0]] < 0
                 self.of[raw.table[free, 0]] = k
 
-    def labels(self, labels: Labels) -> str:
-        """Names of the spaces of some atoms, in order of appearance; empty where all are fixed."""
-        found = self.of[self.analysis.classes.of[labels.ravel()]]
-        keys, first = np.unique(found, return_index=True)
-        order = keys[np.argsort(first)]
-        names = ["@" + self.names[k] for k in order if k >= 0]
-        if len(names) > 4:
-            names = [*names[:3], f"... {len(names) - 3} more"]
+    def axis(self, f: Factor, axis: int) -> str:
+        """Names of the spaces that one axis of a factor moves with; empty where it is fixed."""
+        found = self.of[self.classes.of[f.along(axis)]]
+        name = self._blocks(found) if len(f.axes) > 1 else ""
+        name = name or self._names(found)
+        return name + "*" if name and self.dual[f.labels.flat[0]] else name
+
+    def leaf(self, leaf: Leaf) -> dict[int, str]:
+        """Names by axis of a parameter, for the axes that move."""
+        names = {}
+        for f in leaf.factors:
+            name = self._names(self.of[self.classes.of[f.base : f.base + f.size]]) if f.active else ""
+            if name:
+                names[f.axes[-1]] = name + ("*" if self.dual[f.base] else "")
+        return names
+
+    def _blocks(self, rows: Labels) -> str:
+        """The space of blocks whose element i holds what stands in row i, if that is how it is."""
+        if (rows != rows[:, :1]).any():
+            return ""
+        parents = [self.parents[k] if k >= 0 else (-1, -1) for k in rows[:, 0].tolist()]
+        owners = {space for space, _ in parents}
+        if len(owners) != 1 or -1 in owners or len({row for _, row in parents}) < len(parents):
+            return ""
+        return "@" + self.names[owners.pop()]
+
+    def _names(self, found: Labels) -> str:
+        keys, first = np.unique(found.ravel(), return_index=True)
+        order = [int(k) for k in keys[np.argsort(first)] if k >= 0]
+        names = ["@" + self.names[k] for k in order]
+        if len(order) > 1 and len({self.parents[k][0] for k in order}) == 1 and self.parents[order[0]][0] >= 0:
+            names = [f"{names[0]}..{names[-1]}"]
+        elif len(names) > _NAMES:
+            names = [*names[: _NAMES - 1], f"... {len(names) - _NAMES + 1} more"]
         return "+".join(names + (["fixed"] if names and (found < 0).any() else []))
+
+    def dims(self, sizes: list[str], state: State | None) -> str:
+        """``[N, 32:@h, 3:@s*]``."""
+        parts = []
+        for axis, size in enumerate(sizes):
+            f = None if state is None else state.factor_of(axis)
+            name = "" if f is None else self.axis(f, axis)
+            parts.append(f"{size}:{name}" if name else size)
+        return "[" + ", ".join(parts) + "]"
 
 
 def dual_atoms(program: Program) -> np.ndarray:
@@ -64,89 +108,134 @@ def dual_atoms(program: Program) -> np.ndarray:
     return dual
 
 
-def _dims(shape: list[Any], state: State | None, annotate: _Annotator, dual: np.ndarray) -> str:
-    parts = []
-    for axis, size in enumerate(shape):
-        f = state.factor_of(axis) if state is not None else None
-        text = annotate.labels(f.labels) if f is not None else ""
-        star = "*" if f is not None and text and dual[f.labels.flat[0]] else ""
-        parts.append(f"{size}:{text}{star}" if text else str(size))
-    return "[" + ", ".join(parts) + "]"
+class _Sizes:
+    """Sizes as the model writes them: a dynamic one by its symbol, not by the number that stood in for it."""
+
+    def __init__(self, program: Program) -> None:
+        shapes = program.analysis.walk.shapes
+        self.first, self.second, self.types = shapes.first, shapes.second, shapes.types
+        self.symbols: dict[str, tuple[int, int]] = {}
+        for value in program.model.graph.inputs:
+            a, b = self.first.get(value.name or "", ()), self.second.get(value.name or "", ())
+            for d, x, y in zip(value.shape or (), a, b, strict=False):
+                if not isinstance(d, int) and d.value is not None:
+                    self.symbols.setdefault(str(d.value), (x, y))
+
+    def of(self, value: ir.Value) -> list[str]:
+        """What the model declares, else what was inferred; an unknown rank is one question mark."""
+        first = self.first.get(value.name or "")
+        declared = None if value.shape is None else [d if isinstance(d, int) else d.value for d in value.shape]
+        if declared is not None and (first is None or None not in declared):
+            return ["?" if d is None else str(d) for d in declared]
+        if first is None:
+            return ["?"]
+        return [self.dim(x, y) for x, y in zip(first, self.second.get(value.name or "", first), strict=True)]
+
+    def dim(self, first: int, second: int) -> str:
+        """A number, or a multiple, product or sum of symbols that fits both assignments."""
+        if first == second:
+            return str(first)
+        symbols = list(self.symbols.items())
+        products = [(name, a, b) for name, (a, b) in symbols]
+        products += [
+            (f"{one}*{other}", a * c, b * d) for k, (one, (a, b)) in enumerate(symbols) for other, (c, d) in symbols[k:]
+        ]
+        for name, a, b in products:
+            if first % a == 0 and first // a * b == second:
+                return name if first == a else f"{first // a}*{name}"
+        for name, a, b in products:
+            if first - a == second - b:
+                return f"{name}{first - a:+d}"
+        return "?"
+
+
+def render(program: Program) -> str:
+    """The annotated graph: spaces, inputs, parameters, nodes, outputs."""
+    annotate, sizes, graph = _Annotator(program), _Sizes(program), program.model.graph
+    lines = [f"graph {graph.name or 'main'}", *(_space(s) for s in program.spaces)]
+    for value in graph.inputs:
+        if value.name not in graph.initializers:
+            lines.append(f"input %{value.name} : {_dtype(value.dtype)}{annotate.dims(sizes.of(value), None)}")
+    leaves: dict[str, list[Leaf]] = {}
+    for leaf in program.analysis.walk.leaves:
+        leaves.setdefault(leaf.name, []).append(leaf)
+    for name, value in graph.initializers.items():
+        lines.append(_parameter(value, leaves.get(name, []), annotate))
+    states = _states(program)
+    opaque = list(program.opaque)
+    for node in graph:
+        types = [
+            _dtype(v.dtype or sizes.types.get(v.name or "")) + annotate.dims(sizes.of(v), states.get(v.name or ""))
+            for v in node.outputs
+        ]
+        lines.append(_node(node, types) + _opaque(node, opaque))
+    lines.append("output " + ", ".join(f"%{v.name}" for v in graph.outputs))
+    return "\n".join(lines)
+
+
+def _states(program: Program) -> dict[str, State]:
+    """State of every value; of a parameter, that of its first use."""
+    states = dict(program.analysis.walk.states)
+    for leaf in program.analysis.walk.leaves:
+        states.setdefault(leaf.name, leaf.state)
+    return states
+
+
+def _space(space: Space) -> str:
+    note = f"{space.kind}, {len(space.members)} tensor{'s' if len(space.members) != 1 else ''}"
+    if space.parent is not None:
+        note += f", in block {space.parent[1]} of @{space.parent[0].name}"
+    if not all(space.exact):
+        note += "; epsilon of a normalization rounds: no bit-exact scaling before it is folded"
+    return f"space {space}  // {note}"
+
+
+def _parameter(value: ir.Value, uses: list[Leaf], annotate: _Annotator) -> str:
+    """Labels of the first use; a tensor that several layers share without being tied is said to move apart."""
+    tensor = value.const_value
+    if tensor is None:
+        return f"param %{value.name}"
+    names = [annotate.leaf(leaf) for leaf in uses]
+    shown = names[0] if names else {}
+    dims = [f"{d}:{shown[axis]}" if axis in shown else str(d) for axis, d in enumerate(tensor.shape)]
+    line = f"param %{value.name} : {_dtype(tensor.dtype)}[{', '.join(dims)}]"
+    if tensor.size == 1 and tensor.dtype.is_floating_point():
+        line += f" = {float(tensor.numpy().reshape(())):g}"
+    elif tensor.size <= _LITERAL and tensor.dtype in (ir.DataType.INT64, ir.DataType.INT32):
+        line += f" = {tensor.numpy().tolist()}"
+    moving = sum(map(bool, names))
+    return line if moving < 2 else f"{line}  // stored once, {moving} uses that move apart"
+
+
+def _node(node: ir.Node, types: list[str]) -> str:
+    shown = [(v, t) for v, t in zip(node.outputs, types, strict=True) if v.name]
+    left = ", ".join(f"%{v.name}" for v, _ in shown)
+    args = ", ".join("_" if v is None else f"%{v.name}" for v in node.inputs)
+    attributes = [f"{name}={_attribute(attr)}" for name, attr in sorted(node.attributes.items())]
+    attrs = " {" + ", ".join(attributes) + "}" if attributes else ""
+    prefix = f"{node.domain}::" if node.domain not in ("", "ai.onnx") else ""
+    return f"{left} = {prefix}{node.op_type}({args}){attrs} : {', '.join(t for _, t in shown)}"
+
+
+def _opaque(node: ir.Node, waiting: list[OpaqueNode]) -> str:
+    names = {v.name for v in node.inputs if v is not None}
+    for k, note in enumerate(waiting):
+        if note.op == node.op_type and note.name == (node.name or "") and (note.name or set(note.inputs) <= names):
+            del waiting[k]
+            pinned = ", ".join("%" + i for i in note.inputs)
+            return f"  // opaque: {note.reason}" + (f"; pinned: {pinned}" if pinned else "")
+    return ""
 
 
 def _dtype(dtype: ir.DataType | None) -> str:
     return "?" if dtype is None else _SHORT.get(dtype, dtype.name.lower())
 
 
-def _parent(space: Space) -> str:
-    return "" if space.parent is None else f", in block {space.parent[1]} of @{space.parent[0].name}"
-
-
-def render(program: Program) -> str:
-    """The annotated graph: spaces, parameters, nodes, opaque nodes."""
-    analysis = program.analysis
-    annotate, dual = _Annotator(program), dual_atoms(program)
-    graph = program.model.graph
-    lines = [f"graph {graph.name or 'main'}"]
-    width = max((len(s.name) for s in program.spaces), default=0)
-    for s in program.spaces:
-        note = f"{s.kind}, {len(s.members)} tensor{'s' if len(s.members) != 1 else ''}{_parent(s)}"
-        if s.exact and not all(s.exact):
-            note += "; epsilon of a normalization rounds: no bit-exact scaling before it is folded"
-        lines.append(f"space @{s.name:<{width}} : {s.size}  {s.group}  // {note}")
-    for value in graph.inputs:
-        if value.name not in graph.initializers:
-            lines.append(
-                f"input %{value.name} : {_dtype(value.dtype)}{_dims(_shape(value, analysis), None, annotate, dual)}"
-            )
-    first: dict[str, State] = {}
-    for leaf in analysis.walk.leaves:
-        first.setdefault(leaf.name, leaf.state)
-    for leaf in analysis.walk.leaves:
-        if first.get(leaf.name) is leaf.state and leaf.state.rank and not leaf.name.startswith("?"):
-            state = State(leaf.shape, tuple(f for f in leaf.state.factors))
-            lines.append(f"param %{leaf.name} : {_dtype(leaf.dtype)}{_dims(list(leaf.shape), state, annotate, dual)}")
-    opaque = {(o.op, o.name, o.inputs): o for o in analysis.walk.opaque}
-    for node in graph:
-        lines.append(_node(node, program, annotate, dual, opaque))
-    lines.append("output " + ", ".join(f"%{v.name}" for v in graph.outputs))
-    return "\n".join(lines)
-
-
-def _shape(value: ir.Value, analysis: Any) -> list[Any]:
-    if value.shape is not None:
-        return [d if isinstance(d, int) else (d.value or "?") for d in value.shape]
-    return list(analysis.walk.shapes.first.get(value.name or "", ["?"]))
-
-
-def _node(node: ir.Node, program: Program, annotate: _Annotator, dual: np.ndarray, opaque: dict[Any, Any]) -> str:
-    analysis = program.analysis
-    outs = [v for v in node.outputs if v.name]
-    left = ", ".join(f"%{v.name}" for v in outs)
-    args = ", ".join("_" if v is None else f"%{v.name}" for v in node.inputs)
-    shown = [f"{name}={_attribute(attr)}" for name, attr in sorted(node.attributes.items())]
-    attrs = " {" + ", ".join(shown) + "}" if shown else ""
-    types = []
-    for v in outs:
-        state = analysis.walk.states.get(v.name or "")
-        types.append(_dtype(v.dtype) + _dims(_shape(v, analysis), state, annotate, dual))
-    prefix = f"{node.domain}::" if node.domain else ""
-    line = f"{left} = {prefix}{node.op_type}({args}){attrs} : {', '.join(types)}"
-    for (op, name, inputs), note in opaque.items():
-        if (
-            op == node.op_type
-            and name == (node.name or "")
-            and (name or set(inputs) <= {v.name for v in node.inputs if v is not None})
-        ):
-            pinned = ", ".join("%" + i for i in note.inputs) or "nothing"
-            return line + f"  // opaque: {note.reason}; pinned: {pinned}"
-    return line
-
-
 def _attribute(attr: ir.Attr) -> str:
     if attr.type == ir.AttributeType.TENSOR:
         tensor = attr.as_tensor()
-        return str(tensor.numpy().tolist()) if tensor.size <= _LITERAL else f"tensor{list(tensor.shape.numpy())}"
+        shape = [int(d) for d in tensor.shape]  # type: ignore[arg-type]
+        return str(tensor.numpy().tolist()) if tensor.size <= _LITERAL else f"tensor{shape}"
     if attr.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
         return "graph"
     value = attr.value
@@ -160,6 +249,7 @@ def to_networkx(program: Program) -> nx.Graph[str]:
     graph: nx.Graph[str] = nx.Graph()
     for s in program.spaces:
         graph.add_node(f"@{s.name}", kind=s.kind, size=s.size, group=str(s.group))
+    for s in program.spaces:
         if s.parent is not None:
             graph.add_edge(f"@{s.name}", f"@{s.parent[0].name}", block=s.parent[1])
         for member in s.members:
@@ -172,19 +262,19 @@ def to_networkx(program: Program) -> nx.Graph[str]:
 
 def annotate_model(program: Program, model: ir.Model) -> None:
     """Write ``cipm_ir.axes`` into the metadata of values and ``cipm_ir.spaces`` into the model's, for graph viewers."""
-    annotate, dual = _Annotator(program), dual_atoms(program)
-    states = dict(program.analysis.walk.states)
-    for leaf in program.analysis.walk.leaves:
-        states.setdefault(leaf.name, leaf.state)
-    values = (
-        list(model.graph.inputs) + list(model.graph.initializers.values()) + [v for n in model.graph for v in n.outputs]
-    )
-    for value in values:
+    annotate, sizes, states = _Annotator(program), _Sizes(program), _states(program)
+    analysed: dict[str, Any] = {v.name: v for v in _values(program.model)}
+    for value in _values(model):
         state = states.get(value.name or "")
-        if state is not None and any(annotate.labels(f.labels) for f in state.factors):
-            value.metadata_props["cipm_ir.axes"] = _dims(list(state.shape), state, annotate, dual)
+        if state is not None and any(annotate.axis(f, a) for f in state.factors for a in f.axes):
+            value.metadata_props["cipm_ir.axes"] = annotate.dims(sizes.of(analysed.get(value.name or "", value)), state)
     for node in model.graph:
         axes = [v.metadata_props["cipm_ir.axes"] for v in node.outputs if "cipm_ir.axes" in v.metadata_props]
         if axes:
             node.metadata_props["cipm_ir.axes"] = "; ".join(axes)
     model.metadata_props["cipm_ir.spaces"] = "\n".join(str(s) for s in program.spaces)
+
+
+def _values(model: ir.Model) -> list[ir.Value]:
+    graph = model.graph
+    return [*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,6 +18,8 @@ from cipm_ir.rules.registry import Opaque, lookup
 from cipm_ir.symmetry.leaves import Leaf, LeafFactor, OpaqueNode, Use
 
 LITERAL_SIZE = 4096
+FLOAT_LITERAL_SIZE = 64
+FLOATS = frozenset(d for d in ir.DataType if d.is_floating_point())
 _LABELLED_INTS = {ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT32, ir.DataType.INT4, ir.DataType.UINT4}
 
 
@@ -66,7 +69,6 @@ class _Walker:
         graph, shapes = self.graph, self.shapes
         for name, value in graph.initializers.items():
             self.params[name] = (value.const_value, False)
-            self._literal(name, value.const_value)
         for value in graph.inputs:
             name = value.name or ""
             if name not in self.params and name in shapes.first:
@@ -97,11 +99,21 @@ class _Walker:
         )
 
     # ------------------------------------------------------------ parameters
-    def _literal(self, name: str, tensor: ir.TensorProtocol | None) -> None:
-        if tensor is None or tensor.size > LITERAL_SIZE or tensor.dtype == ir.DataType.STRING:
-            return
+    def _literal(self, value: ir.Value | None) -> Literal | None:
+        """Number that a value is known to be: a small parameter, or what a chain of sizes evaluates to."""
+        name = "" if value is None else value.name or ""
+        if name in self.literals or name not in self.params:
+            return self.literals.get(name)
+        tensor = self.params[name][0]
+        shape = self.shapes.first.get(name)
+        if tensor is None or tensor.dtype == ir.DataType.STRING:
+            return None
+        size = tensor.size if shape is None else math.prod(shape)
+        if size > (FLOAT_LITERAL_SIZE if tensor.dtype in FLOATS else LITERAL_SIZE):
+            return None
         array = np.asarray(tensor.numpy())
         self.literals[name] = (array, array)
+        return self.literals[name]
 
     def _parameter(self, value: ir.Value, use: Use) -> State:
         """State of a parameter at this use: its own leaf, unless the tie is meant."""
@@ -128,11 +140,11 @@ class _Walker:
 
     def _new_leaf(self, value: ir.Value, tensor: ir.TensorProtocol | None, filled: bool, use: Use) -> int:
         name = value.name or ""
-        shape = self.shapes.first[name] if tensor is None else tuple(tensor.shape.numpy())
-        dtype = tensor.dtype if tensor is not None else (value.dtype or ir.DataType.FLOAT)
+        shape = self.shapes.first.get(name) or (() if tensor is None else tuple(tensor.shape.numpy()))
+        dtype = value.dtype or (tensor.dtype if tensor is not None else ir.DataType.FLOAT)
         leaf = Leaf(name, shape, dtype, [use], State(shape), filled=filled)
         index = len(self.leaves)
-        if dtype.is_floating_point() or dtype in _LABELLED_INTS:
+        if dtype in FLOATS or dtype in _LABELLED_INTS:
             factors = []
             fixed = (
                 "graph output" if value.is_graph_output() else "captured by a subgraph" if self._captured(value) else ""
@@ -145,7 +157,7 @@ class _Walker:
                 leaf.factors.append(made)
                 self.leaf_factors.append(made)
                 factors.append(Factor((axis,), labels, var))
-                if not dtype.is_floating_point() or fixed:
+                if fixed or dtype not in FLOATS:
                     self.rec.zero(labels, var)
                 if fixed:
                     self.rec.pin(labels, fixed)
@@ -162,7 +174,7 @@ class _Walker:
         if node.op_type == "Constant" and not node.domain:
             self._constant(node)
             return
-        literals = [None if v is None else self.literals.get(v.name or "") for v in node.inputs]
+        literals = [self._literal(v) for v in node.inputs]
         if self._evaluated(node, literals) or self._filled(node, literals):
             return
         inputs: list[State | None] = []
@@ -254,7 +266,7 @@ class _Walker:
             self.states[name] = State(self.shapes.first.get(name, ()))
             return
         self.params[name] = (tensor, False)
-        self._literal(name, tensor)
+        self.shapes.first.setdefault(name, tuple(tensor.shape.numpy()))
 
     def _evaluated(self, node: ir.Node, literals: list[Literal | None]) -> bool:
         """Follow chains of shapes and indices as numbers; True where nothing else is left to do."""
