@@ -210,11 +210,10 @@ def _repeated(
 
 def _with_error(lo: Bounds, hi: Bounds, low_size: Bounds, high_size: Bounds, terms: int, p: Precision) -> Interval:
     def error(size: Bounds) -> Bounds:
-        wide = (terms + 2) * (p.eps * size + p.tiny)
-        return np.where(size > 0, wide, 0.0)
+        finite = np.where(np.isinf(size), 0.0, size)
+        return np.where(finite > 0, (terms + 2) * (p.eps * finite + p.tiny), 0.0)
 
-    with np.errstate(invalid="ignore"):
-        return Interval.of(lo - error(low_size), hi + error(high_size))
+    return Interval.of(lo - error(low_size), hi + error(high_size))
 
 
 # ---------------------------------------------------------------- contractions
@@ -292,4 +291,4 @@ def _by_size(a: Interval, b: Interval, run: Run) -> Parts:
     hit = hit + run(x[None], lost[1].astype(np.float64))[0]
     high = np.where(hit > 0, np.inf, most)
     low = np.zeros_like(high) if (a.lo >= 0).all() and (b.lo >= 0).all() else -high
-    return low, high, most, most
+    return low, high, np.where(low == 0, 0.0, most), most

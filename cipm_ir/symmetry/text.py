@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from cipm_ir.ir.labels import Factor, Labels, State
-from cipm_ir.symmetry.walk import Leaf, OpaqueNode
+from cipm_ir.symmetry.walk import Leaf, OpaqueNode, captured_values
 
 if TYPE_CHECKING:
     from cipm_ir.symmetry.program import Program, Space
@@ -218,7 +218,7 @@ def _node(node: ir.Node, types: list[str]) -> str:
 
 
 def _opaque(node: ir.Node, waiting: list[OpaqueNode]) -> str:
-    names = {v.name for v in node.inputs if v is not None}
+    names = {v.name for v in [*node.inputs, *captured_values(node)] if v is not None}
     for k, note in enumerate(waiting):
         if note.op == node.op_type and note.name == (node.name or "") and (note.name or set(note.inputs) <= names):
             del waiting[k]
@@ -235,7 +235,10 @@ def _attribute(attr: ir.Attr) -> str:
     if attr.type == ir.AttributeType.TENSOR:
         tensor = attr.as_tensor()
         shape = [int(d) for d in tensor.shape]  # type: ignore[arg-type]
-        return str(tensor.numpy().tolist()) if tensor.size <= _LITERAL else f"tensor{shape}"
+        if tensor.size > _LITERAL or tensor.dtype == ir.DataType.STRING:
+            return f"tensor{shape}"
+        entries = [f"{x:g}" if isinstance(x, float) else str(x) for x in tensor.numpy().ravel().tolist()]
+        return "[" + ",".join(entries) + "]"
     if attr.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
         return "graph"
     value = attr.value
@@ -269,9 +272,12 @@ def annotate_model(program: Program, model: ir.Model) -> None:
         if state is not None and any(annotate.axis(f, a) for f in state.factors for a in f.axes):
             value.metadata_props["cipm_ir.axes"] = annotate.dims(sizes.of(analysed.get(value.name or "", value)), state)
     for node in model.graph:
-        axes = [v.metadata_props["cipm_ir.axes"] for v in node.outputs if "cipm_ir.axes" in v.metadata_props]
-        if axes:
-            node.metadata_props["cipm_ir.axes"] = "; ".join(axes)
+        for key, side in (("cipm_ir.axes", node.outputs), ("cipm_ir.parameters", node.inputs)):
+            shown = [v for v in side if v is not None and "cipm_ir.axes" in v.metadata_props]
+            if key == "cipm_ir.parameters":  # files have no place for these on the tensors themselves
+                shown = [v for v in shown if v.is_initializer()]
+            if shown:
+                node.metadata_props[key] = "; ".join(f"{v.name}: {v.metadata_props['cipm_ir.axes']}" for v in shown)
     model.metadata_props["cipm_ir.spaces"] = "\n".join(str(s) for s in program.spaces)
 
 

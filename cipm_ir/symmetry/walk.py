@@ -253,7 +253,10 @@ class _Walker:
             if state is not None and state.factors:
                 names.append("" if value is None else value.name or "")
             op.pin(state, f"{node.op_type}: {reason}")
-        for value in _captured_values(node):
+        for value in captured_values(node):
+            name = value.name or ""
+            if name in self.states and self.states[name].factors and name not in names:
+                names.append(name)
             if value.name in self.params:
                 continue  # such a parameter is pinned where it is created
             op.pin(self.states.get(value.name or ""), f"captured by a subgraph of {node.op_type}")
@@ -351,7 +354,7 @@ class _Walker:
         return True
 
 
-def _captured_values(node: ir.Node) -> list[ir.Value]:
+def captured_values(node: ir.Node) -> list[ir.Value]:
     """Values of outer graphs that the subgraphs of a node use."""
     found: list[ir.Value] = []
     for attr in node.attributes.values():
@@ -362,6 +365,6 @@ def _captured_values(node: ir.Node) -> list[ir.Value]:
             inside = {v for n in graph for v in n.outputs} | set(graph.inputs) | set(graph.initializers.values())
             for inner in graph:
                 found.extend(v for v in inner.inputs if v is not None and v not in inside)
-                found.extend(v for v in _captured_values(inner) if v not in inside)
+                found.extend(v for v in captured_values(inner) if v not in inside)
             found.extend(v for v in graph.outputs if v not in inside)
     return found
