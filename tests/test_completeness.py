@@ -1,7 +1,7 @@
 """The analysis finds as much symmetry as there is: counts per model, and an oracle that tries every exchange.
 
-The oracle knows nothing of labels: it takes two units of one axis of a tiny model, and searches for an exchange of positions
-in all other tensors that restores the function.
+The oracle knows nothing of labels: it takes two units of one axis of a tiny model, and searches for an exchange of
+positions in all other tensors that restores the function.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def test_shared_biases_tie_nothing() -> None:
 
 
 def test_padded_shortcuts_tie_the_stages() -> None:
-    """Zero-padded shortcuts of CIFAR ResNets: 16 + 16 + 32 outer channels in three spaces, and the blocks' inner ones."""
+    """Zero-padded shortcuts of CIFAR ResNets tie the channels of one stage to some of the next."""
     program = program_of(zoo.build_or_skip("resnet20"))
     sizes = Counter(s.size for s in program.spaces)
     assert units(program) == 400
@@ -81,8 +81,22 @@ def test_padded_shortcuts_tie_the_stages() -> None:
 
 
 # ---------------------------------------------------------------- the oracle
-TINY = ("mlp_relu", "mlp_tanh", "gated_mlp", "split_two_roles", "concat_relu", "roll_add", "maxout_slices", "gather_repeated",
-        "conv_flatten_gemm", "depthwise", "hidden_output", "cumsum_hidden", "siamese", "layer_norm")  # fmt: skip
+TINY = (
+    "mlp_relu",
+    "mlp_tanh",
+    "gated_mlp",
+    "split_two_roles",
+    "concat_relu",
+    "roll_add",
+    "maxout_slices",
+    "gather_repeated",
+    "conv_flatten_gemm",
+    "depthwise",
+    "hidden_output",
+    "cumsum_hidden",
+    "siamese",
+    "layer_norm",
+)
 
 
 def exchanged(space: Space, i: int, j: int) -> Element:
@@ -110,8 +124,13 @@ def weights(model: onnx.ModelProto) -> dict[str, bytes]:
 
 def axes_of(model: onnx.ModelProto) -> list[tuple[str, int, int]]:
     """(tensor, axis, size) of all floating-point initializers of more than one entry along the axis."""
-    return [(t.name, axis, size) for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT
-            for axis, size in enumerate(t.dims) if size > 1]  # fmt: skip
+    return [
+        (t.name, axis, size)
+        for t in model.graph.initializer
+        if t.data_type == onnx.TensorProto.FLOAT
+        for axis, size in enumerate(t.dims)
+        if size > 1
+    ]
 
 
 def swapped(model: onnx.ModelProto, moves: list[tuple[str, int, int, int]]) -> onnx.ModelProto:
@@ -126,8 +145,10 @@ def swapped(model: onnx.ModelProto, moves: list[tuple[str, int, int, int]]) -> o
     return out
 
 
-def candidate_moves(model: onnx.ModelProto, name: str, axis: int, i: int, j: int) -> Iterator[list[tuple[str, int, int, int]]]:
-    """The exchange of i and j in this axis, with that of i and j in every subset of the other axes that are long enough."""
+def candidate_moves(
+    model: onnx.ModelProto, name: str, axis: int, i: int, j: int
+) -> Iterator[list[tuple[str, int, int, int]]]:
+    """The exchange of i and j in this axis and in every subset of the other axes that are long enough."""
     others = [(n, a) for n, a, size in axes_of(model) if size > max(i, j) and (n, a) != (name, axis)]
     for k in range(len(others) + 1):
         for chosen in itertools.combinations(others, k):
@@ -209,4 +230,7 @@ def test_a_split_space_would_be_seen() -> None:
     after = merged_exchange(model, program, *(np.flatnonzero(of == c) for c in table[:2]))
     assert after is not None
     assert largest_change(zoo.run(model, inputs), zoo.run(after, inputs)) <= 1e-5
-    assert acted(program, {program.spaces[0]: exchanged(program.spaces[0], 0, 1)}).graph.initializer[0] == after.graph.initializer[0]
+    assert (
+        acted(program, {program.spaces[0]: exchanged(program.spaces[0], 0, 1)}).graph.initializer[0]
+        == after.graph.initializer[0]
+    )

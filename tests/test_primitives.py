@@ -1,4 +1,4 @@
-"""The four primitives: act composes and inverts exactly, absorb merges exactly or refuses, refit sets values, nothing else moves."""
+"""The primitives: act composes and inverts exactly, absorb merges exactly or refuses, refit sets values."""
 
 from __future__ import annotations
 
@@ -21,8 +21,21 @@ from cipm_ir.errors import SymmetryError
 from cipm_ir.symmetry.program import Program, Space
 
 Array = NDArray[Any]
-MODELS = ("mlp_tanh", "gated_mlp", "residual_blocks", "grouped_conv", "depthwise", "batch_norm_relu", "attention_rope_table",
-          "concat_relu", "lstm", "shared_zero_bias", "siamese", "pixel_shuffle_dcr", "attention_qkv_major")  # fmt: skip
+MODELS = (
+    "mlp_tanh",
+    "gated_mlp",
+    "residual_blocks",
+    "grouped_conv",
+    "depthwise",
+    "batch_norm_relu",
+    "attention_rope_table",
+    "concat_relu",
+    "lstm",
+    "shared_zero_bias",
+    "siamese",
+    "pixel_shuffle_dcr",
+    "attention_qkv_major",
+)
 
 
 def tensors(program: Program) -> dict[str, bytes]:
@@ -92,7 +105,7 @@ def test_elements_outside_the_group_are_refused() -> None:
         other.act({other.spaces[0]: scaled})
     tanh = program_of(zoo.build("mlp_tanh")).spaces[0]
     assert (tanh.name, tanh.size) == (space.name, space.size)
-    with pytest.raises(SymmetryError, match=r"not in the group R>0 wr S\(8\)"):  # of its own space, not of the given one
+    with pytest.raises(SymmetryError, match=r"not in the group R>0 wr S\(8\)"):
         program.act({tanh: flipped})
     with pytest.raises(SymmetryError, match="not one of this program's spaces"):
         program_of(zoo.build("attention_separate")).act({space: space.identity()})

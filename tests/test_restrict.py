@@ -22,18 +22,33 @@ Array = NDArray[Any]
 
 # Models in which a statistic runs over some space, so that even a unit of zeros is seen: it is counted.
 COUNTED = {
-    "softmax_hidden", "layer_norm", "layer_norm_spelled_out", "layer_norm_channels", "rms_norm", "rms_norm_spelled_out", "group_norm",
-    "lp_normalization", "tied_embedding", "gated_mlp", "maxout_reshape", "spatial_attention",
-    "channel_reducemean", "channel_reducemax", "channel_reducemin", "channel_reducelogsumexp",
+    "softmax_hidden",
+    "layer_norm",
+    "layer_norm_spelled_out",
+    "layer_norm_channels",
+    "rms_norm",
+    "rms_norm_spelled_out",
+    "group_norm",
+    "lp_normalization",
+    "tied_embedding",
+    "gated_mlp",
+    "maxout_reshape",
+    "spatial_attention",
+    "channel_reducemean",
+    "channel_reducemax",
+    "channel_reducemin",
+    "channel_reducelogsumexp",
     *zoo.names("attention"),
-}  # fmt: skip
+}
 
 
 def counted(program: Program) -> set[Space]:
     """Spaces over which a normalization, a softmax, a mean or a maximum runs."""
     of = program.analysis.classes.of
     hit = {int(c) for labels in program.analysis.walk.rec.normalized for c in of[labels]}
-    return {s for s, raw in zip(program.spaces, program.analysis.spaces, strict=True) if hit & set(raw.table[:, 0].tolist())}
+    return {
+        s for s, raw in zip(program.spaces, program.analysis.spaces, strict=True) if hit & set(raw.table[:, 0].tolist())
+    }
 
 
 def thinned(program: Program) -> dict[Space, Array]:
@@ -58,7 +73,9 @@ def silenced(program: Program, keep: dict[Space, Any]) -> onnx.ModelProto:
         mask = stays[f.base : f.base + f.size]
         if f.groups:
             rows = mask.reshape(f.shape)[np.arange(leaf.shape[0]) * f.groups // leaf.shape[0]]
-            array *= rows.reshape(rows.shape[:1] + tuple(rows.shape[1] if a == f.axes[1] else 1 for a in range(1, array.ndim)))
+            array *= rows.reshape(
+                rows.shape[:1] + tuple(rows.shape[1] if a == f.axes[1] else 1 for a in range(1, array.ndim))
+            )
         else:
             array *= mask.reshape([-1 if a == f.axes[0] else 1 for a in range(array.ndim)]).astype(array.dtype)
         tensors[leaf.name].CopyFrom(numpy_helper.from_array(array, leaf.name))
@@ -71,7 +88,9 @@ def restricted(program: Program, keep: dict[Space, Any]) -> onnx.ModelProto:
     return proto
 
 
-def check(name: str, program: Program, keep: dict[Space, Any], run: Callable[[onnx.ModelProto, int], Any]) -> onnx.ModelProto:
+def check(
+    name: str, program: Program, keep: dict[Space, Any], run: Callable[[onnx.ModelProto, int], Any]
+) -> onnx.ModelProto:
     """The model without dead units is valid, is smaller, and computes the same, at several batch sizes."""
     dead = silenced(program, keep)
     small = restricted(program_of(dead), {program_of(dead).space(s.name): k for s, k in keep.items()})
@@ -102,7 +121,7 @@ CASES: dict[str, tuple[Write, dict[str, Any]]] = {}
 
 
 def case(**expected: Any) -> Callable[[Write], Write]:
-    """A model with one kind of literal; ``expected``: op type -> its attributes, or its constant inputs by index, afterwards."""
+    """A model with one kind of literal; ``expected``: op type -> attributes or constant inputs afterwards."""
 
     def add(write: Write) -> Write:
         CASES[write.__name__] = (write, expected)
@@ -289,9 +308,21 @@ def test_literals_follow(name: str) -> None:
 
 
 # ---------------------------------------------------------------- heads, groups, and what is refused
-@pytest.mark.parametrize("name", ["attention_separate", "attention_qkv_major", "attention_head_major", "attention_flat_split",
-                                  "attention_op_3d", "attention_op_4d", "attention_gqa", "attention_op_3d_gqa", "grouped_conv",
-                                  "channel_shuffle"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "attention_separate",
+        "attention_qkv_major",
+        "attention_head_major",
+        "attention_flat_split",
+        "attention_op_3d",
+        "attention_op_4d",
+        "attention_gqa",
+        "attention_op_3d_gqa",
+        "grouped_conv",
+        "channel_shuffle",
+    ],
+)
 def test_whole_blocks_go(name: str) -> None:
     """Head pruning: a block of zeros, dropped with all that it holds."""
     model = zoo.build(name)
@@ -319,7 +350,14 @@ def test_uneven_heads_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("keep", "message"),
-    [([], "keep at least one unit"), ([1, 0], "sorted"), ([0, 0], "sorted"), ([0, 99], "within 0..7"), ([-1], "within"), ([[0]], "sorted")],
+    [
+        ([], "keep at least one unit"),
+        ([1, 0], "sorted"),
+        ([0, 0], "sorted"),
+        ([0, 99], "within 0..7"),
+        ([-1], "within"),
+        ([[0]], "sorted"),
+    ],
 )
 def test_bad_keeps_are_refused(keep: Any, message: str) -> None:
     program = program_of(zoo.build("mlp_relu"))

@@ -114,7 +114,9 @@ def test_integer_null_space_against_singular_values(system: list[list[Term]], wa
     assert np.linalg.matrix_rank(table[columns]) == count if count else True
 
 
-@given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), max_size=8), st.sets(st.integers(1, 9), min_size=1))
+@given(
+    st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), max_size=8), st.sets(st.integers(1, 9), min_size=1)
+)
 def test_sign_null_space_against_all_vectors(system: list[list[int]], wanted: set[int]) -> None:
     variables = sorted(wanted)
     solutions = {

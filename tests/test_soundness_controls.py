@@ -79,7 +79,9 @@ class Dropping(Recorder):
         if self.kind == "pin" and labels.size and self.drops():
             self.pins.pop()
 
-    def equate(self, labels: Labels, terms: tuple[tuple[int, int], ...], *, scale: bool = True, sign: bool = True) -> None:
+    def equate(
+        self, labels: Labels, terms: tuple[tuple[int, int], ...], *, scale: bool = True, sign: bool = True
+    ) -> None:
         before = len(self.equations)
         super().equate(labels, terms, scale=scale, sign=sign)
         if len(self.equations) == before:
@@ -130,8 +132,10 @@ class Trial:
 def portrait(program: Program) -> Any:
     """All that the analysis claims, comparable between walks that allocate the same atoms."""
     analysis = program.analysis
-    return [(s.kind, str(s.group), raw.table.shape, sorted(first_atoms(analysis.classes.of, raw.table[:, 0])), s.exact)
-            for s, raw in zip(program.spaces, analysis.spaces, strict=True)]  # fmt: skip
+    return [
+        (s.kind, str(s.group), raw.table.shape, sorted(first_atoms(analysis.classes.of, raw.table[:, 0])), s.exact)
+        for s, raw in zip(program.spaces, analysis.spaces, strict=True)
+    ]
 
 
 def first_atoms(of: Labels, classes: Labels) -> list[tuple[int, ...]]:

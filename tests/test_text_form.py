@@ -57,8 +57,19 @@ TEXTS = {
         }
     """,
 }
-ZOO = ("conv_flatten_gemm", "grouped_conv", "dense_block", "attention_separate", "attention_rope_table", "shared_zero_bias",
-       "reshape_computed_channels", "custom_op", "if_capture", "local_function_twice", "lstm")  # fmt: skip
+ZOO = (
+    "conv_flatten_gemm",
+    "grouped_conv",
+    "dense_block",
+    "attention_separate",
+    "attention_rope_table",
+    "shared_zero_bias",
+    "reshape_computed_channels",
+    "custom_op",
+    "if_capture",
+    "local_function_twice",
+    "lstm",
+)
 NAMES = (*TEXTS, *ZOO)
 
 
@@ -82,15 +93,20 @@ def test_no_golden_file_is_left_over() -> None:
 def test_same_text_in_every_process() -> None:
     """With other hash seeds: nothing may follow the order of a set."""
     names = ["attention_rope_table", "dense_block", "channel_shuffle"]
-    code = f"from tests import zoo\nfrom tests.test_soundness import program_of\nfor n in {names}: print(program_of(zoo.build(n)))"
+    code = "from tests import zoo\nfrom tests.test_soundness import program_of\n"
+    code += f"for n in {names}: print(program_of(zoo.build(n)))"
     root = str(Path(__file__).parent.parent)
     texts = [
         subprocess.run(
-            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": root}, cwd=root,
-            capture_output=True, text=True, check=True,
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": root},
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
         for seed in ("0", "1")
-    ]  # fmt: skip
+    ]
     here = "".join(f"{program_of(zoo.build(n))}\n" for n in names)
     assert texts == [here, here]
 
@@ -117,11 +133,15 @@ def test_the_text_does_not_depend_on_values() -> None:
 def test_dynamic_sizes_are_written_with_the_models_symbols() -> None:
     net = Net("symbols")
     x = net.input("x", ["N", "T", 4])
-    token = net.op("Expand", net.const(np.ones((1, 1, 4))), net.op("Concat", net.op("Shape", x, end=1), net.const([1, 4]), axis=0))
+    token = net.op(
+        "Expand", net.const(np.ones((1, 1, 4))), net.op("Concat", net.op("Shape", x, end=1), net.const([1, 4]), axis=0)
+    )
     longer = net.op("Concat", token, net.op("Concat", x, x, axis=1), axis=1)
     flat = net.op("Reshape", x, net.const([-1, 4]))
     double = net.op("Concat", flat, flat, axis=0)
-    unknown = net.op("Compress", net.op("Reshape", x, net.const([-1])), net.input("flags", ["M"], onnx.TensorProto.BOOL), axis=0)
+    unknown = net.op(
+        "Compress", net.op("Reshape", x, net.const([-1])), net.input("flags", ["M"], onnx.TensorProto.BOOL), axis=0
+    )
     for value in (longer, double, unknown):
         net.output(net.op("Identity", value), [])
     model = net.model()

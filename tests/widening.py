@@ -84,7 +84,9 @@ def _attribute(attr: AttributeProto) -> None:
         attr.i = DOUBLE
     elif attr.name in ("value_float", "value_floats"):
         values = attr.f if attr.name == "value_float" else list(attr.floats)
-        attr.CopyFrom(helper.make_attribute("value", numpy_helper.from_array(np.asarray(values, np.float32).astype(np.float64))))
+        attr.CopyFrom(
+            helper.make_attribute("value", numpy_helper.from_array(np.asarray(values, np.float32).astype(np.float64)))
+        )
 
 
 def _tensor(tensor: TensorProto) -> None:

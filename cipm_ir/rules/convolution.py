@@ -31,6 +31,8 @@ def resize_group(r: Resize) -> None:
     group = r.attr("group", 1)
     if group == 1:
         return
+    for index, axis in ((0, 1), (1, 0)):
+        r.rows(index, axis, group)  # an error where groups would keep unequal numbers
     old, new = r.old(0)[1], r.new(0)[1]
     width = r.new(1)[1] if r.node.op_type != "ConvTranspose" else None
     if width is None:  # ConvTranspose: weight is (in, out / group)

@@ -132,7 +132,8 @@ def _refuse_borders(analysis: Analysis, inside: np.ndarray) -> None:
             and any(inside[of[f.labels]].any() for f in state.factors)
         ):
             raise SymmetryError(
-                f"{node.op_type} {node.name} pads with zeros, so a constant shift of its input is not constant at the border."
+                f"{node.op_type} {node.name} pads with zeros, so a constant shift of its input "
+                "is not constant at the border."
             )
 
 

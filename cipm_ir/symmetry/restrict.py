@@ -16,6 +16,8 @@ from cipm_ir.rules.resize import Resize
 from cipm_ir.symmetry.analysis import Analysis
 from cipm_ir.symmetry.apply import Editor
 from cipm_ir.symmetry.edits import Edit
+from cipm_ir.symmetry.leaves import LeafFactor
+from cipm_ir.symmetry.order import arrival_order, interleaved
 from cipm_ir.symmetry.sizes import Sizes
 
 Shape = tuple[int, ...]
@@ -39,8 +41,8 @@ def closed_keep(analysis: Analysis, keep: np.ndarray) -> np.ndarray:
             return keep
 
 
-def restrict_edits(analysis: Analysis, keep: Labels) -> dict[int, Edit]:
-    """Slices of every parameter; ``keep`` is per atom."""
+def restrict_edits(analysis: Analysis, keep: Labels, order: dict[int, Labels] | None = None) -> dict[int, Edit]:
+    """Slices of every parameter; ``keep`` is per atom, ``order`` as `arrival_order` gives it."""
     edits: dict[int, Edit] = {}
     for f in analysis.walk.leaf_factors:
         if not f.active:
@@ -50,7 +52,7 @@ def restrict_edits(analysis: Analysis, keep: Labels) -> dict[int, Edit]:
             continue
         edit = edits.setdefault(f.leaf, Edit())
         if not f.groups:
-            edit.take[f.axes[0]] = np.flatnonzero(mask)
+            edit.take[f.axes[0]] = _places(f, mask, order)
             continue
         table = mask.reshape(f.shape)
         width = table.sum(axis=1)
@@ -60,7 +62,7 @@ def restrict_edits(analysis: Analysis, keep: Labels) -> dict[int, Edit]:
                 f"The groups of {analysis.walk.leaves[f.leaf].name} must keep equally many channels each."
             )
         columns = np.zeros((f.groups, int(kept[0])), np.int64)
-        columns[width > 0] = np.nonzero(table)[1].reshape(-1, int(kept[0]))
+        columns[width > 0] = (_places(f, mask, order) % f.shape[1]).reshape(-1, int(kept[0]))
         rows = analysis.walk.leaves[f.leaf].shape[0]
         edit.inner[f.axes[1]] = columns[np.arange(rows) * f.groups // rows]
     for k, edit in edits.items():  # rows of grouped axes follow the rows that stay
@@ -72,11 +74,26 @@ def restrict_edits(analysis: Analysis, keep: Labels) -> dict[int, Edit]:
     return edits
 
 
+def _places(f: LeafFactor, mask: np.ndarray, order: dict[int, Labels] | None) -> Labels:
+    """Kept places of a factor, in the order in which the units arrive."""
+    return np.flatnonzero(mask) if order is None or f.base not in order else order[f.base] - f.base
+
+
 def restrict(model: ir.Model, analysis: Analysis, keep: np.ndarray) -> dict[int, Edit]:
     """Restrict ``model`` (a clone of the analysed one) in place to the classes in ``keep``; returns the edits made."""
     atoms = keep[analysis.classes.of]
     sizes = Sizes(atoms, analysis.walk.states)
-    edits = restrict_edits(analysis, atoms)
+    order = None
+    if interleaved(analysis, atoms):
+        trial = model.clone()
+        _write(trial, analysis, sizes, restrict_edits(analysis, atoms))
+        order = arrival_order(trial, analysis, atoms)
+    edits = restrict_edits(analysis, atoms, order)
+    _write(model, analysis, sizes, edits)
+    return edits
+
+
+def _write(model: ir.Model, analysis: Analysis, sizes: Sizes, edits: dict[int, Edit]) -> None:
     new_shapes: dict[str, Shape] = {}
     for name, state in analysis.walk.states.items():
         if state.factors:
@@ -92,7 +109,6 @@ def restrict(model: ir.Model, analysis: Analysis, keep: np.ndarray) -> dict[int,
     for value in model.graph.inputs:
         _reshape_value(value, analysis, new_shapes)
     editor.sweep()
-    return edits
 
 
 def _reshape_value(value: ir.Value, analysis: Analysis, new_shapes: dict[str, Shape]) -> None:

@@ -1,7 +1,7 @@
 """The text form of a program, for people, diffs and golden tests: stable order and names, no ids (DESIGN, section 6).
 
-``16:@s`` is an axis of 16 that moves with space @s, ``*`` by the dual, bare a fixed one. ``@w..@w#3`` stands for the sibling
-spaces of a layer's blocks (the units of each head), ``@a+@b`` for an axis that holds units of several spaces.
+``16:@s`` is an axis of 16 that moves with space @s, ``*`` by the dual, bare a fixed one. ``@w..@w#3`` stands for the
+sibling spaces of a layer's blocks (the units of each head), ``@a+@b`` for an axis with units of several spaces.
 """
 
 from __future__ import annotations
@@ -19,9 +19,16 @@ if TYPE_CHECKING:
     from cipm_ir.symmetry.program import Program, Space
 
 _SHORT = {
-    ir.DataType.FLOAT: "f32", ir.DataType.DOUBLE: "f64", ir.DataType.FLOAT16: "f16", ir.DataType.BFLOAT16: "bf16",
-    ir.DataType.INT64: "i64", ir.DataType.INT32: "i32", ir.DataType.INT8: "i8", ir.DataType.UINT8: "u8", ir.DataType.BOOL: "bool",
-}  # fmt: skip
+    ir.DataType.FLOAT: "f32",
+    ir.DataType.DOUBLE: "f64",
+    ir.DataType.FLOAT16: "f16",
+    ir.DataType.BFLOAT16: "bf16",
+    ir.DataType.INT64: "i64",
+    ir.DataType.INT32: "i32",
+    ir.DataType.INT8: "i8",
+    ir.DataType.UINT8: "u8",
+    ir.DataType.BOOL: "bool",
+}
 _LITERAL = 8
 _NAMES = 4
 
