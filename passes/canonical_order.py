@@ -8,9 +8,9 @@ depend on how the group arranged them:
 3. rows of a matrix whose other axes are fully ordered: their entries, in that order, compared bit by bit;
 4. rows whose other axes are not: a hash of the multiset of (entry, colour of its column), as in colour refinement;
 5. signs that the gauge left open: the first entry that is not zero, in order, becomes positive;
-6. where all this says nothing: one class of the first cell is set apart (or all, in large cells), as in the search for
-   canonical labellings (McKay, Practical graph isomorphism, 1981), without the backtracking: units that no automorphism
-   exchanges and that 1 to 5 do not tell apart may keep the order they came in.
+6. where all this says nothing: one class of the first cell is set apart (all of them, in large cells and after some
+   rounds), as in the search for canonical labellings (McKay, Practical graph isomorphism, 1981), without backtracking:
+   units that no automorphism exchanges and that 1 to 5 do not tell apart may keep the order they came in.
 
 With ``exact`` unset, entries are compared through random projections whose values are rounded coarsely first, since a
 gauge fixed in floating point leaves noise of about 1e-7.
@@ -30,8 +30,7 @@ from cipm_ir.passes.canonical_partition import Partition
 from cipm_ir.symmetry.classes import Hashes
 
 _SINGLES = 16
-_CHOICES = 24
-_SMALL = 8
+_CHOICES = 48
 _PROJECTIONS = 2
 
 
@@ -108,7 +107,7 @@ class Ordering:
         if self._choices > _CHOICES:
             self.part.spread_all()
         else:
-            self.part.choose(single=self._choices <= _SINGLES, small=_SMALL)
+            self.part.choose(single=self._choices <= _SINGLES)
 
     # ------------------------------------------------------------ rows of ordered columns
     def _columns_known(self, m: Member) -> bool:

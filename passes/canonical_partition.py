@@ -42,6 +42,7 @@ class Partition:
         start = np.empty(number, np.int64)
         start[order] = np.cumsum(size[order]) - size[order]
         self.colour: Labels = start[label]
+        self._orbit = label
 
     def tied(self) -> npt.NDArray[np.bool_]:
         """Classes that share their colour."""
@@ -96,13 +97,21 @@ class Partition:
             if not self.split(tied, key[tied, None].view(np.int64)):
                 return
 
-    def choose(self, *, single: bool, small: int) -> None:
-        """Split one tied cell by the order the classes came in, blocks before units: only its first class, or all."""
+    def choose(self, *, single: bool) -> None:
+        """Split by the order the classes came in, blocks before units: one tied cell, or all that began as one with it.
+
+        Of a small cell, only the first class is set apart: what is left may tell the others apart.
+        """
         tied = self.tied()
-        cells = self.colour[tied & self._heads] if (tied & self._heads).any() else self.colour[tied]
-        cell = np.flatnonzero(self.colour == cells.min())
-        key = np.arange(len(cell))
-        self.split(cell, (np.minimum(key, 1) if single and len(cell) <= small else key)[:, None])
+        among = np.flatnonzero(tied & self._heads if (tied & self._heads).any() else tied)
+        first = among[self.colour[among].argmin()]
+        if single:
+            cell = np.flatnonzero(self.colour == self.colour[first])
+            key = np.arange(len(cell))
+            self.split(cell, (np.minimum(key, 1) if len(cell) <= _SMALL else key)[:, None])
+            return
+        orbit = np.flatnonzero(tied & (self._orbit == self._orbit[first]))
+        self.split(orbit, orbit[:, None])
 
     def spread_all(self) -> None:
         """Keep the order that the classes came in wherever they are tied."""

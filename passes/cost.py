@@ -99,6 +99,7 @@ class CostModel:
         walk = program.analysis.walk
         self._counter = _Counter(program.analysis.classes.of)
         self._fixed = 0
+        self._samples = walk.samples
         self._nodes: list[_Node] = []
         self._leaves: dict[int, Sized] = {}
         for position, macs in enumerate(walk.macs):
@@ -110,9 +111,9 @@ class CostModel:
 
     # ------------------------------------------------------------ costs
     def macs(self, stays: Mask) -> int:
-        """Multiply-accumulates of one run, at the shapes of the analysis."""
+        """Multiply-accumulates as `Program.macs` counts them."""
         sizes = self._counter.sizes(stays)
-        return self._fixed + sum(_node_macs(node, sizes) for node in self._nodes)
+        return (self._fixed + sum(_node_macs(node, sizes) for node in self._nodes)) // self._samples
 
     def params(self, stays: Mask) -> int:
         """Entries of floating-point parameters."""

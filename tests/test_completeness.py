@@ -102,7 +102,7 @@ TINY = (
 def exchanged(space: Space, i: int, j: int) -> Element:
     perm = np.arange(space.size)
     perm[[i, j]] = j, i
-    return Element(perm, np.ones((space.group.scales, space.size)), np.ones((space.group.signs, space.size)))
+    return Element(perm, np.ones((space.group.scales, space.size)), np.ones((space.group.signs, space.size), np.int8))
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -18,10 +18,11 @@ from tests.zoo.net import INT64, Net
 from cipm_ir.ir.labels import Factor, State, mix, occurrence_rank, reshape_groups, simplified
 from cipm_ir.rules.events import Recorder
 from cipm_ir.symmetry.classes import Classes, components, find_classes, scatter_sum
+from cipm_ir.symmetry.leaves import LeafFactor
 from cipm_ir.symmetry.linear import Term, nullspace, nullspace_f2
 from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.spaces import find_spaces
-from cipm_ir.symmetry.walk import LeafFactor, Walk
+from cipm_ir.symmetry.walk import Walk
 
 # ---------------------------------------------------------------- components and classes
 
@@ -30,7 +31,7 @@ def test_components_agree_with_networkx(rng: np.random.Generator) -> None:
     for _ in range(20):
         n = int(rng.integers(2, 40))
         pairs = [(rng.integers(0, n, 4), rng.integers(0, n, 4)) for _ in range(int(rng.integers(0, 5)))]
-        graph = nx.Graph()
+        graph: nx.Graph[int] = nx.Graph()
         graph.add_nodes_from(range(n))
         graph.add_edges_from((int(a), int(b)) for p in pairs for a, b in zip(*p, strict=True))
         count, of = components(n, pairs)

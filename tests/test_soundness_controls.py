@@ -24,6 +24,7 @@ from cipm_ir.ir.labels import Labels
 from cipm_ir.rules.events import Recorder
 from cipm_ir.symmetry import program as program_module
 from cipm_ir.symmetry import walk as walk_module
+from cipm_ir.symmetry.action import act_edits
 from cipm_ir.symmetry.edits import Edit
 from cipm_ir.symmetry.program import Program
 
@@ -191,7 +192,7 @@ def inverted(edit: Edit) -> Edit:
 def test_a_tensor_that_does_not_follow_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     trial = Trial.of(name)
     program = program_of(trial.model)
-    edits_of = program_module.act_edits
+    edits_of = act_edits
     elements = random_elements(program)
     chosen = {program.index(space): element for space, element in elements.items()}
     for leaf, edit in edits_of(program.analysis, chosen).items():

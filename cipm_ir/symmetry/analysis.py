@@ -48,7 +48,9 @@ class Analysis:
             walked = walk(model)
             classes = find_classes(walked)
             spaces = find_spaces(classes)
-            return cls(walked, classes, spaces, solve_scales(walked, classes, spaces))
+            directions = solve_scales(walked, classes, spaces)
+            kept = [k for k, s in enumerate(spaces) if s.kind != "cells" or directions[k].scales or directions[k].signs]
+            return cls(walked, classes, [spaces[k] for k in kept], [directions[k] for k in kept])
 
     @cached_property
     def _order(self) -> tuple[Labels, Labels]:

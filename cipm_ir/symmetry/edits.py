@@ -10,7 +10,6 @@ import onnx_ir as ir
 
 from cipm_ir.ir.labels import Array, Labels
 
-
 _BLOCK = 1 << 20
 
 

@@ -169,8 +169,11 @@ class Program:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of one run at the analysed shapes (symbolic sizes at their stand-in primes)."""
-        return sum(self.analysis.walk.macs)
+        """Multiply-accumulates of one run; per sample where the batch is dynamic.
+
+        Other dynamic sizes count at their stand-ins (11 or more; images 211), so compare ratios, not totals, there.
+        """
+        return sum(self.analysis.walk.macs) // self.analysis.walk.samples
 
     @property
     def parameters(self) -> int:

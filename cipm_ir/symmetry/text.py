@@ -6,14 +6,15 @@ sibling spaces of a layer's blocks (the units of each head), ``@a+@b`` for an ax
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import networkx as nx
 import numpy as np
 import onnx_ir as ir
 
 from cipm_ir.ir.labels import Factor, Labels, State
-from cipm_ir.symmetry.walk import Leaf, OpaqueNode, captured_values
+from cipm_ir.symmetry.leaves import Leaf, OpaqueNode
+from cipm_ir.symmetry.walk import captured_values
 
 if TYPE_CHECKING:
     from cipm_ir.symmetry.program import Program, Space
@@ -273,7 +274,7 @@ def to_networkx(program: Program) -> nx.Graph[str]:
 def annotate_model(program: Program, model: ir.Model) -> None:
     """Write ``cipm_ir.axes`` into the metadata of values and ``cipm_ir.spaces`` into the model's, for graph viewers."""
     annotate, sizes, states = _Annotator(program), _Sizes(program), _states(program)
-    analysed: dict[str, Any] = {v.name: v for v in _values(program.model)}
+    analysed = {v.name or "": v for v in _values(program.model)}
     for value in _values(model):
         state = states.get(value.name or "")
         if state is not None and any(annotate.axis(f, a) for f in state.factors for a in f.axes):

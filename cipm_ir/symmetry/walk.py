@@ -37,6 +37,8 @@ class Walk:
     opaque: list[OpaqueNode]
     nodes: list[ir.Node]
     macs: list[int]
+    samples: int = 1
+    """Stand-in size of a dynamic batch axis, which all multiply-accumulates are a multiple of."""
 
 
 def walk(model: ir.Model) -> Walk:
@@ -96,7 +98,15 @@ class _Walker:
             self.opaque,
             self.nodes,
             self.macs,
+            self._samples(),
         )
+
+    def _samples(self) -> int:
+        for value in self.graph.inputs:
+            shape = self.shapes.first.get(value.name or "", ())
+            if value.shape is not None and value.shape.rank() and not isinstance(value.shape[0], int) and shape:
+                return shape[0] if all(m % shape[0] == 0 for m in self.macs) else 1
+        return 1
 
     # ------------------------------------------------------------ parameters
     def _literal(self, value: ir.Value | None) -> Literal | None:
