@@ -120,7 +120,8 @@ def _scale(array: Array, rows: slice, parts: list[Array], epsilon: float | None)
     if epsilon is None:
         wide *= factor
     else:
-        wide = factor**2 * (wide + epsilon) - epsilon
+        square = factor**2
+        wide = np.where(square == 1.0, wide, square * (wide + epsilon) - epsilon)
     array[here] = wide.astype(array.dtype)
 
 
