@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from cipm_ir.errors import InputError
+from cipm_ir.ir.labels import Array
 
 Shape = tuple[int, ...]
 
@@ -201,9 +202,16 @@ def _substitute(info: onnx.ValueInfoProto, symbols: dict[str, int]) -> bool:
 
 
 def infer_node(
-    node: ir.Node, inputs: list[Shape | None], version: int, element_types: dict[str, ir.DataType] | None = None
+    node: ir.Node,
+    inputs: list[Shape | None],
+    version: int,
+    element_types: dict[str, ir.DataType] | None = None,
+    numbers: list[Array | None] | None = None,
 ) -> list[Shape | None]:
-    """Output shapes of one node from those of its inputs, where the whole-graph inference gave up."""
+    """Output shapes of one node from those of its inputs, where the whole-graph inference gave up.
+
+    ``numbers``: inputs that are known as numbers (sizes, axes).
+    """
     none: list[Shape | None] = [None] * len(node.outputs)
     if any(v is not None and s is None for v, s in zip(node.inputs, inputs, strict=True)):
         return none
@@ -211,12 +219,15 @@ def infer_node(
     data = {}
     dtypes = [None if v is None else v.dtype or (element_types or {}).get(v.name or "") for v in node.inputs]
     guess = next((t for t in dtypes if t is not None and t.is_floating_point()), ir.DataType.FLOAT)
-    for value, shape, known_dtype in zip(node.inputs, inputs, dtypes, strict=True):
+    for value, shape, known_dtype, number in zip(
+        node.inputs, inputs, dtypes, numbers or [None] * len(inputs), strict=True
+    ):
         if value is not None:
             dtype = guess if known_dtype is None else known_dtype
+            if number is not None and number.size <= 64:
+                dtype = ir.DataType.from_numpy(number.dtype)
+                data[value.name or ""] = onnx.numpy_helper.from_array(np.asarray(number))
             types[value.name or ""] = onnx.helper.make_tensor_type_proto(int(dtype), shape)
-            if value.const_value is not None and value.const_value.size <= 64:
-                data[value.name or ""] = ir.to_proto(value.const_value)
     try:
         schema = onnx.defs.get_schema(node.op_type, version, node.domain)
         found = onnx.shape_inference.infer_node_outputs(

@@ -112,7 +112,8 @@ def instance_normalization(op: OpContext) -> None:
     x = op.state(0)
     f = x.factor_of(1)
     if f is None or f.axes != (1,) or len(x.factors) > 1:
-        raise Opaque("InstanceNormalization over fixed or joint channels")
+        _instances_of_grids(op, x, f)
+        return
     gamma, beta = op.vector(1, f), op.vector(2, f)
     op.freeze_factor(f, sign=False)
     y = op.rec.variable()
@@ -127,6 +128,22 @@ def instance_normalization(op: OpContext) -> None:
         op.rec.equate(f.labels, ((gamma.var, 1), (y, -1)), sign=False)
         op.rec.equate(f.labels, ((gamma.var, 1), (y, 1), (f.var, 1)), scale=False)
     op.like(0, State(x.shape, (Factor((1,), f.labels, y, f.repeats),)))
+
+
+def _instances_of_grids(op: OpContext, x: State, f: Factor | None) -> None:
+    """Rows of a joint factor are the instances, as in a group normalization written by reshapes."""
+    op.freeze(x)
+    for g in x.factors:
+        if g.axes != (1,):
+            op.rec.normalizes(g.labels)
+    rows = None if f is None else op.rec.marginal(f, (1,))
+    for k in (1, 2):
+        own = None if rows is None else op.vector(k, rows)
+        if own is not None:
+            op.freeze_factor(own)
+        elif rows is None:
+            op.pin(op.optional(k), "InstanceNormalization of fixed channels")
+    op.like(0, State(x.shape, tuple(fixed(g) for g in x.factors)))
 
 
 def resize_groups(r: Resize) -> None:

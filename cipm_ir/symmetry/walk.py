@@ -237,9 +237,12 @@ class _Walker:
         shapes = [self.shapes.first.get(v.name or "") for v in node.outputs]
         if not any(s is None and v.name for s, v in zip(shapes, node.outputs, strict=True)):
             return shapes
-        for table in (self.shapes.first,) if self.shapes.static else (self.shapes.first, self.shapes.second):
+        literals = [self._literal(v) for v in node.inputs]
+        for which, table in enumerate((self.shapes.first, self.shapes.second)[: 1 if self.shapes.static else 2]):
             known = [None if v is None else self._known_shape(v, table) for v in node.inputs]
-            for value, shape in zip(node.outputs, infer_node(node, known, version, self.shapes.types), strict=True):
+            numbers = [None if p is None else p[which] for p in literals]
+            found = infer_node(node, known, version, self.shapes.types, numbers)
+            for value, shape in zip(node.outputs, found, strict=True):
                 if shape is not None and value.name:
                     table.setdefault(value.name, shape)
         return [self.shapes.first.get(v.name or "") for v in node.outputs]
