@@ -137,6 +137,8 @@ def _overridable(found: Intervals, value: ir.Value | None) -> bool:
     name = value.name or ""
     if name in found.parameters:
         return found.parameters[name] is None
+    if name in found.values and found.values[name].known:
+        return False
     node = value.producer()
     if node is None:
         return True
