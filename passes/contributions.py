@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -82,15 +81,12 @@ class Sum:
         return list(dict.fromkeys(x for part in [*parts, *(m.letters for m in self.out)] for x in part))
 
 
-def find_sums(found: Intervals, silent: Mapping[str, Mask] | None = None) -> list[Sum]:
-    """All sums over labelled positions, in graph order.
-
-    ``silent``: for some values, positions that are to be taken for zero (shaped like their bounds).
-    """
+def find_sums(found: Intervals) -> list[Sum]:
+    """All sums over labelled positions, in graph order."""
     sums = []
     for position, node in enumerate(found.analysis.walk.nodes):
         if node.op_type in SUMS and not node.domain and (made := _sum(found, position)) is not None:
-            _finish(found, made, silent or {})
+            _finish(found, made)
             sums.append(made)
     return sums
 
@@ -183,15 +179,16 @@ def _attention(found: Intervals, position: int) -> Sum | None:
     if out is None or any(v.name for v in node.outputs[1:]):
         return None
     operands = []
-    for k, letter in ((0, "s"), (1, "t")):
+    for k in (0, 1):
         state, bounds = found.state(position, k), found.operand(position, k)
         assert bounds is not None
         own = state.shape[1] if state.rank == 4 else int(attribute(node, "q_num_heads" if k == 0 else "kv_num_heads", 1))
         grid, marks = _by_head(state, bounds, of, own)
-        grid = grid.map(lambda e, own=own: np.repeat(e, heads // own, axis=0) if e.shape[0] != 1 else e)  # type: ignore[misc]
+        if grid.shape[0] != 1:
+            times = heads // own
+            grid = Interval(np.repeat(grid.lo, times, axis=0), np.repeat(grid.hi, times, axis=0))
         marks = [np.repeat(m, heads // own, axis=0) for m in marks]
         operands.append(Operand(k, ("h", "d"), grid, [Marked(m, ("h", "d")) for m in marks]))
-        del letter
     results = _by_head(out, Interval.unbounded(out.rank), of, heads)[1]
     return Sum(position, operands, [Marked(m, ("h", "e")) for m in results], frozenset("d"))
 
@@ -213,18 +210,19 @@ def _by_head(state: State, bounds: Interval, of: Labels, heads: int) -> tuple[In
     return grid, [of[f.labels].reshape(heads, width) for f in state.factors if f.axes == (2,)]
 
 
-def _finish(found: Intervals, made: Sum, silent: Mapping[str, Mask]) -> None:
+def _finish(found: Intervals, made: Sum) -> None:
     """Fill in which entries may be nonzero. A weight that is not finite makes something of a zero, so nothing is."""
     node = found.analysis.walk.nodes[made.node]
-    names = [(node.inputs[o.index].name or "") if node.inputs[o.index] is not None else "" for o in made.operands]  # type: ignore[union-attr]
-    broken = [n in found.parameters and not np.isfinite(o.bounds.lo).all() for n, o in zip(names, made.operands, strict=True)]
+    values = [node.inputs[o.index] for o in made.operands]
+    broken = [
+        v is not None and v.name in found.parameters and not np.isfinite(o.bounds.lo).all()
+        for v, o in zip(values, made.operands, strict=True)
+    ]
     useful = {x for o in made.operands for m in o.marked for x in m.letters} | {x for m in made.out for x in m.letters}
     for k, operand in enumerate(made.operands):
         if any(b for j, b in enumerate(broken) if j != k):
             continue
         nonzero = ~operand.bounds.zero
-        if names[k] in silent:
-            nonzero = nonzero & ~_like(silent[names[k]], nonzero)
         if nonzero.all():
             continue
         shared = useful | {x for j, o in enumerate(made.operands) if j != k for x in o.letters if x is not None}
@@ -232,16 +230,6 @@ def _finish(found: Intervals, made: Sum, silent: Mapping[str, Mask]) -> None:
         gone = tuple(a for a in range(nonzero.ndim) if a not in keep)
         operand.own = tuple(x for a, x in enumerate(operand.letters) if a in keep and x is not None)
         operand.nonzero = np.asarray(nonzero.any(axis=gone))
-
-
-def _like(mask: Mask, target: Mask) -> Mask:
-    """A mask shaped like a value, reshaped to the operand's view of it (channels by group or head)."""
-    if mask.ndim == target.ndim and all(n in (1, m) or m == 1 for n, m in zip(mask.shape, target.shape, strict=True)):
-        return mask
-    size = math.prod(mask.shape)
-    if size == math.prod(target.shape):
-        return mask.reshape(target.shape)
-    return np.zeros((1,) * target.ndim, bool)
 
 
 def mark(alive: Mask, classes: Labels, hit: Mask) -> bool:
@@ -257,6 +245,3 @@ def all_classes(of: Labels, states: Iterable[State]) -> Labels:
     """Classes of every label of some values."""
     parts = [of[f.labels].ravel() for s in states for f in s.factors]
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
-
-
-__all__ = ["SUMS", "Marked", "Operand", "Sum", "all_classes", "field", "find_sums", "mark"]

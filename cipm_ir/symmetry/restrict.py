@@ -116,7 +116,8 @@ def _reshape_value(value: ir.Value, analysis: Analysis, new_shapes: dict[str, Sh
     if new is None or value.shape is None or value.shape.rank() != len(new):
         return
     old = analysis.walk.states[value.name or ""].shape
-    value.shape = ir.Shape([d if a == b else b for d, a, b in zip(value.shape, old, new, strict=True)])
+    dims = zip(value.shape, old, new, strict=True)
+    value.shape = ir.Shape([d if a == b else b if isinstance(d, int) else None for d, a, b in dims])
 
 
 class _Literals:
@@ -257,7 +258,12 @@ class _NodeResize(Resize):
     def _patched(self, current: ir.Value, now: Literal, value: Array) -> ir.Value:
         """The computed literal with some entries replaced: in its Concat if there is one, else by ScatterElements."""
         editor = self.parent.editor
+        moving = (now[0] != value) & (now[0] != now[1])
+        if moving.any():
+            current, now = self._proportioned(current, now, value, moving)
         wrong = np.flatnonzero(now[0] != value)
+        if not wrong.size:
+            return current
         producer = current.producer()
         if producer is not None and producer.op_type == "Concat":
             sizes = [self.parent._literal(v.name or "", 0) if v is not None else None for v in producer.inputs]
@@ -274,6 +280,20 @@ class _NodeResize(Resize):
         index = editor.initializer("index", ir.tensor(wrong.astype(np.int64)))
         update = editor.initializer("size", ir.tensor(np.asarray(value[wrong], now[0].dtype)))
         return self._insert("ScatterElements", [current, index, update], [], current)
+
+    def _proportioned(
+        self, current: ir.Value, now: Literal, value: Array, moving: np.ndarray
+    ) -> tuple[ir.Value, Literal]:
+        """Dynamic entries (heads times batch) follow in proportion: times what is kept, divided by what was."""
+        common = np.gcd(now[0], value)
+        up, down = np.where(moving, value // common, 1), np.where(moving, now[0] // common, 1)
+        if (now[1] * up % down).any():
+            raise SymmetryError(f"{self.node.op_type} {self.node.name}: a dynamic size does not follow what is kept.")
+        for op_type, factor in (("Mul", up), ("Div", down)):
+            if (factor != 1).any():
+                constant = self.parent.editor.initializer("factor", ir.tensor(factor.astype(now[0].dtype)))
+                current = self._insert(op_type, [current, constant], [], current)
+        return current, (now[0] * up // down, now[1] * up // down)
 
     def _insert(self, op_type: str, inputs: list[ir.Value | None], attributes: list[Any], like: ir.Value) -> ir.Value:
         out = ir.Value(name=self.parent.editor.fresh_name(like.name or "size"), shape=like.shape, type=like.type)
