@@ -144,7 +144,7 @@ def _conv(found: Intervals, position: int) -> Sum | None:
     out = found.analysis.walk.states.get(node.outputs[0].name or "")
     group, transposed = int(attribute(node, "group", 1)), node.op_type == "ConvTranspose"
     inside, outside = x.shape[1] // group, (w.shape[1] if transposed else w.shape[0] // group)
-    if inside == 1 or out is None:
+    if inside == 1 or out is None or any(1 in f.axes and f.axes != (1,) for f in x.factors):
         return None
     data, weight = found.operand(position, 0), found.operand(position, 1)
     assert data is not None and weight is not None
@@ -178,6 +178,11 @@ def _attention(found: Intervals, position: int) -> Sum | None:
     heads = q.shape[1] if q.rank == 4 else int(attribute(node, "q_num_heads", 1))
     if out is None or any(v.name for v in node.outputs[1:]):
         return None
+    for k in (0, 1):
+        state = found.state(position, k)
+        ours, width = ({1, 3}, 3) if state.rank == 4 else ({2}, 2)
+        if any(width in f.axes and not set(f.axes) <= ours for f in state.factors):
+            return None
     operands = []
     for k in (0, 1):
         state, bounds = found.state(position, k), found.operand(position, k)
@@ -230,6 +235,12 @@ def _finish(found: Intervals, made: Sum) -> None:
         gone = tuple(a for a in range(nonzero.ndim) if a not in keep)
         operand.own = tuple(x for a, x in enumerate(operand.letters) if a in keep and x is not None)
         operand.nonzero = np.asarray(nonzero.any(axis=gone))
+
+
+def is_depthwise(found: Intervals, position: int) -> bool:
+    """Whether each group of a convolution has one channel: positions stay apart, nothing is summed over units."""
+    node = found.analysis.walk.nodes[position]
+    return node.op_type in ("Conv", "ConvTranspose") and found.state(position, 0).shape[1] == attribute(node, "group", 1)
 
 
 def mark(alive: Mask, classes: Labels, hit: Mask) -> bool:

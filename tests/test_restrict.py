@@ -29,6 +29,7 @@ COUNTED = {
     "rms_norm",
     "rms_norm_spelled_out",
     "group_norm",
+    "group_norm_reshape",
     "lp_normalization",
     "tied_embedding",
     "gated_mlp",

@@ -124,7 +124,7 @@ def batch_norm(site: Site) -> list[Interval | None] | None:
         value = slope * (finite - average) + bias
         error = 8 * site.p.eps * (np.abs(slope) * (np.abs(finite) + np.abs(average)) + np.abs(bias))
         error = np.where(still, 0.0, error)
-        away = np.where(np.isinf(end) & ~still, np.sign(slope) * np.sign(end) * np.inf, 0.0)
+        away = np.where(np.isinf(end) & ~still, np.copysign(np.inf, slope) * np.sign(end), 0.0)
         lows.append(value - error + away)
         highs.append(value + error + away)
     out = Interval.of(np.minimum(*lows), np.maximum(*highs))
@@ -236,5 +236,3 @@ def recurrent(site: Site) -> list[Interval | None] | None:
         one = np.full((1,) * len(shape or ()), limit)
         made.append(Interval.of(-one, one) if known else None)
     return made
-
-

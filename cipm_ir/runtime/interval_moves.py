@@ -178,5 +178,3 @@ def pad(site: Site) -> Interval | None:
         return x
     ends = [(x.lo, float(value.lo)), (x.hi, float(value.hi))]
     return Interval(*(np.pad(e, width, constant_values=v) for e, v in ends))
-
-

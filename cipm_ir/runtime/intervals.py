@@ -178,7 +178,10 @@ def _site(found: Intervals, position: int, operands: dict[int, Interval | None],
         value = node.inputs[k]
         name = "" if value is None else value.name or ""
         states[k] = state = found.state(position, k)
-        shapes[k] = (state.shape, state.shape if name in found.parameters else walk.shapes.second.get(name, state.shape))
+        shapes[k] = (
+            state.shape,
+            state.shape if name in found.parameters else walk.shapes.second.get(name, state.shape),
+        )
         pair = walk.literals.get(name)
         literals[k] = pair[0] if pair is not None and pair[0] is pair[1] else None
     dtype = node.outputs[0].dtype or walk.shapes.types.get(node.outputs[0].name or "")

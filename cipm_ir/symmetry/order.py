@@ -17,6 +17,7 @@ from cipm_ir.ir.labels import Labels, occurrence_rank
 from cipm_ir.symmetry.analysis import Analysis
 from cipm_ir.symmetry.classes import Classes, find_classes
 from cipm_ir.symmetry.leaves import Leaf, LeafFactor
+from cipm_ir.symmetry.sizes import outer_first
 from cipm_ir.symmetry.walk import Walk, walk
 
 
@@ -28,8 +29,7 @@ def interleaved(analysis: Analysis, keep: Labels) -> bool:
             if f.labels.ndim < 2 or id(f.labels) in seen:
                 continue
             seen.add(id(f.labels))
-            flat = f.labels.ravel()
-            if (flat[1:] > flat[:-1]).all():
+            if outer_first(f.labels) == list(range(f.labels.ndim)):
                 continue
             mask = keep[f.labels]
             sides = np.ones((), bool)
@@ -48,21 +48,21 @@ def arrival_order(model: ir.Model, analysis: Analysis, keep: Labels) -> dict[int
     """
     walked = walk(model)
     classes = find_classes(walked)
-    owner = np.full(classes.count, -1, np.int64)
+    became = np.full(analysis.classes.count, -1, np.int64)  # classes may merge: with one head left, heads are no blocks
     order: dict[int, Labels] = {}
     for leaf, old, new in _pairs(analysis.walk, walked):
         was = old.base + np.flatnonzero(keep[old.base : old.base + old.size])
         if len(was) != new.size:
             continue
         now, before = classes.of[new.base : new.base + new.size], analysis.classes.of[was]
-        unknown = owner[now] < 0
-        owner[now[unknown]] = before[unknown]
-        wanted = owner[now]
-        if (wanted == before).all():
+        unknown = became[before] < 0
+        became[before[unknown]] = now[unknown]
+        have = became[before]
+        if (have == now).all():
             continue
-        order[old.base] = _rearranged(was, before, wanted, leaf)
+        order[old.base] = _rearranged(was, have, now, leaf)
         _same_rows(order[old.base], was, old, leaf)
-        _free(classes, now[wanted != before], leaf)
+        _free(classes, now[have != now], leaf)
     return order
 
 

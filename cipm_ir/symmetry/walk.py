@@ -210,8 +210,9 @@ class _Walker:
             entry.labels(op)
             if entry.macs is not None:
                 self.macs[-1] = entry.macs(op)
-        except Opaque as reason:
-            self._pin_all(op, str(reason))
+        except (Opaque, ValueError, IndexError) as reason:
+            said = str(reason) if isinstance(reason, Opaque) else f"its shapes do not fit the operator ({reason})"
+            self._pin_all(op, said)
             op.outputs = [None if s is None else State(s) for s in shapes]
         for value, state in zip(node.outputs, op.outputs, strict=False):
             if state is not None and value.name:

@@ -39,8 +39,8 @@ def group_norm(net: Net) -> None:
     net.classify(net.relu(net.conv(h, 12, 6)), 6)
 
 
-# 12 + 6 where InstanceNormalization on (N, G, -1) is seen as a group norm; 6 where the rule pins joint factors
-@synthetic(None, "norm", at_least=6, note="18 when the groups are followed as blocks")
+# 12 + 6: InstanceNormalization on (N, G, -1) is a group norm
+@synthetic(18, "norm")
 def group_norm_reshape(net: Net) -> None:
     h = net.conv(net.image(), 3, 12)
     grouped = net.op("Reshape", h, net.const([0, 3, -1]))

@@ -1,0 +1,233 @@
+"""Removal of hidden units, heads and groups that contribute nothing, and of units that only contribute a constant."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from cipm_ir.errors import OptionError, SymmetryError
+from cipm_ir.ir.labels import Labels
+from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
+from cipm_ir.passes.contributions import Sum, find_sums
+from cipm_ir.passes.liveness import Liveness
+from cipm_ir.passes.registry import register
+from cipm_ir.passes.removal import removable_units
+from cipm_ir.runtime.inputs import batches
+from cipm_ir.runtime.interval_arithmetic import Interval
+from cipm_ir.runtime.intervals import Intervals, along, find_intervals
+from cipm_ir.runtime.session import Runner
+from cipm_ir.symmetry.program import Program, Space
+
+_SAME = 1e-9
+"""Bounds in real arithmetic this close, relative to their size, are one number."""
+
+
+@register("remove-dead")
+@dataclass(frozen=True)
+class RemoveDead(Pass):
+    """Removes hidden units, heads and groups that contribute nothing, and units that contribute a constant.
+
+    1. A unit is dead when each product that it enters on the way to an output is zero: its activation by bounds that
+       hold for all inputs (a zero row and bias, a Relu that stays shut), or the weights that read it; so is what only
+       feeds dead units. Heads and groups go as wholes when all that is in them is dead.
+    2. A unit whose value is one number c wherever weights read it goes, and W c is added to the bias of each reader.
+    3. With ``never_firing``, a unit that is zero on all the data where weights read it counts as dead (approximate).
+
+    Refused: units under a normalization, softmax or mean over them (its statistic would change), a constant before a
+    zero-padded convolution (not constant at the border), units whose rows (heads, groups) would become uneven: sibling
+    blocks lose equally many. Exact as long as no value of the model overflows.
+
+    Errors: `OptionError` for ``never_firing`` without data.
+    """
+
+    kind: ClassVar[Kind] = Kind.EXACT
+
+    never_firing: bool = option(False, "also remove units that are zero on all the data (approximate)")
+    constants: bool = option(True, "also remove units that are constant, by a shift of the biases of their readers")
+    rounds: int = option(4, "how often the result is looked at again after constants are gone", low=1)
+
+    def run(self, program: Program, ctx: Context) -> PassResult:
+        """Analyse, restrict, absorb, until nothing more is found."""
+        if self.never_firing and ctx.data is None:
+            raise OptionError("Pass 'remove-dead': never_firing looks at data, but none was given; pass data=.")
+        tally = _Tally(program)
+        current = program
+        for number in range(self.rounds):
+            current = self._dead(current, tally, ctx, number)
+            if not self.constants:
+                break
+            before = current
+            current = _constants(current, tally)
+            if current is before:
+                break
+        return tally.result(current)
+
+    def _dead(self, program: Program, tally: _Tally, ctx: Context, number: int) -> Program:
+        ctx.progress("bounds", None)
+        found = find_intervals(program.model, program.analysis)
+        keep, made = _restricted(program, found)
+        exact = {space.name: len(index) for space, index in keep.items()}
+        if self.never_firing and number == 0:
+            keep, made = _restricted(program, found, ctx)
+            tally.silent += sum(exact.get(s.name, s.size) - len(i) for s, i in keep.items() if s.kind == "units")
+        if tally.fits(keep):
+            tally.note(keep)
+            return made
+        return program
+
+
+def _restricted(program: Program, found: Intervals, ctx: Context | None = None) -> tuple[dict[Space, Labels], Program]:
+    """The program without its dead units; with a context, units that never fire on its data are dead too."""
+    sums = find_sums(found)
+    liveness = Liveness(program.analysis)
+    liveness.read(found, sums)
+    if ctx is not None:
+        sums = find_sums(_observed(program, found, sums, ctx))
+    return removable_units(program, liveness, sums)
+
+
+# ---------------------------------------------------------------- data
+def _observed(program: Program, found: Intervals, sums: list[Sum], ctx: Context) -> Intervals:
+    """Bounds in which what is read by a sum, and zero on all the data, is zero."""
+    nodes = program.analysis.walk.nodes
+    names = {}
+    for one in sums:
+        for operand, _ in one.ending():
+            value = nodes[one.node].inputs[operand.index]
+            name = "" if value is None else value.name or ""
+            if name in found.values and not found.values[name].zero.all():
+                names[name] = found.values[name]
+    largest: dict[str, npt.NDArray[Any]] = {}
+    assert ctx.data is not None
+    with Runner(program.model, extra_outputs=sorted(names)) as runner:
+        for count, feeds in enumerate(batches(ctx.data, program.model)):
+            ctx.progress(f"batch {count + 1} of the data", None)
+            for name, array in runner.run(feeds, sorted(names)).items():
+                shape = names[name].shape
+                gone = tuple(a for a, n in enumerate(array.shape) if a >= len(shape) or shape[a] != n or n == 1)
+                seen = np.abs(array).max(axis=gone, keepdims=True, initial=0.0)
+                largest[name] = np.maximum(largest.get(name, 0.0), seen)
+    values = dict(found.values)
+    for name, seen in largest.items():
+        bounds = values[name]
+        silent = np.broadcast_to(seen == 0, np.broadcast_shapes(seen.shape, bounds.shape))
+        values[name] = Interval.of(np.where(silent, 0.0, bounds.lo), np.where(silent, 0.0, bounds.hi))
+    return Intervals(found.analysis, values, found.parameters)
+
+
+# ---------------------------------------------------------------- constants
+def _constants(program: Program, tally: _Tally) -> Program:
+    """The program with the constant units of each space absorbed into the biases of what reads them."""
+    refused: set[str] = set()
+    while True:
+        shift = _shifts(program)
+        chosen = next((s for s in program.spaces if s.kind == "units" and s.name not in refused and _some(program, s, shift)), None)
+        if chosen is None:
+            return program
+        value = shift[_classes(program, chosen)]
+        constant = np.flatnonzero(np.isfinite(value))
+        constant = constant[1:] if len(constant) == chosen.size else constant
+        keep = np.setdiff1d(np.arange(chosen.size), constant)
+        offset = np.zeros(chosen.size)
+        offset[constant] = value[constant]
+        if len(constant) and tally.fits({chosen: keep}):
+            try:
+                program = program.absorb(chosen, keep, np.eye(chosen.size)[:, keep], offset)
+                tally.note({chosen: keep}, offset)
+                refused.clear()
+                continue
+            except SymmetryError as refusal:
+                tally.notes.append(str(refusal))
+        refused.add(chosen.name)
+
+
+def _classes(program: Program, space: Space) -> Labels:
+    return program.analysis.spaces[program.index(space)].table[:, 0]
+
+
+def _some(program: Program, space: Space, shift: npt.NDArray[np.float64]) -> bool:
+    return bool(np.isfinite(shift[_classes(program, space)]).any())
+
+
+def _shifts(program: Program) -> npt.NDArray[np.float64]:
+    """Per class, the one value that all its readers see, not zero; NaN where there is none. In real arithmetic."""
+    analysis = program.analysis
+    found = find_intervals(program.model, analysis, rounding=False)
+    sums = find_sums(found)
+    liveness = Liveness(analysis)
+    liveness.read(found, sums)
+    low, high = np.full(analysis.classes.count, np.inf), np.full(analysis.classes.count, -np.inf)
+    for one in sums:
+        for operand, _ in one.ending():
+            value = analysis.walk.nodes[one.node].inputs[operand.index]
+            bounds = None if value is None else found.values.get(value.name or "")
+            if bounds is None:
+                continue  # a parameter
+            for f in found.state(one.node, operand.index).factors:
+                classes = analysis.classes.of[f.labels]
+                lo, hi = along(bounds, f)
+                np.minimum.at(low, classes.ravel(), lo.ravel())
+                np.maximum.at(high, classes.ravel(), hi.ravel())
+    same = np.isfinite(low) & np.isfinite(high) & ~liveness.summed
+    with np.errstate(invalid="ignore"):
+        same &= (high - low <= _SAME * np.abs(high)) & (high != 0)
+        return np.where(same, (low + high) / 2, np.nan)
+
+
+# ---------------------------------------------------------------- what was done
+class _Tally:
+    """Kept units in the labels of the program that came in, over several steps."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.kept: dict[str, Labels] = {s.name: np.arange(s.size) for s in program.spaces}
+        self.shifts: dict[str, npt.NDArray[np.float64]] = {}
+        self.units = self.blocks = self.constant = self.silent = 0
+        self.notes: list[str] = []
+
+    def fits(self, keep: Mapping[Space, Labels]) -> bool:
+        """Whether the spaces are those that came in, as far as they are left."""
+        return all(s.name in self.kept and len(self.kept[s.name]) == s.size for s in keep)
+
+    def note(self, keep: Mapping[Space, Labels], shift: npt.NDArray[np.float64] | None = None) -> None:
+        """Account for a restriction, and for the constants that went with it."""
+        for space, index in keep.items():
+            before = self.kept[space.name]
+            if shift is not None:
+                full = self.shifts.setdefault(space.name, np.zeros(self.program.space(space.name).size))
+                full[before] += shift
+                self.constant += space.size - len(index)
+            elif space.kind == "units":
+                self.units += space.size - len(index)
+            else:
+                self.blocks += space.size - len(index)
+            self.kept[space.name] = before[index]
+
+    def result(self, program: Program) -> PassResult:
+        """Summary, witness and numbers."""
+        kept = {s.name: self.kept[s.name] for s in self.program.spaces if len(self.kept[s.name]) < s.size}
+        metrics = {
+            "dead": self.units - self.silent, "never_firing": self.silent, "constant": self.constant,
+            "blocks": self.blocks, "widths": {n: [self.program.space(n).size, len(k)] for n, k in kept.items()},
+        }  # fmt: skip
+        if not kept:
+            return PassResult(self.program, False, "nothing dead", metrics=metrics)
+        parts = [
+            f"{count} {what}"
+            for count, what in (
+                (self.units - self.silent, "dead"),
+                (self.silent, "never firing on the data"),
+                (self.constant, "constant"),
+            )
+            if count
+        ]
+        whole = f"{self.blocks} block{'s' * (self.blocks != 1)}" if self.blocks else ""
+        units = f"units removed: {', '.join(parts)}" if parts else ""
+        summary = "; ".join(x for x in (units, f"{whole} removed" if whole else "") if x)
+        kind = Kind.APPROXIMATE if self.silent else None
+        witness = {"kept": kept, "shift": self.shifts} if self.shifts else {"kept": kept}
+        return PassResult(program, True, summary, witness, metrics, kind)
