@@ -98,13 +98,13 @@ def added_ramp(net: Sample) -> None:
     net.read(net.op("Add", net.vector(), ramp))
 
 
-@case("DepthToSpace", "S(2)", "cells 1")  # the four channels of a pixel block move together
+@case("DepthToSpace", "S(2)")  # the four channels of a pixel block move together
 def depth_columns(net: Sample) -> None:
     h = net.op("DepthToSpace", net.picture(8), blocksize=2, mode="CRD")
     net.read(h, 2, "r", image=True)
 
 
-@case("DepthToSpace", "S(2)", "cells 1")
+@case("DepthToSpace", "S(2)")
 def depth_rows(net: Sample) -> None:
     h = net.op("DepthToSpace", net.picture(8), blocksize=2, mode="DCR")
     net.read(h, 2, "r", image=True)

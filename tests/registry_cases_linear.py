@@ -113,7 +113,7 @@ def grouped(net: Sample) -> None:
     net.read(y, 8, "k", image=True)
 
 
-@case("Conv", "S(3)", "cells 1")  # coarse: the groups share one permutation of their channels
+@case("Conv", "S(3)")  # coarse: the groups share one permutation of their channels
 def grouped_with_computed_weight(net: Sample) -> None:
     w = net.op("Mul", net.weight((8, 3, 3, 3), 27), net.const(0.5))
     net.result(net.op("Conv", net.op("Sigmoid", net.picture()), w, group=2))
@@ -126,7 +126,7 @@ def grouped_weight_used_twice(net: Sample) -> None:
     net.read(net.op("Sigmoid", net.op("Sub", *parts)), 8, "k", image=True)
 
 
-@case("Conv", "S(3)", "S(4)", "S(4)", "blocks S(2)", "cells 1")  # another use shares one permutation among groups
+@case("Conv", "S(3)", "S(4)", "S(4)", "blocks S(2)")  # another use shares one permutation among groups
 def grouped_weight_used_otherwise(net: Sample) -> None:
     w = net.weight((8, 3, 3, 3), 27)
     net.read(net.op("Sigmoid", net.op("Conv", net.op("Sigmoid", net.picture()), w, group=2)), 8, "k", image=True)
@@ -325,7 +325,7 @@ def _ordered(op: str, outputs: int, inputs: tuple[Any, ...] = (), **attributes: 
         if outputs > 1:
             net.result(values[1], TensorProto.INT64)
 
-    @case(op, "S(3)", "cells 1", name="over_heads")  # the heads stay, their positions share one permutation
+    @case(op, "S(3)", name="over_heads")  # the heads stay, their positions share one permutation
     def heads(net: Sample) -> None:
         h = net.op("Reshape", net.sequence(), net.const([2, 5, 2, 3]))
         at: dict[str, Any] = dict.fromkeys(attributes, 2)

@@ -119,7 +119,7 @@ def four_axes_in_and_out(net: Sample) -> None:
     net.read(net.op("Reshape", y, net.const([2, 5, 6])), 6, "v")
 
 
-@case("Attention", "S(2)", "S(3)", "S(3)", "cells 1", "cells 1", opset=23)  # heads cross positions
+@case("Attention", "S(2)", "S(3)", "S(3)", opset=23)  # heads cross positions
 def one_key_head(net: Sample) -> None:
     q, k, v = net.sequence(6, "q"), net.sequence(3, "k"), net.sequence(3, "v")
     net.read(net.op("Attention", q, k, v, q_num_heads=2, kv_num_heads=1), 6, "o")
