@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import mmap
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,7 +16,7 @@ from cipm_ir.errors import InputError, UnsupportedError
 from cipm_ir.frontends.mapped import DataFolder, map_external
 from cipm_ir.frontends.onnx_checks import check_order, check_proto
 from cipm_ir.runtime.checks import check_finite, check_shapes
-from cipm_ir.runtime.graphs import LISTED, all_graphs
+from cipm_ir.runtime.graphs import LISTED, all_graphs, quiet
 
 __all__ = ["Loaded", "check_finite", "check_shapes", "load_onnx"]
 
@@ -94,7 +91,7 @@ def _parse(path: Path) -> onnx.ModelProto:
 def _load_proto(proto: onnx.ModelProto, kind: Literal["path", "proto"], path: Path | None) -> Loaded:
     check_proto(proto)
     try:
-        with _quiet():
+        with quiet("onnx_ir"):  # `check_order` reports these defects as one error
             model = ir.from_proto(proto)
     except ir.serde.SerdeError as error:
         cause = _root(error)
@@ -140,15 +137,3 @@ def _root(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
     return error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """onnx_ir logs a warning for each defect that `check_order` then reports as one error."""
-    logger = logging.getLogger("onnx_ir")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -5,8 +5,6 @@ What is done here is to say which nodes they may touch, and to prepare the graph
 
 from __future__ import annotations
 
-import contextlib
-import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from onnx_ir.passes.common import (
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
 from cipm_ir.passes.batch_norm import fold_batch_norms
 from cipm_ir.passes.registry import register
+from cipm_ir.runtime.graphs import quiet
 from cipm_ir.symmetry.program import Program
 
 # Kept out of onnxscript's fold of constants as a whole: each of these draws anew in every run.
@@ -130,20 +129,8 @@ def _fold_constants(model: ir.Model, input_limit: int, output_limit: int) -> Non
     def should_fold(node: ir.Node) -> bool | None:
         return False if node.op_type in _RANDOM else None
 
-    with _quiet():
+    with quiet("onnxscript"):  # warns of each node that it tries to fold and cannot
         fold_constants(model, input_size_limit=input_limit, output_size_limit=output_limit, should_fold=should_fold)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """onnxscript warns of each node that it tries to fold and cannot; such a node simply stays."""
-    logger = logging.getLogger("onnxscript")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _remove_no_ops(model: ir.Model) -> None:

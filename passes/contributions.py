@@ -187,7 +187,8 @@ def _attention(found: Intervals, position: int) -> Sum | None:
     for k in (0, 1):
         state, bounds = found.state(position, k), found.operand(position, k)
         assert bounds is not None
-        own = state.shape[1] if state.rank == 4 else int(attribute(node, "q_num_heads" if k == 0 else "kv_num_heads", 1))
+        count = attribute(node, "q_num_heads" if k == 0 else "kv_num_heads", 1)
+        own = state.shape[1] if state.rank == 4 else int(count)
         grid, marks = _by_head(state, bounds, of, own)
         if grid.shape[0] != 1:
             times = heads // own
@@ -240,7 +241,9 @@ def _finish(found: Intervals, made: Sum) -> None:
 def is_depthwise(found: Intervals, position: int) -> bool:
     """Whether each group of a convolution has one channel: positions stay apart, nothing is summed over units."""
     node = found.analysis.walk.nodes[position]
-    return node.op_type in ("Conv", "ConvTranspose") and found.state(position, 0).shape[1] == attribute(node, "group", 1)
+    if node.op_type not in ("Conv", "ConvTranspose"):
+        return False
+    return bool(found.state(position, 0).shape[1] == attribute(node, "group", 1))
 
 
 def mark(alive: Mask, classes: Labels, hit: Mask) -> bool:

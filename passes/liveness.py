@@ -84,9 +84,10 @@ class Liveness:
         found = []
         for k, value in enumerate(node.inputs):
             leaf = walk.use_leaf.get((position, k))
-            state = walk.leaves[leaf].state if leaf is not None else walk.states.get(value.name or "") if value else None
-            if state is not None:
-                found.append(state)
+            if leaf is not None:
+                found.append(walk.leaves[leaf].state)
+            elif value is not None and value.name in walk.states:
+                found.append(walk.states[value.name])
         return found
 
     def _outputs(self, node: ir.Node) -> list[State]:

@@ -107,7 +107,8 @@ class _Plan:
         """Classes of what cannot be restricted on its own, or of everything where each part alone could."""
         bad = np.zeros(self.analysis.classes.count, bool)
         for group in self.groups:
-            part = {self.program.spaces[k]: keep[self.program.spaces[k]] for k in group if self.program.spaces[k] in keep}
+            spaces = [self.program.spaces[k] for k in group]
+            part = {space: keep[space] for space in spaces if space in keep}
             if part and not self._restricts(part):
                 bad |= ~self._stays(part)
         return bad if bad.any() else ~self._stays(keep)

@@ -93,64 +93,62 @@ def _restricted(program: Program, found: Intervals, ctx: Context | None = None) 
 # ---------------------------------------------------------------- data
 def _observed(program: Program, found: Intervals, sums: list[Sum], ctx: Context) -> Intervals:
     """Bounds in which what is read by a sum, and zero on all the data, is zero."""
-    nodes = program.analysis.walk.nodes
-    names = {}
+    walk = program.analysis.walk
+    labelled: dict[str, set[int]] = {}
     for one in sums:
         for operand, _ in one.ending():
-            value = nodes[one.node].inputs[operand.index]
+            value = walk.nodes[one.node].inputs[operand.index]
             name = "" if value is None else value.name or ""
             if name in found.values and not found.values[name].zero.all():
-                names[name] = found.values[name]
+                labelled[name] = {a for f in walk.states[name].factors for a in f.axes}
+    values = dict(found.values)
+    for name, largest in _largest(program, labelled, ctx).items():
+        low, high = np.where(largest == 0, 0.0, values[name].lo), np.where(largest == 0, 0.0, values[name].hi)
+        values[name] = Interval.of(low, high)
+    return Intervals(found.analysis, values, found.parameters)
+
+
+def _largest(program: Program, labelled: Mapping[str, set[int]], ctx: Context) -> dict[str, npt.NDArray[Any]]:
+    """Largest absolute values on the data, by position along the labelled axes of some values."""
     largest: dict[str, npt.NDArray[Any]] = {}
-    assert ctx.data is not None
-    with Runner(program.model, extra_outputs=sorted(names)) as runner:
+    names = sorted(labelled)
+    if not names or ctx.data is None:
+        return largest
+    with Runner(program.model, extra_outputs=names) as runner:
         for count, feeds in enumerate(batches(ctx.data, program.model)):
             ctx.progress(f"batch {count + 1} of the data", None)
-            for name, array in runner.run(feeds, sorted(names)).items():
-                shape = names[name].shape
-                gone = tuple(a for a, n in enumerate(array.shape) if a >= len(shape) or shape[a] != n or n == 1)
-                seen = np.abs(array).max(axis=gone, keepdims=True, initial=0.0)
+            for name, array in runner.run(feeds, names).items():
+                rest = tuple(a for a in range(array.ndim) if a not in labelled[name])
+                seen = np.abs(array).max(axis=rest, keepdims=True, initial=0.0)
                 largest[name] = np.maximum(largest.get(name, 0.0), seen)
-    values = dict(found.values)
-    for name, seen in largest.items():
-        bounds = values[name]
-        silent = np.broadcast_to(seen == 0, np.broadcast_shapes(seen.shape, bounds.shape))
-        values[name] = Interval.of(np.where(silent, 0.0, bounds.lo), np.where(silent, 0.0, bounds.hi))
-    return Intervals(found.analysis, values, found.parameters)
+    return largest
 
 
 # ---------------------------------------------------------------- constants
 def _constants(program: Program, tally: _Tally) -> Program:
     """The program with the constant units of each space absorbed into the biases of what reads them."""
-    refused: set[str] = set()
-    while True:
-        shift = _shifts(program)
-        chosen = next((s for s in program.spaces if s.kind == "units" and s.name not in refused and _some(program, s, shift)), None)
-        if chosen is None:
-            return program
-        value = shift[_classes(program, chosen)]
+    shift = _shifts(program)
+    values = {
+        space.name: shift[program.analysis.spaces[k].table[:, 0]]
+        for k, space in enumerate(program.spaces)
+        if space.kind == "units"
+    }
+    for name, value in values.items():
         constant = np.flatnonzero(np.isfinite(value))
-        constant = constant[1:] if len(constant) == chosen.size else constant
-        keep = np.setdiff1d(np.arange(chosen.size), constant)
-        offset = np.zeros(chosen.size)
+        constant = constant[1:] if len(constant) == len(value) else constant
+        space = next((s for s in program.spaces if s.name == name and s.size == len(value)), None)
+        if not len(constant) or space is None:
+            continue
+        keep = np.setdiff1d(np.arange(len(value)), constant)
+        offset = np.zeros(len(value))
         offset[constant] = value[constant]
-        if len(constant) and tally.fits({chosen: keep}):
+        if tally.fits({space: keep}):
             try:
-                program = program.absorb(chosen, keep, np.eye(chosen.size)[:, keep], offset)
-                tally.note({chosen: keep}, offset)
-                refused.clear()
-                continue
+                program = program.absorb(space, keep, np.eye(len(value))[:, keep], offset)
+                tally.note({space: keep}, offset)
             except SymmetryError as refusal:
-                tally.notes.append(str(refusal))
-        refused.add(chosen.name)
-
-
-def _classes(program: Program, space: Space) -> Labels:
-    return program.analysis.spaces[program.index(space)].table[:, 0]
-
-
-def _some(program: Program, space: Space, shift: npt.NDArray[np.float64]) -> bool:
-    return bool(np.isfinite(shift[_classes(program, space)]).any())
+                tally.refused[name] = str(refusal)
+    return program
 
 
 def _shifts(program: Program) -> npt.NDArray[np.float64]:
@@ -187,7 +185,8 @@ class _Tally:
         self.kept: dict[str, Labels] = {s.name: np.arange(s.size) for s in program.spaces}
         self.shifts: dict[str, npt.NDArray[np.float64]] = {}
         self.units = self.blocks = self.constant = self.silent = 0
-        self.notes: list[str] = []
+        self.refused: dict[str, str] = {}
+        """Per space, why its constant units stay."""
 
     def fits(self, keep: Mapping[Space, Labels]) -> bool:
         """Whether the spaces are those that came in, as far as they are left."""
@@ -213,6 +212,7 @@ class _Tally:
         metrics = {
             "dead": self.units - self.silent, "never_firing": self.silent, "constant": self.constant,
             "blocks": self.blocks, "widths": {n: [self.program.space(n).size, len(k)] for n, k in kept.items()},
+            "refused": self.refused,
         }  # fmt: skip
         if not kept:
             return PassResult(self.program, False, "nothing dead", metrics=metrics)

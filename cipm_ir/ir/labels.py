@@ -24,7 +24,7 @@ ZERO = 0
 
 @dataclass(slots=True, eq=False)
 class Factor:
-    """Labels over some axes of a value. Never changed; not frozen only because that makes creation several times slower.
+    """Labels over some axes of a value. Never changed; not frozen, which would make it slow to create.
 
     ``axes`` ascend; ``labels`` has one dimension per axis, with the sizes of those axes. ``var`` is the variable of
     the scale system: the log-scale (and the sign) of a position is a function of its atom, ``l_var(atom)``, and the

@@ -218,7 +218,7 @@ def _scale_terms(states: list[State], shape: tuple[int, ...], f: Factor) -> list
     return terms
 
 
-def _freeze_partial(op: OpContext, states: list[State], out: State, *, keep_finest: bool) -> None:
+def _freeze_partial(op: OpContext, states: list[State], out: State) -> None:
     """Factors whose axes are not an output factor's carry no scale."""
     kept = {f.axes for f in out.factors}
     for s in states:
@@ -236,15 +236,14 @@ def _neutral(const: Array | None) -> tuple[bool, bool]:
     return zero or bool(((const == 0) | np.isinf(const)).all()), zero
 
 
-def additive(op: OpContext, states: list[State], what: str, *, signs: bool) -> None:
-    """All inputs scale alike; an input without the axis must be a constant that scaling does not change."""
-    out = broadcast(op, states, what)
-    _freeze_partial(op, states, out, keep_finest=False)
+def additive(op: OpContext, states: list[State], out: State, *, signs: bool, first: int = 0) -> None:
+    """Inputs number ``first`` on scale alike; one without the axis must be a constant that scaling does not change."""
+    _freeze_partial(op, states, out)
     factors = []
     for f in out.factors:
         terms = _scale_terms(states, out.shape, f)
         var = next((t for t in terms if t is not None), ZERO)
-        for index, term in enumerate(terms):
+        for index, term in enumerate(terms, start=first):
             if term is None:
                 scale, sign = _neutral(op.const(index))
                 op.rec.zero(f.labels, var, scale=not scale, sign=not sign)
@@ -254,11 +253,6 @@ def additive(op: OpContext, states: list[State], what: str, *, signs: bool) -> N
                 op.rec.same(f.labels, var, term)
         if not signs:
             op.rec.zero(f.labels, var, scale=False)
-        partial = any(
-            set(g.axes) & set(f.axes) and g.axes != f.axes for s in states for g in shifted(s, len(out.shape)).factors
-        )
-        if partial:
-            op.rec.zero(f.labels, var)
         factors.append(Factor(f.axes, f.labels, var, f.repeats))
     op.like(0, State(out.shape, tuple(factors), out.uniform))
 
@@ -266,13 +260,15 @@ def additive(op: OpContext, states: list[State], what: str, *, signs: bool) -> N
 @operator("Add", "Sub", "Sum", "Mean")
 def add(op: OpContext) -> None:
     """Sums: one scale and sign for all terms."""
-    additive(op, [op.state(k) for k in range(len(op.node.inputs))], op.node.op_type, signs=True)
+    states = [op.state(k) for k in range(len(op.node.inputs))]
+    additive(op, states, broadcast(op, states, op.node.op_type), signs=True)
 
 
 @operator("Max", "Min")
 def extremum(op: OpContext) -> None:
     """max(ax, ay) = a max(x, y) for a > 0."""
-    additive(op, [op.state(k) for k in range(len(op.node.inputs))], op.node.op_type, signs=False)
+    states = [op.state(k) for k in range(len(op.node.inputs))]
+    additive(op, states, broadcast(op, states, op.node.op_type), signs=False)
 
 
 @operator("Where")
@@ -280,22 +276,7 @@ def where(op: OpContext) -> None:
     """The condition permutes along, the branches scale alike."""
     condition, x, y = op.state(0), op.state(1), op.state(2)
     op.freeze(condition)
-    out = broadcast(op, [condition, x, y], "Where")
-    _freeze_partial(op, [x, y], out, keep_finest=False)
-    factors = []
-    for f in out.factors:
-        terms = _scale_terms([x, y], out.shape, f)
-        var = next((t for t in terms if t is not None), ZERO)
-        for index, term in enumerate(terms, start=1):
-            if term is None:
-                scale, sign = _neutral(op.const(index))
-                op.rec.zero(f.labels, var, scale=not scale, sign=not sign)
-            elif term == ZERO:
-                op.rec.zero(f.labels, var)
-            else:
-                op.rec.same(f.labels, var, term)
-        factors.append(Factor(f.axes, f.labels, var, f.repeats))
-    op.like(0, State(out.shape, tuple(factors), out.uniform))
+    additive(op, [x, y], broadcast(op, [condition, x, y], "Where"), signs=True, first=1)
 
 
 @operator("Mul", "Div")

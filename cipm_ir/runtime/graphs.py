@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
+
 import onnx
 import onnx_ir as ir
 
@@ -27,6 +31,18 @@ def named(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
     if isinstance(tensor, ir.StringTensor):
         return ir.StringTensor(tensor.string_data(), shape=shape, name=name)
     return ir.LazyTensor(lambda: tensor, tensor.dtype, shape, name=name)
+
+
+@contextlib.contextmanager
+def quiet(logger_name: str) -> Iterator[None]:
+    """Errors only from a library's logger: its warnings are about what we handle or report ourselves."""
+    logger = logging.getLogger(logger_name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def describe_node(node: ir.Node | onnx.NodeProto) -> str:

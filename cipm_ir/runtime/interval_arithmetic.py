@@ -255,8 +255,8 @@ def _einsum(left: list[str], right: list[str], out: list[str]) -> Run:
     names = [[number[x] for x in part] for part in (left, right, out)]
 
     def run(stack: Bounds, array: Bounds) -> Bounds:
-        made = np.einsum(stack, [0, *names[0]], array, names[1], [0, *names[2]], optimize=True)
-        return np.asarray(made)
+        terms: list[Any] = [stack, [0, *names[0]], array, names[1], [0, *names[2]]]
+        return np.asarray(np.einsum(*terms, optimize=True))
 
     return run
 

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cipm_ir.ir.labels import reshape_groups
 from cipm_ir.rules.contraction import einsum_terms, matmul_letters
-from cipm_ir.runtime.interval_arithmetic import Interval, Letters, add, contract, divide, mean, multiply, negated, total
+from cipm_ir.runtime.interval_arithmetic import Interval, Letters, add, contract, mean, multiply, total
 from cipm_ir.runtime.interval_site import Site, bounds, filled, refit
 
 
@@ -124,7 +123,7 @@ def batch_norm(site: Site) -> list[Interval | None] | None:
         value = slope * (finite - average) + bias
         error = 8 * site.p.eps * (np.abs(slope) * (np.abs(finite) + np.abs(average)) + np.abs(bias))
         error = np.where(still, 0.0, error)
-        away = np.where(np.isinf(end) & ~still, np.copysign(np.inf, slope) * np.sign(end), 0.0)
+        away = np.where(np.isinf(end) & ~still, np.copysign(np.inf, slope * np.sign(end)), 0.0)
         lows.append(value - error + away)
         highs.append(value + error + away)
     out = Interval.of(np.minimum(*lows), np.maximum(*highs))

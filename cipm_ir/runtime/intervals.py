@@ -123,7 +123,7 @@ def _visit(found: Intervals, position: int, rounding: bool) -> None:
 
 
 def _literal(found: Intervals, node: ir.Node, name: str) -> Array | None:
-    """A constant that was followed as a number, unless it depends on a dynamic size or on what a caller may override."""
+    """A constant that was followed as a number, unless a dynamic size or what a caller may override enters it."""
     pair = found.analysis.walk.literals.get(name)
     if pair is None or pair[0] is not pair[1] or pair[0].dtype.kind not in "iufb":
         return None

@@ -31,7 +31,7 @@ def grid_shape(mask: Mask, order: list[int]) -> tuple[int, ...] | None:
     sizes = []
     alive: Mask = np.ones((), bool)
     for k in range(table.ndim):
-        some: Mask = table.any(axis=tuple(range(k + 1, table.ndim))) if k + 1 < table.ndim else table
+        some: Mask = np.asarray(table.any(axis=tuple(range(k + 1, table.ndim))))
         counts = some.sum(axis=-1)
         counts = counts[alive] if counts.ndim else counts.reshape(1)
         if counts.size == 0 or (counts != counts.flat[0]).any():

@@ -33,7 +33,9 @@ def feed_forward(folder: Path, megabytes: int, width: int = 4096, activation: st
                 array = rng.random(shape, dtype=np.float32) - np.float32(0.5)
                 array *= np.float32(2.0 / width**0.5)
                 file.write(array.data)
-                tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=shape, data_location=TensorProto.EXTERNAL)
+                tensor = TensorProto(
+                    name=name, data_type=TensorProto.FLOAT, dims=shape, data_location=TensorProto.EXTERNAL
+                )
                 for key, entry in (("location", f"{path.name}.data"), ("offset", offset), ("length", array.nbytes)):
                     tensor.external_data.add(key=key, value=str(entry))
                 tensors.append(tensor)
