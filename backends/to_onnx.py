@@ -11,12 +11,10 @@ import contextlib
 import os
 import secrets
 import stat
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import onnx
@@ -30,8 +28,6 @@ __all__ = ["DEFAULT_THRESHOLD", "emit_proto", "save_onnx"]
 DEFAULT_THRESHOLD = 1_800_000_000
 _PROTOBUF_LIMIT = 2**31 - 1
 _EMBED_BELOW = 1024
-_AHEAD = (1 << 20, 256 << 20)
-"""Sizes of lazy tensors that are evaluated while another is written; larger ones would cost too much memory."""
 """Tensors below this many bytes stay in the .onnx file: shape inference reads small ones, but no external data."""
 
 
@@ -263,17 +259,26 @@ def _write_proto(proto: onnx.ModelProto, path: Path) -> None:
 
 
 def _write_data(slots: list[_Slot], path: Path, location: str) -> None:
-    """Write the tensors to `path` one by one and point their slots there; a tensor used twice is written once."""
+    """Write the tensors to `path` and point their slots there; a tensor used twice is written once.
+
+    Two threads write, each into the part of the file that belongs to its tensor.
+    """
     places: dict[int, int] = {}
-    with open(path, "xb") as file:
-        for slot, ready in _evaluated_ahead(slots):
+    end = 0
+    with open(path, "xb"), ThreadPoolExecutor(max_workers=2) as pool:
+        writing: list[Future[None]] = []
+        for slot in slots:
             tensor = slot.tensor
             nbytes = _nbytes(tensor)
             if nbytes < _EMBED_BELOW or tensor.dtype == ir.DataType.STRING:
                 slot.put(_embedded(slot))
                 continue
             if id(tensor) not in places:
-                places[id(tensor)] = _append(ready, nbytes, file, slot.name)
+                # Whole pages for large tensors, so that they can be mapped; the rest aligned for vector instructions.
+                alignment = 4096 if nbytes >= 1 << 20 else 64
+                start = places[id(tensor)] = -(-end // alignment) * alignment
+                end = start + nbytes
+                writing.append(pool.submit(_write_tensor, tensor, path, start, nbytes, slot.name))
             slot.put(
                 ir.ExternalTensor(
                     location,
@@ -286,43 +291,20 @@ def _write_data(slots: list[_Slot], path: Path, location: str) -> None:
                     metadata_props=dict(tensor.metadata_props) or None,
                 )
             )
+        done, _ = wait(writing, return_when=FIRST_EXCEPTION)
+        pool.shutdown(cancel_futures=True)
+        for future in done:
+            future.result()
 
 
-def _evaluated_ahead(slots: list[_Slot]) -> Iterator[tuple[_Slot, ir.TensorProtocol]]:
-    """Slots with their tensors, the next large lazy ones being evaluated while one is written."""
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        waiting: deque[tuple[_Slot, Future[ir.TensorProtocol] | None]] = deque()
-        ahead = 0
-        seen: set[int] = set()
-        for slot in slots:
-            lazy = isinstance(slot.tensor, ir.LazyTensor) and _AHEAD[0] <= slot.tensor.nbytes <= _AHEAD[1]
-            lazy = lazy and id(slot.tensor) not in seen
-            seen.add(id(slot.tensor))
-            waiting.append((slot, pool.submit(_evaluate, slot.tensor) if lazy else None))
-            ahead += lazy
-            while ahead > 2:
-                first, future = waiting.popleft()
-                ahead -= future is not None
-                yield first, first.tensor if future is None else future.result()
-        for first, future in waiting:
-            yield first, first.tensor if future is None else future.result()
-
-
-def _evaluate(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-    return ir.Tensor(np.ascontiguousarray(tensor.numpy()), dtype=tensor.dtype, name=tensor.name)
-
-
-def _append(tensor: ir.TensorProtocol, nbytes: int, file: BinaryIO, name: str) -> int:
-    # Whole pages for large tensors, so that they can be mapped; the rest aligned for vector instructions.
-    alignment = 4096 if nbytes >= 1 << 20 else 64
-    start = -(-file.tell() // alignment) * alignment
-    file.seek(start)
-    if hasattr(tensor, "tofile"):
-        tensor.tofile(file)
-    else:
-        file.write(tensor.tobytes())
-    _check_length(name, file.tell() - start, nbytes)
-    return start
+def _write_tensor(tensor: ir.TensorProtocol, path: Path, start: int, nbytes: int, name: str) -> None:
+    with open(path, "r+b") as file:
+        file.seek(start)
+        if hasattr(tensor, "tofile"):
+            tensor.tofile(file)
+        else:
+            file.write(tensor.tobytes())
+        _check_length(name, file.tell() - start, nbytes)
 
 
 def _replace(pairs: list[tuple[Path, Path]]) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import BinaryIO
 
 import numpy as np
 import onnx_ir as ir
@@ -28,13 +31,12 @@ class Edit:
     scale: dict[int, Array] = field(default_factory=dict)
     inner_scale: dict[int, Array] = field(default_factory=dict)
     mix: dict[int, Array] = field(default_factory=dict)
-    shift: Array | None = None
     epsilon: float | None = None
 
     @property
     def empty(self) -> bool:
         """Whether nothing changes."""
-        return not (self.take or self.inner or self.scale or self.inner_scale or self.mix or self.shift is not None)
+        return not (self.take or self.inner or self.scale or self.inner_scale or self.mix)
 
     def key(self) -> bytes:
         """Equal for equal edits."""
@@ -43,8 +45,6 @@ class Edit:
             for axis, array in sorted(getattr(self, name).items()):
                 digest.update(f"{name}{axis}{array.shape}".encode())
                 digest.update(np.ascontiguousarray(array).tobytes())
-        if self.shift is not None:
-            digest.update(b"shift" + self.shift.tobytes())
         return digest.digest()
 
     def shape(self, old: tuple[int, ...]) -> tuple[int, ...]:
@@ -60,77 +60,79 @@ class Edit:
 
     def apply(self, array: Array) -> Array:
         """The edited array, in the dtype of ``array``."""
-        parts = self._factors(array.ndim)
-        if len(self.take) > 1 and 0 in self.take and not self.inner and not self.mix and array.nbytes > _BLOCK:
-            out = _gathered_by_rows(array, self.take, parts, self.epsilon)
-            return out if self.shift is None else (out.astype(np.float64) + self.shift).astype(array.dtype)
-        out = array
-        for axis, index in self.take.items():
-            out = np.take(out, index, axis=axis)
-        for axis, rows in self.inner.items():
-            index = rows.reshape(rows.shape[:1] + tuple(rows.shape[1] if a == axis else 1 for a in range(1, out.ndim)))
-            out = np.take_along_axis(out, index, axis=axis)
-        for axis, matrix in self.mix.items():
-            out = np.moveaxis(np.tensordot(np.moveaxis(out, axis, -1).astype(np.float64), matrix, 1), -1, axis).astype(
-                array.dtype
-            )
-        if parts:
-            out = out if out is not array else array.copy()
-            step = max(1, _BLOCK * out.shape[0] // max(out.nbytes, 1)) if out.ndim else 1
-            for start in range(0, out.shape[0] if out.ndim else 1, step):
-                _scale(out, slice(start, start + step), parts, self.epsilon)
-        if self.shift is not None:
-            out = (out.astype(np.float64) + self.shift).astype(array.dtype)
-        return out
+        parts = list(self.blocks(array))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _factors(self, rank: int) -> list[Array]:
-        """Scales in a shape that broadcasts."""
-        parts = [s.reshape([-1 if a == axis else 1 for a in range(rank)]) for axis, s in self.scale.items()]
+    def blocks(self, array: Array) -> Iterator[Array]:
+        """The edited array, some rows of its first axis at a time, so that the work stays in the cache."""
+        for axis in (a for a in self.mix if a == 0):
+            array = _mixed(array, axis, self.mix[axis])
+        if not array.ndim:
+            yield self._scaled(array, slice(None))
+            return
+        rows = self.take.get(0)
+        count = array.shape[0] if rows is None else len(rows)
+        step = max(1, _BLOCK * array.shape[0] // max(array.nbytes, 1))
+        for start in range(0, max(count, 1), step):
+            here = slice(start, start + step)
+            part = array[here] if rows is None else array.take(rows[here], axis=0)
+            for axis, index in self.take.items():
+                if axis:
+                    part = np.take(part, index, axis=axis, mode="clip")
+            for axis, inner in self.inner.items():
+                shape = [-1, *(inner.shape[1] if a == axis else 1 for a in range(1, part.ndim))]
+                part = np.take_along_axis(part, inner[here].reshape(shape), axis=axis)
+            for axis, matrix in self.mix.items():
+                if axis:
+                    part = _mixed(part, axis, matrix)
+            yield self._scaled(part, here)
+
+    def _scaled(self, part: Array, rows: slice) -> Array:
+        """Times the product of all scales, rounded once."""
+        factor: Array | None = None
+        for axis, s in self.scale.items():
+            along = (s[rows] if axis == 0 else s).reshape([-1 if a == axis else 1 for a in range(part.ndim)])
+            factor = along if factor is None else factor * along
         for axis, s in self.inner_scale.items():
-            parts.append(s.reshape(s.shape[:1] + tuple(s.shape[1] if a == axis else 1 for a in range(1, rank))))
-        return parts
+            along = s[rows].reshape([-1, *(s.shape[1] if a == axis else 1 for a in range(1, part.ndim))])
+            factor = along if factor is None else factor * along
+        if factor is None:
+            return part
+        wide = part.astype(np.float64)
+        if self.epsilon is None:
+            wide *= factor
+        else:
+            square = factor**2
+            wide = np.where(square == 1.0, wide, square * (wide + self.epsilon) - self.epsilon)
+        return wide.astype(part.dtype)
 
 
-def _gathered_by_rows(array: Array, take: dict[int, Labels], parts: list[Array], epsilon: float | None) -> Array:
-    """Gather along the first and other axes, and scale, a block of rows at a time, so that it stays in the cache."""
-    rows = take[0]
-    rest = sorted((len(index) - array.shape[axis], axis) for axis, index in take.items() if axis)
-    shape = [len(take[a]) if a in take else n for a, n in enumerate(array.shape)]
-    out = np.empty(shape, array.dtype)
-    step = max(1, _BLOCK * array.shape[0] // array.nbytes)
-    for start in range(0, len(rows), step):
-        part = array.take(rows[start : start + step], axis=0)
-        for _, axis in rest[:-1]:
-            part = part.take(take[axis], axis=axis)
-        last = rest[-1][1]
-        here = slice(start, start + step)
-        np.take(part, take[last], axis=last, out=out[here], mode="clip")  # "raise" would buffer
-        if parts:
-            _scale(out, here, parts, epsilon)
-    return out
+def _mixed(array: Array, axis: int, matrix: Array) -> Array:
+    product = np.tensordot(np.moveaxis(array, axis, -1).astype(np.float64), matrix, 1)
+    return np.moveaxis(product, -1, axis).astype(array.dtype)
 
 
-def _scale(array: Array, rows: slice, parts: list[Array], epsilon: float | None) -> None:
-    """Multiply some rows in place by the product of ``parts``, rounded once."""
-    here = rows if array.ndim else ()
-    factor: Array = np.ones(())
-    for part in parts:
-        factor = factor * (part[here] if part.ndim and part.shape[0] > 1 else part)
-    wide = array[here].astype(np.float64)
-    if epsilon is None:
-        wide *= factor
-    else:
-        square = factor**2
-        wide = np.where(square == 1.0, wide, square * (wide + epsilon) - epsilon)
-    array[here] = wide.astype(array.dtype)
+class EditedTensor(ir.LazyTensor):
+    """A tensor that reads another and applies an edit whenever it is evaluated; nothing is cached."""
+
+    def __init__(self, tensor: ir.TensorProtocol, edit: Edit, name: str) -> None:
+        self._source, self._edit = tensor, edit
+        shape = ir.Shape(edit.shape(tuple(tensor.shape.numpy())))
+        super().__init__(self._evaluated, dtype=tensor.dtype, shape=shape, name=name)
+
+    def _evaluated(self) -> ir.TensorProtocol:
+        array = self._edit.apply(np.asarray(self._source.numpy()))
+        return ir.Tensor(np.ascontiguousarray(array), dtype=self.dtype, name=self.name)
+
+    def tofile(self, file: BinaryIO) -> None:
+        """Write the bytes to an open file, block by block."""
+        if self.dtype.bitwidth % 8 or sys.byteorder != "little":
+            super().tofile(file)
+            return
+        for block in self._edit.blocks(np.asarray(self._source.numpy())):
+            file.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
 
 
 def edited(tensor: ir.TensorProtocol, edit: Edit, name: str) -> ir.LazyTensor:
-    """A tensor that reads ``tensor`` and applies ``edit`` whenever it is evaluated; nothing is cached."""
-    old = tuple(tensor.shape.numpy())
-    dtype = tensor.dtype
-
-    def evaluate() -> ir.TensorProtocol:
-        return ir.Tensor(np.ascontiguousarray(edit.apply(np.asarray(tensor.numpy()))), dtype=dtype, name=name)
-
-    return ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(edit.shape(old)), name=name)
+    """``tensor`` with ``edit`` applied, lazily."""
+    return EditedTensor(tensor, edit, name)
