@@ -3,8 +3,6 @@
 if __name__ == "passes":
     raise ImportError("import cipm_ir.passes, not passes: the folder at the root is the source of that package")
 
-import contextlib
-import importlib
 
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult, Progress, option
 from cipm_ir.passes.canonicalize import Canonicalize
@@ -12,12 +10,9 @@ from cipm_ir.passes.cleanup import CleanUp, FoldBatchNorm
 from cipm_ir.passes.pipeline import Outcome, RolledBack, Witness, run_passes
 from cipm_ir.passes.prune import Prune
 from cipm_ir.passes.registry import Listing, listing, lookup, names, register
+from cipm_ir.passes.remove_dead import RemoveDead
 from cipm_ir.passes.report import Report, Step, Totals
 from cipm_ir.passes.text import parse_passes, print_passes
-
-with contextlib.suppress(ModuleNotFoundError):
-    # Until the module is there; then a plain import above, and "RemoveDead" in __all__.
-    importlib.import_module("cipm_ir.passes.remove_dead")
 
 __all__ = [
     "Canonicalize",
@@ -31,6 +26,7 @@ __all__ = [
     "PassResult",
     "Progress",
     "Prune",
+    "RemoveDead",
     "Report",
     "RolledBack",
     "Step",

@@ -24,6 +24,8 @@ from cipm_ir.symmetry.program import Program, Space
 
 _SAME = 1e-9
 """Bounds in real arithmetic this close, relative to their size, are one number."""
+_NEARLY = 1e-2
+"""Bounds with rounding further apart than this are not of one number, whatever the rounding was."""
 
 
 @register("remove-dead")
@@ -57,8 +59,11 @@ class RemoveDead(Pass):
         tally = _Tally(program)
         current = program
         for number in range(self.rounds):
-            current = self._dead(current, tally, ctx, number)
-            if not self.constants:
+            ctx.progress("bounds", None)
+            seen = _Seen.of(current)
+            shifts = self.constants and bool(np.isfinite(_shifts(seen, _NEARLY)).any())
+            current = self._dead(seen, tally, ctx, number)
+            if not shifts:
                 break
             before = current
             current = _constants(current, tally)
@@ -66,43 +71,54 @@ class RemoveDead(Pass):
                 break
         return tally.result(current)
 
-    def _dead(self, program: Program, tally: _Tally, ctx: Context, number: int) -> Program:
-        ctx.progress("bounds", None)
-        found = find_intervals(program.model, program.analysis)
-        keep, made = _restricted(program, found)
-        exact = {space.name: len(index) for space, index in keep.items()}
+    def _dead(self, seen: _Seen, tally: _Tally, ctx: Context, number: int) -> Program:
+        program = seen.program
+        keep, made = removable_units(program, seen.liveness, seen.sums)
         if self.never_firing and number == 0:
-            keep, made = _restricted(program, found, ctx)
-            tally.silent += sum(exact.get(s.name, s.size) - len(i) for s, i in keep.items() if s.kind == "units")
+            proven = program.kept_classes(keep)
+            keep, made = removable_units(program, seen.liveness, find_sums(_observed(seen, ctx)))
+            extra = proven & ~program.kept_classes(keep)
+            tally.approximate = bool(extra.any())
+            units = (s for s in keep if s.kind == "units")
+            tally.silent = sum(int(extra[program.analysis.spaces[program.index(s)].table[:, 0]].sum()) for s in units)
         if tally.fits(keep):
             tally.note(keep)
             return made
         return program
 
 
-def _restricted(program: Program, found: Intervals, ctx: Context | None = None) -> tuple[dict[Space, Labels], Program]:
-    """The program without its dead units; with a context, units that never fire on its data are dead too."""
-    sums = find_sums(found)
-    liveness = Liveness(program.analysis)
-    liveness.read(found, sums)
-    if ctx is not None:
-        sums = find_sums(_observed(program, found, sums, ctx))
-    return removable_units(program, liveness, sums)
+@dataclass
+class _Seen:
+    """A program with the bounds of its values and what reads its units."""
+
+    program: Program
+    found: Intervals
+    sums: list[Sum]
+    liveness: Liveness
+
+    @classmethod
+    def of(cls, program: Program, *, rounding: bool = True) -> _Seen:
+        """Look at a program."""
+        found = find_intervals(program.model, program.analysis, rounding=rounding)
+        sums = find_sums(found)
+        liveness = Liveness(program.analysis)
+        liveness.read(found, sums)
+        return cls(program, found, sums, liveness)
 
 
 # ---------------------------------------------------------------- data
-def _observed(program: Program, found: Intervals, sums: list[Sum], ctx: Context) -> Intervals:
+def _observed(seen: _Seen, ctx: Context) -> Intervals:
     """Bounds in which what is read by a sum, and zero on all the data, is zero."""
-    walk = program.analysis.walk
+    found, walk = seen.found, seen.program.analysis.walk
     labelled: dict[str, set[int]] = {}
-    for one in sums:
+    for one in seen.sums:
         for operand, _ in one.ending():
             value = walk.nodes[one.node].inputs[operand.index]
             name = "" if value is None else value.name or ""
             if name in found.values and not found.values[name].zero.all():
                 labelled[name] = {a for f in walk.states[name].factors for a in f.axes}
     values = dict(found.values)
-    for name, largest in _largest(program, labelled, ctx).items():
+    for name, largest in _largest(seen.program, labelled, ctx).items():
         low, high = np.where(largest == 0, 0.0, values[name].lo), np.where(largest == 0, 0.0, values[name].hi)
         values[name] = Interval.of(low, high)
     return Intervals(found.analysis, values, found.parameters)
@@ -127,7 +143,7 @@ def _largest(program: Program, labelled: Mapping[str, set[int]], ctx: Context) -
 # ---------------------------------------------------------------- constants
 def _constants(program: Program, tally: _Tally) -> Program:
     """The program with the constant units of each space absorbed into the biases of what reads them."""
-    shift = _shifts(program)
+    shift = _shifts(_Seen.of(program, rounding=False), _SAME)
     values = {
         space.name: shift[program.analysis.spaces[k].table[:, 0]]
         for k, space in enumerate(program.spaces)
@@ -151,15 +167,11 @@ def _constants(program: Program, tally: _Tally) -> Program:
     return program
 
 
-def _shifts(program: Program) -> npt.NDArray[np.float64]:
-    """Per class, the one value that all its readers see, not zero; NaN where there is none. In real arithmetic."""
-    analysis = program.analysis
-    found = find_intervals(program.model, analysis, rounding=False)
-    sums = find_sums(found)
-    liveness = Liveness(analysis)
-    liveness.read(found, sums)
+def _shifts(seen: _Seen, close: float) -> npt.NDArray[np.float64]:
+    """Per class, the one value that all its readers see, not zero; NaN where there is none."""
+    analysis, found = seen.program.analysis, seen.found
     low, high = np.full(analysis.classes.count, np.inf), np.full(analysis.classes.count, -np.inf)
-    for one in sums:
+    for one in seen.sums:
         for operand, _ in one.ending():
             value = analysis.walk.nodes[one.node].inputs[operand.index]
             bounds = None if value is None else found.values.get(value.name or "")
@@ -170,9 +182,10 @@ def _shifts(program: Program) -> npt.NDArray[np.float64]:
                 lo, hi = along(bounds, f)
                 np.minimum.at(low, classes.ravel(), lo.ravel())
                 np.maximum.at(high, classes.ravel(), hi.ravel())
-    same = np.isfinite(low) & np.isfinite(high) & ~liveness.summed
+    same = np.isfinite(low) & np.isfinite(high) & ~seen.liveness.summed
+    same &= analysis.classes.free
     with np.errstate(invalid="ignore"):
-        same &= (high - low <= _SAME * np.abs(high)) & (high != 0)
+        same &= (high - low <= close * np.abs(high)) & (high != 0)
         return np.where(same, (low + high) / 2, np.nan)
 
 
@@ -185,6 +198,7 @@ class _Tally:
         self.kept: dict[str, Labels] = {s.name: np.arange(s.size) for s in program.spaces}
         self.shifts: dict[str, npt.NDArray[np.float64]] = {}
         self.units = self.blocks = self.constant = self.silent = 0
+        self.approximate = False
         self.refused: dict[str, str] = {}
         """Per space, why its constant units stay."""
 
@@ -228,6 +242,6 @@ class _Tally:
         whole = f"{self.blocks} block{'s' * (self.blocks != 1)}" if self.blocks else ""
         units = f"units removed: {', '.join(parts)}" if parts else ""
         summary = "; ".join(x for x in (units, f"{whole} removed" if whole else "") if x)
-        kind = Kind.APPROXIMATE if self.silent else None
+        kind = Kind.APPROXIMATE if self.approximate else None
         witness = {"kept": kept, "shift": self.shifts} if self.shifts else {"kept": kept}
         return PassResult(program, True, summary, witness, metrics, kind)

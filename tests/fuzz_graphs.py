@@ -79,7 +79,7 @@ class Fuzz(Net):
     def made(self, shape: Sequence[int], op_type: str, *inputs: str, **attributes: Any) -> str:
         """A node with one output of known shape."""
         shape = tuple(int(d) for d in shape)
-        if math.prod(shape) > LARGEST or math.prod(shape) == 0 or len(shape) > 6:
+        if not shape or not 0 < math.prod(shape) <= LARGEST or len(shape) > 6:
             raise Unfit
         name = self.op(op_type, *inputs, **attributes)
         self.shapes[name] = shape
@@ -540,7 +540,7 @@ class Fuzz(Net):
         loose = [v for v in self.pool[1:] if v not in read] or self.pool[-1:]
         for x in loose[-3:]:
             shape = self.shapes[x]
-            if len(shape) > 1 and self.chance(0.85):
+            if 1 < len(shape) and 3 * math.prod(shape[:-1]) <= LARGEST and self.chance(0.85):
                 x = self.made((*shape[:-1], 3), "MatMul", x, self.param((shape[-1], 3), shape[-1]))
             else:
                 x = self.same("Identity", x)

@@ -1,4 +1,4 @@
-"""Bounds of values: what a run gives lies within them, zeros are exact, and the checks notice bounds that are too tight."""
+"""Bounds of values: what a run gives lies within them, zeros are exact, too tight ones are noticed."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ MODELS = [
     "channel_shuffle", "pixel_shuffle_dcr", "space_to_depth", "unet_concat_skip", "grouped_conv_transpose",
     "squeeze_excitation", "roll_channels", "pad_channels", "concat_relu", "split_sizes", "gather_repeated",
     "batch_norm_relu", "group_norm", "instance_norm", "layer_norm", "rms_norm", "attention_separate", "attention_op_3d",
-    "attention_op_4d", "einsum_layers", "lstm", "gru", "channel_reducesum", "channel_reducel2", "tied_embedding", "bert",
-    "llama_gqa", "mobilenetv2_revived", "resnet20",
+    "attention_op_4d", "einsum_layers", "lstm", "gru", "channel_reducesum", "channel_reducel2", "tied_embedding",
+    "bert", "llama_gqa", "mobilenetv2_revived", "resnet20",
 ]  # fmt: skip
 UNDERSTOOD = ("conv_flatten_gemm", "residual_blocks", "channel_shuffle", "attention_separate", "layer_norm", "mlp_gelu")
 

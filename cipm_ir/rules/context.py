@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import onnx_ir as ir
 
 from cipm_ir.ir.constants import attribute
-from cipm_ir.ir.labels import ZERO, Array, Factor, State
+from cipm_ir.ir.labels import ZERO, Array, Factor, Labels, State, simplified
 from cipm_ir.rules.events import Recorder
 from cipm_ir.rules.registry import Opaque
 
@@ -140,6 +140,16 @@ class OpContext:
         else:
             self.rec.zero(factor.labels, var, scale=False)
         return Factor(factor.axes, factor.labels, var, factor.repeats)
+
+    def simplified(
+        self, shape: Sequence[int], labels: Labels, axes: Sequence[int], var: int, repeats: bool
+    ) -> Factor | None:
+        """As `ir.labels.simplified`; where no axis is left to carry the labels, the one unit that remains is pinned."""
+        made = simplified(shape, labels, axes, var, repeats)
+        if made is None:
+            self.rec.pin(labels, f"{self.node.op_type} takes a single unit")
+            self.rec.zero(labels, var)
+        return made
 
     def unify(self, a: Factor, b: Factor) -> None:
         """Two factors over corresponding axes move together."""

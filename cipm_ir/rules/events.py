@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from cipm_ir.ir.labels import ZERO, Factor, Labels, mix, occurrence_rank
 
@@ -129,8 +131,24 @@ class Recorder:
             children = table.reshape(int(np.prod(sizes)), -1)
             parents = self.fresh(*sizes)
             self.links.append(Link(parents.ravel(), children, key[1]))
+            if factor.repeats and len(children) > 1:
+                self._mark_rows(factor.labels, key[1])
             known = self._marginals[key] = (factor.labels, Factor(axes, parents, ZERO))
         return Factor(axes, known[1].labels, ZERO)
+
+    def _mark_rows(self, labels: Labels, dims: tuple[int, ...]) -> None:
+        """Mark atoms apart whose occurrences, taken in order, lie in different rows of those that share atoms."""
+        sizes = [n if k in dims else 1 for k, n in enumerate(labels.shape)]
+        row = np.broadcast_to(np.arange(math.prod(sizes)).reshape(sizes), labels.shape).ravel()
+        atoms, atom = np.unique(labels, return_inverse=True)
+        atom = atom.ravel()
+        rows, count = int(row.max()) + 1, len(atoms)
+        links = coo_array((np.ones(len(row), np.int8), (row, rows + atom)), shape=(rows + count, rows + count))
+        family = connected_components(links, directed=False)[1][:rows]
+        place = occurrence_rank(family)[row]  # of the row in its family
+        code = mix(occurrence_rank(labels) * 1_000_003 + place) & np.uint64((1 << 30) - 1)
+        colour = np.bincount(atom, weights=code.astype(np.float64)).astype(np.int64)
+        self.marks.append((atoms, colour))
 
     def contracted(self, a: Labels, b: Labels) -> None:
         """The node sums products over these atoms."""

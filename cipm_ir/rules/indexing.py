@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cipm_ir.ir.constants import slice_positions
-from cipm_ir.ir.labels import ZERO, Array, Factor, Labels, State, simplified
+from cipm_ir.ir.labels import Array, Factor, Labels, State
 from cipm_ir.rules.context import OpContext
 from cipm_ir.rules.registry import Opaque, operator
 from cipm_ir.rules.resize import Resize
@@ -30,7 +30,7 @@ def taken(op: OpContext, f: Factor, axis: int, index: Labels) -> Factor | None:
         op.rec.mark(labels)
     shape = {a: labels.shape[j] for j, a in enumerate(f.axes)}
     sizes = [shape.get(a, 1) for a in range(max(f.axes) + 1)]
-    return simplified(sizes, labels, f.axes, f.var, f.repeats or repeats)
+    return op.simplified(sizes, labels, f.axes, f.var, f.repeats or repeats)
 
 
 def select(op: OpContext, state: State, axis: int, index: Labels, shape: tuple[int, ...]) -> State:
@@ -212,13 +212,9 @@ def _mixed(
     """Labelled and fixed parts, or parts labelled over different axes: fixed parts get pinned atoms of their own."""
     axes = {f.axes for f in along if f is not None}
     if axes != {(axis,)}:
-        # rotate_half on a table that is one label per column, or a per-head part next to one: refine to the finest
-        finest = max(axes, key=len)
-        if any(not set(a) <= set(finest) for a in axes):
-            raise Opaque("Concat of parts labelled over different axes")
         for f in along:
-            if f is not None:
-                op.rec.pin(op.rec.marginal(f, (axis,)).labels, "Concat of parts labelled over different axes")
+            if f is not None:  # all of it: no factor goes on
+                op.rec.pin(f.labels, "Concat of parts labelled over different axes")
                 op.freeze_factor(f)
         return []
     rec = op.rec
@@ -280,18 +276,20 @@ def gather(op: OpContext) -> None:
                 factors.append(g.moved(place))
             elif d == 1:
                 factors.append(g.moved({**place, axis: axis}))
-            else:
-                factors.append(_spread(g, axis, index.shape, place, shape))
+            elif (spread := _spread(op, g, axis, index.shape, place, shape)) is not None:
+                factors.append(spread)
     if axis in state.uniform:
         uniform += list(range(axis, axis + d))
     op.set(0, sorted(factors, key=lambda f: f.axes), uniform)
 
 
-def _spread(f: Factor, axis: int, dims: tuple[int, ...], place: dict[int, int], shape: tuple[int, ...]) -> Factor:
+def _spread(
+    op: OpContext, f: Factor, axis: int, dims: tuple[int, ...], place: dict[int, int], shape: tuple[int, ...]
+) -> Factor | None:
     k = f.axes.index(axis)
     labels = f.labels.reshape(f.labels.shape[:k] + dims + f.labels.shape[k + 1 :])
     axes = [*(place[a] for a in f.axes[:k]), *range(axis, axis + len(dims)), *(place[a] for a in f.axes[k + 1 :])]
-    return simplified(shape, labels, axes, f.var, f.repeats) or Factor((), labels.reshape(()), ZERO)
+    return op.simplified(shape, labels, axes, f.var, f.repeats)
 
 
 @operator("GatherElements", "ScatterElements", "Scatter")

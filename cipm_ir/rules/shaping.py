@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cipm_ir.ir.labels import Factor, State, reshape_groups, simplified
+from cipm_ir.ir.labels import Factor, State, reshape_groups
 from cipm_ir.rules.context import OpContext, fixed
 from cipm_ir.rules.registry import Opaque, operator
 from cipm_ir.rules.resize import Resize, target_rule
@@ -30,7 +30,7 @@ def reshaped(op: OpContext, state: State, new: tuple[int, ...]) -> State:
                 pending.remove(f)
                 touched |= {where[a] for a in f.axes}
         factor = cluster[0] if len(cluster) == 1 else _product(op, state, cluster)
-        moved = _reshape_factor(state, factor, [groups[g] for g in sorted(touched)], new)
+        moved = _reshape_factor(op, state, factor, [groups[g] for g in sorted(touched)], new)
         if moved is not None:
             factors.append(moved)
     uniform = [
@@ -53,7 +53,9 @@ def _product(op: OpContext, state: State, cluster: list[Factor]) -> Factor:
     return cells
 
 
-def _reshape_factor(state: State, f: Factor, groups: list[tuple[range, range]], new: tuple[int, ...]) -> Factor | None:
+def _reshape_factor(
+    op: OpContext, state: State, f: Factor, groups: list[tuple[range, range]], new: tuple[int, ...]
+) -> Factor | None:
     if all(len(o) == 1 == len(n) for o, n in groups):  # axes only change places
         return f.moved({o[0]: n[0] for o, n in groups})
     old_axes = [a for o, _ in groups for a in o]
@@ -61,7 +63,7 @@ def _reshape_factor(state: State, f: Factor, groups: list[tuple[range, range]], 
     spread = [a for a in old_axes if a not in f.axes and state.shape[a] > 1 and a not in state.uniform]
     shape = [state.shape[a] if a in f.axes else 1 for a in old_axes]
     labels = np.broadcast_to(f.labels.reshape(shape), [state.shape[a] for a in old_axes])
-    return simplified(new, labels.reshape([new[b] for b in new_axes]), new_axes, f.var, f.repeats or bool(spread))
+    return op.simplified(new, labels.reshape([new[b] for b in new_axes]), new_axes, f.var, f.repeats or bool(spread))
 
 
 @operator("Reshape", "Flatten", "Squeeze", "Unsqueeze", resize=lambda r: _resize(r), literals=(1,))

@@ -21,6 +21,7 @@ import onnx_ir as ir
 
 Bounds = npt.NDArray[np.float64]
 Letters = Sequence[str | None]
+_BLOCK = 1 << 22
 MANY = 1 << 16
 """Terms assumed in the rounding error of a mean over an axis of unknown size."""
 
@@ -66,10 +67,12 @@ class Interval:
         return cls(low, high)
 
     @classmethod
-    def point(cls, array: Any) -> Interval:
-        """A known array."""
-        wide = np.asarray(array).astype(np.float64)
-        return cls(wide, wide) if np.isfinite(wide).all() else cls.of(wide, wide)
+    def point(cls, array: Any, *, wide: bool = True) -> Interval:
+        """A known array; not ``wide``: a float32 array stays one, for `contract` alone, which reads it in blocks."""
+        given = np.asarray(array)
+        if wide or given.dtype != np.float32:
+            given = given.astype(np.float64)
+        return cls(given, given) if np.isfinite(given).all() else cls.of(given, given)
 
     @classmethod
     def unbounded(cls, rank: int) -> Interval:
@@ -89,7 +92,7 @@ class Interval:
     @property
     def zero(self) -> npt.NDArray[np.bool_]:
         """Where the value is exactly zero."""
-        return np.asarray((self.lo == 0) & (self.hi == 0))
+        return np.asarray(self.lo == 0) if self.lo is self.hi else np.asarray((self.lo == 0) & (self.hi == 0))
 
     @property
     def known(self) -> bool:
@@ -233,7 +236,7 @@ def contract(
     present = {*first_letters, *second_letters}
     counts = [sizes[x] for x in summed if x not in present]
     kept = [x for x in out if x is not None and x in present]
-    run = _einsum(first_letters, second_letters, kept)
+    run = _Products(first_letters, second_letters, kept)
     parts = _by_known(first, second.lo, run) if second.known else _by_size(first, second, run)
     made = _repeated(*parts, counts, terms, p)
     gaps = tuple(k for k, x in enumerate(out) if x is None or x not in present)
@@ -246,34 +249,53 @@ def _squeezed(x: Interval, letters: Letters) -> tuple[Interval, list[str]]:
     return x.map(lambda e: e.squeeze(gone)), [n for k, n in enumerate(letters) if n is not None and k not in gone]
 
 
-Run = Callable[[Bounds, Bounds], Bounds]
+@dataclass
+class _Products:
+    """The contraction of a stack of arrays with a function of one array, which is read in blocks to save memory."""
 
+    left: list[str]
+    right: list[str]
+    out: list[str]
 
-def _einsum(left: list[str], right: list[str], out: list[str]) -> Run:
-    """The contraction of a stack of arrays with one array."""
-    number = {x: k + 1 for k, x in enumerate(dict.fromkeys([*left, *right]))}
-    names = [[number[x] for x in part] for part in (left, right, out)]
+    def __call__(self, stack: Bounds, array: Bounds, *functions: Callable[[Bounds], Bounds]) -> list[Bounds]:
+        axes = [k for k, x in enumerate(self.right) if x in self.out and x not in self.left]
+        if array.size <= _BLOCK or not axes:
+            return [self._run(stack, f(np.asarray(array, np.float64))) for f in functions]
+        axis = max(axes, key=lambda k: array.shape[k])
+        step = max(1, _BLOCK * array.shape[axis] // array.size)
+        cuts = range(step, array.shape[axis], step)
+        parts = [self(stack, part, *functions) for part in _split(array, list(cuts), axis)]
+        place = 1 + self.out.index(self.right[axis])
+        return [np.concatenate(same, axis=place) for same in zip(*parts, strict=True)]
 
-    def run(stack: Bounds, array: Bounds) -> Bounds:
-        terms: list[Any] = [stack, [0, *names[0]], array, names[1], [0, *names[2]]]
+    def _run(self, stack: Bounds, array: Bounds) -> Bounds:
+        number = {x: k + 1 for k, x in enumerate(dict.fromkeys([*self.left, *self.right]))}
+        left, right, out = ([number[x] for x in part] for part in (self.left, self.right, self.out))
+        terms: list[Any] = [stack, [0, *left], array, right, [0, *out]]
         return np.asarray(np.einsum(*terms, optimize=True))
 
-    return run
+
+def _split(array: Bounds, cuts: Sequence[int], axis: int) -> list[Bounds]:
+    return [np.asarray(part) for part in np.array_split(array, cuts, axis=axis)]
 
 
 Parts = tuple[Bounds, Bounds, Bounds, Bounds]
 
 
-def _by_known(x: Interval, weight: Bounds, run: Run) -> Parts:
+def _by_known(x: Interval, weight: Bounds, run: _Products) -> Parts:
     """Bounds of x contracted with numbers, and the sums of absolute values of the terms of each bound."""
+    x = Interval(np.asarray(x.lo, np.float64), np.asarray(x.hi, np.float64))
     lost = (np.isinf(x.lo), np.isinf(x.hi))
+    if lost[0].all() and lost[1].all():
+        (reached,) = run(np.ones((1, *x.shape)), weight, np.abs)
+        zero = np.zeros_like(reached[0])
+        return np.where(reached[0] > 0, -np.inf, 0.0), np.where(reached[0] > 0, np.inf, 0.0), zero, zero
     lo, hi = np.where(lost[0], 0.0, x.lo), np.where(lost[1], 0.0, x.hi)
     stack = [lo, hi, np.abs(lo), np.abs(hi)]
     unlimited = bool(lost[0].any() or lost[1].any())
     if unlimited:
         stack += [lost[0].astype(np.float64), lost[1].astype(np.float64)]
-    stacked = np.stack(stack)
-    plus, minus = run(stacked, np.maximum(weight, 0.0)), run(stacked, np.maximum(-weight, 0.0))
+    plus, minus = run(np.stack(stack), weight, lambda w: np.maximum(w, 0.0), lambda w: np.maximum(-w, 0.0))
     low, high = plus[0] - minus[1], plus[1] - minus[0]
     if unlimited:
         low = np.where(plus[4] + minus[5] > 0, -np.inf, low)
@@ -281,14 +303,14 @@ def _by_known(x: Interval, weight: Bounds, run: Run) -> Parts:
     return low, high, plus[2] + minus[3], plus[3] + minus[2]
 
 
-def _by_size(a: Interval, b: Interval, run: Run) -> Parts:
+def _by_size(a: Interval, b: Interval, run: _Products) -> Parts:
     """Bounds from absolute values; not below zero where neither operand is."""
     sizes = (a.largest, b.largest)
     lost = (np.isinf(sizes[0]), np.isinf(sizes[1]))
     x, y = np.where(lost[0], 1.0, sizes[0]), np.where(lost[1], 1.0, sizes[1])
     stack = np.stack([x, lost[0].astype(np.float64)])
-    most, hit = run(stack, y)
-    hit = hit + run(x[None], lost[1].astype(np.float64))[0]
+    most, hit = run(stack, y, np.asarray)[0]
+    hit = hit + run(x[None], lost[1].astype(np.float64), np.asarray)[0][0]
     high = np.where(hit > 0, np.inf, most)
     low = np.zeros_like(high) if (a.lo >= 0).all() and (b.lo >= 0).all() else -high
     return low, high, np.where(low == 0, 0.0, most), most

@@ -18,6 +18,7 @@ from cipm_ir.symmetry.analysis import Analysis
 
 RULES = (interval_elementwise, interval_linear, interval_moves)
 """Imported for what they register."""
+_IN_BLOCKS = {"MatMul", "Gemm", "Conv", "ConvTranspose"}
 
 
 @dataclass
@@ -31,11 +32,15 @@ class Intervals:
     values: dict[str, Interval] = field(default_factory=dict)
     parameters: dict[str, ir.TensorProtocol | None] = field(default_factory=dict)
     """None for what a caller may override."""
+    _last: tuple[str, Array | None] = ("", None)
 
     def parameter(self, name: str) -> Array | None:
-        """Stored array of a parameter."""
-        tensor = self.parameters.get(name)
-        return None if tensor is None or tensor.dtype == ir.DataType.STRING else np.asarray(tensor.numpy())
+        """Stored array of a parameter; the last one read is at hand."""
+        if self._last[0] != name:
+            tensor = self.parameters.get(name)
+            known = tensor is not None and tensor.dtype != ir.DataType.STRING
+            self._last = (name, np.asarray(tensor.numpy()) if known and tensor is not None else None)
+        return self._last[1]
 
     def operand(self, position: int, index: int) -> Interval | None:
         """Bounds of an input of a node; None where it is left out or unknown."""
@@ -44,7 +49,8 @@ class Intervals:
         if name in self.parameters:
             array = self.parameter(name)
             rank = len(self.state(position, index).shape)
-            return Interval.unbounded(rank) if array is None else Interval.point(array)
+            narrow = index == 1 and self.analysis.walk.nodes[position].op_type in _IN_BLOCKS
+            return Interval.unbounded(rank) if array is None else Interval.point(array, wide=not narrow)
         return self.values.get(name)
 
     def state(self, position: int, index: int) -> State:
@@ -191,7 +197,8 @@ def _site(found: Intervals, position: int, operands: dict[int, Interval | None],
     precision: Precision = precision_of(dtype) if rounding else REAL
     raws: list[Any] = [None] * count
     for k in operands:
-        if (value := node.inputs[k]) is not None and value.name in found.parameters:
+        value = node.inputs[k]
+        if node.op_type == "Gather" and value is not None and value.name in found.parameters:
             raws[k] = found.parameter(value.name)
     inputs = [operands.get(k) for k in range(count)]
     return Site(node, version, inputs, states, raws, literals, shapes, outs, precision)

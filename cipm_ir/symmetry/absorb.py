@@ -84,11 +84,7 @@ def absorb_edits(
         if len({node for node, _ in leaf.uses}) > 1:
             raise SymmetryError(f"{leaf.name} is read in several places; untie it before absorbing.")
         positions = analysis.factor_positions(factor, members)
-        old = leaf.shape[factor.axes[0]]
-        matrix = np.eye(old)
-        for k in range(positions.shape[1]):
-            matrix[np.ix_(positions[:, k], positions[:, k])] = full
-        edits.setdefault(factor.leaf, Edit()).mix[factor.axes[0]] = matrix
+        edits.setdefault(factor.leaf, Edit()).mix[factor.axes[0]] = (positions, full)
         if shift is not None and np.any(shift):
             shifts.append(_shift(analysis, nodes, c, factor, positions, np.asarray(shift, np.float64)))
     return edits, shifts

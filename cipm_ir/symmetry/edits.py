@@ -23,14 +23,14 @@ class Edit:
     ``take[axis]``: new position i holds old position take[i]. ``inner[axis]``: a matrix (new rows of axis 0, new size),
     the old position along ``axis`` for each new row. ``scale[axis]``: factors along the new axis, ``inner_scale``
     likewise per row. ``epsilon``: the scale s acts on a variance as s^2 (v + epsilon) - epsilon.
-    ``mix[axis]``: (old size, new size), multiplied from the right instead of a gather.
+    ``mix[axis]``: positions (units, occurrences) and a matrix (units, units) that multiplies them from the right.
     """
 
     take: dict[int, Labels] = field(default_factory=dict)
     inner: dict[int, Labels] = field(default_factory=dict)
     scale: dict[int, Array] = field(default_factory=dict)
     inner_scale: dict[int, Array] = field(default_factory=dict)
-    mix: dict[int, Array] = field(default_factory=dict)
+    mix: dict[int, tuple[Labels, Array]] = field(default_factory=dict)
     epsilon: float | None = None
 
     @property
@@ -41,10 +41,11 @@ class Edit:
     def key(self) -> bytes:
         """Equal for equal edits."""
         digest = hashlib.blake2b(repr(self.epsilon).encode(), digest_size=16)
-        for name in ("take", "inner", "scale", "inner_scale", "mix"):
-            for axis, array in sorted(getattr(self, name).items()):
-                digest.update(f"{name}{axis}{array.shape}".encode())
-                digest.update(np.ascontiguousarray(array).tobytes())
+        tables = [(n, a, x) for n in ("take", "inner", "scale", "inner_scale") for a, x in getattr(self, n).items()]
+        tables += [("mix", axis, x) for axis, pair in self.mix.items() for x in pair]
+        for name, axis, array in sorted(tables, key=lambda t: t[:2]):
+            digest.update(f"{name}{axis}{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
         return digest.digest()
 
     def shape(self, old: tuple[int, ...]) -> tuple[int, ...]:
@@ -54,8 +55,6 @@ class Edit:
             new[axis] = len(index)
         for axis, rows in self.inner.items():
             new[axis] = rows.shape[1]
-        for axis, matrix in self.mix.items():
-            new[axis] = matrix.shape[1]
         return tuple(new)
 
     def apply(self, array: Array) -> Array:
@@ -66,7 +65,7 @@ class Edit:
     def blocks(self, array: Array) -> Iterator[Array]:
         """The edited array, some rows of its first axis at a time, so that the work stays in the cache."""
         for axis in (a for a in self.mix if a == 0):
-            array = _mixed(array, axis, self.mix[axis])
+            array = _mixed(array, axis, *self.mix[axis])
         if not array.ndim:
             yield self._scaled(array, slice(None))
             return
@@ -82,9 +81,9 @@ class Edit:
             for axis, inner in self.inner.items():
                 shape = [-1, *(inner.shape[1] if a == axis else 1 for a in range(1, part.ndim))]
                 part = np.take_along_axis(part, inner[here].reshape(shape), axis=axis)
-            for axis, matrix in self.mix.items():
+            for axis, (positions, matrix) in self.mix.items():
                 if axis:
-                    part = _mixed(part, axis, matrix)
+                    part = _mixed(part, axis, positions, matrix)
             yield self._scaled(part, here)
 
     def _scaled(self, part: Array, rows: slice) -> Array:
@@ -107,9 +106,12 @@ class Edit:
         return wide.astype(part.dtype)
 
 
-def _mixed(array: Array, axis: int, matrix: Array) -> Array:
-    product = np.tensordot(np.moveaxis(array, axis, -1).astype(np.float64), matrix, 1)
-    return np.moveaxis(product, -1, axis).astype(array.dtype)
+def _mixed(array: Array, axis: int, positions: Labels, matrix: Array) -> Array:
+    """Times the matrix along an axis, for each occurrence of the units on its own."""
+    out = np.moveaxis(array, axis, -1).copy()
+    for occurrence in positions.T:
+        out[..., occurrence] = (out[..., occurrence].astype(np.float64) @ matrix).astype(array.dtype)
+    return np.moveaxis(out, -1, axis)
 
 
 class EditedTensor(ir.LazyTensor):

@@ -72,9 +72,10 @@ def _pairs(old: Walk, new: Walk) -> Iterator[tuple[Leaf, LeafFactor, LeafFactor]
     for leaf in old.leaves:
         node, index = leaf.uses[0]
         twin = found.get((old.nodes[node].outputs[0].name, index))
-        factors = {} if twin is None else {(f.axes, bool(f.groups)): f for f in new.leaves[twin].factors if f.active}
+        # by the axis they label: a grouped factor is a plain one where a single group remains
+        factors = {} if twin is None else {f.axes[-1]: f for f in new.leaves[twin].factors if f.active}
         for f in leaf.factors:
-            match = factors.get((f.axes, bool(f.groups)))
+            match = factors.get(f.axes[-1])
             if f.active and match is not None:
                 yield leaf, f, match
 

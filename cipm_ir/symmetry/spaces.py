@@ -170,6 +170,7 @@ def _block_spaces(classes: Classes, holds: _Holds, cells: np.ndarray, nested: La
         sub_of.setdefault(outer, []).append((rank, sub))
     bad = np.zeros(count, bool)
     bad[block[~classes.free[child]]] = True
+    bad[nested[~classes.free[nested[:, 1]], 0]] = True  # what cannot move holds back all that lies around it
     usable = [int(b) for b in blocks if classes.free[b] and not bad[b]]
     start = np.searchsorted(block, blocks)
     stop = np.searchsorted(block, blocks, side="right")
