@@ -7,7 +7,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from tests import zoo
-from tests.dead_units import distance, killed, outputs, program_of, random_keep, restricted
+from tests.dead_units import Keep, distance, killed, outputs, program_of, random_keep, restricted
 
 from cipm_ir.errors import SymmetryError
 from cipm_ir.passes.base import Context, PassResult
@@ -146,3 +146,16 @@ def test_uneven_groups_are_refused() -> None:
         keep = {program.space(n): np.arange(k) for n, k in zip(names, numbers, strict=True)}
         with pytest.raises(SymmetryError, match="equally many"):
             program.restrict(keep)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 6, 14, 51, 125])
+def test_groups_and_channels_together_keep_their_order(seed: int) -> None:
+    """Groups of a channel shuffle go as wholes, down to one, where the grouped convolutions become plain ones."""
+    program, rng = program_of("channel_shuffle"), np.random.default_rng(seed)
+    number = {"w_5": int(rng.integers(1, 3)), "w_1": int(rng.integers(1, 3)), "w_14": int(rng.integers(1, 4))}
+    keep: Keep = {}
+    for space in program.spaces:
+        size = int(rng.integers(1, 4)) if space.kind == "blocks" else number[space.name.partition("#")[0]]
+        keep[space] = np.sort(rng.choice(space.size, size, replace=False))
+    small = program.restrict(keep)
+    assert distance(outputs(killed(program, keep), "channel_shuffle"), outputs(small, "channel_shuffle")) < 1e-6

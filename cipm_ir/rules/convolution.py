@@ -76,7 +76,8 @@ def convolve(op: OpContext, x: State, w: State, weight: int, bias: int | None) -
     if group == 1:
         out = contract(op, [x, w], [("n", "c"), ("o", "c")], ("n", "o"))
     else:
-        out = State(op.shape()[:2], _grouped(op, x, w, group, weight))
+        batch = tuple(f for f in x.factors if f.axes == (0,))
+        out = State(op.shape()[:2], (*batch, *_grouped(op, x, w, group, weight)))
     if bias is None:
         op.like(0, State(op.shape(), out.factors))
     else:
@@ -139,6 +140,7 @@ def conv_transpose(op: OpContext) -> None:
         _with_bias(op, contract(op, [x, w], [("n", "c"), ("c", "o")], ("n", "o")), 2)
         return
     rec = op.rec
+    x = op.without(x, [0], "batch of a grouped transposed convolution")
     fx, fc = _simple(x, 1), _simple(w, 0)
     channels, outs = x.shape[1], op.shape()[1]
     if fx is None or fc is None:

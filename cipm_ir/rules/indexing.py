@@ -166,6 +166,10 @@ def joined(op: OpContext, states: Sequence[State], axis: int, shape: tuple[int, 
     along = [next((f for f in s.factors if axis in f.axes), None) for s in states]
     axes = {f.axes for f in along if f is not None}
     factors: list[Factor] = []
+    if len(axes) > 1 or (axes - {(axis,)} and not all(f is not None for f in along)):
+        touched = {a for some in axes for a in some}
+        states = [op.without(s, touched, "Concat of parts labelled over different axes") for s in states]
+        along, axes = [None] * len(states), set()
     if len(axes) == 1 and all(f is not None for f in along):
         parts = [f for f in along if f is not None]
         labels = np.concatenate([f.labels for f in parts], axis=parts[0].axes.index(axis))
@@ -209,14 +213,7 @@ def joined(op: OpContext, states: Sequence[State], axis: int, shape: tuple[int, 
 def _mixed(
     op: OpContext, states: Sequence[State], along: Sequence[Factor | None], axis: int, shape: tuple[int, ...]
 ) -> list[Factor]:
-    """Labelled and fixed parts, or parts labelled over different axes: fixed parts get pinned atoms of their own."""
-    axes = {f.axes for f in along if f is not None}
-    if axes != {(axis,)}:
-        for f in along:
-            if f is not None:  # all of it: no factor goes on
-                op.rec.pin(f.labels, "Concat of parts labelled over different axes")
-                op.freeze_factor(f)
-        return []
+    """Labelled and fixed parts: fixed ones get pinned atoms of their own."""
     rec = op.rec
     var = rec.variable()
     pieces = []
