@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import ZERO, Array, Factor, Labels, State, simplified
-from cipm_ir.rules.events import Recorder
+from cipm_ir.rules.events import Recorder, Uniform
 from cipm_ir.rules.registry import Opaque
 
 Shape = tuple[int, ...]
@@ -151,6 +151,15 @@ class OpContext:
             self.rec.zero(labels, var)
         return made
 
+    def meets(self, state: State, axis: int, factor: Factor, place: int, index: int | None = None) -> None:
+        """An input (``index``, or the one of this state) that is uniform along ``axis`` meets axis ``place`` there."""
+        if axis not in state.uniform or state.shape[axis] < 2:
+            return
+        if index is None:
+            index = next((k for k, own in enumerate(self.inputs) if own is state), None)
+        if index is not None:
+            self.rec.uniforms.append(Uniform(self.rec.node, index, axis, factor, place))
+
     def unify(self, a: Factor, b: Factor) -> None:
         """Two factors over corresponding axes move together."""
         if a.labels.shape != b.labels.shape:
@@ -188,6 +197,7 @@ class OpContext:
             if not state.broadcasts(axis):
                 self.rec.pin(factor.labels, f"input {index} of {self.node.op_type} is fixed along this axis")
                 self.pin(state, "mixed axes")
+            self.meets(state, axis, factor, factor.axes[-1])
             return None
         self.unify(factor, own)
         return own

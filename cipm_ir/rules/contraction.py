@@ -27,10 +27,17 @@ class _Piece:
     covered: bool = False
 
 
-def contract(op: OpContext, states: Sequence[State], letters: Sequence[Letters], out_letters: Letters) -> State:
+def contract(
+    op: OpContext,
+    states: Sequence[State],
+    letters: Sequence[Letters],
+    out_letters: Letters,
+    inputs: Sequence[int | None] = (None, None),
+) -> State:
     """State of the output of a contraction of one or two operands.
 
-    ``letters[k]`` names the axes of operand k; None names an axis of size 1 that broadcasts.
+    ``letters[k]`` names the axes of operand k; None names an axis of size 1 that broadcasts. ``inputs[k]``: which input
+    of the node it is, where its state is not the very one that came in.
     """
     rec = op.rec
     out_set = {x for x in out_letters if x is not None}
@@ -55,6 +62,9 @@ def contract(op: OpContext, states: Sequence[State], letters: Sequence[Letters],
         for mine, other, names, state in ((pieces[0], 1, letters[1], states[1]), (pieces[1], 0, letters[0], states[0])):
             flat = {x for a, x in enumerate(names) if x and state.broadcasts(a)}
             for p in mine:
+                for a, x in enumerate(names):
+                    if x in p.letters and state.broadcasts(a):
+                        op.meets(state, a, p.factor, p.factor.axes[p.letters.index(x)], inputs[other])
                 _against(op, p, blind[other], flat, out_set)
     factors: list[Factor] = []
     where = {x: a for a, x in enumerate(out_letters) if x is not None}
@@ -197,7 +207,7 @@ def gemm(op: OpContext) -> None:
     op.like(0, out if bias is None else add_bias(op, out, bias))
 
 
-def add_bias(op: OpContext, out: State, bias: State) -> State:
+def add_bias(op: OpContext, out: State, bias: State, index: int = 2) -> State:
     """out + bias, the bias aligned from the right: it takes the scale of the output."""
     d = out.rank - bias.rank
     moved = {tuple(a + d for a in f.axes): f for f in bias.factors}
@@ -209,6 +219,8 @@ def add_bias(op: OpContext, out: State, bias: State) -> State:
             op.rec.same(f.labels, f.var, own.var)
         elif all(bias.broadcasts(a) for a in axes):
             op.freeze_factor(f)  # the same bias everywhere
+            for a in axes:
+                op.meets(bias, a, f, a + d, index)
         else:
             op.rec.pin(f.labels, "bias that is fixed along this axis")
     for f in moved.values():

@@ -54,7 +54,7 @@ def _with_bias(op: OpContext, out: State, index: int) -> None:
     if bias is not None:
         d = out.rank - 2
         lifted = State(bias.shape + (1,) * d, bias.factors, bias.uniform)
-        add_bias(op, out, lifted)
+        add_bias(op, out, lifted, index)
     op.like(0, out)
 
 
@@ -74,7 +74,7 @@ def convolve(op: OpContext, x: State, w: State, weight: int, bias: int | None) -
     group = int(op.attr("group", 1))
     x, w = _channels(op, x, "spatial position"), _channels(op, w, "kernel tap")
     if group == 1:
-        out = contract(op, [x, w], [("n", "c"), ("o", "c")], ("n", "o"))
+        out = contract(op, [x, w], [("n", "c"), ("o", "c")], ("n", "o"), (0, weight))
     else:
         batch = tuple(f for f in x.factors if f.axes == (0,))
         out = State(op.shape()[:2], (*batch, *_grouped(op, x, w, group, weight)))
@@ -137,7 +137,7 @@ def conv_transpose(op: OpContext) -> None:
     x, w = _channels(op, op.state(0), "spatial position"), _channels(op, op.state(1), "kernel tap")
     group = int(op.attr("group", 1))
     if group == 1:
-        _with_bias(op, contract(op, [x, w], [("n", "c"), ("c", "o")], ("n", "o")), 2)
+        _with_bias(op, contract(op, [x, w], [("n", "c"), ("c", "o")], ("n", "o"), (0, 1)), 2)
         return
     rec = op.rec
     x = op.without(x, [0], "batch of a grouped transposed convolution")

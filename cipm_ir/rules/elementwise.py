@@ -175,8 +175,11 @@ def broadcast(op: OpContext, states: list[State], what: str) -> State:
     for s in moved:
         for f in s.factors:
             _join(op, f, out)
-    for s in moved:
+    for original, s in zip(states, moved, strict=True):
         for f in list(out):
+            for a in f.axes:
+                if s.broadcasts(a) and a >= s.rank - original.rank:
+                    op.meets(original, a - s.rank + original.rank, f, a)
             blind = tuple(a for a in f.axes if not s.broadcasts(a) and s.factor_of(a) is None)
             if blind:
                 op.rec.pin(op.rec.marginal(f, blind).labels, f"{what} with a value that is fixed along this axis")

@@ -66,6 +66,20 @@ class Contraction:
     b: Labels
 
 
+@dataclass(slots=True, eq=False)
+class Uniform:
+    """Input ``index`` of a node is the same all along ``axis``, where it meets axis ``place`` of a factor.
+
+    Nothing moves with it, but where the factor becomes shorter, so must it.
+    """
+
+    node: int
+    index: int
+    axis: int
+    factor: Factor
+    place: int
+
+
 @dataclass
 class Recorder:
     """Allocates atoms and scale variables and collects events."""
@@ -80,6 +94,7 @@ class Recorder:
     equations: list[Equation] = field(default_factory=list)
     normalized: list[Labels] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
+    uniforms: list[Uniform] = field(default_factory=list)
     fresh_ranges: list[tuple[int, int]] = field(default_factory=list)
     _marginals: dict[tuple[int, tuple[int, ...]], tuple[Labels, Factor]] = field(default_factory=dict)
 
@@ -107,7 +122,7 @@ class Recorder:
         """Atoms at equal positions of ``a`` and ``b`` (equal shapes) move together."""
         if a is b or (a.shape == b.shape and a.size and a.flat[0] == b.flat[0] and np.array_equal(a, b)):
             return
-        self.unifications.append(Unification(a.ravel(), b.ravel(), self.node))
+        self.unifications.append(Unification(_flat(a), _flat(b), self.node))
 
     def pin(self, labels: Labels, reason: str) -> None:
         """The atoms must not move."""
@@ -144,7 +159,7 @@ class Recorder:
         atom = atom.ravel()
         rows, count = int(row.max()) + 1, len(atoms)
         links = coo_array((np.ones(len(row), np.int8), (row, rows + atom)), shape=(rows + count, rows + count))
-        family = connected_components(links, directed=False)[1][:rows]
+        family = connected_components(links, directed=False)[1][:rows].astype(np.int64)
         place = occurrence_rank(family)[row]  # of the row in its family
         code = mix(occurrence_rank(labels) * 1_000_003 + place) & np.uint64((1 << 30) - 1)
         colour = np.bincount(atom, weights=code.astype(np.float64)).astype(np.int64)
@@ -179,7 +194,7 @@ class Recorder:
         """``sum(c * l_v) == 0`` on these atoms, for log-scales, signs or both."""
         terms = tuple((v, c) for v, c in terms if v != ZERO)
         if terms:
-            self.equations.append(Equation(labels.ravel(), terms, scale, sign))
+            self.equations.append(Equation(_flat(labels), terms, scale, sign))
 
     def same(self, labels: Labels, first: int, *others: int) -> None:
         """All these variables agree on the atoms."""
@@ -194,4 +209,9 @@ class Recorder:
     def inexact(self, labels: Labels, var: int) -> None:
         """A scaling here is exact in real arithmetic, but rounds: zero where results must stay bit for bit."""
         if var != ZERO:
-            self.equations.append(Equation(labels.ravel(), ((var, 1),), True, False, inexact=True))
+            self.equations.append(Equation(_flat(labels), ((var, 1),), True, False, inexact=True))
+
+
+def _flat(labels: Labels) -> Labels:
+    """One dimension; the same object where it has one already, so that later stages see equal arrays as one."""
+    return labels if labels.ndim == 1 else labels.ravel()

@@ -190,13 +190,21 @@ def joined(op: OpContext, states: Sequence[State], axis: int, shape: tuple[int, 
         elif same[0].axes == f.axes:
             rec.unify(f.labels, same[0].labels)
             rec.same(f.labels, f.var, same[0].var)
-        else:
-            common = tuple(a for a in f.axes if a in same[0].axes)
-            rec.unify(rec.marginal(f, common).labels, rec.marginal(same[0], common).labels)
+        else:  # nested: the finer goes on
+            g = same[0]
+            common = tuple(a for a in f.axes if a in g.axes)
+            if len(same) > 1 or len(common) < min(len(f.axes), len(g.axes)):
+                raise Opaque("Concat of parts labelled over overlapping axes")
+            rec.unify(rec.marginal(f, common).labels, rec.marginal(g, common).labels)
             op.freeze_factor(f)
-            op.freeze_factor(same[0])
+            op.freeze_factor(g)
+            if len(f.axes) > len(g.axes):
+                factors[factors.index(g)] = f
     for s in states:  # a part that is fixed where another moves
         for f in list(factors):
+            for a in f.axes:
+                if a != axis and s.factor_of(a) is None:
+                    op.meets(s, a, f, a)
             blind = tuple(
                 a for a in f.axes if a != axis and s.factor_of(a) is None and (s.shape[a] > 1 or shape[a] > 1)
             )
@@ -223,6 +231,7 @@ def _mixed(
             pieces.append(f.labels)
         else:
             own = rec.fresh(s.shape[axis])
+            op.meets(s, axis, Factor((axis,), own), axis)
             if not s.broadcasts(axis) or s.shape[axis] == 1:
                 rec.pin(own, "Concat with a fixed part")
             rec.zero(own, var)

@@ -56,7 +56,9 @@ def components(count: int, pairs: list[tuple[Labels, Labels]]) -> tuple[int, Lab
         return count, np.arange(count, dtype=np.int64)
     a = np.concatenate([p[0] for p in pairs])
     b = np.concatenate([p[1] for p in pairs])
-    graph = coo_array((np.ones(len(a), np.int8), (a, b)), shape=(count, count)).tocsr()
+    order = np.int32 if count < 1 << 31 else np.int64
+    ends = (a.astype(order), b.astype(order))
+    graph = coo_array((np.ones(len(a)), ends), shape=(count, count)).tocsr()
     number, label = connected_components(graph, directed=False)
     return int(number), label.astype(np.int64)
 
@@ -184,9 +186,9 @@ def _ranked(of: Labels, colour: Hashes) -> Hashes:
 
 def _suspects(key: Hashes) -> Labels:
     """Positions whose key may occur twice, in order: those that share a bucket with another."""
-    bucket = (key >> np.uint64(43)).astype(np.int64)
+    bucket = (key >> np.uint64(44)).astype(np.int64)
     here = np.arange(len(key), dtype=np.int32)
-    table = np.empty(1 << 21, np.int32)
+    table = np.empty(1 << 20, np.int32)
     table[bucket] = here  # the last one stays
     table[bucket[table[bucket] != here]] = -1
     return np.flatnonzero(table[bucket] == -1)

@@ -11,6 +11,7 @@ from cipm_ir.errors import SymmetryError
 from cipm_ir.ir.constants import attribute, evaluate
 from cipm_ir.ir.labels import Array, Labels, State
 from cipm_ir.rules.context import Literal
+from cipm_ir.rules.events import Uniform
 from cipm_ir.rules.registry import Opaque, lookup
 from cipm_ir.rules.resize import Resize
 from cipm_ir.symmetry.analysis import Analysis
@@ -129,12 +130,17 @@ class _Literals:
         self.editor, self.analysis, self.sizes, self.shapes, self.edits = editor, analysis, sizes, shapes, edits
         self.now: dict[str, Literal] = {}
         self.names = [[v.name or "" if v is not None else "" for v in n.inputs] for n in analysis.walk.nodes]
+        self.uniforms: dict[int, list[Uniform]] = {}
+        for one in analysis.walk.rec.uniforms:
+            self.uniforms.setdefault(one.node, []).append(one)
 
     def run(self) -> None:
         """Visit the nodes in order."""
         walk = self.analysis.walk
         for position, node in enumerate(self.editor.nodes):
             self._evaluate(node, position)
+            for one in self.uniforms.get(position, ()):
+                self._shorten(node, one)
             changed = [n for n in [*self.names[position], *(v.name or "" for v in node.outputs)] if n in self.shapes]
             touched = changed or any(k in self.edits for k in self._leaves(position))
             entry = lookup(node.domain, node.op_type)
@@ -149,6 +155,19 @@ class _Literals:
                     ) from reason
                 handled = set(entry.literals)
             self._freeze(node, position, handled, walk.literals)
+
+    def _shorten(self, node: ir.Node, one: Uniform) -> None:
+        """Cut an input that is uniform along an axis to the length of what it meets there."""
+        sizes, value = self.sizes.factor(one.factor), node.inputs[one.index]
+        length = 0 if sizes is None else sizes[one.factor.axes.index(one.place)]
+        old = one.factor.labels.shape[one.factor.axes.index(one.place)]
+        if not length or length == old or value is None:
+            return
+        index = self.editor.initializer("index", ir.tensor(np.arange(length)))
+        out = ir.Value(name=self.editor.fresh_name(value.name or "short"), type=value.type)
+        cut = ir.Node("", "Gather", [value, index], [ir.AttrInt64("axis", one.axis)], outputs=[out], name=out.name)
+        node.prepend(cut)
+        node.replace_input_with(one.index, out)
 
     def _leaves(self, position: int) -> list[int]:
         use = self.analysis.walk.use_leaf

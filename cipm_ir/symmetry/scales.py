@@ -38,8 +38,9 @@ def solve_scales(walk: Walk, classes: Classes, spaces: list[RawSpace]) -> list[D
     for k, space in enumerate(spaces):
         if space.kind != "blocks" and space.table.shape[1] == 1:
             space_of[space.table[0, 0]] = k
-    leaf_space, leaf_var = _leaf_variables(walk, classes, space_of)
-    equation, at = _touched(walk, classes, space_of)
+    atom_space = space_of[classes.of]
+    leaf_space, leaf_var = _leaf_variables(walk, atom_space)
+    equation, at = _touched(walk, atom_space)
     table = _Table.of(walk.rec.equations)
     scale = _Components(table, equation, at, leaf_space, leaf_var, len(spaces), signed=True)
     sign = _Components(table, equation, at, leaf_space, leaf_var, len(spaces), signed=False)
@@ -144,9 +145,16 @@ class _Components:
         self.leaf_key = self.key[index[start : start + len(leaf)]].tolist()
         self.leaf_coefficient = self.coefficient[index[start : start + len(leaf)]].tolist()
         self.leaf_variable = leaf_var.tolist()
+        where = index[start + len(leaf) :]
+        self._met = dict(
+            zip(extra, zip(self.key[where].tolist(), self.coefficient[where].tolist(), strict=True), strict=True)
+        )
 
     def _image(self, unknown: int) -> tuple[int, int]:
         """(component, coefficient) of an unknown; coefficient 0 where it is zero or in no equation."""
+        met = self._met.get(unknown)
+        if met is not None:
+            return met
         i = int(np.searchsorted(self.names, unknown))
         known = i < len(self.names) and int(self.names[i]) == unknown
         return (int(self.key[i]), int(self.coefficient[i])) if known else (-1, 0)
@@ -179,9 +187,8 @@ class _Components:
         return n, exponents, exact
 
 
-def _touched(walk: Walk, classes: Classes, space_of: Labels) -> tuple[Labels, Labels]:
+def _touched(walk: Walk, atom_space: Labels) -> tuple[Labels, Labels]:
     """Pairs (equation, space whose representative it mentions)."""
-    atom_space = space_of[classes.of]
     cache: dict[int, list[int]] = {}
     equations: list[int] = []
     at: list[int] = []
@@ -196,15 +203,17 @@ def _touched(walk: Walk, classes: Classes, space_of: Labels) -> tuple[Labels, La
     return np.asarray(equations, np.int64), np.asarray(at, np.int64)
 
 
-def _leaf_variables(walk: Walk, classes: Classes, space_of: Labels) -> tuple[Labels, Labels]:
+def _leaf_variables(walk: Walk, atom_space: Labels) -> tuple[Labels, Labels]:
     """Pairs (space, variable) of the parameters' factors that a space moves, sorted."""
-    leaves = [f for f in walk.leaf_factors if f.active and walk.leaves[f.leaf].dtype in FLOATS]
-    if not leaves:
+    factors = walk.leaf_factors
+    if not factors:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    size = np.asarray([f.size for f in leaves], np.int64)
-    base = np.asarray([f.base for f in leaves], np.int64)
-    atoms = np.arange(size.sum()) + np.repeat(base - (np.cumsum(size) - size), size)
-    variable = np.repeat(np.asarray([f.var for f in leaves], np.int64), size)
-    space = space_of[classes.of[atoms]]
-    pairs = unique_pairs(space[space >= 0], variable[space >= 0])
+    base = np.asarray([f.base for f in factors], np.int64)  # ascending: in order of allocation
+    end = base + np.asarray([f.size for f in factors], np.int64)
+    used = np.asarray([f.active and walk.leaves[f.leaf].dtype in FLOATS for f in factors], bool)
+    variable = np.asarray([f.var for f in factors], np.int64)
+    atoms = np.flatnonzero(atom_space >= 0)
+    owner = np.maximum(np.searchsorted(base, atoms, side="right") - 1, 0)
+    inside = (atoms >= base[owner]) & (atoms < end[owner]) & used[owner]
+    pairs = unique_pairs(atom_space[atoms[inside]], variable[owner[inside]])
     return pairs[:, 0], pairs[:, 1]
