@@ -46,6 +46,9 @@ class Liveness:
         """Classes that are read in another way than by a product with a weight."""
         for labels in analysis.walk.rec.normalized:
             self.summed[self.of[labels]] = True
+        for one in analysis.walk.rec.uniforms:
+            if analysis.walk.nodes[one.node].op_type in ("Conv", "ConvTranspose"):  # a sum of weights over channels
+                self.summed[self.of[one.factor.labels]] = True
         self.roots = self.summed.copy()
 
     def read(self, found: Intervals, sums: Iterable[Sum]) -> None:

@@ -160,7 +160,10 @@ def group_normalization(op: OpContext) -> None:
     groups = int(op.attr("num_groups", 1))
     f = x.factor_of(1)
     if f is None or f.axes != (1,) or len(x.factors) > 1:
-        raise Opaque("GroupNormalization over fixed or joint channels")
+        for k in range(3):
+            op.pin(op.state(k), "GroupNormalization over fixed or joint channels")
+        op.set(0, shape=x.shape)
+        return
     op.freeze_factor(f)
     op.rec.normalizes(f.labels)
     grid = Factor((0, 1), f.labels.reshape(groups, -1), ZERO, f.repeats)

@@ -118,7 +118,15 @@ def transpose(op: OpContext) -> None:
     op.set(0, factors, [place[a] for a in state.uniform])
 
 
-@operator("DepthToSpace", "SpaceToDepth")
+def _resize_blocks(r: Resize) -> None:
+    """Whole channels go: the block size stays."""
+    old, new = (r.old(0), r.old_out(0)), (r.new(0), r.new_out(0))
+    few, many = new[::-1] if r.node.op_type == "DepthToSpace" else new
+    if few[1] * r.attr("blocksize", 1) ** 2 != many[1] or any(a[2:] != b[2:] for a, b in zip(old, new, strict=True)):
+        raise Opaque("blocks of positions that lose some of them")
+
+
+@operator("DepthToSpace", "SpaceToDepth", resize=_resize_blocks)
 def depth_space(op: OpContext) -> None:
     """A reshape, a transpose and a reshape (ONNX DepthToSpace, modes DCR and CRD)."""
     state, out, b = op.state(0), op.shape(), int(op.attr("blocksize"))

@@ -167,6 +167,8 @@ def _bounded(found: Intervals, position: int, rounding: bool) -> list[Interval |
     operands = {k: found.operand(position, k) for k in given}
     if rule is None or not given or any(operands[k] is None for k in given):
         return none
+    if any(v.name and v.name not in walk.states for v in node.outputs):  # of unknown shape
+        return none
     out = rule(_site(found, position, operands, rounding))
     if out is None:
         return none

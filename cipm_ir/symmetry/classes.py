@@ -56,8 +56,7 @@ def components(count: int, pairs: list[tuple[Labels, Labels]]) -> tuple[int, Lab
         return count, np.arange(count, dtype=np.int64)
     a = np.concatenate([p[0] for p in pairs])
     b = np.concatenate([p[1] for p in pairs])
-    order = np.int32 if count < 1 << 31 else np.int64
-    ends = (a.astype(order), b.astype(order))
+    ends = (a.astype(np.int32), b.astype(np.int32)) if count < 1 << 31 else (a, b)
     graph = coo_array((np.ones(len(a)), ends), shape=(count, count)).tocsr()
     number, label = connected_components(graph, directed=False)
     return int(number), label.astype(np.int64)

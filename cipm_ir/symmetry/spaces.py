@@ -36,7 +36,10 @@ class _Holds:
     block: Labels
     child: Labels
     code: Hashes
-    """Event and rank of the label among those of its block: what is the same for two blocks that may be exchanged."""
+    """Event, rank of the label among those of its block, and which atoms of the class lie there: what is the same for
+    two blocks that may be exchanged."""
+    atoms: Hashes
+    """Which atoms of the class (by colour) lie there, each as often as it does."""
 
 
 def find_spaces(classes: Classes) -> list[RawSpace]:
@@ -47,7 +50,7 @@ def find_spaces(classes: Classes) -> list[RawSpace]:
     key = classes.signature.copy()
     with np.errstate(over="ignore"):
         if len(holds.child):
-            key += scatter_sum(holds.child, mix(holds.label, salt=_LABEL), classes.count)
+            key += scatter_sum(holds.child, mix(holds.label, salt=_LABEL) * (holds.atoms | np.uint64(1)), classes.count)
     spaces = []
     for table in _grouped(np.flatnonzero(loose & ~cells), key):
         spaces.append(RawSpace("units", table[:, None], int(innermost[table[0]])))
@@ -78,7 +81,7 @@ def _closed(classes: Classes) -> _Holds:
     links, of = classes.links, classes.of
     if not len(links.parent):
         empty = np.zeros(0, np.int64)
-        return _Holds(empty, empty, empty, empty.astype(np.uint64))
+        return _Holds(empty, empty, empty, empty.astype(np.uint64), empty.astype(np.uint64))
     rows = unique_pairs(links.parent, of[links.child])
     atoms, where = np.unique(links.parent, return_index=True)
     event = links.event[where]
@@ -90,8 +93,12 @@ def _closed(classes: Classes) -> _Holds:
     rank[order] = position - np.maximum.accumulate(np.where(same, 0, position))
     code = mix(event * 1_000_003 + rank, salt=_CODE)
     at = np.searchsorted(atoms, rows[:, 0])
-    label, child, codes = rows[:, 0], rows[:, 1], code[at]
-    frontier = (label, child, codes)
+    pair = np.searchsorted((rows[:, 0] << 31) | rows[:, 1], (links.parent << 31) | of[links.child])
+    which = scatter_sum(pair, mix(classes.colour[links.child], salt=_RANK), len(rows))
+    with np.errstate(over="ignore"):
+        code_of = mix(code[at] + which, salt=_CODE)
+    label, child, codes, found = rows[:, 0], rows[:, 1], code_of, which
+    frontier = (label, child, codes, found)
     for _ in range(8):
         inner = np.flatnonzero(classes.block[frontier[1]])
         if not len(inner):
@@ -105,13 +112,16 @@ def _closed(classes: Classes) -> _Holds:
             fresh = (
                 np.repeat(frontier[0][inner], times),
                 rows[index, 1],
-                mix(np.repeat(frontier[2][inner], times) * np.uint64(3) + code[at[index]], salt=_CODE),
+                mix(np.repeat(frontier[2][inner], times) * np.uint64(3) + code_of[index], salt=_CODE),
+                mix(np.repeat(frontier[3][inner], times) * np.uint64(3) + which[index], salt=_RANK),
             )
         known = set(zip(label.tolist(), child.tolist(), strict=True))
         new = np.array([(p, c) not in known for p, c in zip(fresh[0].tolist(), fresh[1].tolist(), strict=True)], bool)
-        frontier = (fresh[0][new], fresh[1][new], fresh[2][new])
-        label, child, codes = (np.concatenate([x, y]) for x, y in zip((label, child, codes), frontier, strict=True))
-    return _Holds(label, of[label], child, codes)
+        frontier = (fresh[0][new], fresh[1][new], fresh[2][new], fresh[3][new])
+        label, child, codes, found = (
+            np.concatenate([x, y]) for x, y in zip((label, child, codes, found), frontier, strict=True)
+        )
+    return _Holds(label, of[label], child, codes, found)
 
 
 def _crossings(classes: Classes, holds: _Holds) -> tuple[np.ndarray, Labels, Labels]:
