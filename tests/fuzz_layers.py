@@ -75,7 +75,7 @@ class Layers(Steps):
         times = [1] * len(shape)
         if self.chance(0.5):
             times[axis] = 2
-            return self.made(np.multiply(shape, times), "Tile", x, self.ints(*times))
+            return self.made([a * b for a, b in zip(shape, times, strict=True)], "Tile", x, self.ints(*times))
         wide = self.made((*shape[: axis + 1], 1, *shape[axis + 1 :]), "Unsqueeze", x, self.ints(axis + 1))
         goal = [1] * (len(shape) + 1)
         goal[axis + 1] = 2

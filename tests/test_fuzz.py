@@ -24,6 +24,7 @@ from cipm_ir.errors import CipmError, SymmetryError
 from cipm_ir.ir.labels import Labels
 from cipm_ir.passes.base import Context
 from cipm_ir.passes.fingerprint import fingerprint_program
+from cipm_ir.passes.prune import Prune
 from cipm_ir.passes.registry import lookup
 from cipm_ir.rules.events import Recorder
 from cipm_ir.symmetry.program import Program
@@ -103,7 +104,7 @@ def check_prune(model: onnx.ModelProto, feeds: Feeds, seed: int) -> str:
     """Whatever is pruned, what is left is valid and runs."""
     program = program_of(model)
     try:
-        small = lookup("prune")(ratio=(0.3, 0.6)[seed % 2]).run(program, Context()).program
+        small = Prune(ratio=(0.3, 0.6)[seed % 2]).run(program, Context()).program
     except CipmError:
         return ""
     wrong = invalid(small)
@@ -215,7 +216,7 @@ def test_a_single_unit_taken_out_keeps_its_scale() -> None:
     """Gather of one index, Split and Slice of width 1, lost the factor and with it all that held its scale."""
     for case in range(3):
         net = Net(f"single_{case}", dtype="float64")
-        h = net.op("MatMul", net.input("x", [2, 5]), net.weight((5, 6), 5))
+        h = net.linear(net.input("x", [2, 5]), 5, 6)
         if case == 0:
             net.output(net.op("Gather", h, net.const(4), axis=1), [2])
         elif case == 1:
@@ -255,7 +256,7 @@ def test_concat_of_parts_labelled_over_other_axes() -> None:
 def test_grouped_convolution_of_labelled_samples() -> None:
     """Units on the batch axis were lost in a grouped convolution."""
     net = Net("samples", dtype="float64")
-    h = net.op("MatMul", net.input("x", [2, 5, 4]), net.weight((4, 12), 4))
+    h = net.op("Tanh", net.op("MatMul", net.input("x", [2, 5, 4]), net.weight((4, 12), 4)))
     turned = net.op("Transpose", h, perm=[2, 0, 1])
     conv = net.op("Conv", turned, net.weight((12, 1, 3), 3), group=2, pads=[1, 1], kernel_shape=[3])
     net.output(conv, [12, 12, 5])
