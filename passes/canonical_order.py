@@ -114,20 +114,21 @@ class Ordering:
         tied = self.part.tied()
         return not any(tied[o.classes].any() for o in self.members.on_leaf[m.factor.leaf] if o is not m)
 
-    def _positions(self, m: Member) -> tuple[Labels, Labels]:
-        """Tied classes of a member and their positions in matching order, (classes, occurrences)."""
+    def _positions(self, m: Member) -> list[tuple[Labels, Labels]]:
+        """Tied classes of a member and their positions in matching order, (classes, occurrences), by occurrences."""
         here = np.flatnonzero(self.part.tied()[m.classes])
         here = here[np.lexsort((m.rank[here], m.classes[here]))]
         classes, times = np.unique(m.classes[here], return_counts=True)
-        if not len(classes) or (times != times[0]).any():
-            return classes[:0], here[:0].reshape(0, 1)
-        return classes, here.reshape(len(classes), -1)
+        each = np.repeat(times, times)
+        return [(classes[times == n], here[each == n].reshape(-1, n)) for n in np.unique(times).tolist()]
 
     def _by_row(self, m: Member) -> bool:
         """Split by the entries of each row, a few columns first, more where they do not decide."""
         if not self.exact:
             return self._by_content(m)
-        classes, positions = self._positions(m)
+        return any([self._rows_split(m, classes, positions) for classes, positions in self._positions(m)])
+
+    def _rows_split(self, m: Member, classes: Labels, positions: Labels) -> bool:
         progress, lo, width, total = False, 0, 4, self._row_length(m)
         bare = self._unsigned(m)
         while len(classes) and lo < total:
@@ -218,19 +219,20 @@ class Ordering:
         labels = [self._labels(m, axis) for axis in range(len(m.shape))]
         weights = [o.spread(self.gauge.weight(o)) for o in self.members.on_leaf[m.factor.leaf]]
         bare = self._unsigned(m)
-        classes, positions = self._positions(m)
-        if not len(classes):
+        groups = self._positions(m)
+        if not groups:
             return False
         if self.exact:
             rows = self.members.reduce(m, self._hashes(m, weights, labels, bare), np.add)
-            return self.part.split(classes, rows[positions].view(np.int64))
+            return any([self.part.split(classes, rows[places].view(np.int64)) for classes, places in groups])
         progress = False
         for salt, squared in [(s, q) for q in ((True,) if bare else (False, True)) for s in range(_PROJECTIONS)]:
             projected = self._projected(m, weights, labels, salt, squared)
             rows = self.members.reduce(m, projected, np.add)
             size = self.members.reduce(m, self._sizes(m, weights, squared), np.maximum)
-            for k in range(positions.shape[1]):
-                progress |= self.part.split_close(classes, rows[positions[:, k]], size[positions[:, k]])
+            for classes, places in groups:
+                for k in range(places.shape[1]):
+                    progress |= self.part.split_close(classes, rows[places[:, k]], size[places[:, k]])
         return progress
 
     def _hashes(
