@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -140,17 +141,22 @@ def check_finite(model: ir.Model) -> None:
     Raises:
         InputError: naming the first such tensor and how to find the entry.
     """
-    for graph in all_graphs(model):
-        for value in graph.initializers.values():
-            tensor = value.const_value
-            if tensor is None or not tensor.dtype.is_floating_point() or tensor.dtype.bitwidth < 8:
-                continue
-            index = _first_nan(tensor.numpy())
-            drop = getattr(tensor, "drop_pages", None)
-            if drop is not None:
-                drop()
+    values = [value for graph in all_graphs(model) for value in graph.initializers.values()]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        for value, index in zip(values, pool.map(_nan_in, values), strict=True):
             if index is not None:
                 raise InputError(f"Initializer {value.name!r} holds NaN, first at {list(index)}; the model is damaged.")
+
+
+def _nan_in(value: ir.Value) -> tuple[int, ...] | None:
+    tensor = value.const_value
+    if tensor is None or not tensor.dtype.is_floating_point() or tensor.dtype.bitwidth < 8:
+        return None
+    index = _first_nan(tensor.numpy())
+    drop = getattr(tensor, "drop_pages", None)
+    if drop is not None:
+        drop()
+    return index
 
 
 def _first_nan(array: np.ndarray[Any, np.dtype[Any]]) -> tuple[int, ...] | None:

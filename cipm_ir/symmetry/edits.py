@@ -6,7 +6,7 @@ import hashlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx_ir as ir
@@ -67,8 +67,9 @@ class Edit:
         for axis in (a for a in self.mix if a == 0):
             array = _mixed(array, axis, *self.mix[axis])
         if not array.ndim:
-            yield self._scaled(array, slice(None))
+            yield self._scaled(array, slice(None), np.dtype(np.float64))
             return
+        wide = self._width(array.dtype)
         rows = self.take.get(0)
         count = array.shape[0] if rows is None else len(rows)
         step = max(1, _BLOCK * array.shape[0] // max(array.nbytes, 1))
@@ -84,19 +85,31 @@ class Edit:
             for axis, (positions, matrix) in self.mix.items():
                 if axis:
                     part = _mixed(part, axis, positions, matrix)
-            yield self._scaled(part, here)
+            yield self._scaled(part, here, wide)
 
-    def _scaled(self, part: Array, rows: slice) -> Array:
+    def _width(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
+        """The dtype to multiply in: the tensor's own where it holds every product of the scales exactly."""
+        scales = [*self.scale.values(), *self.inner_scale.values()]
+        if dtype not in (np.float32, np.float64) or self.epsilon is not None:
+            return np.dtype(np.float64)
+        halves, powers = zip(*(np.frexp(s) for s in scales), strict=True) if scales else ((), ())
+        exact = all((np.abs(h) == 0.5).all() for h in halves)
+        return dtype if exact and sum(int(np.abs(p).max()) for p in powers) < 100 else np.dtype(np.float64)
+
+    def _scaled(self, part: Array, rows: slice, width: np.dtype[Any]) -> Array:
         """Times the product of all scales, rounded once."""
         factor: Array | None = None
         for axis, s in self.scale.items():
+            s = s.astype(width)
             along = (s[rows] if axis == 0 else s).reshape([-1 if a == axis else 1 for a in range(part.ndim)])
             factor = along if factor is None else factor * along
         for axis, s in self.inner_scale.items():
-            along = s[rows].reshape([-1, *(s.shape[1] if a == axis else 1 for a in range(1, part.ndim))])
+            along = s[rows].astype(width).reshape([-1, *(s.shape[1] if a == axis else 1 for a in range(1, part.ndim))])
             factor = along if factor is None else factor * along
         if factor is None:
             return part
+        if width == part.dtype:
+            return np.asarray(part * factor)
         wide = part.astype(np.float64)
         if self.epsilon is None:
             wide *= factor
