@@ -108,7 +108,7 @@ class Edit:
             factor = along if factor is None else factor * along
         if factor is None:
             return part
-        if width == part.dtype:
+        if self.epsilon is None and width == part.dtype:
             return np.asarray(part * factor)
         wide = part.astype(np.float64)
         if self.epsilon is None:
