@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cipm_ir.ir.labels import ZERO, Factor, State
+from cipm_ir.ir.labels import Factor, State
 from cipm_ir.rules.context import OpContext
 from cipm_ir.rules.registry import Opaque, operator
 
@@ -135,8 +135,6 @@ def _emit(op: OpContext, p: _Piece, where: dict[str, int], factors: list[Factor]
     if not rest:
         return
     f = op.rec.marginal(p.factor, _axes(p, rest))
-    if len(rest) < len(p.letters):
-        f = Factor(f.axes, f.labels, ZERO, f.repeats)
     letter_of = dict(zip(p.factor.axes, p.letters, strict=True))
     f = f.moved({a: where[letter_of[a]] for a in f.axes})
     taken = {a for g in factors for a in g.axes}

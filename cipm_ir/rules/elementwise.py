@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from cipm_ir.ir.labels import ZERO, Array, Factor, State
-from cipm_ir.rules.context import OpContext
+from cipm_ir.rules.context import OpContext, fixed
 from cipm_ir.rules.registry import Opaque, operator
 
 
@@ -20,11 +20,7 @@ def linear(op: OpContext) -> None:
             raise Opaque("Dropout in training mode")
     op.like(0, op.state(0))
     if len(op.node.outputs) > 1:
-        op.like(1, State(op.state(0).shape, tuple(_permuted(op, f) for f in op.state(0).factors)))
-
-
-def _permuted(op: OpContext, f: Factor) -> Factor:
-    return Factor(f.axes, f.labels, ZERO, f.repeats)
+        op.like(1, State(op.state(0).shape, tuple(fixed(f) for f in op.state(0).factors)))
 
 
 _REAL = {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
@@ -75,7 +71,7 @@ def even(op: OpContext) -> None:
     """f(-x) = f(x): signs end, scalings do not pass."""
     state = op.state(0)
     op.freeze(state, sign=False)
-    op.like(0, State(state.shape, tuple(_permuted(op, f) for f in state.factors), state.uniform))
+    op.like(0, State(state.shape, tuple(fixed(f) for f in state.factors), state.uniform))
 
 
 @operator("Reciprocal")
@@ -107,10 +103,10 @@ def pointwise(op: OpContext) -> None:
     """Any other function of one element: permutations only."""
     state = op.state(0)
     op.freeze(state)
-    op.like(0, State(state.shape, tuple(_permuted(op, f) for f in state.factors), state.uniform))
+    op.like(0, State(state.shape, tuple(fixed(f) for f in state.factors), state.uniform))
 
 
-@operator("Clip", literals=())
+@operator("Clip")
 def clip(op: OpContext) -> None:
     """Scalar bounds: permutations; signs where they are symmetric; scalings where each is 0 or infinite.
 
@@ -186,7 +182,7 @@ def broadcast(op: OpContext, states: list[State], what: str) -> State:
                 if blind == f.axes:
                     out.remove(f)  # fixed from here on
     uniform = [a for a in range(len(shape)) if all(s.broadcasts(a) for s in moved) and shape[a] != 1]
-    return State(shape, tuple(Factor(f.axes, f.labels, ZERO, f.repeats) for f in out), frozenset(uniform))
+    return State(shape, tuple(fixed(f) for f in out), frozenset(uniform))
 
 
 def _join(op: OpContext, f: Factor, out: list[Factor]) -> None:
@@ -288,14 +284,10 @@ def multiply(op: OpContext) -> None:
     states = [op.state(0), op.state(1)]
     minus = -1 if op.node.op_type == "Div" else 1
     out = broadcast(op, states, op.node.op_type)
+    _freeze_partial(op, states, out)  # a coarser partner is tied to blocks, which carry no scale
     factors = []
     for f in out.factors:
         terms = _scale_terms(states, out.shape, f)
-        # a coarser partner is tied to blocks, which carry no scale
-        for s in states:
-            for g in shifted(s, len(out.shape)).factors:
-                if g.axes != f.axes and set(g.axes) & set(f.axes):
-                    op.freeze_factor(g)
         a, b = (ZERO if t is None else t for t in terms)
         if b == ZERO:
             var = a

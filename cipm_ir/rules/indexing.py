@@ -182,7 +182,7 @@ def joined(op: OpContext, states: Sequence[State], axis: int, shape: tuple[int, 
         factors.append(Factor(parts[0].axes, labels, var, repeats))
     elif axes:
         factors.extend(_mixed(op, states, along, axis, shape))
-    rest = [Factor(f.axes, f.labels, f.var, f.repeats) for s in states for f in s.factors if axis not in f.axes]
+    rest = [f for s in states for f in s.factors if axis not in f.axes]
     for f in rest:
         same = [g for g in factors if set(g.axes) & set(f.axes)]
         if not same:
@@ -300,13 +300,10 @@ def _spread(
 
 @operator("GatherElements", "ScatterElements", "Scatter")
 def gather_elements(op: OpContext) -> None:
-    """Positions come from outside along the axis; along the others data and indices move together."""
-    state = op.state(0)
-    axis = int(op.attr("axis", 0)) % state.rank
+    """Positions come from outside, for every entry on its own: all that reaches it is pinned."""
     for k in range(len(op.node.inputs)):
         op.pin(op.optional(k), f"{op.node.op_type} with indices from outside")
         op.freeze(op.optional(k))
-    del axis
     op.set(0)
 
 

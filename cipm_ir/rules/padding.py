@@ -95,7 +95,7 @@ def pad(op: OpContext) -> None:
     op.set(0, factors, [x for x in state.uniform if pads[x] == (0, 0)])
 
 
-@operator("Tile", literals=())
+@operator("Tile")
 def tile(op: OpContext) -> None:
     """Repeats the labels; along an axis of size 1 the result is uniform."""
     state, shape = op.state(0), op.shape()

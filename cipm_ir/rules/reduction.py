@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cipm_ir.ir.labels import ZERO, Factor
-from cipm_ir.rules.context import OpContext
+from cipm_ir.rules.context import OpContext, fixed
 from cipm_ir.rules.registry import Opaque, operator
 
 _LINEAR = {"ReduceSum", "ReduceMean"}
@@ -57,7 +57,7 @@ def reduce(op: OpContext) -> None:
             g = f
         else:
             op.freeze_factor(f)
-            g = Factor(f.axes, f.labels, ZERO, f.repeats)
+            g = fixed(f)
         factors.append(g.moved(place))
     op.set(0, factors, [place[a] for a in x.uniform if a not in gone])
 
@@ -71,7 +71,7 @@ def arg_extremum(op: OpContext) -> None:
     x = op.without(x, [axis], f"{op.node.op_type} gives positions along this axis")
     keep = bool(op.attr("keepdims", 1))
     place = {a: a if keep or a < axis else a - 1 for a in range(x.rank)}
-    op.set(0, [Factor(f.axes, f.labels, ZERO, f.repeats).moved(place) for f in x.factors])
+    op.set(0, [fixed(f).moved(place) for f in x.factors])
 
 
 @operator("TopK")
@@ -82,7 +82,7 @@ def top_k(op: OpContext) -> None:
     axis = int(op.attr("axis", -1)) % x.rank
     x = op.without(x, [axis], "TopK sorts along this axis")
     op.pin(op.optional(1), "k of TopK")
-    rest = [Factor(f.axes, f.labels, ZERO, f.repeats) for f in x.factors]
+    rest = [fixed(f) for f in x.factors]
     for k in range(len(op.node.outputs)):
         op.set(k, rest)
 

@@ -8,7 +8,7 @@ import onnx_ir as ir
 from cipm_ir.ir.constants import constant_tensor
 from cipm_ir.ir.labels import Array
 from cipm_ir.symmetry.analysis import Analysis
-from cipm_ir.symmetry.edits import Edit, edited
+from cipm_ir.symmetry.edits import Edit, EditedTensor
 from cipm_ir.symmetry.leaves import Leaf
 
 
@@ -71,10 +71,10 @@ class Editor:
                 self._point(members, self._refilled(value, edit.shape(leaf.shape)))
                 return
         if in_place and value.is_initializer():
-            value.const_value = edited(tensor, edit, name)
+            value.const_value = EditedTensor(tensor, edit, name)
             value.shape = ir.Shape(edit.shape(leaf.shape))
             return
-        self._point(members, self.initializer(name, edited(tensor, edit, name)))
+        self._point(members, self.initializer(name, EditedTensor(tensor, edit, name)))
 
     def _tensor(self, value: ir.Value, leaf: Leaf) -> ir.TensorProtocol | None:
         if leaf.filled:

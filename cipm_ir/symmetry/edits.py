@@ -146,8 +146,3 @@ class EditedTensor(ir.LazyTensor):
             return
         for block in self._edit.blocks(np.asarray(self._source.numpy())):
             file.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
-
-
-def edited(tensor: ir.TensorProtocol, edit: Edit, name: str) -> ir.LazyTensor:
-    """``tensor`` with ``edit`` applied, lazily."""
-    return EditedTensor(tensor, edit, name)

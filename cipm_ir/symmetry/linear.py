@@ -159,16 +159,9 @@ def nullspace(
     Unknowns in ``extra`` get exponents in the same basis, without adding directions.
     """
     reduced = Reduced(system, preferred=set(variables))
-    return solution(reduced, reduced.rest, variables, extra)
-
-
-def solution(
-    reduced: Reduced, rest: list[list[Term]], variables: list[int], extra: Iterable[int] = ()
-) -> tuple[int, dict[int, tuple[int, ...]]]:
-    """As `nullspace`, from a reduced system and the remaining equations that concern these variables."""
     images = {v: reduced.image(v) for v in dict.fromkeys([*variables, *extra])}
     preferred = {r[0] for v in variables if (r := images[v]) is not None}
-    pivots = eliminate(rest, preferred)
+    pivots = eliminate(reduced.rest, preferred)
     rows: dict[int, Row] = {}
     for v, r in images.items():
         rows[v] = {} if r is None else {w: c * r[1] for w, c in pivots.get(r[0], {r[0]: 1}).items()}

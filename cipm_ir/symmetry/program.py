@@ -17,7 +17,7 @@ from onnx_ir.passes.common import InlinePass
 
 from cipm_ir.algebra import Element, Group
 from cipm_ir.errors import CipmError, SymmetryError
-from cipm_ir.ir.labels import Array, Labels
+from cipm_ir.ir.labels import Array
 from cipm_ir.symmetry.absorb import absorb_edits
 from cipm_ir.symmetry.action import act_edits
 from cipm_ir.symmetry.analysis import Analysis
@@ -118,9 +118,7 @@ class Program:
     def spaces(self) -> tuple[Space, ...]:
         """All spaces, in graph order; blocks after the units."""
         analysis = self.analysis
-        made: list[Space] = []
         notes = describe_spaces(analysis)
-        index = {id(raw): k for k, raw in enumerate(analysis.spaces)}
         blocks: dict[int, tuple[int, int]] = {}
         for k, raw in enumerate(analysis.spaces):
             if raw.kind == "blocks" or raw.table.shape[1] > 1:
@@ -137,16 +135,13 @@ class Program:
                 where, row = blocks[raw.parent_class]
                 parent = (by_index[where], row)
             by_index[k] = Space(note.name, raw.kind, n, group, note.members, free.exact, parent)
-        for k in range(len(analysis.spaces)):
-            made.append(by_index[k])
-        del index
-        return tuple(made)
+        return tuple(by_index[k] for k in range(len(analysis.spaces)))
 
     def space(self, name: str) -> Space:
         """A space by name, with or without the leading @."""
-        for space in self.spaces:
-            if space.name == name.removeprefix("@"):
-                return space
+        found = self._by_name.get(name.removeprefix("@"))
+        if found is not None:
+            return self.spaces[found]
         raise SymmetryError(f"There is no space named {name!r}; print(program) or program.spaces lists them.")
 
     def index(self, space: Space) -> int:
@@ -211,7 +206,7 @@ class Program:
                     "space.random(rng) and space.identity() give elements that are."
                 )
             chosen[index] = element
-        return self._edited(act_edits(self.analysis, chosen), same_structure=True)
+        return self._edited(act_edits(self.analysis, chosen))
 
     def restrict(self, keep: Mapping[Space, Array | Sequence[int]]) -> Program:
         """Drop classes: per space, the sorted indices of those that stay. Exact only for units that contribute nothing.
@@ -280,14 +275,14 @@ class Program:
             value.const_value = ir.Tensor(np.asarray(array).astype(dtype.numpy()), dtype=dtype, name=name)
         return Program(clone, origin=self._origin, analysis=self._analysis, source=self._with_values(clone))
 
-    def _edited(self, edits: dict[int, Edit], *, same_structure: bool) -> Program:
+    def _edited(self, edits: dict[int, Edit]) -> Program:
         clone = self._model.clone()
         before = set(clone.graph.initializers)
         count = len(list(clone.graph))
         editor = Editor(clone, self.analysis)
         editor.apply(edits)
         editor.sweep()
-        same = same_structure and set(clone.graph.initializers) == before and len(list(clone.graph)) == count
+        same = set(clone.graph.initializers) == before and len(list(clone.graph)) == count
         if not same:
             return Program(clone, origin=self._origin)
         return Program(clone, source=self._with_values(clone), origin=self._origin, analysis=self._analysis)
@@ -319,8 +314,3 @@ class Program:
         if self._origin is None:
             raise CipmError("This program was made from an object in memory; load it with cipm_ir.load to save it.")
         self._origin.write(self.emit(annotate=annotate), path)
-
-
-def classes_of(program: Program, space: Space) -> Labels:
-    """Class numbers of a space's elements."""
-    return program.analysis.spaces[program.index(space)].table[:, 0]
