@@ -9,6 +9,7 @@ from cipm_ir.passes.canonicalize import Canonicalize
 from cipm_ir.passes.cleanup import CleanUp, FoldBatchNorm
 from cipm_ir.passes.pipeline import Outcome, RolledBack, Witness, run_passes
 from cipm_ir.passes.prune import Prune
+from cipm_ir.passes.recover_names import RecoverNames
 from cipm_ir.passes.registry import Listing, listing, lookup, names, register
 from cipm_ir.passes.remove_dead import RemoveDead
 from cipm_ir.passes.report import Report, Step, Totals
@@ -26,6 +27,7 @@ __all__ = [
     "PassResult",
     "Progress",
     "Prune",
+    "RecoverNames",
     "RemoveDead",
     "Report",
     "RolledBack",

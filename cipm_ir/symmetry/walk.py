@@ -140,7 +140,12 @@ class _Walker:
         return self.leaves[index].state
 
     def _stays_tied(self, value: ir.Value, tensor: ir.TensorProtocol | None, filled: bool) -> bool:
-        """Whether several uses of one tensor are one parameter: a matrix with content, not a vector or a constant."""
+        """Whether several uses of one tensor are one parameter: a matrix with content, not a vector or a constant.
+
+        A file may share equal tensors by chance; what a frontend marks as tied is meant.
+        """
+        if value.meta.get("tied"):
+            return True
         if tensor is None or filled or (len(value.uses()) < 2 and not value.is_graph_output()):
             return False
         if sum(d > 1 for d in tensor.shape.numpy()) < 2:

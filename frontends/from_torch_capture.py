@@ -1,0 +1,224 @@
+"""From a torch program to a graph with the shape of every value: `symbolic_trace` where it works, else `torch.export`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from cipm_ir.errors import InputError, UnsupportedError
+from cipm_ir.frontends.from_torch_shapes import ShapeError, propagate
+from cipm_ir.frontends.from_torch_table import bare_name, function_entry, load_table, module_entry
+
+METHODS = ("auto", "symbolic", "export")
+_IGNORED = {"_assert", "_guards_fn", "getattr"}
+
+
+@dataclass
+class Traced:
+    """A graph, where its tensors live, and what torch knows of every value (None where the result is no tensor)."""
+
+    graph: fx.Graph
+    root: nn.Module | None
+    fakes: dict[fx.Node, Any]
+    method: str
+    exported: Any = None
+    lifted: dict[str, str] = field(default_factory=dict)
+    """Placeholder name to `state_dict` name, for the graph of an exported program."""
+    notes: list[str] = field(default_factory=list)
+
+
+def from_module(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any, method: str
+) -> Traced:
+    """Trace a module with example inputs.
+
+    Errors: `InputError` where the module does not run with them, `UnsupportedError` where no graph can be made.
+    """
+    load_table()
+    symbolic: Traced | None = None
+    reasons: list[str] = []
+    if method in ("auto", "symbolic"):
+        try:
+            symbolic = _symbolic(module, args, kwargs, dynamic)
+            missing = unknown(symbolic)
+            if method == "symbolic" or not missing:
+                return symbolic
+            reasons.append(f"symbolic_trace leaves {', '.join(sorted(missing))} without a rule")
+        except Exception as error:  # tracing runs the user's code on proxies: anything can happen
+            reasons.append(f"symbolic_trace: {_first_line(error)}")
+            if method == "symbolic":
+                _check_runs(module, args, kwargs, error)
+                raise UnsupportedError(
+                    f"{type(module).__name__} cannot be traced symbolically ({_first_line(error)}); "
+                    "use method='export', or 'auto'."
+                ) from error
+    try:
+        traced = _export(module, args, kwargs, dynamic)
+    except Exception as error:  # as above
+        if symbolic is not None:
+            return symbolic
+        _check_runs(module, args, kwargs, error)
+        raise UnsupportedError(
+            f"{type(module).__name__} cannot be made a graph: {'; '.join(reasons)}; torch.export: {_first_line(error)}. "
+            "Rewrite what depends on the values of tensors (torch.cond, torch.where), or give a part of the model."
+        ) from error
+    if symbolic is not None and len(unknown(traced)) >= len(unknown(symbolic)):
+        return symbolic
+    traced.notes.extend(reasons)
+    return traced
+
+
+def from_graph_module(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
+    """A GraphModule as it is, shapes from the example inputs, or from its own metadata where there are none."""
+    load_table()
+    if args or kwargs:
+        try:
+            fakes = propagate(module, module.graph, _flat_inputs(module, args, kwargs))
+        except ShapeError as error:
+            _check_runs(module, args, kwargs, error)
+            raise UnsupportedError(f"The shapes of the GraphModule cannot be computed: {error}") from error
+        return Traced(module.graph, module, fakes, "given")
+    fakes = {}
+    for node in module.graph.nodes:
+        if node.op == "output":
+            continue
+        if "val" not in node.meta and "example_value" not in node.meta:
+            if node.op in ("get_attr", "placeholder") and not node.users:
+                continue
+            raise InputError(
+                f"The GraphModule has no shapes (node {node.name!r} has no meta['val']); give example_inputs=(x,)."
+            )
+        fakes[node] = node.meta.get("val", node.meta.get("example_value"))
+    return Traced(module.graph, module, fakes, "given")
+
+
+def from_exported(program: Any) -> Traced:
+    """An ExportedProgram: its graph carries the shapes; parameters are lifted to placeholders."""
+    load_table()
+    signature = program.graph_signature
+    lifted = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **getattr(signature, "inputs_to_lifted_tensor_constants", {}),
+    }
+    fakes = {node: node.meta.get("val") for node in program.graph.nodes}
+    return Traced(program.graph, None, fakes, "given", program, dict(lifted))
+
+
+def unknown(traced: Traced) -> set[str]:
+    """Operations without an entry."""
+    found = set()
+    for node in traced.graph.nodes:
+        if node.op == "call_module" and traced.root is not None:
+            kind = type(traced.root.get_submodule(node.target))
+            if module_entry(kind) is None:
+                found.add(kind.__name__)
+        elif node.op in ("call_function", "call_method"):
+            name = bare_name(node.target)[0]
+            if function_entry(node.target) is None and name not in _IGNORED:
+                found.add(name)
+    return found
+
+
+class _Tracer(fx.Tracer):
+    """Keeps as calls the modules that the table knows, and leaves of torch.nn that it does not know."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if module_entry(type(m)) is not None:
+            return True
+        own = type(m).__module__.startswith("torch.nn.modules")
+        return own and not isinstance(m, nn.Sequential) and next(m.children(), None) is None
+
+
+def _symbolic(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any) -> Traced:
+    if any(isinstance(m, torch.jit.ScriptModule) for m in module.modules()):
+        raise UnsupportedError("a scripted module has no Python to trace")
+    signature = inspect.signature(module.forward)
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    concrete = {}
+    for name, value in bound.arguments.items():
+        kind = signature.parameters[name].kind
+        if kind in (kind.VAR_POSITIONAL, kind.VAR_KEYWORD) and value:
+            raise UnsupportedError("variable arguments")
+        if not isinstance(value, torch.Tensor):
+            if any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value)):
+                raise UnsupportedError("nested arguments")
+            if kind not in (kind.VAR_POSITIONAL, kind.VAR_KEYWORD):
+                concrete[name] = value
+    graph = _Tracer().trace(module, concrete_args=concrete)
+    inputs = {n.name: bound.arguments.get(str(n.target)) for n in graph.nodes if n.op == "placeholder"}
+    return Traced(graph, module, propagate(module, graph, inputs, dynamic_axes(dynamic, bound.arguments)), "symbolic")
+
+
+def dynamic_axes(dynamic: Any, arguments: Mapping[str, Any]) -> dict[str, set[int]]:
+    """Axes that `torch.export`'s ``dynamic_shapes`` calls dynamic, by argument."""
+    if not dynamic:
+        return {}
+    if not isinstance(dynamic, Mapping):
+        dynamic = dict(zip(arguments, dynamic, strict=False))
+    found: dict[str, set[int]] = {}
+    for name, spec in dynamic.items():
+        if name not in arguments:
+            raise InputError(f"dynamic_shapes names {name!r}, but the inputs are {', '.join(arguments)}.")
+        entries = spec.items() if isinstance(spec, Mapping) else enumerate(spec or ())
+        found[name] = {int(axis) for axis, dim in entries if dim is not None and not isinstance(dim, int)}
+    return found
+
+
+def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any) -> Traced:
+    program = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic, strict=False)
+    traced = from_exported(program)
+    traced.method = "export"
+    return traced
+
+
+def _flat_inputs(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Placeholder name to value."""
+    flat = module.graph.process_inputs(*args, **kwargs) if _is_pytree(module.graph) else None
+    nodes = [n for n in module.graph.nodes if n.op == "placeholder"]
+    if flat is not None:
+        return {n.name: v for n, v in zip(nodes, flat, strict=True)}
+    values = dict(zip((n.name for n in nodes), args, strict=False))
+    if len(args) > len(nodes):
+        raise InputError(f"The GraphModule takes {len(nodes)} inputs, but {len(args)} example inputs are given.")
+    for n in nodes:
+        if str(n.target) in kwargs:
+            values[n.name] = kwargs[str(n.target)]
+        elif n.name not in values:
+            if not n.args:
+                raise InputError(f"The example inputs lack {n.target!r}.")
+            values[n.name] = n.args[0]
+    return values
+
+
+def _is_pytree(graph: fx.Graph) -> bool:
+    return type(graph._codegen).__name__ == "_PyTreeCodeGen"
+
+
+def _check_runs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], cause: Exception) -> None:
+    """Tell inputs that do not fit from a program that cannot be made a graph."""
+    if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
+        raise InputError(
+            f"{type(module).__name__} has parameters on the meta device, which hold no numbers; load its weights first."
+        )
+    state = {k: v.clone() for k, v in module.named_buffers()}
+    try:
+        with torch.no_grad():
+            torch.func.functional_call(module, state, args, kwargs)
+    except Exception as error:  # the user's code: anything can happen
+        raise InputError(
+            f"{type(module).__name__} does not run with the example inputs: {_first_line(error)}; "
+            "give inputs as its forward takes them."
+        ) from cause
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200].rstrip('.') if text else ''}".rstrip(": ")

@@ -1,0 +1,166 @@
+"""Shapes and types of every value of a traced graph, without running it: torch's own rules on the meta device.
+
+What a leaf module or function makes of given shapes is remembered, as networks repeat themselves.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from cipm_ir.frontends.from_torch_table import module_entry
+
+
+class ShapeError(Exception):
+    """A node cannot be computed on shapes alone."""
+
+
+def propagate(
+    root: nn.Module, graph: fx.Graph, inputs: Mapping[str, Any], dynamic: Mapping[str, set[int]] | None = None
+) -> dict[fx.Node, Any]:
+    """What each node computes, tensors without numbers; dynamic sizes become symbolic.
+
+    Args:
+        root: holder of submodules and parameters.
+        graph: nodes in order.
+        inputs: an example by placeholder name.
+        dynamic: axes by placeholder name whose size may change.
+
+    Errors: `ShapeError` naming the node.
+    """
+    first = _Run(root, inputs).run(graph)
+    if not dynamic or not any(dynamic.values()):
+        return first
+    other = {}
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor):
+            sizes = [s + (s if axis in dynamic.get(name, ()) else 0) for axis, s in enumerate(value.shape)]
+            value = torch.empty(sizes, dtype=value.dtype, device="meta")
+        other[name] = value
+    second = _Run(root, other).run(graph)
+    return {node: _merged(value, second[node]) for node, value in first.items()}
+
+
+class Symbolic:
+    """Stands for a tensor some sizes of which are dynamic (None)."""
+
+    def __init__(self, fake: torch.Tensor, shape: tuple[int | None, ...]) -> None:
+        self.shape, self.dtype, self.device = shape, fake.dtype, fake.device
+        self.names = [d if d is not None else f"size_{example}" for d, example in zip(shape, fake.shape, strict=True)]
+
+
+def _merged(a: Any, b: Any) -> Any:
+    if isinstance(a, torch.Tensor):
+        if a.shape == b.shape:
+            return a
+        return Symbolic(a, tuple(x if x == y else None for x, y in zip(a.shape, b.shape, strict=True)))
+    if isinstance(a, tuple | list):
+        return type(a)(_merged(x, y) for x, y in zip(a, b, strict=True)) if type(a) in (tuple, list) else (
+            tuple(_merged(x, y) for x, y in zip(a, b, strict=True)))  # fmt: skip
+    if isinstance(a, Mapping):
+        return {k: _merged(v, b[k]) for k, v in a.items()}
+    return a if a is b or a == b else None
+
+
+def on_meta(value: Any) -> Any:
+    """A tensor without numbers; anything else as it is."""
+    if isinstance(value, torch.Tensor) and not value.is_meta:
+        if value.layout != torch.strided:
+            return torch.empty(value.shape, dtype=value.dtype, device="meta")
+        return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device="meta")
+    return value
+
+
+class _Run:
+    def __init__(self, root: nn.Module, inputs: Mapping[str, Any]) -> None:
+        self.root, self.inputs = root, inputs
+        self.values: dict[fx.Node, Any] = {}
+        self.remembered: dict[Any, Any] = {}
+        self.tensors: dict[int, torch.Tensor] = {}
+
+    def run(self, graph: fx.Graph) -> dict[fx.Node, Any]:
+        with torch.no_grad():
+            for node in graph.nodes:
+                try:
+                    self.values[node] = self._visit(node)
+                except Exception as error:  # any operation of torch, on shapes that may not fit
+                    text = str(error).strip().splitlines()
+                    raise ShapeError(
+                        f"node {node.name!r} ({node.op} {node.target}): {text[0] if text else type(error).__name__}"
+                    ) from error
+        return self.values
+
+    def _visit(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            return self._every(on_meta, self.inputs[node.name])
+        if node.op == "get_attr":
+            value = operator.attrgetter(str(node.target))(self.root)
+            return self._tensor(value) if isinstance(value, torch.Tensor) else value
+        args = fx.node.map_arg(node.args, self.values.__getitem__)
+        kwargs = fx.node.map_arg(node.kwargs, self.values.__getitem__)
+        if node.op == "output":
+            return args[0]
+        key = self._key(node, args, kwargs)
+        if key is not None and key in self.remembered:
+            return self.remembered[key]
+        if node.op == "call_function":
+            made = node.target(*args, **kwargs)  # type: ignore[operator]
+        elif node.op == "call_method":
+            made = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        else:
+            made = self._module(self.root.get_submodule(str(node.target)), args, kwargs)
+        made = self._every(on_meta, made)
+        if key is not None:
+            self.remembered[key] = made
+        return made
+
+    def _module(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        state = {
+            name: self._tensor(t)
+            for group in (module.named_parameters(), module.named_buffers())
+            for name, t in group
+        }
+        return torch.func.functional_call(module, state, args, kwargs)
+
+    def _tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        found = self.tensors.get(id(tensor))
+        if found is None:
+            found = self.tensors[id(tensor)] = on_meta(tensor)
+        return found
+
+    def _key(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        """What the result depends on; None where that is not known to be all."""
+        if node.op == "call_module":
+            module = self.root.get_submodule(str(node.target))
+            if module_entry(type(module)) is None or kwargs:
+                return None
+            own = tuple(tuple(p.shape) for p in module.parameters())
+            return (type(module), module.extra_repr(), own, module.training, _frozen(args))
+        return (node.op, node.target, _frozen(args), _frozen(kwargs)) if node.op == "call_function" else None
+
+    def _every(self, function: Any, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return function(value)
+        if type(value) in (tuple, list):
+            return type(value)(self._every(function, v) for v in value)
+        if type(value) is dict:
+            return {k: self._every(function, v) for k, v in value.items()}
+        return value
+
+
+def _frozen(value: Any) -> Any:
+    """Hashable twin of arguments: tensors by shape, strides and type."""
+    if isinstance(value, torch.Tensor):
+        return (value.dtype, tuple(value.shape), value.stride())
+    if isinstance(value, tuple | list):
+        return (type(value), *(_frozen(v) for v in value))
+    if isinstance(value, dict):
+        return tuple((k, _frozen(v)) for k, v in value.items())
+    if isinstance(value, slice):
+        return ("slice", value.start, value.stop, value.step)
+    plain = value is None or isinstance(value, int | float | str | bool | torch.dtype | torch.device)
+    return (type(value), value) if plain else object()  # equal to nothing: not remembered

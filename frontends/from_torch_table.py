@@ -1,0 +1,181 @@
+"""The lowering table: one entry per operation serves its module class, function, method and aten overload.
+
+An entry is a function ``entry(b, *arguments)`` that adds ONNX nodes through the `Lowering` ``b`` and returns the result:
+a `Tensor`, a `Number`, a tuple of such, or one of its own arguments where the operation changes nothing. It is found by
+the bare name of the operation (``conv2d`` for `torch.nn.functional.conv2d`, ``torch.conv2d`` and
+``aten.conv2d.default``); where aten orders its arguments in another way, a second entry is named ``aten.<name>``.
+
+A module class names the entry that it calls: its first arguments come from the call, the others are the attributes of
+the module with the names of the entry's parameters (``weight``, ``stride``, ``eps``); its tensors arrive as `Tensor`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from cipm_ir.frontends.from_torch_values import Refused
+
+Lower = Callable[..., Any]
+
+FAMILIES = (
+    "elementwise",
+    "contraction",
+    "convolution",
+    "normalization",
+    "reduction",
+    "shaping",
+    "indexing",
+    "creation",
+    "attention",
+    "recurrent",
+    "sizes",
+)
+
+_FUNCTIONS: dict[str, Entry] = {}
+_MODULES: dict[type[nn.Module], ModuleEntry] = {}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How one operation is lowered."""
+
+    name: str
+    lower: Lower
+    signature: inspect.Signature
+    view: bool = False
+    """The result shares memory with the first argument."""
+
+
+@dataclass(frozen=True)
+class ModuleEntry:
+    """A module class: the entry that it calls, with how many of the entry's arguments come from the call."""
+
+    entry: Entry
+    inputs: int
+    fixed: dict[str, Any]
+
+
+def lowers(
+    *names: str, modules: tuple[type[nn.Module], ...] = (), inputs: int = 1, view: bool = False, **fixed: Any
+) -> Callable[[Lower], Lower]:
+    """Register an entry for operations; registering a name or a class twice is an error.
+
+    Args:
+        names: bare names of functions, methods and aten operations (in-place forms too: without the trailing ``_``).
+        modules: module classes that compute this; see the head of this file.
+        inputs: how many arguments a module gets from its call.
+        view: the result may share memory with the first argument.
+        fixed: arguments of the entry that a module does not have as attributes.
+    """
+
+    def register(lower: Lower) -> Lower:
+        entry = Entry(names[0] if names else lower.__name__, lower, _signature(lower), view)
+        for name in names:
+            if name in _FUNCTIONS:
+                raise ValueError(f"torch operation {name!r} is registered twice")
+            _FUNCTIONS[name] = entry
+        for cls in modules:
+            module(cls, inputs=inputs, **fixed)(lower, entry)
+        return lower
+
+    return register
+
+
+def module(cls: type[nn.Module], inputs: int = 1, **fixed: Any) -> Callable[..., Lower]:
+    """Register a module class for an entry; registering it twice is an error."""
+
+    def register(lower: Lower, entry: Entry | None = None) -> Lower:
+        if cls in _MODULES:
+            raise ValueError(f"module class {cls.__name__} is registered twice")
+        _MODULES[cls] = ModuleEntry(entry or Entry(cls.__name__, lower, _signature(lower)), inputs, fixed)
+        return lower
+
+    return register
+
+
+def _signature(lower: Lower) -> inspect.Signature:
+    signature = inspect.signature(lower)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def load_table() -> None:
+    """Import the families, once."""
+    if not _FUNCTIONS:
+        for family in FAMILIES:
+            importlib.import_module(f"cipm_ir.frontends.from_torch_ops_{family}")
+
+
+def entry_names() -> list[str]:
+    """Names of all operations that are known."""
+    load_table()
+    return sorted(_FUNCTIONS)
+
+
+def module_entry(kind: type[nn.Module]) -> ModuleEntry | None:
+    """The entry of exactly this class: a subclass may compute something else."""
+    return _MODULES.get(kind)
+
+
+def module_classes() -> list[type[nn.Module]]:
+    """All module classes that are known."""
+    load_table()
+    return list(_MODULES)
+
+
+def function_entry(target: Any) -> Entry | None:
+    """The entry of a function, a method's name, or an aten overload."""
+    name, aten = bare_name(target)
+    return (_FUNCTIONS.get("aten." + name) if aten else None) or _FUNCTIONS.get(name)
+
+
+def bare_name(target: Any) -> tuple[str, bool]:
+    """Name of an operation without the in-place underscore, and whether it is an aten overload."""
+    if isinstance(target, torch._ops.OpOverload):
+        namespace, _, name = target._schema.name.partition("::")
+        if namespace != "aten":
+            return f"{namespace}.{name}", False
+        return _functional(name), True
+    name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+    if getattr(target, "__module__", "") == "_operator" and name in _IN_PLACE_OPERATORS:
+        return _IN_PLACE_OPERATORS[name], False
+    return _functional(name), False
+
+
+_IN_PLACE_OPERATORS = {
+    "iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "truediv", "ifloordiv": "floordiv", "imod": "mod",
+    "ipow": "pow", "imatmul": "matmul", "iand": "and_", "ior": "or_", "ixor": "xor",
+}  # fmt: skip
+
+
+def _functional(name: str) -> str:
+    if name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_", "not_"):
+        return name[:-1]
+    return name
+
+
+def writes_in_place(target: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a function or method changes its first argument."""
+    if kwargs.get("inplace") is True:
+        return True
+    if isinstance(target, torch._ops.OpOverload):
+        return any(a.alias_info is not None and a.alias_info.is_write for a in target._schema.arguments)
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    if getattr(target, "__module__", "") == "_operator":
+        return name in _IN_PLACE_OPERATORS or name in ("setitem", "delitem")
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
+def bind(entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
+    """Arguments of an entry; refused where the operation is called with something that the entry does not know."""
+    kwargs = {k: v for k, v in kwargs.items() if k not in ("inplace", "out") or v not in (False, True, None)}
+    try:
+        return entry.signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise Refused(f"it is called in a way that is not known ({error})") from error

@@ -1,0 +1,24 @@
+"""Index of the torch test models: `CASES`, `case(name)`, `names(*tags)`."""
+
+from __future__ import annotations
+
+from tests import torch_zoo_cnn, torch_zoo_mlp
+from tests.torch_zoo_base import CASES, TorchCase, output_tensors
+
+FAMILIES = (torch_zoo_mlp, torch_zoo_cnn)
+"""The modules that register the cases, in the order of the index."""
+
+__all__ = ["CASES", "FAMILIES", "TorchCase", "case", "names", "output_tensors"]
+
+
+def case(name: str) -> TorchCase:
+    """The case of that name; KeyError names those that are close."""
+    if name not in CASES:
+        close = [other for other in CASES if name.split("_")[0] in other]
+        raise KeyError(f"no torch case {name}; there are {', '.join(close or CASES)}")
+    return CASES[name]
+
+
+def names(*tags: str) -> list[str]:
+    """The names of all cases that carry every one of `tags`, in the order of the index."""
+    return [name for name, one in CASES.items() if one.tags.issuperset(tags)]
