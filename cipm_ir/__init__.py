@@ -25,7 +25,7 @@ from cipm_ir.version import __version__
 if TYPE_CHECKING:
     from cipm_ir import passes
     from cipm_ir.algebra import Element, Group
-    from cipm_ir.api import Result, fingerprint, load, optimize, verify
+    from cipm_ir.api import Result, apply_plan, fingerprint, load, optimize, torch_backend, verify
     from cipm_ir.symmetry.program import Program, Space
 
 __all__ = [
@@ -42,10 +42,12 @@ __all__ = [
     "UnsupportedError",
     "VerificationError",
     "__version__",
+    "apply_plan",
     "fingerprint",
     "load",
     "optimize",
     "passes",
+    "torch_backend",
     "verify",
 ]
 
@@ -55,9 +57,11 @@ _HOMES = {
     "Program": "cipm_ir.symmetry.program",
     "Result": "cipm_ir.api",
     "Space": "cipm_ir.symmetry.program",
+    "apply_plan": "cipm_ir.api",
     "fingerprint": "cipm_ir.api",
     "load": "cipm_ir.api",
     "optimize": "cipm_ir.api",
+    "torch_backend": "cipm_ir.api",
     "verify": "cipm_ir.api",
 }
 

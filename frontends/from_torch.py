@@ -69,7 +69,7 @@ def load_torch(
     else:
         raise UnsupportedError(f"A {type(source).__name__} is not a torch program that can be read.")
     given = (args, kwargs) if args or kwargs else None
-    return _Lowerer(traced, source, kind, given).run()
+    return _Lowerer(traced, source, kind, given, dynamic_shapes).run()
 
 
 def _as_args(example: Any) -> tuple[Any, ...]:
@@ -83,8 +83,8 @@ def _as_args(example: Any) -> tuple[Any, ...]:
 class _Lowerer:
     """Walks the torch graph once."""
 
-    def __init__(self, traced: Traced, source: Any, kind: Any, args: Any) -> None:
-        self.traced, self.source, self.kind, self.args = traced, source, kind, args
+    def __init__(self, traced: Traced, source: Any, kind: Any, args: Any, dynamic: Any) -> None:
+        self.traced, self.source, self.kind, self.args, self.dynamic = traced, source, kind, args, dynamic
         self.state = _state(traced)
         self.graph = ir.Graph([], [], nodes=[], name=type(source).__name__, opset_imports={"": OPSET, OPAQUE: 1})
         self.lowering = Lowering(self.graph, self._parameter)
@@ -95,6 +95,7 @@ class _Lowerer:
         self.storage: dict[Any, str] = {}
         self.overlaps: dict[int, str] = {}
         self.inputs: dict[str, Any] = {}
+        self.placeholders: dict[str, Any] = {}
         self.aliases: dict[fx.Node, int] = {}
         self.position = {node: k for k, node in enumerate(traced.graph.nodes)}
 
@@ -105,7 +106,7 @@ class _Lowerer:
         model = ir.Model(self.graph, ir_version=11, producer_name="cipm-ir")
         return Capture(
             self.kind, self.source, self.traced.graph, self.traced.root, self.traced.exported, self.traced.method,
-            model, self.results, self.parameters, self.inputs, self.args, self.traced.notes,
+            model, self.results, self.parameters, self.inputs, self.placeholders, self.args, self.dynamic, self.traced.notes,
         )  # fmt: skip
 
     # ------------------------------------------------------------ nodes
@@ -229,9 +230,15 @@ class _Lowerer:
             if fakes:
                 self._check(x, fakes[k])
             if id(x.value) in fresh and x.value.name not in own:
-                x.value.name = node.name if len(tensors) == 1 else f"{node.name}.{k}"
+                x.value.name = self._free(node.name if len(tensors) == 1 else f"{node.name}.{k}")
                 own.append(x.value.name)
         return tuple(own)
+
+    def _free(self, name: str) -> str:
+        """A name for a value that no parameter has."""
+        while name in self.state:
+            name += "_"
+        return name
 
     def _check(self, x: Tensor, fake: torch.Tensor) -> None:
         shape = static_shape(fake)
@@ -281,14 +288,16 @@ class _Lowerer:
             made: Any = self._attribute(self.traced.lifted[node.name])
             self.results[node.name] = Results(_names(made), ())
             return made
-        fake = self.traced.fakes.get(node)
+        fake = self.placeholders[node.name] = self.traced.fakes.get(node)
         if _is_tensor(fake):
             assert fake is not None
             value = ir.Value(
-                name=node.name, type=ir.TensorType(onnx_dtype(fake.dtype)), shape=_named_shape(node.name, fake)
+                name=self._free(node.name),
+                type=ir.TensorType(onnx_dtype(fake.dtype)),
+                shape=_named_shape(node.name, fake),
             )
             self.graph.inputs.append(value)
-            self.inputs[node.name] = fake
+            self.inputs[value.name or ""] = fake
             made = Tensor(value, fake.dtype, static_shape(fake))
         elif isinstance(fake, torch.SymInt):
             value = ir.Value(name=node.name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(()))
@@ -299,7 +308,7 @@ class _Lowerer:
             raise UnsupportedError(f"Input {node.name!r} is a structure of tensors; use method='export'.")
         else:
             made = fake
-        self.results[node.name] = Results(_names(made), (node.name,) if isinstance(made, Tensor) else ())
+        self.results[node.name] = Results(_names(made), (made.value.name,) if isinstance(made, Tensor) else ())
         return made
 
     def _attribute(self, path: str) -> Any:

@@ -12,8 +12,8 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from cipm_ir.errors import InputError, UnsupportedError
-from cipm_ir.frontends.from_torch_shapes import ShapeError, propagate
 from cipm_ir.frontends.from_torch_table import bare_name, function_entry, load_table, module_entry
+from cipm_ir.runtime.torch_shapes import ShapeError, propagate
 
 METHODS = ("auto", "symbolic", "export")
 _IGNORED = {"_assert", "_guards_fn", "getattr"}

@@ -1,1 +1,179 @@
-"""To be written."""
+"""Lowering of tensors that a program makes: constants, ranges, fills, copies; random ones are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from cipm_ir.frontends.from_torch_ops_shaping import flat_sizes, shape_value
+from cipm_ir.frontends.from_torch_table import lowers
+from cipm_ir.frontends.from_torch_values import Lowering, Number, Operand, Refused, Tensor, known
+
+LIMIT = 1 << 24
+"""Largest constant that is written into the graph."""
+
+
+# ---------------------------------------------------------------- constants
+def written(b: Lowering, make: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """A constant that torch computes from Python numbers."""
+    for x in (*args, *kwargs.values()):
+        if isinstance(x, Tensor):
+            raise Refused("a constant that depends on data")
+    if int(np.prod(b.shape)) > LIMIT:
+        raise Refused("a very large constant")
+    made = make(*(known(x) for x in args), **{k: known(v) for k, v in kwargs.items()})
+    if made.dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
+        made = made.float()
+    return b.const(made.numpy(), b.dtype)
+
+
+def _made(name: str, make: Callable[..., torch.Tensor]) -> None:
+    @lowers(name)
+    def entry(
+        b: Lowering, *args: Any, dtype: Any = None, device: Any = None, layout: Any = None, pin_memory: Any = None,
+        requires_grad: Any = None, **kwargs: Any,
+    ) -> Tensor:  # fmt: skip
+        return written(b, make, *args, dtype=b.dtype, **kwargs)
+
+
+for _name in ("linspace", "logspace", "eye", "tril_indices", "triu_indices", "hann_window", "hamming_window",
+              "blackman_window", "bartlett_window"):  # fmt: skip
+    _made(_name, getattr(torch, _name))
+
+
+@lowers("arange")
+def arange(b: Lowering, *bounds: Any, start: Any = 0, end: Any = None, step: Any = 1, **options: Any) -> Tensor:
+    """A constant where its length is static, otherwise a Range."""
+    if len(bounds) == 1:
+        end = bounds[0]
+    elif bounds:
+        start, end, step = (*bounds, step)[:3]
+    if None not in b.shape:
+        return written(b, torch.arange, start, end, step, dtype=b.dtype)
+    kind = b.dtype if b.dtype in (torch.int64, torch.int32, torch.float32, torch.float64) else torch.float32
+    parts = [b.tensor(x, kind) for x in (start, end, step)]
+    return b.cast(b.op("Range", *parts, shape=b.shape), b.dtype)
+
+
+@lowers("tensor", "as_tensor", "scalar_tensor", "new_tensor")
+def tensor(b: Lowering, *data: Any, **options: Any) -> Tensor:
+    """Python numbers, also those that come from sizes, in nested lists; the last argument holds them."""
+    source = next((options[k] for k in ("data", "s") if k in options), None) if not data else data[-1]
+    if isinstance(source, Tensor):
+        return b.cast(source, b.dtype) if source.dtype != b.dtype else source
+    if isinstance(source, Number):
+        return b.tensor(source, b.dtype)
+    if isinstance(source, list | tuple) and any(isinstance(x, Number) for x in source):
+        return b.cast(b.ints(flat_sizes(source)), b.dtype)
+    if isinstance(source, bool | int | float | list | tuple):
+        return written(b, torch.tensor, source, dtype=b.dtype)
+    raise Refused(f"a tensor of {type(source).__name__}")
+
+
+# ---------------------------------------------------------------- one value everywhere
+def filled(b: Lowering, value: Operand, sizes: Tensor) -> Tensor:
+    """A tensor of one value; ``sizes`` is its shape."""
+    if isinstance(value, Tensor | Number) or b.dtype == torch.bfloat16:
+        scalar = b.tensor(value, b.dtype)
+        if scalar.rank:
+            scalar = b.reshape(scalar, [1])
+        return b.op("Expand", scalar, sizes, shape=b.shape)
+    one = torch.full((1,), value, dtype=b.dtype).numpy()
+    return b.op("ConstantOfShape", sizes, value=one, shape=b.shape, dtype=b.dtype)
+
+
+def _fill_of_size(value: int | float, *names: str) -> None:
+    @lowers(*names)
+    def entry(b: Lowering, *size: Any, **options: Any) -> Tensor:
+        return filled(b, value, b.ints(flat_sizes(size or (options["size"],))))
+
+
+def _fill_like(value: int | float, *names: str) -> None:
+    @lowers(*names)
+    def entry(b: Lowering, input: Tensor, **options: Any) -> Tensor:
+        return filled(b, value, shape_value(b, input))
+
+
+def _fill_new(value: int | float, *names: str) -> None:
+    @lowers(*names)
+    def entry(b: Lowering, input: Tensor, *size: Any, **options: Any) -> Tensor:
+        return filled(b, value, b.ints(flat_sizes(size or (options["size"],))))
+
+
+for _value, _word in ((0, "zeros"), (1, "ones"), (0, "empty")):
+    _fill_of_size(_value, _word)
+    _fill_like(_value, f"{_word}_like")
+    _fill_new(_value, f"new_{_word}")
+
+
+@lowers("full")
+def full(b: Lowering, size: Any, fill_value: Operand, **options: Any) -> Tensor:
+    return filled(b, fill_value, b.ints(flat_sizes([size])))
+
+
+@lowers("full_like")
+def full_like(b: Lowering, input: Tensor, fill_value: Operand, **options: Any) -> Tensor:
+    return filled(b, fill_value, shape_value(b, input))
+
+
+@lowers("new_full")
+def new_full(b: Lowering, input: Tensor, size: Any, fill_value: Operand, **options: Any) -> Tensor:
+    return filled(b, fill_value, b.ints(flat_sizes([size])))
+
+
+@lowers("fill")
+def fill(b: Lowering, input: Tensor, value: Operand) -> Tensor:
+    return filled(b, value, shape_value(b, input))
+
+
+@lowers("zero")
+def zero(b: Lowering, input: Tensor) -> Tensor:
+    return filled(b, 0, shape_value(b, input))
+
+
+@lowers("copy")
+def copy(b: Lowering, input: Tensor, src: Operand, non_blocking: bool = False) -> Tensor:
+    """The second tensor in the shape and type of the first."""
+    value = b.tensor(src, input.dtype)
+    if value.shape == input.shape and None not in input.dims:
+        return b.op("Identity", value, shape=value.shape)
+    return b.op("Expand", value, shape_value(b, input), shape=b.shape)
+
+
+@lowers("meshgrid")
+def meshgrid(b: Lowering, *tensors: Any, indexing: str | None = "ij") -> tuple[Tensor, ...]:
+    """Each tensor along an axis of its own, expanded to all sizes; "xy" exchanges the first two axes."""
+    given: Sequence[Tensor] = tensors[0] if len(tensors) == 1 and isinstance(tensors[0], list | tuple) else tensors
+    order = list(range(len(given)))
+    if indexing == "xy" and len(given) > 1:
+        order[:2] = [1, 0]
+    lines = [x if x.rank else b.reshape(x, [1]) for x in given]
+    sizes = b.ints([b.size(lines[k], 0) for k in order])
+    shape = [lines[k].dims[0] for k in order]
+    made = []
+    for k, x in enumerate(lines):
+        column = b.reshape(x, [-1 if place == k else 1 for place in order])
+        made.append(b.op("Expand", column, sizes, shape=shape))
+    return tuple(made)
+
+
+# ---------------------------------------------------------------- refused
+def _refused(reason: str, *names: str) -> None:
+    @lowers(*names)
+    def entry(b: Lowering, *args: Any, **options: Any) -> Any:
+        raise Refused(reason)
+
+
+_refused(
+    "random numbers",
+    "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli", "multinomial",
+    "normal", "uniform", "poisson", "exponential",
+)  # fmt: skip
+_refused(
+    "the size of its result depends on data",
+    "masked_select", "nonzero", "argwhere", "pad_sequence", "masked_scatter",
+)  # fmt: skip
+_refused("no rule for this selection", "diagonal", "diag", "diag_embed", "cartesian_prod", "combinations", "block_diag")

@@ -182,14 +182,15 @@ def _listed(note: str | None) -> tuple[str, ...]:
     """The names in a note that is a list literal; none where it is anything else."""
     try:
         names = ast.literal_eval(note or "[]")
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return ()
     return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
 
 
 def _spelled(name: str) -> str:
     """A parameter's name as torch.export spells it behind the prefix ``p_``."""
-    return re.sub(r"[^a-zA-Z0-9]", "_", name).lower()
+    # It takes `self_` for a trace of its own, also where the name of a module (self_attn) begins so.
+    return re.sub(r"[^a-zA-Z0-9]", "_", name.removeprefix("self_")).lower()
 
 
 def _rename(value: ir.Value, name: str) -> None:

@@ -90,6 +90,7 @@ class Report:
         spaces: of the last program.
         opaque: nodes of the last program that pin what they touch, with the reason.
         seconds: of the passes and of the comparisons together.
+        notes: what else the user should know: how the program was read, and as what it comes out.
     """
 
     steps: tuple[Step, ...]
@@ -100,6 +101,7 @@ class Report:
     spaces: tuple[SpaceLine, ...]
     opaque: tuple[str, ...]
     seconds: float
+    notes: tuple[str, ...] = ()
 
     @property
     def error(self) -> float | None:
@@ -142,7 +144,7 @@ class Report:
         if self.opaque:
             more = f" and {len(self.opaque) - 3} more" if len(self.opaque) > 3 else ""
             lines.append(f"opaque, so that what they touch stays fixed: {'; '.join(self.opaque[:3])}{more}")
-        return lines
+        return lines + list(self.notes)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as dicts, lists, strings and finite numbers."""
@@ -156,6 +158,7 @@ class Report:
             "passes": [_step(step) for step in self.steps],
             "spaces": [vars(space) for space in self.spaces],
             "opaque": list(self.opaque),
+            "notes": list(self.notes),
         }
         plain: dict[str, Any] = as_plain(made)
         return plain

@@ -34,7 +34,7 @@ RANKS = {
     "__main__": 9,
 }
 ALLOWED: frozenset[tuple[str, str]] = frozenset()
-TORCH_MODULES = ("cipm_ir.frontends.from_torch", "cipm_ir.backends.to_torch")
+TORCH_MODULES = ("cipm_ir.frontends.from_torch", "cipm_ir.backends.to_torch", "cipm_ir.runtime.torch_")
 ALGEBRA_MAY_USE = frozenset({"numpy", *sys.stdlib_module_names})
 
 

@@ -37,6 +37,10 @@ def export(module: Any, x: Any, *, optimize: bool = True) -> Program:
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return export_as_it_is(module, x, optimize=optimize)
+
+
+def export_as_it_is(module: Any, x: Any, *, optimize: bool = True) -> Program:
     with redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = torch.onnx.export(module.eval(), (x,), dynamo=True, verbose=False, optimize=optimize)
@@ -87,9 +91,12 @@ def layers() -> Any:
     return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4, bias=False))
 
 
+def encoder_layer() -> Any:
+    return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+
 def encoder() -> Any:
-    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    return nn.TransformerEncoder(encoder_layer(), 2, enable_nested_tensor=False)
 
 
 def bert() -> Any:
@@ -134,6 +141,10 @@ def one_spelling() -> Any:
     return net
 
 
+BERT = (
+    *(f"attention.{part}" for part in ("self.query", "self.key", "self.value", "output.dense")),
+    *("intermediate.dense", "output.dense"),
+)
 NETS: dict[str, tuple[Callable[[], Any], Any, set[str]]] = {
     "layers": (layers, floats(*X), {"0.weight", "2.weight"}),
     "matrix": (layers, floats(3, 4), set()),  # Gemm takes the weight as it is: nothing was renamed
@@ -143,6 +154,11 @@ NETS: dict[str, tuple[Callable[[], Any], Any, set[str]]] = {
     "twice": (twice, floats(*X), {"a.weight"}),
     "one_spelling": (one_spelling, floats(*X), {"a.weight", "a_weight"}),
     "attention": (attention, floats(2, 5, 8), {"m.in_proj_weight", "o.weight"}),
+    "encoder_layer": (
+        encoder_layer,
+        floats(2, 5, 8),
+        {"self_attn.in_proj_weight", "linear1.weight", "linear2.weight"},
+    ),
     "encoder": (
         encoder,
         floats(2, 5, 8),
@@ -155,14 +171,7 @@ NETS: dict[str, tuple[Callable[[], Any], Any, set[str]]] = {
     "bert": (
         bert,
         torch.arange(10).reshape(2, 5),
-        {
-            f"m.encoder.layer.{k}.{name}.weight"
-            for k in (0, 1)
-            for name in (
-                *(f"attention.self.{part}" for part in ("query", "key", "value")),
-                *("attention.output.dense", "intermediate.dense", "output.dense"),
-            )
-        },
+        {f"m.encoder.layer.{k}.{name}.weight" for k in (0, 1) for name in BERT},
     ),
 }
 
@@ -319,10 +328,8 @@ def test_refused_where_the_notes_do_not_tell(change: Callable[[ir.Node], None], 
 def test_equal_weights_of_two_modules_are_refused() -> None:
     """The exporter stores them once, so the tensor has two names."""
     net: Any = Net(lambda net, x: net.b(net.a(x).relu()), a=nn.Linear(4, 4), b=nn.Linear(4, 4))
-    with redirect_stdout(io.StringIO()):
-        net.b.load_state_dict(net.a.state_dict())
-        exported = torch.onnx.export(net.eval(), (floats(*X),), dynamo=True, verbose=False)
-    _, renamed, left = recover(load(exported.model_proto))
+    net.b.load_state_dict(net.a.state_dict())
+    _, renamed, left = recover(export_as_it_is(net, floats(*X)))
     assert not renamed and ["folded from 'a.weight'" in why for why in left.values()] == [True]
 
 

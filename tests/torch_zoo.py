@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
-from tests import torch_zoo_cnn, torch_zoo_mlp
+from tests import (
+    torch_zoo_attention,
+    torch_zoo_bad,
+    torch_zoo_cnn,
+    torch_zoo_failures,
+    torch_zoo_hf,
+    torch_zoo_layers,
+    torch_zoo_mlp,
+    torch_zoo_sequence,
+    torch_zoo_shared,
+    torch_zoo_vision,
+)
 from tests.torch_zoo_base import CASES, TorchCase, output_tensors
 
-FAMILIES = (torch_zoo_mlp, torch_zoo_cnn)
-"""The modules that register the cases, in the order of the index."""
+FAMILIES = (
+    torch_zoo_mlp,
+    torch_zoo_cnn,
+    torch_zoo_vision,
+    torch_zoo_sequence,
+    torch_zoo_hf,
+    torch_zoo_failures,
+    torch_zoo_shared,
+    torch_zoo_attention,
+    torch_zoo_layers,
+    torch_zoo_bad,
+)
+"""The modules that register the cases."""
 
 __all__ = ["CASES", "FAMILIES", "TorchCase", "case", "names", "output_tensors"]
 

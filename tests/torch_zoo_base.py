@@ -105,12 +105,12 @@ def _fresh(module: nn.Module, name: str, old: Tensor) -> Tensor:
     return 1.2 * torch.randn(shape) / (old.numel() / shape[0]) ** 0.5
 
 
-def floats(*shapes: Sequence[int]) -> Inputs:
-    """One normal tensor of every shape."""
+def floats(*shapes: Sequence[int], scale: float = 1.0) -> Inputs:
+    """One normal tensor of every shape, with that standard deviation."""
 
     def make() -> tuple[tuple[Any, ...], dict[str, Any]]:
         generator = torch.Generator().manual_seed(SEED + 1)
-        return tuple(torch.randn(tuple(shape), generator=generator) for shape in shapes), {}
+        return tuple(scale * torch.randn(tuple(shape), generator=generator) for shape in shapes), {}
 
     return make
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 WIDTHS = (6, 12, 9, 5)
+POINTS = floats((2, WIDTHS[0]), scale=3.0)
 
 ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -57,22 +58,22 @@ def mlp(activation: Callable[[], nn.Module]) -> nn.Module:
 
 
 for _name, _activation in ACTIVATIONS.items():
-    register(f"mlp_{_name}", "mlp", inputs=floats((2, WIDTHS[0])))(partial(mlp, _activation))
+    register(f"mlp_{_name}", "mlp", inputs=POINTS)(partial(mlp, _activation))
 
 
-@register("mlp_prelu_channels", "mlp", inputs=floats((2, 6)))
+@register("mlp_prelu_channels", "mlp", inputs=POINTS)
 def prelu_channels() -> nn.Module:
     """PReLU with one slope per unit, which moves with the units."""
     return nn.Sequential(nn.Linear(6, 12), nn.PReLU(12), nn.Linear(12, 9), nn.PReLU(9), nn.Linear(9, 5))
 
 
-@register("mlp_glu", "mlp", inputs=floats((2, 6)))
+@register("mlp_glu", "mlp", inputs=POINTS)
 def glu() -> nn.Module:
     """GLU: the second half of the units gates the first."""
     return nn.Sequential(nn.Linear(6, 24), nn.GLU(), nn.Linear(12, 18), nn.GLU(dim=-1), nn.Linear(9, 5))
 
 
-@register("mlp_dropout_between", "mlp", inputs=floats((2, 6)))
+@register("mlp_dropout_between", "mlp", inputs=POINTS)
 def dropout_between() -> nn.Module:
     """Dropout around activations, and a Flatten that flattens nothing."""
     return nn.Sequential(
@@ -81,7 +82,7 @@ def dropout_between() -> nn.Module:
     )  # fmt: skip
 
 
-@register("mlp_dict", "mlp", inputs=floats((2, 6)))
+@register("mlp_dict", "mlp", inputs=POINTS)
 class ContainerMLP(nn.Module):
     """Layers and activations kept in ModuleList and ModuleDict."""
 
@@ -95,7 +96,7 @@ class ContainerMLP(nn.Module):
         return self.layers[2](self.activations["second"](self.layers[1](x)))
 
 
-@register("mlp_functional", "mlp", inputs=floats((2, 6)))
+@register("mlp_functional", "mlp", inputs=POINTS)
 class FunctionalMLP(nn.Module):
     """Activations as functions, methods, in place and by operators."""
 
@@ -116,7 +117,7 @@ class FunctionalMLP(nn.Module):
         return self.head(x / 2 - 0.1)
 
 
-@register("mlp_gated", "mlp", inputs=floats((2, 6)))
+@register("mlp_gated", "mlp", inputs=POINTS)
 class GatedMLP(nn.Module):
     """A gated feed-forward block with residual and LayerNorm, as in today's language models."""
 

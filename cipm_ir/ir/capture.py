@@ -21,7 +21,6 @@ class Results:
             result is no tensor.
         own: those values that this node computes; the others it hands on.
         writes: the node changes its first argument in place, so that it must stay in its place.
-        source: the node came from a module at this path, for messages and attributes.
     """
 
     value: Any
@@ -45,7 +44,9 @@ class Capture:
         parameters: every `state_dict` name that the graph uses, with the name of its initializer: names that share
             storage have the same one.
         inputs: name of each graph input, with an example of its value; in the order of the placeholders.
+        placeholders: an example (or the fixed value) of every placeholder that is no parameter, by its name.
         args: the example inputs as the caller gave them, (args, kwargs); None for an exported program without.
+        dynamic_shapes: as the caller gave them to `torch.export`.
         notes: what the user should know of how the program was read.
     """
 
@@ -59,5 +60,7 @@ class Capture:
     results: Mapping[str, Results]
     parameters: Mapping[str, str]
     inputs: Mapping[str, Any]
+    placeholders: Mapping[str, Any]
     args: tuple[tuple[Any, ...], dict[str, Any]] | None
+    dynamic_shapes: Any = None
     notes: list[str] = field(default_factory=list)

@@ -115,7 +115,7 @@ def verify_models(
         return Verification(None, reason=str(error).rstrip("."))
     if isinstance(actual, InputError):
         return Verification(False, cases=len(feeds), reason=f"the second model fails: {actual}", backend=backend)
-    return _compare_all(expected, actual, rtol, atol, backend)
+    return compare_outputs(expected, actual, rtol, atol, backend)
 
 
 def _run_first(
@@ -164,13 +164,14 @@ def _run_second(model: ir.Model, feeds: list[Feeds], backend: Any) -> list[dict[
 # --- comparison -----------------------------------------------------------------------------------
 
 
-def _compare_all(
+def compare_outputs(
     expected: list[dict[str, Array]],
     actual: list[dict[str, Array]],
     rtol: float | None,
     atol: float | None,
     backend: str,
 ) -> Verification:
+    """Compare outputs by name, one dict for each case; see `verify_models` for the tolerances."""
     worst: dict[str, tuple[float, float]] = {}
     reason = ""
     if expected and not any(_informative(array) for want in expected for array in want.values()):

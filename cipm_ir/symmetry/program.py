@@ -29,7 +29,11 @@ from cipm_ir.symmetry.restrict import closed_keep, restrict
 
 
 class Origin(Protocol):
-    """Where a program came from; knows how to write the same kind of thing."""
+    """Where a program came from; knows how to write the same kind of thing.
+
+    It may also have ``compare(a, b, *, data, seed)``, which runs two models the way that the source would run and gives
+    a `Verification`; without it, onnxruntime runs them.
+    """
 
     def write(self, model: ir.Model, path: str) -> None:
         """Write a model the way it came in."""

@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from cipm_ir.frontends.from_torch_table import module_entry
 
 
 class ShapeError(Exception):
-    """A node cannot be computed on shapes alone."""
+    """A node cannot be computed on shapes alone; ``node`` is its name."""
+
+    def __init__(self, message: str, node: str) -> None:
+        super().__init__(message)
+        self.node = node
 
 
 def propagate(
@@ -90,7 +93,8 @@ class _Run:
                 except Exception as error:  # any operation of torch, on shapes that may not fit
                     text = str(error).strip().splitlines()
                     raise ShapeError(
-                        f"node {node.name!r} ({node.op} {node.target}): {text[0] if text else type(error).__name__}"
+                        f"node {node.name!r} ({node.op} {node.target}): {text[0] if text else type(error).__name__}",
+                        node.name,
                     ) from error
         return self.values
 
@@ -136,7 +140,7 @@ class _Run:
         """What the result depends on; None where that is not known to be all."""
         if node.op == "call_module":
             module = self.root.get_submodule(str(node.target))
-            if module_entry(type(module)) is None or kwargs:
+            if not type(module).__module__.startswith("torch.nn.modules") or kwargs:
                 return None
             own = tuple(tuple(p.shape) for p in module.parameters())
             return (type(module), module.extra_repr(), own, module.training, _frozen(args))

@@ -1,0 +1,241 @@
+"""The torch backend: a changed program as the kind of object that came in, with its names and its training behaviour."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import onnx_ir as ir
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from cipm_ir.backends.to_torch_attributes import Attributes, apply_attributes, standard, suggested
+from cipm_ir.backends.to_torch_emitter import graph_module
+from cipm_ir.backends.to_torch_graph import Rewritten, rewritten
+from cipm_ir.backends.to_torch_state import State, copied, holder
+from cipm_ir.errors import UnsupportedError
+from cipm_ir.ir.capture import Capture
+
+__all__ = ["Emitted", "emit_graph", "emit_torch", "example_tensors", "graph_module", "run_flat"]
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """A program written in torch.
+
+    Attributes:
+        object: an `nn.Module` of the class that came in, a `GraphModule`, or an `ExportedProgram`.
+        form: which of these.
+        reason: why a module came out as a graph; empty otherwise.
+        attributes: what was set on the modules of the copy, by path.
+        resized: whether a tensor has another shape than it came with.
+    """
+
+    object: Any
+    form: Literal["module", "graph", "exported"]
+    reason: str = ""
+    attributes: Attributes = field(default_factory=dict)
+    resized: bool = False
+
+
+def emit_torch(capture: Capture, model: ir.Model) -> Emitted:
+    """Write the IR model as torch; nothing of the caller's is changed.
+
+    Errors: `UnsupportedError` where the change cannot be expressed in torch.
+    """
+    state = State(capture, model)
+    sizes = resized(capture, model)
+    written, attributes = _graph(capture, model, state)
+    if capture.kind == "exported":
+        return Emitted(_exported(capture, written.module), "exported", resized=sizes)
+    if capture.kind == "graph":
+        return Emitted(written.module, "graph", attributes=attributes, resized=sizes)
+    module, tried, reason = _same_class(capture, state, written, attributes)
+    if module is not None:
+        return Emitted(module, "module", attributes=tried, resized=sizes)
+    return Emitted(written.module, "graph", reason, resized=sizes)
+
+
+def emit_graph(capture: Capture, model: ir.Model) -> fx.GraphModule:
+    """The IR model as a GraphModule over the captured graph, whatever kind came in; for running it."""
+    return _graph(capture, model, State(capture, model))[0].module
+
+
+def _graph(capture: Capture, model: ir.Model, state: State) -> tuple[Rewritten, Attributes]:
+    sizes = resized(capture, model)
+    if capture.exported is not None:
+        source = capture.exported.module()
+        return rewritten(capture, model, source.graph, holder(source, source.graph, state), sizes), {}
+    root = copied(capture.root, state)
+    attributes = standard(root, _held(capture, model)) if sizes else {}
+    apply_attributes(root, attributes)
+    return rewritten(capture, model, capture.graph, root, sizes), attributes
+
+
+def resized(capture: Capture, model: ir.Model) -> bool:
+    """Whether any parameter has another shape than it came with, or is gone."""
+    now = model.graph.initializers
+    for name in set(capture.parameters.values()):
+        old = capture.model.graph.initializers[name]
+        if name not in now or now[name].shape != old.shape:
+            return True
+    return False
+
+
+def _held(capture: Capture, model: ir.Model) -> dict[str, dict[str, Any]]:
+    """What the IR says of attributes that no tensor shows: groups, by path of the layer that owns the weight."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, own in capture.parameters.items():
+        value = model.graph.initializers.get(own)
+        path, _, _ = name.rpartition(".")
+        for user in () if value is None else value.consumers():
+            if user.op_type in ("Conv", "ConvTranspose") and "group" in user.attributes:
+                found.setdefault(path, {})["groups"] = user.attributes["group"].as_int()
+            elif user.op_type == "GroupNormalization":
+                found.setdefault(path, {})["num_groups"] = user.attributes["num_groups"].as_int()
+    return found
+
+
+def _same_class(
+    capture: Capture, state: State, written: Rewritten, known: Attributes
+) -> tuple[nn.Module | None, Attributes, str]:
+    """The caller's class with new tensors and attributes, where its own forward computes what the graph computes."""
+    source = capture.source
+    names = {} if capture.exported is None else _program_names(capture, source)
+    reason = ""
+    guesses = suggested(source, capture.graph, written.changed) if written.changed else {}
+    for extra in ({}, guesses) if guesses else ({},):
+        module = copied(source, state, names)
+        attributes = known or standard(module, _held(capture, state.model))
+        attributes = {p: {**attributes.get(p, {}), **extra.get(p, {})} for p in {*attributes, *extra}}
+        apply_attributes(module, attributes)
+        reason = _differs(capture, module, written.module)
+        if not reason:
+            return module, attributes, ""
+    return None, {}, reason
+
+
+def _program_names(capture: Capture, source: nn.Module) -> Mapping[str, str]:
+    """Names that export drops because they share a tensor: those of the twin that it keeps."""
+    kept: dict[int, str] = {}
+    for name, tensor in (
+        *source.named_parameters(remove_duplicate=False),
+        *source.named_buffers(remove_duplicate=False),
+    ):
+        if name in capture.parameters:
+            kept.setdefault(id(tensor), name)
+    return {
+        name: kept[id(tensor)]
+        for name, tensor in source.named_parameters(remove_duplicate=False)
+        if name not in capture.parameters and id(tensor) in kept
+    }
+
+
+def _differs(capture: Capture, module: nn.Module, graph: fx.GraphModule) -> str:
+    """Why a module does not compute what the graph does; empty where it does. Both run in evaluation mode."""
+    if capture.args is None:
+        return "there are no example inputs to try its forward with"
+    flat = example_tensors(capture)
+    try:
+        wanted = _tensors(run_flat(graph, capture, flat))
+    except Exception as error:
+        raise UnsupportedError(f"The rewritten graph does not run: {error}") from error
+    args, kwargs = _with_tensors(capture.args, flat)
+    try:
+        got = _tensors(_evaluated(module, lambda m: m(*args, **kwargs)))
+    except Exception as error:  # the user's forward with sizes that it was not written for
+        return f"its forward does not run with the new sizes ({str(error).strip().splitlines()[0][:160]})"
+    if len(got) != len(wanted):
+        return "its forward gives other outputs than the graph"
+    for a, b in zip(wanted, got, strict=True):
+        scale = float(a.abs().max()) if a.numel() else 0.0
+        if a.shape != b.shape or not torch.allclose(a, b, rtol=0, atol=1e-4 * scale + 1e-12, equal_nan=True):
+            return "its forward computes something else with the new sizes"
+    return ""
+
+
+def example_tensors(capture: Capture) -> list[torch.Tensor]:
+    """The example inputs; random numbers where they hold none."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for x in pytree.tree_leaves(capture.args):
+        if isinstance(x, torch.Tensor):
+            if x.is_meta:
+                kind = x.dtype.is_floating_point
+                x = (
+                    torch.randn(x.shape, generator=generator, dtype=x.dtype)
+                    if kind
+                    else torch.zeros(x.shape, dtype=x.dtype)
+                )
+            made.append(x.detach().clone())
+    return made
+
+
+def _with_tensors(args: Any, tensors: list[torch.Tensor]) -> Any:
+    found = iter(tensors)
+    return pytree.tree_map(lambda x: next(found).clone() if isinstance(x, torch.Tensor) else x, args)
+
+
+def run_flat(graph: fx.GraphModule, capture: Capture, tensors: list[torch.Tensor]) -> Any:
+    """Run a captured or rewritten graph on its tensor inputs, in their order; in evaluation mode, without gradients."""
+    found = iter(tensors)
+    values = [
+        next(found).clone() if isinstance(x, torch.Tensor | torch.SymInt) or type(x).__name__ == "Symbolic" else x
+        for x in capture.placeholders.values()
+    ]
+    return _evaluated(graph, lambda m: fx.Interpreter(m).run(*values, enable_io_processing=False))
+
+
+def _evaluated(module: nn.Module, call: Any) -> Any:
+    """Call in evaluation mode and give every module its own mode back."""
+    modes = {m: m.training for m in module.modules()}
+    buffers = {name: b.clone() for name, b in module.named_buffers()}
+    try:
+        for m in modes:
+            m.training = False
+        with torch.no_grad():
+            return call(module)
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+        for name, b in module.named_buffers():
+            if not torch.equal(b, buffers[name]):
+                b.copy_(buffers[name])
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    return [x for x in pytree.tree_leaves(output) if isinstance(x, torch.Tensor)]
+
+
+def _exported(capture: Capture, module: fx.GraphModule) -> Any:
+    """The graph exported again, with the dynamic sizes of the program that came in."""
+    program = capture.exported
+    if capture.args is None:
+        raise UnsupportedError(
+            "The ExportedProgram has no example inputs, which writing it anew needs; give example_inputs=(x,)."
+        )
+    args, kwargs = capture.args
+    flat, spec = pytree.tree_flatten((args, kwargs))
+    fakes = iter(x for x in capture.placeholders.values())
+    dims = [_dynamic(next(fakes, None)) for _ in flat]
+    tree = pytree.tree_unflatten([_Dims(d) for d in dims], spec)
+    spec_args, spec_kwargs = pytree.tree_map(lambda d: d.dims, tree, is_leaf=lambda x: isinstance(x, _Dims))
+    dynamic = (*spec_args, *spec_kwargs.values()) if any(dims) else None
+    made = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic, strict=False)
+    made.graph_module.meta.update(copy.copy(program.graph_module.meta))
+    return made
+
+
+@dataclass(frozen=True)
+class _Dims:
+    dims: Any
+
+
+def _dynamic(fake: Any) -> dict[int, Any] | None:
+    if not isinstance(fake, torch.Tensor):
+        return None
+    found = {axis: torch.export.Dim.AUTO for axis, d in enumerate(fake.shape) if type(d) is not int}
+    return found or None

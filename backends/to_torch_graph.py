@@ -1,0 +1,217 @@
+"""A torch graph for a changed IR model: every torch node that the change does not touch is kept as it was.
+
+A node whose slice of the IR differs (another target of a reshape, other pieces of a split, heads that are gone) is written
+anew from the IR, in its place, by the ONNX table. Kept nodes with an argument that no longer fits are found by
+computing shapes, and written anew too.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from cipm_ir.backends.to_torch_emitter import Emitter
+from cipm_ir.backends.to_torch_slices import Difference, Slices
+from cipm_ir.errors import UnsupportedError
+from cipm_ir.ir.capture import Capture, Results
+from cipm_ir.runtime.torch_shapes import ShapeError, propagate
+
+_NONE = Results(None, ())
+
+
+@dataclass
+class Rewritten:
+    """The new graph, over ``root``, and the torch nodes that were written anew with what differed."""
+
+    module: fx.GraphModule
+    changed: dict[str, Difference] = field(default_factory=dict)
+
+
+def rewritten(capture: Capture, model: ir.Model, old: fx.Graph, root: nn.Module, resized: bool) -> Rewritten:
+    """Write the program of ``model`` as a GraphModule.
+
+    Args:
+        capture: the program as it came in.
+        model: the IR model as it is now.
+        old: the captured graph, with parameters as ``get_attr``.
+        root: holds the new parameters, and modules with the new attributes.
+        resized: sizes may have changed, so that kept nodes must be tried.
+
+    Errors: `UnsupportedError` where a changed node cannot be written in torch.
+    """
+    forced: set[str] = set()
+    slices = Slices(capture, model)
+    differences = {name: slices.difference(made.own) for name, made in capture.results.items() if made.own}
+    while True:
+        writer = _Writer(capture, model, old, root, slices, differences, forced)
+        module = writer.run()
+        if not resized:
+            return Rewritten(module, writer.changed)
+        stale = _stale(module, writer, capture)
+        if stale is None:
+            return Rewritten(module, writer.changed)
+        forced.add(stale)
+
+
+def _stale(module: fx.GraphModule, writer: _Writer, capture: Capture) -> str | None:
+    """The first kept node that does not fit its inputs any more."""
+    try:
+        names = [n.name for n in module.graph.nodes if n.op == "placeholder"]
+        fakes = propagate(module, module.graph, dict(zip(names, example_sizes(capture).values(), strict=True)))
+    except ShapeError as error:
+        source = next(
+            (writer.source[n] for n in module.graph.nodes if n.name == error.node and n in writer.source), None
+        )
+        if source is None or not writer.is_kept(source) or not capture.results.get(source, _NONE).own:
+            raise UnsupportedError(f"The changed program does not fit together in torch: {error}.") from error
+        return source
+    for node, fake in fakes.items():
+        source = writer.source.get(node)
+        value = None if source is None else capture.results.get(source, _NONE).value
+        if source is None or not isinstance(value, str) or not isinstance(fake, torch.Tensor):
+            continue
+        expected = writer.slices.after.get(value)
+        shape = None if expected is None else expected.shape
+        if shape is not None and any(isinstance(d, int) and d != s for d, s in zip(shape, fake.shape, strict=False)):
+            if not writer.is_kept(source):
+                raise UnsupportedError(f"Node {source!r} was written with shape {list(fake.shape)}, not {shape}.")
+            return source
+    return None
+
+
+def example_sizes(capture: Capture) -> dict[str, Any]:
+    """A tensor without numbers (or the fixed value) by placeholder name; dynamic sizes as in the example."""
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, torch.Tensor):
+            return torch.empty([_hint(d) for d in x.shape], dtype=x.dtype, device="meta")
+        if type(x).__name__ == "Symbolic":
+            sizes = [d if isinstance(d, int) else int(str(d).removeprefix("size_")) for d in x.names]
+            return torch.empty(sizes, dtype=x.dtype, device="meta")
+        return _hint(x) if isinstance(x, torch.SymInt) else x
+
+    return {name: pytree.tree_map(plain, x) for name, x in capture.placeholders.items()}
+
+
+def _hint(d: Any) -> int:
+    return int(d) if type(d) is int else int(d.node.hint if d.node.hint is not None else 2)
+
+
+class _Writer:
+    def __init__(
+        self, capture: Capture, model: ir.Model, old: fx.Graph, root: nn.Module, slices: Slices,
+        differences: dict[str, Difference], forced: set[str],
+    ) -> None:  # fmt: skip
+        self.capture, self.model, self.old, self.root = capture, model, old, root
+        self.slices, self.differences, self.forced = slices, differences, forced
+        self.graph = fx.Graph(tracer_cls=old._tracer_cls)
+        self.emitter = Emitter(root, self.graph, model, {})
+        self.env: dict[fx.Node, Any] = {}
+        self.source: dict[fx.Node, str] = {}
+        self.changed: dict[str, Difference] = {}
+        self.old_nodes = {n.name: n for n in old.nodes}
+        self.wanted: set[str] = set()
+
+    def is_kept(self, name: str) -> bool:
+        """Whether a torch node stays as it was."""
+        difference = self.differences.get(name)
+        if difference is None:
+            return True
+        if name in self.forced or not difference.same:
+            return False
+        node = self.old_nodes.get(name)
+        return not difference.held or (node is not None and node.op == "call_module")
+
+    def run(self) -> fx.GraphModule:
+        needed = self._needed()
+        for node in self.old.nodes:
+            if node not in needed:
+                continue
+            before = len(self.graph.nodes)
+            if self.is_kept(node.name):
+                self._keep(node)
+            else:
+                self._write(node)
+            for made in list(self.graph.nodes)[before:] if len(self.graph.nodes) > before else ():
+                made.meta.setdefault("nn_module_stack", node.meta.get("nn_module_stack", {}))
+        self.graph._codegen = self.old._codegen
+        self.graph.lint()
+        module = fx.GraphModule(self.root, self.graph, type(self.capture.source).__name__)
+        module.train(self.root.training)
+        return module
+
+    def _needed(self) -> set[fx.Node]:
+        results, needed = self.capture.results, set[fx.Node]()
+        pending = [n for n in self.old.nodes if n.op in ("output", "placeholder") or self._has_effect(n)]
+        while pending:
+            node = pending.pop()
+            if node in needed:
+                continue
+            needed.add(node)
+            if self.is_kept(node.name):
+                pending.extend(node.all_input_nodes)
+                continue
+            values = self.slices.boundary(results[node.name].own)
+            self.wanted |= values
+            pending.extend(self.old_nodes[self.slices.definer[v]] for v in values)
+        return needed
+
+    def _has_effect(self, node: fx.Node) -> bool:
+        made = self.capture.results.get(node.name)
+        if node.op == "call_function" and node.is_impure():
+            return True
+        return made.writes if made is not None else node.op.startswith("call")
+
+    def _keep(self, node: fx.Node) -> None:
+        made = self.capture.results.get(node.name, _NONE)
+        if node.op == "call_function" and node.target is operator.getitem:
+            whole = self.env[node.args[0]] if isinstance(node.args[0], fx.Node) else None
+            if isinstance(whole, tuple | list) and isinstance(node.args[1], int):
+                self.env[node] = whole[node.args[1]]
+                return
+        copy = self.graph.node_copy(node, lambda n: self.env[n])
+        self.env[node] = copy
+        self.source[copy] = node.name
+        for name, part in _parts(made.value, copy):
+            if name in made.own and (isinstance(part, fx.Node) or name in self.wanted):
+                self.emitter.known[name] = part if isinstance(part, fx.Node) else self._part(copy, part)
+
+    def _part(self, whole: fx.Node, path: tuple[Any, ...]) -> fx.Node:
+        for key in path:
+            whole = self.graph.call_function(operator.getitem, (whole, key))
+        return whole
+
+    def _write(self, node: fx.Node) -> None:
+        made, after = self.capture.results[node.name], self.slices.after
+        self.changed[node.name] = self.differences[node.name]
+        missing = [name for name in made.own if name not in after]
+        if len(missing) == len(made.own):
+            raise UnsupportedError(f"The value of torch node {node.name!r} is needed, but no longer computed.")
+        new = {name: self.emitter.value(after[name]) for name in made.own if name in after}
+        for part in new.values():
+            self.source.setdefault(part, node.name)
+        self.env[node] = self._structure(made.value, new)
+
+    def _structure(self, names: Any, new: dict[str, fx.Node]) -> Any:
+        if isinstance(names, tuple):
+            return tuple(self._structure(n, new) for n in names)
+        if isinstance(names, dict):
+            return {k: self._structure(n, new) for k, n in names.items()}
+        return new.get(names, self.emitter.known.get(names)) if names is not None else None
+
+
+def _parts(value: Any, whole: Any, path: tuple[Any, ...] = ()) -> list[tuple[str, Any]]:
+    """Value names of a structure, each with the node itself (no structure) or the path into it."""
+    if isinstance(value, str):
+        return [(value, path or whole)]
+    if isinstance(value, tuple):
+        return [p for k, v in enumerate(value) for p in _parts(v, whole, (*path, k))]
+    if isinstance(value, dict):
+        return [p for k, v in value.items() for p in _parts(v, whole, (*path, k))]
+    return []

@@ -1,0 +1,95 @@
+"""A program that came from torch: how it is written, run and compared."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir import tensor_adapters
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from cipm_ir.backends.to_torch import Emitted, emit_graph, emit_torch, example_tensors, run_flat
+from cipm_ir.errors import InputError
+from cipm_ir.ir.capture import Capture
+from cipm_ir.runtime.inputs import Data, batches, random_inputs
+from cipm_ir.runtime.verify import Array, Feeds, Verification, compare_outputs
+
+
+@dataclass
+class TorchOrigin:
+    """Where a torch program came from."""
+
+    capture: Capture
+
+    def emit(self, model: ir.Model) -> Emitted:
+        """The model as the kind of torch object that came in; see `cipm_ir.backends.to_torch.emit_torch`."""
+        return emit_torch(self.capture, model)
+
+    def write(self, model: ir.Model, path: str) -> None:
+        """Write ``path``: ``.onnx`` by torch's exporter, ``.pt2`` by `torch.export.save`, a folder as a plan."""
+        from cipm_ir.backends.to_torch_files import write
+
+        write(self.capture, self.emit(model), path)
+
+    def compare(
+        self,
+        a: ir.Model,
+        b: ir.Model,
+        *,
+        data: Data | None = None,
+        seed: int = 0,
+        cases: int = 3,
+        rtol: float | None = None,
+        atol: float | None = None,
+    ) -> Verification:
+        """Run both in torch, in evaluation mode, on data, on the example inputs and on random ones like these.
+
+        Errors: `InputError` where the data does not fit.
+        """
+        first = emit_graph(self.capture, a)
+        given = list(itertools.islice(batches(data, a), cases)) if data is not None else []
+        feeds = [*given, *self._drawn(a, np.random.default_rng(seed), cases)]
+        try:
+            expected = [self.run(first, one) for one in feeds]
+        except InputError as error:
+            return Verification(None, reason=str(error).rstrip("."), backend="torch")
+        second = emit_graph(self.capture, b)
+        try:
+            actual = [self.run(second, one) for one in feeds]
+        except InputError as error:
+            return Verification(False, cases=len(feeds), reason=f"the second model fails: {error}", backend="torch")
+        return compare_outputs(expected, actual, rtol, atol, "torch")
+
+    def run(self, graph: fx.GraphModule, feeds: Feeds) -> dict[str, Array]:
+        """Outputs by position, as arrays.
+
+        Errors: `InputError` where torch cannot run the graph with these inputs.
+        """
+        device = next((p.device for p in itertools.chain(graph.parameters(), graph.buffers())), torch.device("cpu"))
+        tensors = [torch.from_numpy(np.array(feeds[name])).to(device) for name in self.capture.inputs]
+        try:
+            made = run_flat(graph, self.capture, tensors)
+        except Exception as error:  # any operation of torch
+            raise InputError(f"torch cannot run the program: {str(error).strip().splitlines()[0]}.") from error
+        outputs = [x for x in pytree.tree_leaves(made) if isinstance(x, torch.Tensor)]
+        return {f"output {k}": tensor_adapters.TorchTensor(x.detach().cpu()).numpy() for k, x in enumerate(outputs)}
+
+    def _drawn(self, model: ir.Model, rng: np.random.Generator, cases: int) -> list[Feeds]:
+        if self.capture.args is None:
+            return [random_inputs(model, rng) for _ in range(cases)]
+        examples = dict(zip(self.capture.inputs, example_tensors(self.capture), strict=True))
+        return [{name: _like(x, rng, case) for name, x in examples.items()} for case in range(cases)]
+
+
+def _like(example: torch.Tensor, rng: np.random.Generator, case: int) -> Array:
+    """The example first; then random numbers of its shape: floats N(0, 1), integers drawn from its entries."""
+    array = np.asarray(tensor_adapters.TorchTensor(example.cpu()).numpy())
+    if case == 0 or not array.size or array.dtype == bool:
+        return array
+    if example.dtype.is_floating_point:
+        return np.asarray(rng.standard_normal(array.shape)).astype(array.dtype)
+    return np.asarray(rng.permutation(array.ravel()).reshape(array.shape))

@@ -1,0 +1,124 @@
+"""Copies of torch modules with the parameters of a changed IR model, under the same names."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import fx, nn
+
+from cipm_ir.ir.capture import Capture
+
+_BITS = {"bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
+
+
+def as_torch(tensor: ir.TensorProtocol) -> torch.Tensor:
+    """A torch tensor with memory of its own; types that numpy lacks go by their bits."""
+    array = np.array(tensor.numpy(), copy=True, order="C")
+    kind = _BITS.get(array.dtype.name)
+    if kind is None:
+        return torch.from_numpy(array)
+    return torch.from_numpy(array.view(np.uint8 if array.itemsize == 1 else np.uint16)).view(kind)
+
+
+class State:
+    """The tensors of a changed model by `state_dict` name."""
+
+    def __init__(self, capture: Capture, model: ir.Model) -> None:
+        self.capture, self.model = capture, model
+        self.initializers = model.graph.initializers
+        self.made: dict[str, torch.Tensor] = {}
+
+    def changed(self, name: str) -> bool:
+        """Whether the tensor of this name has another shape than it had."""
+        old = self.capture.model.graph.initializers.get(self.capture.parameters.get(name, ""))
+        new = self.initializers.get(self.capture.parameters.get(name, ""))
+        return old is not None and new is not None and old.shape != new.shape
+
+    def tensor(self, name: str, old: torch.Tensor) -> torch.Tensor:
+        """The new tensor of a name, on the device of the old one; a copy of the old one where the IR has none."""
+        own = self.capture.parameters.get(name)
+        value = None if own is None else self.initializers.get(own)
+        if own is None or value is None or value.const_value is None:
+            return old.detach().clone()
+        if own not in self.made:
+            self.made[own] = as_torch(value.const_value).to(old.device)
+        return self.made[own]
+
+
+def copied(module: nn.Module, state: State, names: Mapping[str, str] | None = None) -> nn.Module:
+    """A deep copy of a module in which every parameter and buffer is the new one of its name.
+
+    ``names`` maps the module's own names to those of the program where they differ.
+    """
+    return _copied(module, lambda name, old: state.tensor((names or {}).get(name, name), old))
+
+
+def with_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    """A deep copy of a module with other tensors by name, whatever their shape; those without a name are copied."""
+    shared: dict[int, torch.Tensor] = {}
+
+    def new(name: str, old: torch.Tensor) -> torch.Tensor:
+        found = tensors.get(name)
+        if found is None:
+            return old.detach().clone()
+        return shared.setdefault(id(found), found.to(old.device))
+
+    return _copied(module, new)
+
+
+def _copied(module: nn.Module, new: Callable[[str, torch.Tensor], torch.Tensor]) -> nn.Module:
+    """A deep copy: classes, hooks, modes, ``requires_grad`` and ties stay as they are; gradients do not come along."""
+    memo: dict[int, Any] = {}
+    for name, old in module.named_parameters(remove_duplicate=False):
+        if id(old) not in memo:
+            made = nn.Parameter(new(name, old), requires_grad=old.requires_grad)
+            made.__dict__.update({k: v for k, v in old.__dict__.items() if isinstance(v, bool | int | float | str)})
+            memo[id(old)] = made
+    for name, buffer in module.named_buffers(remove_duplicate=False):
+        if id(buffer) not in memo:
+            memo[id(buffer)] = new(name, buffer)
+    for owner_name, owner in module.named_modules():  # constants of traced graphs are plain attributes
+        for key, held in vars(owner).items():
+            if isinstance(held, torch.Tensor) and id(held) not in memo:
+                memo[id(held)] = new(f"{owner_name}.{key}" if owner_name else key, held)
+    return copy.deepcopy(module, memo)
+
+
+def holder(source: nn.Module, graph: fx.Graph, state: State) -> nn.Module:
+    """A plain module with what a graph of ``source`` refers to, its tensors the new ones; ``source`` stays as it is."""
+    root = nn.Module()
+    shared: dict[int, torch.Tensor] = {}
+    for node in graph.nodes:
+        if node.op not in ("get_attr", "call_module"):
+            continue
+        owner, _, leaf = str(node.target).rpartition(".")
+        found = getattr(source.get_submodule(owner), leaf)
+        target = _module_at(root, owner)
+        if hasattr(target, leaf):
+            continue
+        if isinstance(found, torch.Tensor):
+            if id(found) not in shared:
+                data = state.tensor(str(node.target), found)
+                shared[id(found)] = nn.Parameter(data, found.requires_grad) if isinstance(found, nn.Parameter) else data
+            made = shared[id(found)]
+            if isinstance(made, nn.Parameter):
+                target.register_parameter(leaf, made)
+            else:
+                target.register_buffer(leaf, made)
+        else:
+            setattr(target, leaf, found)
+    root.training = source.training
+    return root
+
+
+def _module_at(root: nn.Module, path: str) -> nn.Module:
+    for name in path.split(".") if path else ():
+        if not hasattr(root, name):
+            root.add_module(name, nn.Module())
+        root = getattr(root, name)
+    return root
