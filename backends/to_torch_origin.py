@@ -13,10 +13,12 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from cipm_ir.backends.to_torch import Emitted, emit_graph, emit_torch, example_tensors, run_flat
-from cipm_ir.errors import InputError
+from cipm_ir.errors import CipmError, InputError
 from cipm_ir.ir.capture import Capture
-from cipm_ir.runtime.inputs import Data, batches, random_inputs
+from cipm_ir.runtime.inputs import Data, batches, random_inputs, true_inputs
+from cipm_ir.runtime.session import Runner
 from cipm_ir.runtime.verify import Array, Feeds, Verification, compare_outputs
+from cipm_ir.symmetry.program import Program
 
 
 @dataclass
@@ -52,7 +54,7 @@ class TorchOrigin:
         """
         first = emit_graph(self.capture, a)
         given = list(itertools.islice(batches(data, a), cases)) if data is not None else []
-        feeds = [*given, *self._drawn(a, np.random.default_rng(seed), cases)]
+        feeds = [*given, *self.drawn(a, np.random.default_rng(seed), cases)]
         try:
             expected = [self.run(first, one) for one in feeds]
         except InputError as error:
@@ -78,7 +80,8 @@ class TorchOrigin:
         outputs = [x for x in pytree.tree_leaves(made) if isinstance(x, torch.Tensor)]
         return {f"output {k}": tensor_adapters.TorchTensor(x.detach().cpu()).numpy() for k, x in enumerate(outputs)}
 
-    def _drawn(self, model: ir.Model, rng: np.random.Generator, cases: int) -> list[Feeds]:
+    def drawn(self, model: ir.Model, rng: np.random.Generator, cases: int) -> list[Feeds]:
+        """The example inputs, and random ones like these."""
         if self.capture.args is None:
             return [random_inputs(model, rng) for _ in range(cases)]
         examples = dict(zip(self.capture.inputs, example_tensors(self.capture), strict=True))
@@ -93,3 +96,49 @@ def _like(example: torch.Tensor, rng: np.random.Generator, case: int) -> Array:
     if example.dtype.is_floating_point:
         return np.asarray(rng.standard_normal(array.shape)).astype(array.dtype)
     return np.asarray(rng.permutation(array.ravel()).reshape(array.shape))
+
+
+def compare_programs(
+    a: Program,
+    b: Program,
+    *,
+    data: Data | None = None,
+    seed: int = 0,
+    cases: int = 3,
+    rtol: float | None = None,
+    atol: float | None = None,
+) -> Verification:
+    """Compare two programs of which at least one came from torch, inputs and outputs by position.
+
+    Errors: `InputError` where the data does not fit.
+    """
+    torch_one = a if isinstance(a.origin, TorchOrigin) else b
+    origin = torch_one.origin
+    assert isinstance(origin, TorchOrigin)
+    model, names = torch_one.emit(), [[v.name or "" for v in true_inputs(p.model)] for p in (a, b)]
+    if len(names[0]) != len(names[1]):
+        return Verification(False, reason=f"the first takes {len(names[0])} inputs, the second {len(names[1])}")
+    given = list(itertools.islice(batches(data, model), cases)) if data is not None else []
+    feeds = [*given, *origin.drawn(model, np.random.default_rng(seed), cases)]
+    own = [v.name or "" for v in true_inputs(model)]
+    results: list[list[dict[str, Array]]] = []
+    for program, wanted in zip((a, b), names, strict=True):
+        renamed = [{w: one[o] for o, w in zip(own, wanted, strict=True)} for one in feeds]
+        try:
+            results.append(_outputs(program, renamed))
+        except CipmError as error:
+            first = program is a
+            reason = str(error).rstrip(".") if first else f"the second model fails: {error}"
+            return Verification(None if first else False, reason=reason, backend="torch")
+    counts = [len(r[0]) for r in results]
+    if counts[0] != counts[1]:
+        return Verification(False, reason=f"the first gives {counts[0]} outputs, the second {counts[1]}")
+    return compare_outputs(results[0], results[1], rtol, atol, "torch")
+
+
+def _outputs(program: Program, feeds: list[Feeds]) -> list[dict[str, Array]]:
+    if isinstance(program.origin, TorchOrigin):
+        graph = emit_graph(program.origin.capture, program.emit())
+        return [program.origin.run(graph, one) for one in feeds]
+    with Runner(program.emit()) as runner:
+        return [{f"output {k}": x for k, x in enumerate(runner.run(one).values())} for one in feeds]

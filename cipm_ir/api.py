@@ -178,6 +178,8 @@ def verify(
     rtol: float | None = None,
     atol: float | None = None,
     cases: int = 3,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
 ) -> Verification:
     """Do two models compute the same? Both run on the same random and given inputs.
 
@@ -189,21 +191,30 @@ def verify(
         rtol: allowed max|a - b| over max|a|; None: by type, see `cipm_ir.runtime.verify.TOLERANCE`.
         atol: allowed in addition.
         cases: how many random inputs, and how many batches of data.
+        example_inputs, example_kwargs: for an `nn.Module`, see `load`. A torch program runs in torch, in evaluation
+            mode; it may be compared with an ONNX model, inputs and outputs by position.
 
     Errors: `InputError`, `UnsupportedError`.
     """
-    first, second = _checked(a), _checked(b)
+    examples = _Examples(example_inputs, example_kwargs)
+    first, second = _checked(a, examples), _checked(b, examples)
+    if not isinstance(_origin(first), OnnxOrigin) or not isinstance(_origin(second), OnnxOrigin):
+        across = _torch("backends.to_torch_origin").compare_programs
+        found: Verification = across(first, second, data=data, seed=seed, rtol=rtol, atol=atol, cases=cases)
+        return found
     return verify_models(first.emit(), second.emit(), data=data, seed=seed, rtol=rtol, atol=atol, cases=cases)
 
 
-def fingerprint(model: Source) -> str:
+def fingerprint(
+    model: Source, *, example_inputs: Any = None, example_kwargs: Mapping[str, Any] | None = None
+) -> str:
     """A hash that agrees for models that differ only by their symmetry, and differs where one weight differs.
 
     Errors: `InputError`, `UnsupportedError`.
     """
     from cipm_ir.passes.fingerprint import fingerprint_program
 
-    program = load(model)
+    program = load(model, example_inputs, example_kwargs)
     check_finite(program.model)
     return fingerprint_program(program)
 

@@ -46,12 +46,12 @@ for _name in ("linspace", "logspace", "eye", "tril_indices", "triu_indices", "ha
 
 @lowers("arange")
 def arange(b: Lowering, *bounds: Any, start: Any = 0, end: Any = None, step: Any = 1, **options: Any) -> Tensor:
-    """A constant where its length is static, otherwise a Range."""
+    """A constant of what the program writes; bounds that come from sizes stay computed."""
     if len(bounds) == 1:
         end = bounds[0]
     elif bounds:
         start, end, step = (*bounds, step)[:3]
-    if None not in b.shape:
+    if not any(isinstance(x, Number | Tensor) for x in (start, end, step)):
         return written(b, torch.arange, start, end, step, dtype=b.dtype)
     kind = b.dtype if b.dtype in (torch.int64, torch.int32, torch.float32, torch.float64) else torch.float32
     parts = [b.tensor(x, kind) for x in (start, end, step)]

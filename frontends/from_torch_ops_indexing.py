@@ -87,12 +87,12 @@ def indexed(b: Lowering, x: Tensor, index: Any) -> Tensor:
             continue
         else:
             tensors.extend([None] * (axis - len(tensors)))
-            tensors.append(_positions(b, item))
+            tensors.append(picked_positions(b, item))
         axis += 1
     return gathered(b, x, tensors) if tensors else x
 
 
-def _positions(b: Lowering, item: Any) -> Tensor:
+def picked_positions(b: Lowering, item: Any) -> Tensor:
     if isinstance(item, list | tuple | range):
         array = np.asarray(list(item))
         if array.dtype == np.int64:
@@ -106,7 +106,7 @@ def _positions(b: Lowering, item: Any) -> Tensor:
 
 @lowers("aten.index", "_unsafe_index")
 def index(b: Lowering, input: Tensor, indices: Sequence[Any]) -> Tensor:
-    return gathered(b, input, [None if i is None else _positions(b, i) for i in indices])
+    return gathered(b, input, [None if i is None else picked_positions(b, i) for i in indices])
 
 
 def gathered(b: Lowering, x: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
@@ -117,7 +117,7 @@ def gathered(b: Lowering, x: Tensor, indices: Sequence[Tensor | None]) -> Tensor
         axis, place = axes[0], places[0]
         return b.op("Gather", x, place, axis=axis, shape=(*x.dims[:axis], *place.dims, *x.dims[axis + 1 :]))
     rest = [a for a in range(x.rank) if a not in axes]
-    together = _together(b, places)
+    together = together(b, places)
     depth = together.rank - 1
     dims = (*together.dims[:-1], *(x.dims[a] for a in rest))
     made = b.op("GatherND", b.transpose(x, [*axes, *rest]), together, shape=dims)
@@ -128,7 +128,7 @@ def gathered(b: Lowering, x: Tensor, indices: Sequence[Tensor | None]) -> Tensor
     return b.transpose(made, perm)
 
 
-def _together(b: Lowering, places: Sequence[Tensor]) -> Tensor:
+def together(b: Lowering, places: Sequence[Tensor]) -> Tensor:
     """Positions along several axes as one tensor, the last axis of which runs over those axes."""
     rank = max(p.rank for p in places)
     places = [with_axes(b, p, range(rank - p.rank)) for p in places]

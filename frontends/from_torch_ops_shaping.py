@@ -44,12 +44,24 @@ def with_size(dims: Dims, axis: int, size: int | None) -> Dims:
 
 
 # ---------------------------------------------------------------- views
-def resized(b: Lowering, x: Tensor, sizes: Sequence[int | Number], copied: int = 0) -> Tensor:
-    """Reshape to the shape of the result; the first ``copied`` sizes are those of ``x``, of the others one may be -1."""
-    if copied and 0 in sizes:
+def resized(b: Lowering, x: Tensor, sizes: Sequence[int | Number], copied: int = 0, tail: Tensor | None = None) -> Tensor:
+    """Reshape to the shape of the result: ``copied`` leading sizes of ``x``, then ``sizes``, then those in ``tail``.
+
+    One of ``sizes`` may be -1.
+    """
+    if 0 in sizes and (copied or tail is not None):
         raise Refused("an axis without entries")
     target = b.ints([*[0] * copied, *sizes])
+    if tail is not None:
+        target = b.op("Concat", target, tail, axis=0, shape=(len(b.shape),))
     return b.op("Reshape", x, target, shape=b.shape, allowzero=1 if 0 in sizes else None)
+
+
+def shape_from(b: Lowering, x: Tensor, first: int) -> Tensor | None:
+    """Sizes of the axes from ``first`` on, as the graph computes them; None where there are none."""
+    if first >= x.rank:
+        return None
+    return b.op("Shape", x, start=first or None, shape=(x.rank - first,), dtype=torch.int64)
 
 
 @lowers("view", "reshape", "_unsafe_view", "view_copy", view=True)
@@ -76,11 +88,7 @@ def flatten(b: Lowering, input: Tensor, start_dim: int = 0, end_dim: int = -1) -
         return b.op("Flatten", input, axis=1, shape=b.shape)
     if start == 0 and end == input.rank - 2:
         return b.op("Flatten", input, axis=input.rank - 1, shape=b.shape)
-    return resized(b, input, [-1, *_sizes(b, input, end + 1)], copied=start)
-
-
-def _sizes(b: Lowering, x: Tensor, first: int) -> list[int | Number]:
-    return [b.size(x, a) for a in range(first, x.rank)]
+    return resized(b, input, [-1], start, shape_from(b, input, end + 1))
 
 
 @lowers("unflatten", view=True)
@@ -88,7 +96,7 @@ def unflatten(b: Lowering, input: Tensor, dim: int, sizes: Any) -> Tensor:
     if any(isinstance(n, str | tuple | list) for n in sizes):
         raise Refused("named axes")
     axis = b.axis(input, dim)
-    return resized(b, input, [*flat_sizes(sizes), *_sizes(b, input, axis + 1)], copied=axis)
+    return resized(b, input, flat_sizes(sizes), axis, shape_from(b, input, axis + 1))
 
 
 @lowers(modules=(nn.Unflatten,))
@@ -227,7 +235,7 @@ def repeat_interleave(
     sizes = [*[1] * (axis + 1), repeats, *[1] * (input.rank - axis - 1)]
     dims = with_size(column.dims, axis + 1, repeats.hint if isinstance(repeats, Number) else repeats)
     column = b.op("Expand", column, b.ints(sizes), shape=dims)
-    return resized(b, column, [-1, *_sizes(b, input, axis + 1)], copied=axis)
+    return resized(b, column, [-1], axis, shape_from(b, input, axis + 1))
 
 
 @lowers("roll")
@@ -238,22 +246,28 @@ def roll(b: Lowering, input: Tensor, shifts: Any, dims: Any = None) -> Tensor:
     if not axes:
         if len(steps) != 1:
             raise Refused("several shifts of one axis")
-        flat = _rolled(b, b.reshape(input, [-1]), 0, known(steps[0]))
+        flat = _rolled(b, b.reshape(input, [-1]), 0, steps[0])
         return b.op("Reshape", flat, shape_value(b, input), shape=b.shape)
+    x = input
     for axis, step in zip(axes, steps, strict=True):
-        input = _rolled(b, input, axis, known(step))
-    return input if input.value.producer() in b.made else b.op("Identity", input, shape=input.shape)
+        x = _rolled(b, x, axis, step)
+    return b.op("Identity", x, shape=x.shape) if x is input else x
 
 
-def _rolled(b: Lowering, x: Tensor, axis: int, step: int) -> Tensor:
+def _rolled(b: Lowering, x: Tensor, axis: int, step: int | Number) -> Tensor:
     size = x.dims[axis]
     if size is None:
         raise Refused("a roll along an axis of dynamic size")
-    step = step % size if size else 0
-    if step == 0:
+    length = int(known(step)) % size if size else 0
+    cut: Any = -length
+    if isinstance(step, Number):
+        if length != step.hint:
+            raise Refused("a computed shift by more than the size")
+        cut = Number(lambda: b.op("Neg", step, shape=(), dtype=torch.int64).value, -length)
+    if length == 0:
         return x
-    last = run_of(b, x, axis, -step, END, shape=with_size(x.dims, axis, step))
-    first = run_of(b, x, axis, 0, -step, shape=with_size(x.dims, axis, size - step))
+    last = run_of(b, x, axis, cut, END, shape=with_size(x.dims, axis, length))
+    first = run_of(b, x, axis, 0, cut, shape=with_size(x.dims, axis, size - length))
     return b.op("Concat", last, first, axis=axis, shape=x.shape)
 
 

@@ -109,10 +109,9 @@ def _signature(lower: Lower) -> inspect.Signature:
 
 
 def load_table() -> None:
-    """Import the families, once."""
-    if not _FUNCTIONS:
-        for family in FAMILIES:
-            importlib.import_module(f"cipm_ir.frontends.from_torch_ops_{family}")
+    """Import the families."""
+    for family in FAMILIES:
+        importlib.import_module(f"cipm_ir.frontends.from_torch_ops_{family}")
 
 
 def entry_names() -> list[str]:

@@ -27,11 +27,11 @@ class Attention(nn.Module):
         self.out = nn.Linear(self.heads * self.size, WIDTH)
         self.head = nn.Linear(WIDTH, 5)
 
-    def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Any:
         """Attention on [b, h, n, d] tensors; the same layout back."""
         return attend(query, key, value, self.size)
 
-    def split(self, x: Tensor, heads: int) -> Tensor:
+    def split(self, x: Tensor, heads: int) -> Any:
         return x.view(x.shape[0], LENGTH, heads, self.size).transpose(1, 2)
 
     def forward(self, x: Tensor) -> Any:
@@ -63,6 +63,8 @@ class EinsumAttention(Attention):
 class CausalBuffer(Attention):
     """masked_fill with a triangular buffer cut to the sequence (minimal GPT code); fx cannot slice by a proxy."""
 
+    mask: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mask", torch.tril(torch.ones(9, 9)).view(1, 1, 9, 9), persistent=False)
@@ -70,7 +72,7 @@ class CausalBuffer(Attention):
     def length(self, query: Tensor) -> int:
         return query.size(2)
 
-    def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Any:
         length = self.length(query)
         scores = query @ key.transpose(-2, -1) * (1.0 / self.size**0.5)
         scores = scores.masked_fill(self.mask[:, :, :length, :length] == 0, float("-inf"))
@@ -89,7 +91,7 @@ class CausalBufferFixed(CausalBuffer):
 class CausalFused(Attention):
     """scaled_dot_product_attention with is_causal."""
 
-    def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Any:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
 
@@ -97,13 +99,15 @@ class CausalFused(Attention):
 class MaskedFused(Attention):
     """scaled_dot_product_attention with a bias for every head, which distinguishes the heads, and a scale."""
 
+    distance: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.slopes = nn.Parameter(torch.ones(self.heads))
         distance = torch.arange(LENGTH)[None, :] - torch.arange(LENGTH)[:, None]
         self.register_buffer("distance", -distance.abs().float())
 
-    def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Any:
         bias = self.slopes[:, None, None] * self.distance
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=0.7)
 
@@ -120,7 +124,7 @@ class GroupedExpand(Attention):
         x = x[:, :, None, :, :].expand(batch, heads, times, length, size)
         return x.reshape(batch, heads * times, length, size)
 
-    def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Any:
         return attend(query, self.repeat(key), self.repeat(value), self.size)
 
 
@@ -138,7 +142,7 @@ class GroupedFused(Attention):
 
     heads, kv_heads, size = 6, 2, 4
 
-    def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Any:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
 
@@ -158,6 +162,9 @@ def rotate_half(x: Tensor) -> Tensor:
 class Rotary(Attention):
     """Rotary positions on halves; angles are a buffer."""
 
+    cos: Tensor
+    sin: Tensor
+
     heads, kv_heads, size = 3, 3, 6
 
     def __init__(self) -> None:
@@ -169,7 +176,7 @@ class Rotary(Attention):
     def rotate(self, x: Tensor) -> Tensor:
         return x * self.cos + rotate_half(x) * self.sin
 
-    def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Any:
         return attend(self.rotate(query), self.rotate(key), value, self.size)
 
 
@@ -190,13 +197,15 @@ class RotaryInterleaved(Rotary):
 class RelativeBias(Attention):
     """A table of biases for every head and distance, indexed by a buffer (Swin)."""
 
+    relative_index: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.relative_bias_table = nn.Parameter(torch.zeros(2 * LENGTH - 1, self.heads))
         places = torch.arange(LENGTH)
         self.register_buffer("relative_index", places[:, None] - places[None, :] + LENGTH - 1)
 
-    def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Any:
         bias = self.relative_bias_table[self.relative_index.view(-1)].view(LENGTH, LENGTH, self.heads)
         scores = query @ key.transpose(-2, -1) + bias.permute(2, 0, 1).contiguous().unsqueeze(0)
         return scores.softmax(-1) @ value
@@ -206,7 +215,7 @@ class RelativeBias(Attention):
 class BatchMatrices(Attention):
     """Heads folded into the batch; bmm and baddbmm."""
 
-    def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Any:
         folded = [x.reshape(2 * self.heads, LENGTH, self.size) for x in (query, key, value)]
         start = torch.zeros(1, LENGTH, LENGTH)
         scores = torch.baddbmm(start, folded[0], folded[1].transpose(1, 2), beta=0.0, alpha=0.5)
@@ -222,5 +231,5 @@ class QueryKeyNorm(Attention):
         self.query_norm, self.key_norm = nn.RMSNorm(self.size), nn.LayerNorm(self.size)
         self.head_scale = nn.Parameter(torch.ones(1, self.heads, 1, 1))
 
-    def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Any:
         return self.head_scale * attend(self.query_norm(query), self.key_norm(key), value, self.size)

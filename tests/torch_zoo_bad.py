@@ -64,7 +64,7 @@ class CustomFunction(_Hidden):
     """A custom autograd function between free units."""
 
     def odd(self, x: Tensor) -> Any:
-        return DoublePositive.apply(x)
+        return DoublePositive.apply(x)  # type: ignore[no-untyped-call]
 
 
 @register("bad_numpy", "extra", "bad", "no_export", inputs=POINTS, symbolic=False)
@@ -118,11 +118,26 @@ class SparseAdjacency(nn.Module):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(6, 12), nn.Linear(12, 5)
         ring = torch.stack([torch.arange(7), (torch.arange(7) + 1) % 7])
-        self.register_buffer("adjacency", torch.sparse_coo_tensor(ring, torch.rand(7) + 0.5, (7, 7)).coalesce())
+        matrix = torch.sparse_coo_tensor(ring, torch.rand(7) + 0.5, (7, 7), check_invariants=True)
+        self.register_buffer("adjacency", matrix.coalesce())
 
     def forward(self, x: Tensor) -> Any:
         x = torch.relu(torch.sparse.mm(self.adjacency, self.fc1(x)))
         return self.fc2(torch.sparse.mm(self.adjacency, x))
+
+
+@register("quantized_weight", "extra", "bad", "quantized", inputs=POINTS)
+class QuantizedWeight(_Hidden):
+    """A Linear whose weight is a quantized buffer, made real when it is used."""
+
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.quantize_per_tensor(torch.randn(12, 12), 0.02, 0, torch.qint8))
+
+    def odd(self, x: Tensor) -> Any:
+        return torch.relu(F.linear(torch.relu(x), self.weight.dequantize()))
 
 
 @register("bad_training_branch", "extra", "bad", inputs=POINTS)
@@ -138,6 +153,8 @@ class TrainingBranch(_Hidden):
 @register("bad_unused", "extra", "bad", inputs=tokens(37, 7))
 class Unused(nn.Module):
     """Parameters, a module and a result that nothing reads; a frozen embedding; a buffer counted up in forward."""
+
+    calls: Tensor
 
     def __init__(self) -> None:
         super().__init__()

@@ -82,9 +82,11 @@ def randomize(model: nn.Module) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_floating_point():
                 parameter.copy_(_fresh(module, name, parameter))
-        if isinstance(getattr(module, "running_mean", None), Tensor):
-            module.running_mean.copy_(0.3 * torch.randn(module.running_mean.shape))  # type: ignore[operator, union-attr]
-            module.running_var.copy_(0.5 + torch.rand(module.running_var.shape))  # type: ignore[operator, union-attr]
+        for name, buffer in module.named_buffers(recurse=False):
+            if name == "running_mean":
+                buffer.copy_(0.3 * torch.randn(buffer.shape))
+            elif name == "running_var":
+                buffer.copy_(0.5 + torch.rand(buffer.shape))
 
 
 def _fresh(module: nn.Module, name: str, old: Tensor) -> Tensor:
@@ -102,7 +104,8 @@ def _fresh(module: nn.Module, name: str, old: Tensor) -> Tensor:
         return 0.5 + torch.rand(shape)
     if old.dim() == 3 and shape[0] == 1 and not isinstance(module, nn.modules.conv._ConvNd):
         return 0.5 * torch.randn(shape)  # class tokens and tables of positions
-    return 1.2 * torch.randn(shape) / (old.numel() / shape[0]) ** 0.5
+    inputs = old.numel() / shape[0]
+    return torch.randn(shape) * float(1.2 / inputs**0.5)
 
 
 def floats(*shapes: Sequence[int], scale: float = 1.0) -> Inputs:

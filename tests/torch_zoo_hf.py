@@ -13,6 +13,7 @@ from tests.torch_zoo_base import BATCH, floats, images, register, tokens
 from torch import Tensor, nn
 
 VOCABULARY = 37
+LABELS: dict[str, Any] = {"num_labels": 5}
 IDS = tokens(VOCABULARY, 7)
 
 
@@ -61,9 +62,10 @@ def bert_model(attention: str = "sdpa") -> nn.Module:
     """A BertModel with two layers and pooler."""
     from transformers import BertConfig, BertModel
 
+    options: dict[str, Any] = {"attn_implementation": attention}
     config = BertConfig(
         vocab_size=VOCABULARY, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40,
-        max_position_embeddings=16, type_vocab_size=2, attn_implementation=attention,
+        max_position_embeddings=16, type_vocab_size=2, **options,
     )  # fmt: skip
     return BertModel(config)
 
@@ -104,7 +106,7 @@ def distilbert() -> nn.Module:
     from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
     config = DistilBertConfig(
-        vocab_size=VOCABULARY, dim=24, n_layers=2, n_heads=3, hidden_dim=40, max_position_embeddings=16, num_labels=5
+        vocab_size=VOCABULARY, dim=24, n_layers=2, n_heads=3, hidden_dim=40, max_position_embeddings=16, **LABELS
     )
     return TokenModel(DistilBertForSequenceClassification(config), "logits")
 
@@ -116,7 +118,7 @@ def vit() -> nn.Module:
 
     config = ViTConfig(
         hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40, image_size=24, patch_size=8,
-        num_labels=5,
+        **LABELS,
     )  # fmt: skip
     return PixelModel(ViTForImageClassification(config), "logits")
 
@@ -205,7 +207,7 @@ def swin() -> nn.Module:
 
     config = SwinConfig(
         image_size=32, patch_size=4, embed_dim=12, depths=[2, 1], num_heads=[2, 3], window_size=4, mlp_ratio=2.5,
-        num_labels=5,
+        **LABELS,
     )  # fmt: skip
     return PixelModel(SwinForImageClassification(config), "logits")
 
@@ -215,7 +217,7 @@ def hf_convnext() -> nn.Module:
     """The library's ConvNeXt with two stages."""
     from transformers import ConvNextConfig, ConvNextForImageClassification
 
-    config = ConvNextConfig(num_stages=2, hidden_sizes=[10, 18], depths=[2, 1], patch_size=4, num_labels=5)
+    config = ConvNextConfig(num_stages=2, hidden_sizes=[10, 18], depths=[2, 1], patch_size=4, **LABELS)
     return PixelModel(ConvNextForImageClassification(config), "logits")
 
 

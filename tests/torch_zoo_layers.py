@@ -169,6 +169,8 @@ class UnitsRepeated(nn.Module):
 class UnitsSliced(nn.Module):
     """Units taken apart by slice, narrow, select, split with sizes and index lists, and put together otherwise."""
 
+    order: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("order", torch.tensor([3, 0, 2, 2]))
@@ -186,6 +188,8 @@ class UnitsSliced(nn.Module):
 @register("masking", "extra", "layout", inputs=POINTS)
 class Masking(nn.Module):
     """where, masked_fill, clamp by tensors, maximum, comparisons, and a constant mask over the units."""
+
+    kept: Tensor
 
     def __init__(self) -> None:
         super().__init__()

@@ -166,7 +166,7 @@ class DirectParameters(nn.Module):
         self.mixer_bias = nn.Parameter(torch.zeros(9))
         self.head = nn.ParameterDict({"weight": torch.zeros(5, 9), "bias": torch.zeros(5)})
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         left = F.linear(x, self.packed[:12], self.packed_bias[:12])
         right = F.linear(x, self.packed[12:], self.packed_bias[12:])
         y = torch.addmm(self.mixer_bias, F.relu(left) * right.sigmoid(), self.mixer)
@@ -179,8 +179,8 @@ def weight_norm() -> nn.Module:
     layers = [parametrizations.weight_norm(nn.Linear(6, 12)), parametrizations.weight_norm(nn.Linear(12, 5))]
     with torch.no_grad():
         for layer in layers:
-            scale = layer.parametrizations.weight.original0  # type: ignore[union-attr]
-            scale.mul_(1 + torch.rand(scale.shape))  # type: ignore[operator, union-attr, arg-type]
+            scale = dict(layer.named_parameters())["parametrizations.weight.original0"]
+            scale.mul_(1 + torch.rand(scale.shape))
     return nn.Sequential(layers[0], nn.ReLU(), layers[1])
 
 

@@ -164,7 +164,7 @@ class ChannelsFirstNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         mean = x.mean(1, keepdim=True)
         variance = (x - mean).pow(2).mean(1, keepdim=True)
         x = (x - mean) / torch.sqrt(variance + 1e-6)
@@ -181,7 +181,7 @@ class ConvNeXtBlock(nn.Module):
         self.pwconv1, self.pwconv2 = nn.Linear(channels, inner), nn.Linear(inner, channels)
         self.gamma = nn.Parameter(torch.full((channels,), 1e-6))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         y = self.dwconv(x).permute(0, 2, 3, 1)
         y = self.gamma * self.pwconv2(F.gelu(self.pwconv1(self.norm(y))))
         return x + y.permute(0, 3, 1, 2)
@@ -262,7 +262,10 @@ class ConvModes(nn.Module):
 
 @register("functional_conv", "cnn", "extra", inputs=images(3, 14))
 class FunctionalConv(nn.Module):
-    """Parameters that a module holds itself, used through F.conv2d, F.batch_norm and F.group_norm."""
+    """Parameters and statistics that the module holds itself, used through F.conv2d, F.batch_norm and F.linear."""
+
+    running_mean: Tensor
+    running_var: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -274,7 +277,7 @@ class FunctionalConv(nn.Module):
         self.register_buffer("running_mean", torch.zeros(12))
         self.register_buffer("running_var", torch.ones(12))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = F.conv2d(x, self.kernel, self.kernel_bias, padding=1)
         x = F.batch_norm(x, self.running_mean, self.running_var, self.scale, self.shift_bias)
         x = F.conv2d(F.relu(x), self.second, stride=2, groups=2)
