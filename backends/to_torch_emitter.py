@@ -54,9 +54,9 @@ def emits(*op_types: str, domain: str = "") -> Callable[[Entry], Entry]:
 
 
 def supported() -> frozenset[tuple[str, str]]:
-    """(domain, operator) of everything that has an entry."""
+    """(domain, operator) of everything that has an entry, or is written as numbers and constants."""
     _load()
-    return frozenset(_TABLE)
+    return frozenset(_TABLE) | {("", name) for name in ("Constant", "Shape", "Size")}
 
 
 def _load() -> None:
@@ -165,14 +165,18 @@ class Emitter(Facts):
         return self.graph.get_attr(path)
 
     def device(self) -> dict[str, fx.Node]:
-        """`{"device": ...}` for calls that make tensors: the device of the first input, nothing where there is none."""
+        """`{"device": ...}` for calls that make tensors: that of the first input, a float one if there is any."""
         if self._device is None:
-            tensors = (n for n in self.known.values() if not isinstance(n.meta.get("val"), (int, torch.SymInt)))
-            first = next(tensors, None)
-            if first is None:
+            inputs = [(v, self.known.get(_name(v))) for v in self.model.graph.inputs]
+            found = [(v, n) for v, n in inputs if n is not None and n.op == "placeholder"]
+            found.sort(key=lambda pair: pair[0].dtype is None or not pair[0].dtype.is_floating_point())
+            if not found:
                 return {}
-            with self.graph.inserting_after(_after_inputs(first)):
-                self._device = self.graph.call_function(getattr, (first, "device"))
+            last = found[0][1]
+            while last.next.op == "placeholder":  # a graph keeps its placeholders together
+                last = last.next
+            with self.graph.inserting_after(last):
+                self._device = self.graph.call_function(getattr, (found[0][1], "device"))
         return {"device": self._device}
 
     def emit(self, node: ir.Node) -> None:
@@ -238,7 +242,7 @@ class Emitter(Facts):
         if held is not None and v.is_initializer():
             trainable = held.dtype.is_floating_point() and not _is_statistic(v)
         if held is None:
-            held = ir.tensor(np.ascontiguousarray(self._folded[name]))
+            held = ir.tensor(np.array(self._folded[name], order="C"))
         if name not in self._paths:
             existing = attribute_at(self.root, name)
             self._paths[name] = name if existing is not None else register(self.root, name, held, trainable)
@@ -251,14 +255,6 @@ def _name(v: ir.Value) -> str:
 
 def _is_statistic(v: ir.Value) -> bool:
     return any(use.idx in _STATISTICS.get(use.node.op_type, ()) for use in v.uses())
-
-
-def _after_inputs(first: fx.Node) -> fx.Node:
-    """The last placeholder where `first` is one (a graph keeps them together), else `first`."""
-    last = first
-    while last.op == "placeholder" and last.next.op == "placeholder":
-        last = last.next
-    return last
 
 
 def _missing(node: ir.Node) -> UnsupportedError:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,46 +19,91 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from cipm_ir.backends.targets import check_target, torch_form
 from cipm_ir.backends.to_onnx import save_onnx
 from cipm_ir.backends.to_torch import Emitted
 from cipm_ir.backends.to_torch_attributes import apply_attributes
-from cipm_ir.backends.to_torch_state import with_tensors
-from cipm_ir.errors import InputError, OutputError, UnsupportedError
+from cipm_ir.backends.to_torch_emitter import graph_module
+from cipm_ir.backends.to_torch_state import as_torch, with_tensors
+from cipm_ir.errors import CipmError, InputError, OutputError, UnsupportedError
 from cipm_ir.ir.capture import Capture
+from cipm_ir.runtime.inputs import random_inputs, true_inputs
 from cipm_ir.version import __version__
 
 PLAN, WEIGHTS = "plan.json", "model.safetensors"
 _FORMAT = 1
+_SIZES = ((2, 8), (2, 32), (2, 224), (1, 8), (1, 32), (1, 224))
+"""Of unknown first axes and of the others, tried in this order; torch.export takes a size of 1 as fixed."""
 
 
 def write(capture: Capture, emitted: Emitted, path: str) -> None:
-    """Write an emitted program, whole or not at all; the suffix says how.
+    """Write an emitted program, whole or not at all; its name says how (`torch_form`).
 
-    Errors: `OutputError`, `UnsupportedError` (a plan of what is not a module of the caller's class).
+    Errors: `OutputError`, `UnsupportedError` (a plan of what is not a module of the caller's class, a program that torch
+        cannot export).
     """
-    suffix = Path(path).suffix
-    if suffix == ".onnx":
-        save_onnx(to_onnx(capture, emitted), path)
-    elif suffix == ".pt2":
-        program = emitted.object if emitted.form == "exported" else _exported(capture, emitted.object)
-        _replacing(path, lambda beside: torch.export.save(program, beside), suffix)
-    elif suffix in ("", ".d"):
+    form = torch_form(path)
+    check_target(path, folder=form == "plan")
+    if form == "plan":
         write_plan(capture, emitted, path)
+    elif form == "onnx":
+        with _quiet():
+            save_onnx(to_onnx(capture, emitted), path)
     else:
-        raise OutputError(
-            f"{path!r}: a torch program is written as .onnx, as .pt2 (torch.export), or as a folder (plan and weights)."
-        )
+        made = emitted.object
+        if emitted.form != "exported":
+            args, kwargs = _example(capture)
+            made = _export(made, args, kwargs, capture.dynamic_shapes)
+        _save_exported(made, path)
 
 
-def _replacing(path: str, save: Callable[[str], Any], suffix: str) -> None:
+def write_exported(model: ir.Model, path: str) -> None:
+    """Write an ONNX model as ``.pt2``: as a GraphModule, exported with the dynamic sizes of its inputs.
+
+    Errors: `OutputError`, `UnsupportedError` (an operator without counterpart in torch, inputs that cannot be drawn).
+    """
+    check_target(path)
+    module = graph_module(model)
+    inputs = true_inputs(model)
+    dynamic = tuple(
+        {axis: torch.export.Dim.AUTO for axis, d in enumerate(v.shape or ()) if not isinstance(d, int)} for v in inputs
+    )
+    _save_exported(_export(module, _runnable_inputs(module, model), {}, dynamic if any(dynamic) else None), path)
+
+
+def _runnable_inputs(module: nn.Module, model: ir.Model) -> tuple[torch.Tensor, ...]:
+    """Random inputs of sizes that the model runs with."""
+    reason = ""
+    for batch, free in _SIZES:
+        feeds = random_inputs(model, np.random.default_rng(0), batch=batch, free_size=free)
+        args = tuple(as_torch(ir.tensor(x)) for x in feeds.values())
+        try:
+            with torch.no_grad():
+                module(*args)
+            return args
+        except Exception as error:  # any operation of torch
+            reason = reason or _first_line(error)
+    raise UnsupportedError(f"The model does not run in torch with random inputs: {reason}.")
+
+
+def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any) -> Any:
+    try:
+        with _quiet():
+            return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic, strict=False)
+    except Exception as error:  # runs the user's code on tensors without numbers: anything can happen
+        raise UnsupportedError(f"torch.export does not take the program: {_first_line(error)}.") from error
+
+
+def _save_exported(program: Any, path: str) -> None:
     """Write beside and rename."""
     target = os.path.abspath(path)
-    beside = f"{target}.{secrets.token_hex(4)}{suffix}"
+    beside = f"{target}.{secrets.token_hex(4)}.pt2"
     try:
-        save(beside)
+        with _quiet():
+            torch.export.save(program, beside)
         os.replace(beside, target)
-    except OSError as error:
-        raise OutputError(f"{path!r} cannot be written: {error.strerror or error}.") from error
+    except Exception as error:  # torch's serialization knows no error of its own
+        raise OutputError(f"{path!r} was not written: {_first_line(error)}; nothing was left behind.") from error
     finally:
         if os.path.exists(beside):
             os.remove(beside)
@@ -67,9 +115,25 @@ def _example(capture: Capture) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return capture.args
 
 
-def _exported(capture: Capture, module: nn.Module) -> Any:
-    args, kwargs = _example(capture)
-    return torch.export.export(module, args, kwargs, dynamic_shapes=capture.dynamic_shapes, strict=False)
+def _first_line(error: BaseException) -> str:
+    """What went wrong first, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch's remarks about itself off the terminal."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 # ---------------------------------------------------------------- ONNX
@@ -79,22 +143,19 @@ def to_onnx(capture: Capture, emitted: Emitted) -> ir.Model:
     The exporter stores the weights of linear layers transposed under names of its own; these are given back the names
     of the tensors that they equal.
     """
-    args, kwargs = _example(capture)
     program = emitted.object
-    if emitted.form == "exported":
-        made = torch.onnx.export(program, dynamo=True, verbose=False)
-        state = dict(program.state_dict)
-    else:
-        modes = {m: m.training for m in program.modules()}
-        try:
-            program.eval()
-            made = torch.onnx.export(
-                program, args, kwargs=kwargs, dynamo=True, verbose=False, dynamic_shapes=capture.dynamic_shapes
-            )
-        finally:
-            for m, mode in modes.items():
-                m.training = mode
-        state = program.state_dict()
+    try:
+        if emitted.form == "exported":
+            made, state = torch.onnx.export(program, dynamo=True, verbose=False), dict(program.state_dict)
+        else:
+            args, kwargs = _example(capture)
+            made, state = _exported_module(program, args, kwargs, capture.dynamic_shapes), program.state_dict()
+    except CipmError:
+        raise
+    except ModuleNotFoundError as error:
+        raise UnsupportedError(f"torch.onnx.export needs {error.name}: pip install {error.name}.") from error
+    except Exception as error:  # torch and its exporter raise errors of many kinds
+        raise UnsupportedError(f"torch.onnx.export does not take the program: {_first_line(error)}.") from error
     if made is None:
         raise OutputError("torch.onnx.export gave nothing back.")
     model: ir.Model = made.model
@@ -102,18 +163,33 @@ def to_onnx(capture: Capture, emitted: Emitted) -> ir.Model:
     return model
 
 
-def _recover_names(model: ir.Model, state: dict[str, torch.Tensor]) -> None:
+def _exported_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any) -> Any:
+    modes = {m: m.training for m in module.modules()}
+    try:
+        module.eval()
+        return torch.onnx.export(module, args, kwargs=kwargs, dynamo=True, verbose=False, dynamic_shapes=dynamic)
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+
+
+def _recover_names(model: ir.Model, state: Mapping[str, torch.Tensor]) -> None:
     """Rename initializers that are the transpose of a tensor of the state, value for value."""
-    waiting = {name: t for name, t in state.items() if name not in model.graph.initializers and t.ndim == 2}
-    table = {(tuple(t.t().shape), _digest(t.detach().t().contiguous().cpu())): name for name, t in waiting.items()}
-    for value in list(model.graph.initializers.values()):
+    initializers = model.graph.initializers
+    taken = {v.name for node in model.graph for v in node.outputs} | set(initializers)
+    waiting: dict[tuple[tuple[int, ...], str], list[str]] = {}
+    for name, t in state.items():
+        if t.ndim == 2 and name not in taken:
+            turned = t.detach().t().contiguous().cpu()
+            waiting.setdefault((tuple(turned.shape), _digest(turned)), []).append(name)
+    for value in list(initializers.values()):
         tensor = value.const_value
         if value.name in state or tensor is None or len(tensor.shape) != 2:
             continue
-        name = table.pop((tuple(tensor.shape.numpy()), _digest_array(tensor.numpy())), None)
-        if name is not None:
-            model.graph.initializers.pop(value.name or "")
-            value.name = name
+        names = waiting.get((tuple(tensor.shape.numpy()), _digest_array(tensor.numpy())))
+        if names:
+            initializers.pop(value.name or "")
+            value.name = names.pop(0)
             model.graph.register_initializer(value)
 
 
@@ -127,41 +203,60 @@ def _digest_array(array: np.ndarray) -> str:
 
 # ---------------------------------------------------------------- plans
 def write_plan(capture: Capture, emitted: Emitted, path: str) -> None:
-    """Write ``plan.json`` and ``model.safetensors`` into the folder ``path``."""
-    from safetensors.torch import save_file
-
+    """Write ``plan.json`` and ``model.safetensors`` into the folder ``path``, both or none."""
+    save_file = _safetensors().save_file
     if emitted.form != "module":
         why = f": {emitted.reason}" if emitted.reason else ""
+        kind = "an ExportedProgram" if emitted.form == "exported" else "a GraphModule"
         raise UnsupportedError(
-            f"A plan is for a module that keeps its class, but this program came out as {emitted.form}{why}; "
+            f"A plan is for a module that keeps its class, but this program comes out as {kind}{why}; "
             "save it as .pt2 or .onnx."
         )
-    module = emitted.object
-    tensors, ties = _unique(module)
+    tensors, ties = _unique(emitted.object)
     plan = {
         "format": _FORMAT,
         "cipm_ir": __version__,
         "class": _class_name(capture.source),
-        "original": {name: list(t.shape) for name, t in _named_tensors(capture.source)},
+        "original": _shapes(capture.source),
         "attributes": emitted.attributes,
         "tied": ties,
     }
-    text = json.dumps(plan, indent=1, default=_plain)
     target = Path(os.path.abspath(path))
-    beside = target.with_name(f"{target.name}.{secrets.token_hex(4)}")
-    if target.is_file():
-        raise OutputError(f"{path!r} is a file; a plan is written into a folder.")
+    beside = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
     try:
         beside.mkdir()
-        (beside / PLAN).write_text(text + "\n")
+        (beside / PLAN).write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
         save_file(tensors, str(beside / WEIGHTS))
-        target.mkdir(exist_ok=True)
-        for name in (WEIGHTS, PLAN):
-            os.replace(beside / name, target / name)
-    except OSError as error:
-        raise OutputError(f"{path!r} cannot be written: {error.strerror or error}.") from error
+        shutil.copymode(beside / PLAN, beside / WEIGHTS)  # safetensors writes for the owner alone
+        _put(beside, target)
+    except Exception as error:  # safetensors raises errors of its own
+        raise OutputError(f"{path!r} was not written: {_first_line(error)}; nothing was left behind.") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _put(beside: Path, target: Path) -> None:
+    """Move a finished plan to its place; where there is a folder, only its two files are replaced, both or none."""
+    if not target.exists():
+        os.rename(beside, target)
+        return
+    names, old = (WEIGHTS, PLAN), beside / "old"
+    old.mkdir()
+    placed: list[str] = []
+    try:
+        for name in names:
+            if (target / name).exists():
+                os.rename(target / name, old / name)
+        for name in names:
+            os.rename(beside / name, target / name)
+            placed.append(name)
+    except BaseException:
+        for name in placed:
+            (target / name).unlink()
+        for name in names:
+            if (old / name).exists():
+                os.rename(old / name, target / name)
+        raise
 
 
 def apply_plan(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -173,40 +268,63 @@ def apply_plan(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
     Errors: `InputError` where there is no plan, or where it is one for another model.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    folder = Path(path)
-    try:
-        plan = json.loads((folder / PLAN).read_text())
-        tensors = load_file(str(folder / WEIGHTS))
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{os.fspath(path)!r} holds no plan that can be read: {error}.") from error
-    if not isinstance(plan, dict) or plan.get("format") != _FORMAT:
-        raise InputError(f"{os.fspath(path)!r} holds a plan of a format that this version does not know.")
     if not isinstance(module, nn.Module):
         raise InputError(f"A plan is applied to a torch module, not to {type(module).__name__}.")
-    own = {name: list(t.shape) for name, t in _named_tensors(module)}
+    plan, tensors = _read_plan(os.fspath(path))
+    own = _shapes(module)
     if own != plan["original"]:
         name = next(n for n in {**plan["original"], **own} if own.get(n) != plan["original"].get(n))
         raise InputError(
             f"The plan is for another model: {name!r} has shape {own.get(name, 'none')} here and "
-            f"{plan['original'].get(name, 'none')} in the model ({plan['class']}) that it was made from."
+            f"{plan['original'].get(name, 'none')} in the {plan['class']} that it was made from."
         )
-    tensors.update({name: tensors[first] for name, first in plan["tied"].items()})
+    if any(t.is_meta for _, t in _named_tensors(module)):
+        raise InputError("The module is on the meta device, which holds no numbers; build it on a real one.")
     made = with_tensors(module, tensors)
-    apply_attributes(made, {p: {k: _restored(v) for k, v in own.items()} for p, own in plan["attributes"].items()})
+    try:
+        apply_attributes(
+            made, {p: {k: _restored(v) for k, v in held.items()} for p, held in plan["attributes"].items()}
+        )
+    except AttributeError as error:
+        raise InputError(f"The plan is for another model ({plan['class']}): {_first_line(error)}.") from error
     return made
+
+
+def _read_plan(path: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The plan, and its tensors by name; names that share a tensor have the same one."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise InputError(f"There is no folder {path!r}.")
+    load_file = _safetensors().load_file
+    try:
+        plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        tensors: dict[str, torch.Tensor] = load_file(str(folder / WEIGHTS))
+    except Exception as error:  # safetensors raises errors of its own
+        raise InputError(f"{path!r} holds no plan that can be read: {_first_line(error)}.") from error
+    if not isinstance(plan, dict) or plan.get("format") != _FORMAT:
+        raise InputError(f"{path!r} holds a plan of a format that this version does not know.")
+    if not all(isinstance(plan.get(key), dict) for key in ("original", "attributes", "tied")) or not plan.get("class"):
+        raise InputError(f"{path!r} holds a plan that is damaged: parts of it are missing.")
+    tied = {name: tensors.get(first) for name, first in plan["tied"].items()}
+    tensors.update({name: t for name, t in tied.items() if t is not None})
+    odd = sorted(set(tensors) ^ set(plan["original"]))
+    if odd:
+        raise InputError(f"{path!r} is damaged: its plan and its weights do not belong together ({odd[0]!r}).")
+    return plan, tensors
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise UnsupportedError(
+            'A plan needs safetensors, which is not installed: pip install "cipm-ir[torch]".'
+        ) from error
+    return safetensors.torch
 
 
 def _restored(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, torch.Size | tuple):
-        return list(value)
-    return int(value)
 
 
 def _class_name(module: nn.Module) -> str:
@@ -217,14 +335,20 @@ def _named_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
 
 
+def _shapes(module: nn.Module) -> dict[str, list[int]]:
+    return {name: list(t.shape) for name, t in _named_tensors(module)}
+
+
 def _unique(module: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors by name, without those that are another one (name to the name of that)."""
-    seen: dict[tuple[int, tuple[int, ...]], str] = {}
+    seen: dict[Any, str] = {}
     tensors, ties = {}, {}
     for name, t in _named_tensors(module):
-        where = (t.untyped_storage()._cdata, tuple(t.shape))
+        storage = t.untyped_storage()
+        where = (storage._cdata, t.storage_offset(), tuple(t.shape), t.stride(), t.dtype)
         if seen.setdefault(where, name) != name:
             ties[name] = seen[where]
         else:
-            tensors[name] = t.detach().contiguous()
+            alone = storage.nbytes() == t.nbytes and t.is_contiguous()
+            tensors[name] = t.detach() if alone else t.detach().clone(memory_format=torch.contiguous_format)
     return tensors, ties

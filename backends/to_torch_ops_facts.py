@@ -9,7 +9,7 @@ import onnx_ir as ir
 from torch import fx
 
 from cipm_ir.errors import UnsupportedError
-from cipm_ir.ir.constants import LIMIT, constant_tensor, evaluate
+from cipm_ir.ir.constants import LIMIT, attribute, constant_tensor, evaluate
 from cipm_ir.ir.shapes import Shapes, infer_node, infer_shapes
 from cipm_ir.runtime.graphs import describe_node
 
@@ -21,7 +21,7 @@ Int: TypeAlias = int | fx.Node
 CHAIN = frozenset(
     ("Identity", "Gather", "Concat", "Squeeze", "Unsqueeze", "Slice", "Reshape", "Expand", "Add", "Sub", "Mul", "Div",
      "Min", "Max", "Shape", "Size", "Cast", "ReduceProd", "ReduceSum", "ReduceMax", "ReduceMin", "Equal", "Where",
-     "Mod", "Less", "Greater", "Neg", "Not", "Floor", "Ceil", "Sqrt", "Range")
+     "Mod", "Less", "Greater", "Neg", "Not", "Floor", "Ceil", "Sqrt", "Range", "ConstantOfShape")
 )  # fmt: skip
 """Operators through which a value may be a constant or a size."""
 _OF_SHAPE = ("Shape", "Size")
@@ -48,7 +48,17 @@ def held_tensor(v: ir.Value) -> ir.TensorProtocol | None:
 
 
 def _foldable(node: ir.Node | None) -> bool:
-    return node is not None and is_default(node) and len(node.outputs) == 1 and node.op_type in CHAIN
+    if node is None or not is_default(node) or len(node.outputs) != 1 or node.op_type not in CHAIN:
+        return False
+    return not (node.op_type == "Mod" and attribute(node, "fmod", 0))
+
+
+def _filled(node: ir.Node, sizes: np.ndarray | None) -> np.ndarray | None:
+    """A small integer ConstantOfShape of known sizes; one of floats may be a weight and stays a call."""
+    value = attribute(node, "value")
+    if sizes is None or value is None or not value.dtype.is_integer() or np.prod(sizes) > LIMIT:
+        return None
+    return np.full(sizes.tolist(), np.asarray(value.numpy()).reshape(()))
 
 
 class Facts:
@@ -154,6 +164,8 @@ class Facts:
             shape = self.shape(node.inputs[0])
             static = None if shape is None or None in shape else tuple(d for d in shape if d is not None)
             return evaluate(node, [], static, self.version)
+        if node.op_type == "ConstantOfShape":
+            return _filled(node, None if node.inputs[0] is None else self._small(node.inputs[0]))
         return evaluate(node, [None if i is None else self._small(i) for i in node.inputs], None, self.version)
 
     def _small(self, v: ir.Value) -> np.ndarray | None:

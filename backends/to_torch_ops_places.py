@@ -8,12 +8,14 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import nn
+from torch import fx, nn
 
 from cipm_ir.backends.to_torch_ops_tensors import torch_tensor
 
 __all__ = ["attribute_at", "free_path", "identifier", "register"]
 
+_RESERVED = {*dir(fx.GraphModule), "meta"} - set(dir(nn.Module))
+"""What a GraphModule has, while the plain module that it is made from has not."""
 _PART = re.compile(r"[A-Za-z_]\w*|\d+", re.ASCII)
 
 
@@ -37,7 +39,7 @@ def register(root: nn.Module, name: str, held: ir.TensorProtocol, trainable: boo
 
     The path is the name where that is one and is free, else a name like it; submodules are made on the way.
     """
-    legal = all(_PART.fullmatch(part) for part in name.split("."))
+    legal = all(_PART.fullmatch(part) and not keyword.iskeyword(part) for part in name.split("."))
     path = free_path(root, name if legal else identifier(name))
     *folders, leaf = path.split(".")
     module = root
@@ -64,6 +66,8 @@ def free_path(root: nn.Module, path: str) -> str:
 def _is_free(root: nn.Module, path: str) -> bool:
     *folders, leaf = path.split(".")
     module = root
+    if path.split(".")[0] in _RESERVED:
+        return False
     for folder in folders:
         if folder not in module._modules:
             return not hasattr(module, folder)

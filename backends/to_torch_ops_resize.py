@@ -34,6 +34,12 @@ class _Change:
         """The axes that are resized."""
         return [k for k, s in enumerate(self.scales) if s != 1.0]
 
+    @property
+    def whole(self) -> bool:
+        """Whether each scale leads to a whole number of positions, as far as known."""
+        pairs = zip(self.before, self.scales, strict=True)
+        return all(n is None or s is None or abs(n * s - round(n * s)) < 1e-4 for n, s in pairs)
+
 
 def _change(e: Emitter, node: ir.Node) -> _Change:
     before = e.shape(node.inputs[0])
@@ -72,6 +78,8 @@ def _resize(e: Emitter, node: ir.Node) -> fx.Node:
         raise refuse(node, "antialiasing and aspect-ratio policies are not written; resize by plain sizes")
     if not change.axes:
         return first(e, node)
+    if where == "align_corners" and not change.whole:
+        raise refuse(node, "align_corners with sizes that the scales do not meet is not written; give sizes")
     if mode == "nearest":
         rounding = "floor" if old else attribute(node, "nearest_mode", "round_prefer_floor")
         return _nearest(e, node, change, where, rounding)
@@ -120,7 +128,7 @@ def _repeats(factor: int, where: str, rounding: str) -> bool:
     if where not in ("half_pixel", "asymmetric", "half_pixel_symmetric", "pytorch_half_pixel"):
         return False
     source = _source(np.arange(2 * factor), 2, 2 * factor, float(factor), where)
-    return bool((_rounded(source, rounding) == np.arange(2 * factor) // factor).all())
+    return bool(np.array_equal(_rounded(source, rounding), np.arange(2 * factor) // factor))
 
 
 def _positions(node: ir.Node, size: int, target: int, scale: float, where: str, rounding: str) -> np.ndarray:
@@ -130,18 +138,19 @@ def _positions(node: ir.Node, size: int, target: int, scale: float, where: str, 
     return np.clip(_rounded(source, rounding), 0, size - 1).astype(np.int64)
 
 
-def _source(x: np.ndarray, size: int, target: int, scale: float, where: str) -> np.ndarray:
-    """Where output positions lie in the input (ONNX Resize, coordinate_transformation_mode)."""
+def _source(x: np.ndarray, size: int, target: int, factor: float, where: str) -> np.ndarray:
+    """Where output positions lie in the input (coordinate_transformation_mode), in float32 as kernels do."""
+    x, scale = x.astype(np.float32), np.float32(factor)
     if where == "asymmetric":
         return np.asarray(x / scale)
     if where == "align_corners":
         return np.asarray(x * (size - 1) / max(target - 1, 1))
     if where == "pytorch_half_pixel" and target <= 1:
         return np.zeros(len(x))
-    centred = np.asarray((x + 0.5) / scale - 0.5)
+    centred: np.ndarray = np.asarray((x + 0.5) / scale - 0.5)
     if where == "half_pixel_symmetric":
         adjustment = target / (scale * size)
-        return size / 2 * (1 - adjustment) + centred
+        return np.asarray(centred + size / 2 * (1 - adjustment))
     return centred
 
 

@@ -115,6 +115,8 @@ def _depth_to_space(e: Emitter, node: ir.Node) -> fx.Node:
 def _space_to_depth(e: Emitter, node: ir.Node) -> fx.Node:
     block, v = attribute(node, "blocksize"), node.inputs[0]
     assert v is not None
+    if attribute(node, "mode", "DCR") == "CRD":
+        return e.call(F.pixel_unshuffle, e.value(v), block)
     n, c, h, w = (e.size(v, a) for a in range(4))
     down, across = _over(e, h, block), _over(e, w, block)
     split = e.call(torch.reshape, e.value(v), [n, c, down, block, across, block])

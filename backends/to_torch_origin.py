@@ -15,9 +15,9 @@ from torch.utils import _pytree as pytree
 from cipm_ir.backends.to_torch import Emitted, emit_graph, emit_torch, example_tensors, run_flat
 from cipm_ir.errors import CipmError, InputError
 from cipm_ir.ir.capture import Capture
-from cipm_ir.runtime.inputs import Data, batches, random_inputs, true_inputs
+from cipm_ir.runtime.inputs import Data, Feeds, batches, random_inputs, true_inputs
 from cipm_ir.runtime.session import Runner
-from cipm_ir.runtime.verify import Array, Feeds, Verification, compare_outputs
+from cipm_ir.runtime.verify import Array, Verification, compare_outputs
 from cipm_ir.symmetry.program import Program
 
 
@@ -30,6 +30,10 @@ class TorchOrigin:
     def emit(self, model: ir.Model) -> Emitted:
         """The model as the kind of torch object that came in; see `cipm_ir.backends.to_torch.emit_torch`."""
         return emit_torch(self.capture, model)
+
+    def graph(self, model: ir.Model) -> fx.GraphModule:
+        """The model as a GraphModule in evaluation mode, whatever kind came in."""
+        return emit_graph(self.capture, model).eval()
 
     def write(self, model: ir.Model, path: str) -> None:
         """Write ``path``: ``.onnx`` by torch's exporter, ``.pt2`` by `torch.export.save`, a folder as a plan."""

@@ -25,7 +25,7 @@ from cipm_ir.version import __version__
 if TYPE_CHECKING:
     from cipm_ir import passes
     from cipm_ir.algebra import Element, Group
-    from cipm_ir.api import Result, apply_plan, fingerprint, load, optimize, torch_backend, verify
+    from cipm_ir.api import Result, apply_plan, fingerprint, load, optimize, to_torch, torch_backend, verify
     from cipm_ir.symmetry.program import Program, Space
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "load",
     "optimize",
     "passes",
+    "to_torch",
     "torch_backend",
     "verify",
 ]
@@ -61,6 +62,7 @@ _HOMES = {
     "fingerprint": "cipm_ir.api",
     "load": "cipm_ir.api",
     "optimize": "cipm_ir.api",
+    "to_torch": "cipm_ir.api",
     "torch_backend": "cipm_ir.api",
     "verify": "cipm_ir.api",
 }

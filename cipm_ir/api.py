@@ -1,35 +1,27 @@
-"""What a program calls: `load`, `optimize`, `verify`, `fingerprint`, `apply_plan`, `torch_backend`."""
+"""What a program calls: `load`, `optimize`, `verify`, `fingerprint`, `to_torch`, `apply_plan`, `torch_backend`."""
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-import onnx
-import onnx_ir as ir
-
-from cipm_ir.backends.to_onnx import emit_proto, save_onnx
-from cipm_ir.errors import OutputError, UnsupportedError
-from cipm_ir.frontends.from_onnx import check_finite, check_shapes, load_onnx
-from cipm_ir.passes.base import Pass, Progress, ignore_progress
+from cipm_ir.backends.to_onnx import emit_proto
+from cipm_ir.errors import OptionError, UnsupportedError
+from cipm_ir.frontends.from_onnx import check_finite
+from cipm_ir.passes.base import Kind, Pass, Progress, ignore_progress
 from cipm_ir.passes.pipeline import Outcome, Witness, check_analysis, check_properties, run_passes
 from cipm_ir.passes.report import Report
 from cipm_ir.passes.text import parse_passes
 from cipm_ir.runtime.inputs import Data
 from cipm_ir.runtime.verify import Verification, verify_models
+from cipm_ir.sources import Examples, OnnxOrigin, Source, check_output, origin_of, read, read_checked, torch_module
 from cipm_ir.symmetry.program import Program
 
 if TYPE_CHECKING:
     from cipm_ir.backends.to_torch import Emitted
-
-Source: TypeAlias = Any
-"""What holds a model: a path to an .onnx or .pt2 file, ``"module:function"``, an `onnx.ModelProto`, an `onnx_ir.Model`,
-an `nn.Module`, a `torch.fx.GraphModule`, a `torch.export.ExportedProgram`, or a program that was loaded before."""
 
 DEFAULT_PASSES = ("clean-up", "fold-batch-norm", "remove-dead")
 """What `optimize` runs on an ONNX model when it is not told: every exact pass that makes it smaller."""
@@ -37,18 +29,8 @@ DEFAULT_PASSES = ("clean-up", "fold-batch-norm", "remove-dead")
 DEFAULT_TORCH_PASSES = ("remove-dead",)
 """The same for a torch program, which keeps its batch normalizations, so that it can be trained further."""
 
-
-@dataclass(frozen=True)
-class OnnxOrigin:
-    """A program that came in as ONNX, and goes out the same way: external data stays external."""
-
-    kind: Literal["path", "proto", "ir"]
-    path: Path | None
-    external: bool
-
-    def write(self, model: ir.Model, path: str) -> None:
-        """Write ``path``, with ``path + ".data"`` where the source had external data or the weights need it."""
-        save_onnx(model, path, source_external=self.external)
+DEFAULT_COMPILE_PASSES = ("fold-batch-norm", "remove-dead")
+"""The same for `torch_backend`, whose graphs are only run."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +70,17 @@ class Result:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model to ``path``, whole or not at all.
 
-        ``.onnx`` for every model; for a torch program also ``.pt2`` (`torch.export.save`), or a folder: a plan and
-        weights that `apply_plan` puts onto a module of the original class.
+        ``.onnx`` and ``.pt2`` (`torch.export.save`) for every model; for an `nn.Module` also a folder: a plan and
+        weights that `apply_plan` puts onto a module of the original class. Of a torch program `model` is written, as it
+        is then: trained further, where it was.
 
-        Errors: `OutputError`; nothing is left behind.
+        Errors: `OutputError`, `UnsupportedError`; nothing is left behind.
         """
-        _origin(self.program).write(self.program.emit(annotate=self.annotate), os.fspath(path))
+        origin = origin_of(self.program)
+        if self.emitted is not None:
+            torch_module("backends.to_torch_files").write(origin.capture, self.emitted, os.fspath(path))
+        else:
+            origin.write(self.program.emit(annotate=self.annotate), os.fspath(path))
 
 
 def load(
@@ -115,7 +102,7 @@ def load(
 
     Errors: `InputError` (no such file, not a model, damaged, shapes that contradict each other), `UnsupportedError`.
     """
-    program = _checked(source, _Examples(example_inputs, example_kwargs, dynamic_shapes, method))
+    program = read_checked(source, Examples(example_inputs, example_kwargs, dynamic_shapes, method))
     check_analysis(program)
     return program
 
@@ -156,10 +143,10 @@ def optimize(
     todo = None if passes is None else parse_passes(passes)
     check_properties(todo or ())
     if output is not None:
-        check_output(output)
-    program = _read(source, _Examples(example_inputs, example_kwargs, dynamic_shapes, method))
+        check_output(output, source)
+    program = read(source, Examples(example_inputs, example_kwargs, dynamic_shapes, method))
     if todo is None:
-        todo = parse_passes(DEFAULT_PASSES if isinstance(_origin(program), OnnxOrigin) else DEFAULT_TORCH_PASSES)
+        todo = parse_passes(DEFAULT_PASSES if isinstance(origin_of(program), OnnxOrigin) else DEFAULT_TORCH_PASSES)
     outcome: Outcome = run_passes(
         program, todo, data=data, seed=seed, verify=verify, progress=progress or ignore_progress
     )
@@ -196,18 +183,16 @@ def verify(
 
     Errors: `InputError`, `UnsupportedError`.
     """
-    examples = _Examples(example_inputs, example_kwargs)
-    first, second = _checked(a, examples), _checked(b, examples)
-    if not isinstance(_origin(first), OnnxOrigin) or not isinstance(_origin(second), OnnxOrigin):
-        across = _torch("backends.to_torch_origin").compare_programs
+    examples = Examples(example_inputs, example_kwargs)
+    first, second = read_checked(a, examples), read_checked(b, examples)
+    if not isinstance(origin_of(first), OnnxOrigin) or not isinstance(origin_of(second), OnnxOrigin):
+        across = torch_module("backends.to_torch_origin").compare_programs
         found: Verification = across(first, second, data=data, seed=seed, rtol=rtol, atol=atol, cases=cases)
         return found
     return verify_models(first.emit(), second.emit(), data=data, seed=seed, rtol=rtol, atol=atol, cases=cases)
 
 
-def fingerprint(
-    model: Source, *, example_inputs: Any = None, example_kwargs: Mapping[str, Any] | None = None
-) -> str:
+def fingerprint(model: Source, *, example_inputs: Any = None, example_kwargs: Mapping[str, Any] | None = None) -> str:
     """A hash that agrees for models that differ only by their symmetry, and differs where one weight differs.
 
     Errors: `InputError`, `UnsupportedError`.
@@ -219,98 +204,65 @@ def fingerprint(
     return fingerprint_program(program)
 
 
+def to_torch(source: Source, *, example_inputs: Any = None, example_kwargs: Mapping[str, Any] | None = None) -> Any:
+    """A model as a `torch.fx.GraphModule` in evaluation mode; an ONNX model is written in torch.
+
+    Inputs and outputs are in the order of the model; parameters keep the names of the initializers.
+
+    Errors: `InputError`, `UnsupportedError` naming the operator that has no counterpart in torch, or without torch.
+    """
+    program = load(source, example_inputs, example_kwargs)
+    graph_module = torch_module("backends.to_torch_emitter").graph_module
+    origin, model = origin_of(program), program.emit()
+    return graph_module(model) if isinstance(origin, OnnxOrigin) else origin.graph(model)
+
+
 def apply_plan(module: Any, path: str | os.PathLike[str]) -> Any:
     """A copy of a torch module, changed as the plan in the folder ``path`` says (`Result.save`); its class is kept.
 
     Errors: `InputError` where there is no plan, or where it is one for another model; `UnsupportedError` without torch.
     """
-    return _torch("backends.to_torch_files").apply_plan(module, path)
+    return torch_module("backends.to_torch_files").apply_plan(module, path)
 
 
 def torch_backend(
-    passes: str | Pass | Iterable[str | Pass] = DEFAULT_TORCH_PASSES, *, then: Any = "inductor", verify: bool = True
+    passes: str | Pass | Iterable[str | Pass] = DEFAULT_COMPILE_PASSES, *, then: Any = "inductor", verify: bool = True
 ) -> Callable[..., Any]:
     """A backend for ``torch.compile(model, backend=...)`` that runs exact passes in front of another backend.
+
+    For inference: where gradients are on and something requires them, the graph goes to ``then`` as it is. So it does,
+    with one warning per reason, where it cannot be read or rewritten, where it changes its own buffers, or where a pass
+    turns out not to be exact. **Weights are frozen** when a graph is compiled. Each call checks that they are the same
+    objects, in the same memory, not written to since; where they are not, that call runs the graph uncompiled with the
+    weights of now, and a warning says so: `torch.compiler.reset()` compiles anew. Torch does not count writes through
+    ``weight.data`` or numpy: reset after these.
 
     Args:
         passes: exact passes; others are refused.
         then: the backend that gets the result: its name, or a callable.
-        verify: check each pass on real runs.
+        verify: check each pass, and the graph that comes out, on real runs.
 
-    Errors: `OptionError` for a pass that is not exact; `UnsupportedError` without torch. A graph that cannot be read or
-        rewritten goes to ``then`` as it is, with a warning.
+    Errors: `OptionError` for a pass that is not exact, and for a backend that torch does not know; `UnsupportedError`
+        without torch.
     """
     todo = parse_passes(passes)
     check_properties(todo)
-    compiled = _torch("backends.to_torch_compile")
-    load = _torch("frontends.from_torch").load_torch
-    return compiled.backend(todo, then, verify, load)  # type: ignore[no-any-return]
-
-
-def check_output(path: str | os.PathLike[str]) -> None:
-    """Fail before the work, not after it, where the result could not be written.
-
-    Errors: `OutputError`.
-    """
-    target = Path(os.path.abspath(path))
-    if target.is_dir():
-        raise OutputError(f"{os.fspath(path)!r} is a folder; give the name of a file.")
-    if not target.parent.is_dir():
-        raise OutputError(f"{os.fspath(path)!r} cannot be written: the folder {str(target.parent)!r} does not exist.")
-
-
-@dataclass(frozen=True)
-class _Examples:
-    """How to read a torch program; see `load`."""
-
-    inputs: Any = None
-    kwargs: Mapping[str, Any] | None = None
-    dynamic_shapes: Any = None
-    method: str = "auto"
-
-
-def _checked(source: Source, examples: _Examples = _Examples()) -> Program:  # noqa: B008
-    program = _read(source, examples)
-    if program is not source:
-        check_shapes(program.model)
-    return program
-
-
-def _read(source: Source, examples: _Examples = _Examples()) -> Program:  # noqa: B008
-    if isinstance(source, Program):
-        return source
-    if isinstance(source, str | os.PathLike):
-        path = os.fspath(source)
-        if path.endswith(".pt2"):
-            source = _torch("frontends.from_torch_files").read_exported(path)
-        elif re.fullmatch(r"[\w./\\-]+:[A-Za-z_]\w*", path) and not os.path.exists(path):
-            source, args, kwargs = _torch("frontends.from_torch_files").build(path)
-            if examples.inputs is None and not examples.kwargs:
-                examples = replace(examples, inputs=args, kwargs=kwargs)
-    if _is_torch(source):
-        capture = _torch("frontends.from_torch").load_torch(
-            source, examples.inputs, examples.kwargs, examples.dynamic_shapes, examples.method
+    inexact = next((one for one in todo if one.kind is not Kind.EXACT), None)
+    if inexact is not None:
+        raise OptionError(
+            f"torch_backend runs exact passes only, and '{inexact}' is {inexact.kind.value}; leave it out."
         )
-        return Program.of(capture.model, origin=_torch("backends.to_torch_origin").TorchOrigin(capture))
-    loaded = load_onnx(source)
-    return Program.of(loaded.model, origin=OnnxOrigin(loaded.kind, loaded.path, loaded.external))
 
+    def rewrite(program: Program) -> Program:
+        outcome = run_passes(program, todo, verify=verify)
+        for step in outcome.report.steps:
+            if step.changed and step.kind != Kind.EXACT.value:
+                raise UnsupportedError(f"Pass '{step.name}' did not keep the function exactly.")
+        return outcome.program
 
-def _torch(module: str) -> Any:
-    """A module of the torch frontend or backend.
-
-    Errors: `UnsupportedError` where torch is not installed.
-    """
-    from importlib import import_module
-
-    try:
-        return import_module(f"cipm_ir.{module}")
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] not in ("torch", "safetensors"):
-            raise
-        raise UnsupportedError(
-            f'Torch programs need {error.name}, which is not installed: pip install "cipm-ir[torch]".'
-        ) from error
+    load_torch = torch_module("frontends.from_torch").load_torch
+    made: Callable[..., Any] = torch_module("backends.to_torch_compile").backend(rewrite, then, load_torch, verify)
+    return made
 
 
 def _noted(result: Result) -> Result:
@@ -327,11 +279,3 @@ def _noted(result: Result) -> Result:
     noted = replace(result, report=replace(result.report, notes=tuple(notes)))
     noted.__dict__["emitted"] = emitted
     return noted
-
-
-def _is_torch(source: object) -> bool:
-    return any(base.__module__.partition(".")[0] == "torch" for base in type(source).__mro__)
-
-
-def _origin(program: Program) -> Any:
-    return program.origin if program.origin is not None else OnnxOrigin("ir", None, False)

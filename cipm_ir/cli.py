@@ -34,7 +34,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Model = Annotated[str, typer.Argument(help="An .onnx file.", show_default=False)]
+_KINDS = "An .onnx file; with torch also a .pt2 file (torch.export.save), or module:function, or file.py:function"
+Model = Annotated[
+    str,
+    typer.Argument(
+        help=f"{_KINDS}. The function takes nothing and gives a program, (module, args) or (module, args, kwargs).",
+        show_default=False,
+    ),
+]
+_OUTPUTS = (
+    "Where to write the result: .onnx or .pt2, and for a module of torch also a folder, which gets a plan and weights "
+    "(cipm_ir.apply_plan). Without it only the report is shown."
+)
 DataOption = Annotated[
     str | None, typer.Option("--data", metavar="NPZ", help="Calibration input: arrays by name, first axis samples.")
 ]
@@ -85,9 +96,7 @@ def inspect(
 @app.command()
 def optimize(
     model: Model,
-    output: Annotated[
-        str | None, typer.Option("-o", "--output", metavar="OUT", help="Where to write the result.")
-    ] = None,
+    output: Annotated[str | None, typer.Option("-o", "--output", metavar="OUT", help=_OUTPUTS)] = None,
     passes: Annotated[
         list[str] | None,
         typer.Option(
@@ -95,7 +104,7 @@ def optimize(
             "--pass",
             metavar="PASS",
             help="A pass with its options, as in 'prune{macs=0.5}'; may be repeated. "
-            "Default: clean-up, fold-batch-norm, remove-dead. `cipm passes` lists them.",
+            "Default: clean-up, fold-batch-norm, remove-dead; for torch: remove-dead. `cipm passes` lists them.",
         ),
     ] = None,
     data: DataOption = None,
@@ -110,13 +119,14 @@ def optimize(
     """Run passes, check after each that the model still computes what it should, and write the result."""
     from cipm_ir import api
 
-    for path in (output, report):
-        if path is not None:
-            api.check_output(path)
+    if output is not None:
+        api.check_output(output, model)
+    if report is not None:
+        api.check_output(report)
     with _progress(quiet) as progress:
         result = api.optimize(
             model,
-            passes or api.DEFAULT_PASSES,
+            passes or None,
             data=data,
             verify=not no_verify,
             annotate=annotate,
@@ -134,7 +144,7 @@ def optimize(
 
 @app.command()
 def verify(
-    a: Annotated[str, typer.Argument(help="The model taken as right.", show_default=False)],
+    a: Annotated[str, typer.Argument(help=f"The model taken as right. {_KINDS}.", show_default=False)],
     b: Annotated[str, typer.Argument(help="The model to compare with it.", show_default=False)],
     data: DataOption = None,
     seed: Seed = 0,

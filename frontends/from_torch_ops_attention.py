@@ -74,7 +74,7 @@ def _whole_mask(b: Lowering, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     wanted = (q.dims[-2], k.dims[-2])
     if mask.dims[-2:] == wanted:
         return mask
-    sizes = [*[1] * (mask.rank - 2), b.size(q, -2), b.size(k, -2)]
+    sizes: list[int | Number] = [*[1] * (mask.rank - 2), b.size(q, -2), b.size(k, -2)]
     return b.op("Expand", mask, b.ints(sizes), shape=(*mask.dims[:-2], *wanted))
 
 

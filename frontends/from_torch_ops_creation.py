@@ -22,8 +22,8 @@ def written(b: Lowering, make: Callable[..., torch.Tensor], *args: Any, **kwargs
     for x in (*args, *kwargs.values()):
         if isinstance(x, Tensor):
             raise Refused("a constant that depends on data")
-    if int(np.prod(b.shape)) > LIMIT:
-        raise Refused("a very large constant")
+    if None in b.shape or int(np.prod([d or 0 for d in b.shape])) > LIMIT:
+        raise Refused("a constant of dynamic size, or a very large one")
     made = make(*(known(x) for x in args), **{k: known(v) for k, v in kwargs.items()})
     if made.dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
         made = made.float()
@@ -76,7 +76,7 @@ def tensor(b: Lowering, *data: Any, **options: Any) -> Tensor:
 # ---------------------------------------------------------------- one value everywhere
 def filled(b: Lowering, value: Operand, sizes: Tensor) -> Tensor:
     """A tensor of one value; ``sizes`` is its shape."""
-    if isinstance(value, Tensor | Number) or b.dtype == torch.bfloat16:
+    if not isinstance(value, bool | int | float) or b.dtype == torch.bfloat16:
         scalar = b.tensor(value, b.dtype)
         if scalar.rank:
             scalar = b.reshape(scalar, [1])

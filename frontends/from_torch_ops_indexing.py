@@ -40,9 +40,7 @@ def picked(b: Lowering, x: Tensor, axis: int, index: int | Number) -> Tensor:
 
 
 @lowers("slice", "slice_copy", view=True)
-def slice_(
-    b: Lowering, input: Tensor, dim: int = 0, start: Bound = None, end: Bound = None, step: Any = 1
-) -> Tensor:
+def slice_(b: Lowering, input: Tensor, dim: int = 0, start: Bound = None, end: Bound = None, step: Any = 1) -> Tensor:
     return sliced(b, input, b.axis(input, dim), start, end, step)
 
 
@@ -117,10 +115,10 @@ def gathered(b: Lowering, x: Tensor, indices: Sequence[Tensor | None]) -> Tensor
         axis, place = axes[0], places[0]
         return b.op("Gather", x, place, axis=axis, shape=(*x.dims[:axis], *place.dims, *x.dims[axis + 1 :]))
     rest = [a for a in range(x.rank) if a not in axes]
-    together = together(b, places)
-    depth = together.rank - 1
-    dims = (*together.dims[:-1], *(x.dims[a] for a in rest))
-    made = b.op("GatherND", b.transpose(x, [*axes, *rest]), together, shape=dims)
+    where = together(b, places)
+    depth = where.rank - 1
+    dims = (*where.dims[:-1], *(x.dims[a] for a in rest))
+    made = b.op("GatherND", b.transpose(x, [*axes, *rest]), where, shape=dims)
     if axes[-1] - axes[0] >= len(axes):
         return made
     before = axes[0]
@@ -236,8 +234,9 @@ def embedding_bag_module(
     mode: str,
     padding_idx: Any,
 ) -> Tensor:
-    return embedding_bag(b, input, weight, offsets, max_norm, mode=mode, per_sample_weights=per_sample_weights,
-                         padding_idx=padding_idx)  # fmt: skip
+    made: Tensor = embedding_bag(b, input, weight, offsets, max_norm, mode=mode, padding_idx=padding_idx,
+                                 per_sample_weights=per_sample_weights)  # fmt: skip
+    return made
 
 
 @lowers("one_hot")

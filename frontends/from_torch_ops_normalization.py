@@ -11,15 +11,13 @@ from torch import nn
 
 from cipm_ir.frontends.from_torch_ops_reduction import axes_input, norm_over, reduced
 from cipm_ir.frontends.from_torch_table import lowers
-from cipm_ir.frontends.from_torch_values import Lowering, Number, Refused, Tensor, known
+from cipm_ir.frontends.from_torch_values import Lowering, Number, Refused, Tensor, known, onnx_dtype
 
 
 def filled(b: Lowering, sizes: Sequence[int | Number], value: float, dtype: torch.dtype) -> Tensor:
     """A tensor with one value everywhere, for an affine parameter that a normalization does not have."""
     shape = [n.hint if isinstance(n, Number) else n for n in sizes]
-    one = np.full(1, value, torch.empty(0, dtype=dtype).numpy().dtype) if dtype != torch.bfloat16 else None
-    if one is None:
-        raise Refused("a normalization without parameters in bfloat16")
+    one = np.full(1, value, onnx_dtype(dtype).numpy())
     return b.op("ConstantOfShape", b.ints(sizes), value=one, dtype=dtype, shape=shape)  # type: ignore[arg-type]
 
 
@@ -112,7 +110,7 @@ def native_batch_norm(b: Lowering, input: Tensor, *given: Any) -> Any:
     eps = float(given[-1])
     made = _batch_norm(b, input, (given[0], given[1]), running, eps)
     results = [made, *_saved(b, input, eps)]
-    for old in running[: len(b.out) - 3]:
+    for old in (r for r in running[: len(b.out) - 3] if r is not None):
         results.append(b.op("Identity", old, shape=old.shape))
     return tuple(results)
 
@@ -189,6 +187,7 @@ def group_norm(
     return b.op(
         "GroupNormalization", input, scale, shift,
         num_groups=int(known(num_groups)), epsilon=float(eps), shape=input.shape,
+        stash_type=int(onnx_dtype(torch.float64)) if input.dtype == torch.float64 else None,
     )  # fmt: skip
 
 
@@ -245,10 +244,19 @@ def instance_norm_module(
 def local_response_norm(
     b: Lowering, input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
 ) -> Tensor:
-    """An even window reaches further down in torch, further up in ONNX."""
-    if size % 2 == 0 or input.rank < 3:
-        raise Refused("a local response normalization over an even number of channels")
-    return b.op("LRN", input, size=size, alpha=float(alpha), beta=float(beta), bias=float(k), shape=input.shape)
+    """As torch does it: the mean of squares over ``size`` channels, more of them below where ``size`` is even."""
+    if input.rank not in (3, 4):
+        raise Refused(f"a local response normalization of {input.rank} axes")
+    square = b.op("Mul", input, input, shape=input.shape)
+    stacked = b.op("Unsqueeze", square, np.ones(1, np.int64), shape=(input.dims[0], 1, *input.dims[1:]))
+    rest = [0] * (input.rank - 2)
+    mean = b.op(
+        "AveragePool", stacked, kernel_shape=[size, *(1 for _ in rest)], strides=[1] * (input.rank - 1),
+        pads=[size // 2, *rest, (size - 1) // 2, *rest], count_include_pad=1, shape=stacked.shape,
+    )  # fmt: skip
+    mean = b.op("Squeeze", mean, np.ones(1, np.int64), shape=input.shape)
+    base = b.op("Add", b.op("Mul", mean, float(alpha), shape=input.shape), float(k), shape=input.shape)
+    return b.op("Div", input, b.op("Pow", base, float(beta), shape=input.shape), shape=input.shape)
 
 
 @lowers(modules=(nn.CrossMapLRN2d,))
@@ -300,8 +308,11 @@ def pairwise_distance(
 ) -> Tensor:
     """The norm of x1 - x2 + eps along the last axis."""
     rank = max(x1.rank, x2.rank)
-    gap = b.op("Sub", x1, x2, shape=None if rank != x1.rank else torch.broadcast_shapes(x1.dims, x2.dims))  # type: ignore[arg-type]
-    gap = b.op("Add", gap, float(eps), shape=gap.shape)
+    if not x1.rank or not x2.rank:
+        raise Refused("a distance of single numbers")
+    one, other = x1.dims[-1], x2.dims[-1]
+    shape = (*b.shape[: rank - 1], None if one is None or other is None else max(one, other))
+    gap = b.op("Add", b.op("Sub", x1, x2, shape=shape), float(eps), shape=shape)
     return norm_over(b, gap, norm if p is None else p, [rank - 1], keepdim)
 
 

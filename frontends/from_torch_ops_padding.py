@@ -17,7 +17,13 @@ _MODES = {"constant": None, "reflect": "reflect", "replicate": "edge", "circular
 
 
 def _hint(n: int | Number) -> int | None:
-    return None if isinstance(n, Number) and n.hint is None else int(n.hint if isinstance(n, Number) else n)  # type: ignore[arg-type]
+    if isinstance(n, Number):
+        return None if n.hint is None else int(n.hint)
+    return int(n)
+
+
+def _positive(n: int | Number, hint: int | None) -> int | Number:
+    return n if hint is None or hint > 0 else 0
 
 
 def padded(b: Lowering, x: Tensor, pairs: Pairs, mode: str, value: Any) -> Tensor:
@@ -29,7 +35,7 @@ def padded(b: Lowering, x: Tensor, pairs: Pairs, mode: str, value: Any) -> Tenso
         if mode != "constant":
             raise Refused(f"padding by a negative amount in mode {mode!r}")
         x = _cropped(b, x, hints)
-        pairs = [tuple(n if h is None or h > 0 else 0 for n, h in zip(p, q, strict=True)) for p, q in zip(pairs, hints, strict=True)]  # type: ignore[misc]
+        pairs = [(_positive(p[0], h[0]), _positive(p[1], h[1])) for p, h in zip(pairs, hints, strict=True)]
         hints = [(_hint(p), _hint(q)) for p, q in pairs]
     if all(h == 0 for pair in hints for h in pair):
         return x

@@ -133,9 +133,7 @@ def _layer(
     bias = None
     if len(weights[0]) == 4:
         shape = (1, 2 * gates * hidden)
-        both = [
-            b.op("Concat", _gates(b, kind, w[2]), _gates(b, kind, w[3]), axis=1, shape=shape) for w in weights
-        ]
+        both = [b.op("Concat", _gates(b, kind, w[2]), _gates(b, kind, w[3]), axis=1, shape=shape) for w in weights]
         bias = _stacked(b, both)
     time, batch = x.dims[:2]
     ends = [(directions, batch, hidden)] * (2 if kind == "LSTM" else 1)
@@ -217,14 +215,14 @@ def gru_cell(
 def rnn_tanh_cell(
     b: Lowering, input: Tensor, hx: Any, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Any = None, bias_hh: Any = None
 ) -> Tensor:
-    return rnn_cell(b, input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
+    return _rnn_cell(b, "Tanh", input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
 
 
 @lowers("rnn_relu_cell")
 def rnn_relu_cell(
     b: Lowering, input: Tensor, hx: Any, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Any = None, bias_hh: Any = None
 ) -> Tensor:
-    return rnn_cell(b, input, hx, weight_ih, weight_hh, bias_ih, bias_hh, "relu")
+    return _rnn_cell(b, "Relu", input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
 
 
 @lowers(modules=(nn.RNNCell,), inputs=2)
@@ -232,10 +230,16 @@ def rnn_cell(
     b: Lowering, input: Tensor, hx: Any = None, weight_ih: Any = None, weight_hh: Any = None, bias_ih: Any = None,
     bias_hh: Any = None, nonlinearity: str = "tanh",
 ) -> Tensor:  # fmt: skip
+    return _rnn_cell(b, nonlinearity.capitalize(), input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
+
+
+def _rnn_cell(
+    b: Lowering, op_type: str, input: Tensor, hx: Any, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Any, bias_hh: Any
+) -> Tensor:
     h = _zero(b, input, weight_hh) if hx is None else hx
     shape = _state_shape(input, weight_hh)
     total = b.op("Add", _affine(b, input, weight_ih, bias_ih), _affine(b, h, weight_hh, bias_hh), shape=shape)
-    return b.op(nonlinearity.capitalize(), total, shape=shape)
+    return b.op(op_type, total, shape=shape)
 
 
 def _state_shape(x: Tensor, weight_hh: Tensor, gates: int = 1) -> Dims:

@@ -18,6 +18,8 @@ _REDUCTIONS = {"add": "add", "sum": "add", "multiply": "mul", "prod": "mul", "am
 
 def broadcast(b: Lowering, x: Tensor, dims: Dims, like: Tensor) -> Tensor:
     """A tensor expanded to the shape of another."""
+    if x.rank > len(dims):
+        raise Refused("a value with more axes than where it goes")
     if x.shape == dims and None not in dims:
         return x
     return b.op("Expand", x, shape_value(b, like), shape=dims)
@@ -96,6 +98,8 @@ def assigned(b: Lowering, x: Tensor, items: Sequence[Any], value: Operand) -> Te
     """x after ``x[items] = value``, where items are numbers and slices of step one: pieces joined again."""
     given = b.tensor(value, x.dtype)
     kept = [a for a, i in enumerate(items) if type(i) is int]
+    if given.rank > x.rank - len(kept):
+        raise Refused("a value with more axes than where it goes")
     missing = [a for a in kept if x.rank - a <= given.rank + sum(1 for c in kept if c > a)]
     given = with_axes(b, given, [a - (x.rank - given.rank - len(missing)) for a in missing])
     return _assigned(b, x, list(items), 0, given)
@@ -163,7 +167,8 @@ def setitem(b: Lowering, input: Tensor, index: Any, value: Operand) -> Tensor:
         return assigned(b, input, items, value)
     if any(not isinstance(i, Tensor) and i != slice(None) for i in items):
         raise Refused("a write at positions and slices together")
-    return index_put(b, input, [i if isinstance(i, Tensor) else None for i in items], value)
+    made: Tensor = index_put(b, input, [i if isinstance(i, Tensor) else None for i in items], value)
+    return made
 
 
 @lowers("index_put", "_unsafe_index_put", "_index_put_impl")
@@ -172,8 +177,12 @@ def index_put(
 ) -> Tensor:
     """Values at positions that are given for the leading axes, or one value where a mask holds."""
     places = [i for i in indices if i is not None]
+    while indices[-1] is None:
+        indices = indices[:-1]
     if len(places) == 1 and places[0].dtype in (torch.bool, torch.uint8):
         return _masked(b, input, list(indices), values, accumulate)
+    if len(places) == 1 and places[0].rank == 1 and indices[0] is None:
+        return _along(b, input, len(indices) - 1, picked_positions(b, indices[-1]), values, accumulate)
     if any(i is None for i in indices[: len(places)]):
         raise Refused("a write at positions along an inner axis")
     where = together(b, [picked_positions(b, i) for i in places])
@@ -181,6 +190,12 @@ def index_put(
     taken = b.op("GatherND", input, where, shape=dims)
     updates = broadcast(b, b.tensor(values, input.dtype), dims, taken)
     return b.op("ScatterND", input, where, updates, reduction="add" if accumulate else None, shape=input.shape)
+
+
+def _along(b: Lowering, x: Tensor, axis: int, index: Tensor, values: Operand, accumulate: bool) -> Tensor:
+    rows = b.op("Gather", x, index, axis=axis, shape=with_size(x.dims, axis, index.dims[0]))
+    updates = broadcast(b, b.tensor(values, x.dtype), rows.dims, rows)
+    return _rows(b, x, axis, index, updates, "add" if accumulate else None)
 
 
 def _masked(b: Lowering, x: Tensor, indices: list[Any], values: Operand, accumulate: bool) -> Tensor:

@@ -30,9 +30,7 @@ def shape_value(b: Lowering, x: Tensor) -> Tensor:
     return b.op("Shape", x, shape=(x.rank,), dtype=torch.int64)
 
 
-def run_of(
-    b: Lowering, x: Tensor, axis: int, start: Any, end: Any, step: int = 1, shape: Dims | None = None
-) -> Tensor:
+def run_of(b: Lowering, x: Tensor, axis: int, start: Any, end: Any, step: int = 1, shape: Dims | None = None) -> Tensor:
     """Slice along one axis; bounds are ints or numbers computed from sizes."""
     last = None if step == 1 else np.asarray([step], np.int64)
     return b.op("Slice", x, b.ints([start]), b.ints([end]), np.asarray([axis], np.int64), last, shape=shape)
@@ -44,7 +42,9 @@ def with_size(dims: Dims, axis: int, size: int | None) -> Dims:
 
 
 # ---------------------------------------------------------------- views
-def resized(b: Lowering, x: Tensor, sizes: Sequence[int | Number], copied: int = 0, tail: Tensor | None = None) -> Tensor:
+def resized(
+    b: Lowering, x: Tensor, sizes: Sequence[int | Number], copied: int = 0, tail: Tensor | None = None
+) -> Tensor:
     """Reshape to the shape of the result: ``copied`` leading sizes of ``x``, then ``sizes``, then those in ``tail``.
 
     One of ``sizes`` may be -1.
@@ -142,8 +142,9 @@ def atleast(b: Lowering, *tensors: Any) -> Any:
 
 
 def _atleast(b: Lowering, x: Tensor, rank: int) -> Tensor:
-    missing = {0: (0, 1, 2)[:rank], 1: ((), (), (0,), (0, 2))[rank], 2: (2,) if rank == 3 else ()}.get(x.rank, ())
-    return with_axes(b, x, missing)
+    """New axes as torch places them: in front, for a third one behind."""
+    missing = {(0, 1): (0,), (0, 2): (0, 1), (0, 3): (0, 1, 2), (1, 2): (0,), (1, 3): (0, 2), (2, 3): (2,)}
+    return with_axes(b, x, missing.get((x.rank, rank), ()))
 
 
 # ---------------------------------------------------------------- order of axes
@@ -162,14 +163,18 @@ def transpose(b: Lowering, input: Tensor, dim0: int, dim1: int) -> Tensor:
     return b.transpose(input, perm)
 
 
-@lowers("t", "adjoint", "numpy_T", "matrix_H", "t_copy", view=True)
-def t(b: Lowering, input: Tensor) -> Tensor:
+@lowers("t", "t_copy", "mT", "adjoint", "mH", view=True)
+def matrix_transpose(b: Lowering, input: Tensor) -> Tensor:
     if input.rank < 2:
         return input
     if input.dtype.is_complex:
         raise Refused("complex numbers")
-    perm = [*range(input.rank - 2), input.rank - 1, input.rank - 2]
-    return b.transpose(input, perm)
+    return b.transpose(input, [*range(input.rank - 2), input.rank - 1, input.rank - 2])
+
+
+@lowers("numpy_T", view=True)
+def reversed_axes(b: Lowering, input: Tensor) -> Tensor:
+    return b.transpose(input, list(reversed(range(input.rank))))
 
 
 @lowers("movedim", "moveaxis", view=True)
@@ -273,19 +278,23 @@ def _rolled(b: Lowering, x: Tensor, axis: int, step: int | Number) -> Tensor:
 
 @lowers("fliplr")
 def fliplr(b: Lowering, input: Tensor) -> Tensor:
-    return flip(b, input, 1)
+    return _flipped(b, input, [1])
 
 
 @lowers("flipud")
 def flipud(b: Lowering, input: Tensor) -> Tensor:
-    return flip(b, input, 0)
+    return _flipped(b, input, [0])
 
 
 @lowers("flip")
 def flip(b: Lowering, input: Tensor, *dims: Any, **named: Any) -> Tensor:
-    for axis in (b.axis(input, d) for d in flat_sizes(dims or tuple(named.values()))):
-        input = run_of(b, input, axis, -1, -END, -1, shape=input.dims)
-    return input
+    return _flipped(b, input, flat_sizes(dims or tuple(named.values())))
+
+
+def _flipped(b: Lowering, x: Tensor, dims: Sequence[int | Number]) -> Tensor:
+    for axis in [b.axis(x, d) for d in dims]:
+        x = run_of(b, x, axis, -1, -END, -1, shape=x.dims)
+    return x
 
 
 # ---------------------------------------------------------------- joins
@@ -312,7 +321,8 @@ def _stacked(rank: int, axis: int | None, *names: str) -> None:
     def entry(b: Lowering, tensors: Any) -> Tensor:
         parts = [_atleast(b, b.tensor(x, b.dtype), max(rank, x.rank)) for x in tensors]
         along = axis if axis is not None else min(parts[0].rank - 1, 1)
-        return cat(b, parts, along)
+        made: Tensor = cat(b, parts, along)
+        return made
 
 
 _stacked(1, None, "hstack")

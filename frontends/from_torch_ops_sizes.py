@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cipm_ir.frontends.from_torch_ops_elementwise import numbers
+from cipm_ir.frontends.from_torch_ops_arithmetic import numbers
 from cipm_ir.frontends.from_torch_table import lowers
 from cipm_ir.frontends.from_torch_values import Lowering, Number, Refused, Tensor, known
 

@@ -26,6 +26,7 @@ Lower = Callable[..., Any]
 
 FAMILIES = (
     "elementwise",
+    "arithmetic",
     "contraction",
     "convolution",
     "pooling",
@@ -35,6 +36,7 @@ FAMILIES = (
     "reduction",
     "shaping",
     "indexing",
+    "scattering",
     "creation",
     "attention",
     "recurrent",

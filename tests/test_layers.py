@@ -1,6 +1,6 @@
 """The dependency order of the package, read off its import statements.
 
-errors < algebra < ir < rules < symmetry < runtime < passes, frontends, backends < api < cli
+errors < algebra < ir < rules < symmetry < runtime < passes, frontends, backends < sources < api < cli
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ RANKS = {
     "passes": 6,
     "frontends": 6,
     "backends": 6,
-    "api": 7,
-    "cli": 8,
-    "__main__": 9,
+    "sources": 7,
+    "api": 8,
+    "cli": 9,
+    "__main__": 10,
 }
 ALLOWED: frozenset[tuple[str, str]] = frozenset()
 TORCH_MODULES = ("cipm_ir.frontends.from_torch", "cipm_ir.backends.to_torch", "cipm_ir.runtime.torch_")

@@ -42,5 +42,5 @@ def case(name: str) -> TorchCase:
 
 
 def names(*tags: str) -> list[str]:
-    """The names of all cases that carry every one of `tags`, in the order of the index."""
+    """The names of all cases that carry every one of `tags`, in the order of registration."""
     return [name for name, one in CASES.items() if one.tags.issuperset(tags)]

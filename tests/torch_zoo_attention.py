@@ -217,7 +217,7 @@ class BatchMatrices(Attention):
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Any:
         folded = [x.reshape(2 * self.heads, LENGTH, self.size) for x in (query, key, value)]
-        start = torch.zeros(1, LENGTH, LENGTH)
+        start = folded[0].new_zeros(1, LENGTH, LENGTH)
         scores = torch.baddbmm(start, folded[0], folded[1].transpose(1, 2), beta=0.0, alpha=0.5)
         return torch.bmm(scores.softmax(2), folded[2]).view(2, self.heads, LENGTH, self.size)
 

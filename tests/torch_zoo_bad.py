@@ -36,7 +36,7 @@ class ControlFlow(_Hidden):
         return torch.tanh(x)
 
 
-@register("bad_data_size", "extra", "bad", inputs=POINTS, symbolic=False)
+@register("bad_data_size", "extra", "bad", "no_export", inputs=POINTS, symbolic=False)
 class DataSize(_Hidden):
     """A size read from the data."""
 
@@ -126,7 +126,7 @@ class SparseAdjacency(nn.Module):
         return self.fc2(torch.sparse.mm(self.adjacency, x))
 
 
-@register("quantized_weight", "extra", "bad", "quantized", inputs=POINTS)
+@register("quantized_weight", "extra", "bad", "quantized", "no_export", inputs=POINTS)
 class QuantizedWeight(_Hidden):
     """A Linear whose weight is a quantized buffer, made real when it is used."""
 

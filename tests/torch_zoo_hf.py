@@ -58,8 +58,8 @@ class AudioModel(nn.Module):
         return self.model(input_features)["last_hidden_state"]
 
 
-def bert_model(attention: str = "sdpa") -> nn.Module:
-    """A BertModel with two layers and pooler."""
+def bert_model(attention: str = "sdpa", pooler: bool = True) -> nn.Module:
+    """A BertModel with two layers."""
     from transformers import BertConfig, BertModel
 
     options: dict[str, Any] = {"attn_implementation": attention}
@@ -67,13 +67,13 @@ def bert_model(attention: str = "sdpa") -> nn.Module:
         vocab_size=VOCABULARY, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40,
         max_position_embeddings=16, type_vocab_size=2, **options,
     )  # fmt: skip
-    return BertModel(config)
+    return BertModel(config, add_pooling_layer=pooler)
 
 
 @register("bert", "transformer", "hf", inputs=padded_tokens, symbolic=False)
 def bert() -> nn.Module:
     """BERT with a padding mask."""
-    return TokenModel(bert_model(), "last_hidden_state")
+    return TokenModel(bert_model(pooler=False), "last_hidden_state")
 
 
 @register("bert_eager", "transformer", "hf", inputs=padded_tokens, symbolic=False)
@@ -152,7 +152,7 @@ def llama() -> nn.Module:
     return TokenModel(llama_model(False), "logits")
 
 
-@register("llama_cache", "transformer", "hf", "causal", "raw", inputs=IDS, symbolic=False)
+@register("llama_cache", "transformer", "hf", "causal", "raw", "needs_pytree", inputs=IDS, symbolic=False)
 def llama_cache() -> nn.Module:
     """Llama as it is, returning logits and the key-value cache."""
     return llama_model(True)
@@ -235,16 +235,34 @@ def whisper_encoder() -> nn.Module:
     return AudioModel(WhisperEncoder(config))
 
 
-@register("mixtral", "transformer", "hf", "causal", "experts", inputs=IDS, symbolic=False)
-def mixtral() -> nn.Module:
-    """Mixtral: two of four experts for every token, chosen by a router."""
+def mixtral_model(experts: str) -> nn.Module:
+    """A MixtralForCausalLM with four experts, two for every token, chosen by a router."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
+    options: dict[str, Any] = {"experts_implementation": experts}
     config = MixtralConfig(
         vocab_size=VOCABULARY, hidden_size=24, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
-        intermediate_size=20, num_local_experts=4, max_position_embeddings=16, use_cache=False,
+        intermediate_size=20, num_local_experts=4, max_position_embeddings=16, use_cache=False, **options,
     )  # fmt: skip
     return TokenModel(MixtralForCausalLM(config), "logits")
+
+
+@register("mixtral", "transformer", "hf", "causal", "experts", inputs=IDS, symbolic=False)
+def mixtral() -> nn.Module:
+    """Mixtral with the grouped matrix product, which is the library's default and has no float64 kernel."""
+    return mixtral_model("grouped_mm")
+
+
+@register("mixtral_batched", "transformer", "hf", "causal", "experts", inputs=IDS, symbolic=False)
+def mixtral_batched() -> nn.Module:
+    """Mixtral with gathered weights and batched products."""
+    return mixtral_model("batched_mm")
+
+
+@register("mixtral_eager", "transformer", "hf", "causal", "experts", "no_export", inputs=IDS, symbolic=False)
+def mixtral_eager() -> nn.Module:
+    """Mixtral with a loop over those experts that have tokens."""
+    return mixtral_model("eager")
 
 
 @register("gpt_neox", "transformer", "hf", "causal", "failure", inputs=IDS, symbolic=False)

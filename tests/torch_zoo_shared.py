@@ -131,7 +131,7 @@ class InplaceResidual(nn.Module):
 
 @register("inplace_view", "extra", inputs=POINTS)
 class InplaceView(nn.Module):
-    """Writes through views: a slice of the units is overwritten, another scaled in place."""
+    """Writes through views: a slice of the units is scaled in place, another overwritten."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,9 +139,9 @@ class InplaceView(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         x = self.fc1(x)
+        x[:, 8:].mul_(-2.0)
         part = x[:, 4:8]
         part.relu_()
-        x[:, 8:].mul_(-2.0)
         return self.fc2(x)
 
 
@@ -149,8 +149,9 @@ class InplaceView(nn.Module):
 def inplace_sequential() -> nn.Module:
     """nn.Sequential with in-place activations and in-place dropout."""
     return nn.Sequential(
-        nn.Conv2d(3, 9, 3), nn.BatchNorm2d(9), nn.ReLU(inplace=True), nn.Dropout2d(0.1, inplace=True),
-        nn.Conv2d(9, 11, 3), nn.Hardswish(inplace=True), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(11, 5),
+        nn.Conv2d(3, 9, 3), nn.BatchNorm2d(9), nn.ReLU(inplace=True),
+        nn.Conv2d(9, 11, 3), nn.Dropout2d(0.1, inplace=True), nn.Hardswish(inplace=True),
+        nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(11, 5),
     )  # fmt: skip
 
 

@@ -1,0 +1,56 @@
+"""What is to be written, read off the name that it gets; checked before the work, not after it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from cipm_ir.errors import OutputError
+
+Form: TypeAlias = Literal["onnx", "exported", "plan"]
+_PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+
+
+def torch_form(path: str | os.PathLike[str]) -> Form:
+    """How a torch program is written under a name: ``.onnx``, ``.pt2``, or a folder with a plan and weights.
+
+    Errors: `OutputError` for another suffix.
+    """
+    text = os.fspath(path)
+    suffix = Path(text).suffix
+    if suffix in (".onnx", ".pt2"):
+        return "onnx" if suffix == ".onnx" else "exported"
+    if not suffix or text.endswith(("/", os.sep)) or os.path.isdir(text):
+        return "plan"
+    raise OutputError(
+        f"{text!r}: a torch program is written as .onnx, as .pt2 (torch.export), or as a folder (plan and weights; "
+        f"a name without suffix), not as {suffix}."
+    )
+
+
+def onnx_form(path: str | os.PathLike[str]) -> Form:
+    """How an ONNX model is written under a name: ``.pt2`` through torch, everything else as ONNX.
+
+    Errors: `OutputError` for the suffixes of torch's weight files.
+    """
+    suffix = Path(path).suffix
+    if suffix in _PICKLES:
+        raise OutputError(
+            f"{os.fspath(path)!r}: an ONNX model is written as .onnx, or as .pt2 (torch.export), not as {suffix}."
+        )
+    return "exported" if suffix == ".pt2" else "onnx"
+
+
+def check_target(path: str | os.PathLike[str], *, folder: bool = False) -> None:
+    """Fail where nothing could be written; ``folder`` says that a folder is meant.
+
+    Errors: `OutputError`.
+    """
+    target = Path(os.path.abspath(path))
+    if target.is_dir() and not folder:
+        raise OutputError(f"{os.fspath(path)!r} is a folder; give the name of a file.")
+    if target.exists() and not target.is_dir() and folder:
+        raise OutputError(f"{os.fspath(path)!r} is a file; a plan is written into a folder.")
+    if not target.parent.is_dir():
+        raise OutputError(f"{os.fspath(path)!r} cannot be written: the folder {str(target.parent)!r} does not exist.")

@@ -1,0 +1,136 @@
+"""What holds a model, and how it is read: files, objects of ONNX and of torch, functions that build a module."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import onnx_ir as ir
+
+from cipm_ir.backends.targets import check_target, onnx_form, torch_form
+from cipm_ir.backends.to_onnx import save_onnx
+from cipm_ir.errors import UnsupportedError
+from cipm_ir.frontends.from_onnx import check_shapes, load_onnx
+from cipm_ir.symmetry.program import Program
+
+Source: TypeAlias = Any
+"""What holds a model: a path to an .onnx or .pt2 file, ``"module:function"``, an `onnx.ModelProto`, an `onnx_ir.Model`,
+an `nn.Module`, a `torch.fx.GraphModule`, a `torch.export.ExportedProgram`, or a program that was loaded before."""
+
+
+@dataclass(frozen=True)
+class OnnxOrigin:
+    """A program that came in as ONNX, and goes out the same way: external data stays external."""
+
+    kind: Literal["path", "proto", "ir"]
+    path: Path | None
+    external: bool
+
+    def write(self, model: ir.Model, path: str) -> None:
+        """Write ``path``, with ``path + ".data"`` where the source had external data or the weights need it.
+
+        A ``.pt2`` is written through torch.
+        """
+        if onnx_form(path) == "exported":
+            torch_module("backends.to_torch_files").write_exported(model, path)
+        else:
+            save_onnx(model, path, source_external=self.external)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """How to read a torch program; see `load`."""
+
+    inputs: Any = None
+    kwargs: Mapping[str, Any] | None = None
+    dynamic_shapes: Any = None
+    method: str = "auto"
+
+
+def read(source: Source, examples: Examples = Examples()) -> Program:
+    """A program of whatever holds a model.
+
+    Errors: `InputError` (no such file, not a model, damaged), `UnsupportedError`.
+    """
+    if isinstance(source, Program):
+        return source
+    if _names_torch(source):
+        files, path = torch_module("frontends.from_torch_files"), os.fspath(source)
+        if path.endswith(".pt2"):
+            source = files.read_exported(path)
+        else:
+            source, args, kwargs = files.build(path)
+            if examples.inputs is None and not examples.kwargs:
+                examples = replace(examples, inputs=args, kwargs=kwargs)
+    if _is_torch(source):
+        capture = torch_module("frontends.from_torch").load_torch(
+            source, examples.inputs, examples.kwargs, examples.dynamic_shapes, examples.method
+        )
+        return Program.of(capture.model, origin=torch_module("backends.to_torch_origin").TorchOrigin(capture))
+    loaded = load_onnx(source)
+    return Program.of(loaded.model, origin=OnnxOrigin(loaded.kind, loaded.path, loaded.external))
+
+
+def read_checked(source: Source, examples: Examples = Examples()) -> Program:
+    """The same, its shapes checked.
+
+    Errors: as `read`; `InputError` for shapes that contradict each other.
+    """
+    program = read(source, examples)
+    if program is not source:
+        check_shapes(program.model)
+    return program
+
+
+def torch_module(module: str) -> Any:
+    """A module of the torch frontend or backend.
+
+    Errors: `UnsupportedError` where torch is not installed.
+    """
+    try:
+        return import_module(f"cipm_ir.{module}")
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in ("torch", "safetensors"):
+            raise
+        raise UnsupportedError(
+            f'Torch programs need {error.name}, which is not installed: pip install "cipm-ir[torch]".'
+        ) from error
+
+
+def _names_torch(source: Source) -> bool:
+    """Whether this is the path of a saved ExportedProgram, or ``module:function``."""
+    if not isinstance(source, str | os.PathLike):
+        return False
+    path = os.fspath(source)
+    return path.endswith(".pt2") or (
+        re.fullmatch(r"(?:[\w.]+|.+\.py):[A-Za-z_]\w*", path) is not None and not os.path.exists(path)
+    )
+
+
+def _is_torch(source: object) -> bool:
+    return any(base.__module__.partition(".")[0] == "torch" for base in type(source).__mro__)
+
+
+def origin_of(program: Program) -> Any:
+    """Where a program came from; one that was made in memory counts as an ONNX model."""
+    return program.origin if program.origin is not None else OnnxOrigin("ir", None, False)
+
+
+def check_output(path: str | os.PathLike[str], source: Source = None) -> None:
+    """Fail before the work, not after it, where the result could not be written, or not under that name.
+
+    Errors: `OutputError`.
+    """
+    if source is None:
+        check_target(path)
+        return
+    if isinstance(source, Program):
+        is_torch = not isinstance(origin_of(source), OnnxOrigin)
+    else:
+        is_torch = _is_torch(source) or _names_torch(source)
+    check_target(path, folder=(torch_form if is_torch else onnx_form)(path) == "plan")

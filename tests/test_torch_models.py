@@ -1,0 +1,133 @@
+"""Every model of the torch zoo: read, acted on, pruned, run, trained, and loaded again."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import cipm_ir
+from cipm_ir.errors import SymmetryError
+from cipm_ir.symmetry.program import Program
+from tests import torch_zoo
+from tests.torch_running import tensors_of
+
+# Where the function of a hidden unit depends on the others, dropping one is not the removal of a unit.
+NOT_TO_HALF = {
+    "mlp_softmax": "softmax over the hidden units",
+    "mlp_log_softmax": "softmax over the hidden units",
+    "mlp_softmin": "softmax over the hidden units",
+}
+NO_SPACES: dict[str, str] = {}
+NAMES = torch_zoo.names()
+
+
+@functools.cache
+def case(name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The module and its inputs, built once; nothing may change them."""
+    found = torch_zoo.case(name)
+    return found.build(), *found.inputs()
+
+
+@functools.cache
+def program(name: str) -> Program:
+    module, args, kwargs = case(name)
+    return cipm_ir.load(module, args, kwargs)
+
+
+def acted(source: Program, seed: int = 1) -> Program:
+    rng = np.random.default_rng(seed)
+    return source.act({space: space.random(rng) for space in source.spaces})
+
+
+def change(source: Program, other: Program) -> float:
+    """The largest relative change of an output, over the example inputs and random ones."""
+    compare: Any = source.origin.compare  # type: ignore[union-attr]
+    found = compare(source.emit(), other.emit())
+    assert found.verified, found.reason
+    return float(found.max_rel)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_random_element_of_the_full_group_changes_nothing(name: str) -> None:
+    source = program(name)
+    assert bool(source.spaces) != (name in NO_SPACES)
+    assert change(source, acted(source)) <= 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_float64_it_is_exact_up_to_rounding(name: str) -> None:
+    module, args, kwargs = copy.deepcopy(case(name))
+    module, args, kwargs = module.double(), _double(args), _double(kwargs)
+    source = cipm_ir.load(module, args, kwargs)
+    assert [s.size for s in source.spaces] == [s.size for s in program(name).spaces]
+    assert change(source, acted(source, seed=2)) <= 1e-10
+
+
+def _double(value: Any) -> Any:
+    return torch.utils._pytree.tree_map(
+        lambda x: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x, value
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_half_of_the_macs_can_go(name: str) -> None:
+    module, args, kwargs = case(name)
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    source = program(name)
+    if name in NOT_TO_HALF:
+        with pytest.raises(SymmetryError, match="cannot come down"):
+            cipm_ir.optimize(source, ["prune{macs=0.5}"])
+        return
+    result = cipm_ir.optimize(source, ["prune{macs=0.5}"])
+    assert result.report.after.macs <= 0.5 * result.report.before.macs * (1 + 1e-9)
+    with torch.no_grad():
+        wanted, got = tensors_of(module(*args, **kwargs)), tensors_of(result.model(*args, **kwargs))
+    assert [a.shape for a in wanted] == [a.shape for a in got]
+    assert all(np.isfinite(a).all() for a in got if a.dtype.kind == "f")
+    _trains(module, result.model, args, kwargs)
+    _loads_again(source, result, args, kwargs)
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items()), "the caller's module was changed"
+
+
+def _trains(module: Any, small: Any, args: Any, kwargs: Any) -> None:
+    """One training step: finite loss, a gradient for each parameter that has one in the original."""
+    with_gradient = {}
+    for key, one in (("original", copy.deepcopy(module)), ("small", copy.deepcopy(small))):
+        one.train(module.training)
+        outputs = [x for x in torch.utils._pytree.tree_leaves(one(*args, **kwargs)) if isinstance(x, torch.Tensor)]
+        loss = sum(x.float().square().mean() for x in outputs if x.is_floating_point())
+        assert torch.isfinite(loss)
+        loss.backward()
+        with_gradient[key] = {n for n, p in one.named_parameters() if p.grad is not None}
+        assert all(torch.isfinite(p.grad).all() for p in one.parameters() if p.grad is not None)
+        torch.optim.SGD(one.parameters(), lr=1e-3).step()
+    assert with_gradient["small"] == with_gradient["original"] & {n for n, _ in small.named_parameters()}
+    assert with_gradient["small"]
+
+
+def _loads_again(source: Program, result: Any, args: Any, kwargs: Any) -> None:
+    other = copy.deepcopy(result.model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.zero_()
+        other.load_state_dict(result.model.state_dict())
+        wanted, got = tensors_of(result.model(*args, **kwargs)), tensors_of(other(*args, **kwargs))
+    assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(wanted, got, strict=True))
+    assert set(result.model.state_dict()) <= set(source.origin.capture.source.state_dict())  # type: ignore[union-attr]
+
+
+def test_control_a_wrong_element_is_seen() -> None:
+    """Acting on one tensor less changes the output: the comparison above can fail."""
+    source = program("mlp_relu")
+    other = acted(source)
+    name = next(iter(source.origin.capture.parameters))  # type: ignore[union-attr]
+    model = other.emit()
+    model.graph.initializers[name].const_value = source.emit().graph.initializers[name].const_value
+    found = source.origin.compare(source.emit(), model)  # type: ignore[union-attr]
+    assert not found.ok and found.max_rel > 1e-3
