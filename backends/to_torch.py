@@ -112,9 +112,10 @@ def _same_class(
         attributes = known or standard(module, _held(capture, state.model))
         attributes = {p: {**attributes.get(p, {}), **extra.get(p, {})} for p in {*attributes, *extra}}
         apply_attributes(module, attributes)
-        reason = _differs(capture, module, written.module)
-        if not reason:
+        why = _differs(capture, module, written.module)
+        if not why:
             return module, attributes, ""
+        reason = reason or why
     return None, {}, reason
 
 

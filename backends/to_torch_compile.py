@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from cipm_ir.backends.to_torch import emit_graph
 from cipm_ir.backends.to_torch_origin import TorchOrigin
-from cipm_ir.errors import CipmError
+from cipm_ir.errors import CipmError, OptionError
 from cipm_ir.ir.capture import Capture
 from cipm_ir.symmetry.program import Program
 
@@ -129,9 +129,14 @@ def backend(rewrite: Rewrite, then: Any, load: Callable[[Any], Capture], verify:
         load: reads a GraphModule.
         verify: compare the rewritten graph with the one that came.
 
-    Errors: those of `torch._dynamo.lookup_backend` for a name that torch does not know.
+    Errors: `OptionError` for a backend that torch does not know.
     """
-    return Backend(rewrite, torch._dynamo.lookup_backend(then), load, verify)  # type: ignore[no-untyped-call]
+    try:
+        known = torch._dynamo.lookup_backend(then)
+    except torch._dynamo.exc.InvalidBackend as error:
+        names = ", ".join(torch._dynamo.list_backends())
+        raise OptionError(f"torch knows no backend {then!r}; there are {names}.") from error
+    return Backend(rewrite, known, load, verify)
 
 
 # ---------------------------------------------------------------- weights

@@ -195,7 +195,11 @@ class Emitter(Facts):
             return
         entries = size_entries(self, node)
         if entries is not None:
-            self.sizes[_name(node.outputs[0])] = entries
+            name = _name(node.outputs[0])
+            if any(isinstance(n, fx.Node) for n in entries.ravel()):
+                self.sizes[name] = entries
+            else:
+                self._folded[name] = np.array(entries.tolist(), bool if node.op_type == "Equal" else np.int64)
             return
         entry = _TABLE.get(("" if node.domain == "ai.onnx" else node.domain, node.op_type))
         if entry is None:

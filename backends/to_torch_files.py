@@ -39,8 +39,8 @@ _SIZES = ((2, 8), (2, 32), (2, 224), (1, 8), (1, 32), (1, 224))
 def write(capture: Capture, emitted: Emitted, path: str) -> None:
     """Write an emitted program, whole or not at all; its name says how (`torch_form`).
 
-    Errors: `OutputError`, `UnsupportedError` (a plan of what is not a module of the caller's class, a program that torch
-        cannot export).
+    Errors: `OutputError`, `UnsupportedError` (a plan of what is not a module of the caller's class, a program that
+        torch cannot export).
     """
     form = torch_form(path)
     check_target(path, folder=form == "plan")

@@ -190,8 +190,7 @@ class _Writer:
     def _write(self, node: fx.Node) -> None:
         made, after = self.capture.results[node.name], self.slices.after
         self.changed[node.name] = self.differences[node.name]
-        missing = [name for name in made.own if name not in after]
-        if len(missing) == len(made.own):
+        if not any(name in after for name in made.own):
             raise UnsupportedError(f"The value of torch node {node.name!r} is needed, but no longer computed.")
         new = {name: self.emitter.value(after[name]) for name in made.own if name in after}
         for part in new.values():

@@ -135,7 +135,7 @@ def _positions(node: ir.Node, size: int, target: int, scale: float, where: str, 
     if where not in ("half_pixel", "asymmetric", "align_corners", "pytorch_half_pixel", "half_pixel_symmetric"):
         raise refuse(node, f"{where} is not written; crop with Slice and resize then")
     source = _source(np.arange(target), size, target, scale, where)
-    return np.clip(_rounded(source, rounding), 0, size - 1).astype(np.int64)
+    return np.asarray(np.clip(_rounded(source, rounding), 0, size - 1), np.int64)
 
 
 def _source(x: np.ndarray, size: int, target: int, factor: float, where: str) -> np.ndarray:
@@ -144,7 +144,7 @@ def _source(x: np.ndarray, size: int, target: int, factor: float, where: str) ->
     if where == "asymmetric":
         return np.asarray(x / scale)
     if where == "align_corners":
-        return np.asarray(x * (size - 1) / max(target - 1, 1))
+        return np.asarray(x * (size - 1) / max(target - 1, 1), np.float32)
     if where == "pytorch_half_pixel" and target <= 1:
         return np.zeros(len(x))
     centred: np.ndarray = np.asarray((x + 0.5) / scale - 0.5)

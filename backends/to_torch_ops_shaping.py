@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import onnx_ir as ir
 import torch
@@ -76,11 +77,19 @@ def _expand(e: Emitter, node: ir.Node) -> fx.Node:
     e.rank(node, x)
     assert own is not None
     width = max(len(own), len(target))
+    data = e.value(x)
+    # The input's own size, asked for and given back, keeps the axis.
+    own_size = [n.args == (data, k + len(own) - len(target)) if _asks_size(n) else False for k, n in enumerate(target)]
+    target = [1 if same else n for n, same in zip(target, own_size, strict=True)]
     sizes = [_expanded(own, target, k - width) for k in range(width)]
     if None not in sizes:
-        return e.method("expand", e.value(x), sizes)
-    both = e.call(torch.broadcast_shapes, e.call(getattr, e.value(x), "shape"), target)
-    return e.method("expand", e.value(x), both)
+        return e.method("expand", data, sizes)
+    both = e.call(torch.broadcast_shapes, e.call(getattr, data, "shape"), target)
+    return e.method("expand", data, both)
+
+
+def _asks_size(n: Int) -> TypeGuard[fx.Node]:
+    return isinstance(n, fx.Node) and n.op == "call_method" and n.target == "size"
 
 
 def _expanded(own: Sequence[int | None], target: Sequence[Int], k: int) -> Int | None:

@@ -49,12 +49,15 @@ class Slices:
     def difference(self, names: Iterable[str]) -> Difference:
         """Of the node that computes the values with these names."""
         found = Difference()
-        for name in names:
-            old, new = self.before[name], self.after.get(name)
+        live = [name for name in names if name in self.before]  # what nothing reads was not captured
+        if not any(name in self.after for name in live):
+            return found  # nothing in the IR reads it any more: whoever needs it in torch gets it as it was
+        for name in live:
+            new = self.after.get(name)
             if new is None:
                 found.same = False
             else:
-                self._compare(old, new, found)
+                self._compare(self.before[name], new, found)
         return found
 
     def boundary(self, names: Iterable[str]) -> set[str]:

@@ -78,13 +78,14 @@ def inspect(
     ] = None,
 ) -> None:
     """Show the annotated graph: which axes move with which space of hidden units, and by which group."""
-    from cipm_ir.api import check_output, load
+    from cipm_ir.api import load
+    from cipm_ir.sources import check_output, save_annotated
 
     if annotate is not None:
         check_output(annotate)
     program = load(model)
     if annotate is not None:
-        program.save(annotate, annotate=True)
+        save_annotated(program, annotate)
     if as_json:
         print(json.dumps(_described(program), indent=2))
     elif spaces:
@@ -118,11 +119,12 @@ def optimize(
 ) -> None:
     """Run passes, check after each that the model still computes what it should, and write the result."""
     from cipm_ir import api
+    from cipm_ir.sources import check_output
 
     if output is not None:
-        api.check_output(output, model)
+        check_output(output, model)
     if report is not None:
-        api.check_output(report)
+        check_output(report)
     with _progress(quiet) as progress:
         result = api.optimize(
             model,

@@ -134,3 +134,14 @@ def check_output(path: str | os.PathLike[str], source: Source = None) -> None:
     else:
         is_torch = _is_torch(source) or _names_torch(source)
     check_target(path, folder=(torch_form if is_torch else onnx_form)(path) == "plan")
+
+
+def save_annotated(program: Program, path: str) -> None:
+    """Write a program with its groups in the metadata, as ONNX: for a torch program the graph that it was lowered to.
+
+    Errors: `OutputError`.
+    """
+    if isinstance(origin_of(program), OnnxOrigin):
+        program.save(path, annotate=True)
+    else:
+        save_onnx(program.emit(annotate=True), path)

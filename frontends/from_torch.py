@@ -5,6 +5,7 @@ Every torch node becomes ONNX nodes by the table (`from_torch_table`), or an opa
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from inspect import BoundArguments
 from typing import Any
@@ -96,13 +97,15 @@ class _Lowerer:
         self.overlaps: dict[int, str] = {}
         self.inputs: dict[str, Any] = {}
         self.placeholders: dict[str, Any] = {}
-        self.aliases: dict[fx.Node, int] = {}
+        self.aliases: dict[fx.Node, Any] = {}
         self.position = {node: k for k, node in enumerate(traced.graph.nodes)}
 
     def run(self) -> Capture:
         """Lower every node; the graph's outputs are the tensors that the program returns or writes back."""
         for node in self.traced.graph.nodes:
             self._visit(node)
+        _remove_dead(self.graph)
+        self.parameters = {k: v for k, v in self.parameters.items() if v in self.graph.initializers}
         model = ir.Model(self.graph, ir_version=11, producer_name="cipm-ir")
         return Capture(
             self.kind, self.source, self.traced.graph, self.traced.root, self.traced.exported, self.traced.method,
@@ -145,10 +148,31 @@ class _Lowerer:
         if node.op == "call_module":
             assert self.traced.root is not None
             return self._call_module(self.traced.root.get_submodule(str(node.target)), str(node.target), args, kwargs)
+        if bare_name(node.target)[0] == "wrap_with_set_grad_enabled":
+            return self._inlined(node.name, args[1], args[2:])
         entry = function_entry(node.target)
         if entry is None:
             raise Refused("no rule for this operation")
         return self._call(entry, bind(entry, args, kwargs))
+
+    def _inlined(self, name: str, inner: fx.GraphModule, operands: tuple[Any, ...]) -> Any:
+        """What a nested graph computes; all its nodes must be known."""
+        b, env, given = self.lowering, dict[fx.Node, Any](), iter(operands)
+        out = b.out
+        for node in inner.graph.nodes:
+            args = fx.node.map_arg(node.args, env.__getitem__)
+            kwargs = fx.node.map_arg(node.kwargs, env.__getitem__)
+            if node.op == "placeholder":
+                env[node] = next(given)
+            elif node.op == "output":
+                b.name, b.out = name, out
+                return args[0]
+            elif node.op == "call_function" and not writes_in_place(node.target, dict(node.kwargs)):
+                b.name, b.out = f"{name}/{node.name}", node.meta.get("val")
+                env[node] = self._lowered(node, args, kwargs)
+            else:
+                raise Refused(f"a nested graph with {node.op} {node.target}")
+        raise Refused("a nested graph without a result")
 
     def _call_module(self, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         entry = module_entry(type(module))
@@ -276,6 +300,11 @@ class _Lowerer:
         source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
         entry = function_entry(node.target) if node.op in ("call_function", "call_method") else None
         handed = isinstance(made, Tensor) and made.value.name not in own
+        if source is not None and node.target is operator.getitem and isinstance(self.env[source], tuple | list):
+            whole = function_entry(source.target) if source.op in ("call_function", "call_method") else None
+            if whole is not None and not whole.view:  # results of their own
+                self.aliases[node] = (self.aliases[source], node.args[1])
+                return
         if source is not None and source in self.aliases and (writes or handed or entry is None or entry.view):
             self.aliases[node] = self.aliases[source]
         else:
@@ -312,6 +341,8 @@ class _Lowerer:
         return made
 
     def _attribute(self, path: str) -> Any:
+        if path not in self.state and self.traced.exported is not None:
+            return getattr(self.traced.exported.graph_module, path, None)
         found = self.state.get(path)
         return self._parameter(path) if isinstance(found, torch.Tensor) else found
 
@@ -375,6 +406,16 @@ def _state(traced: Traced) -> dict[str, Any]:
             owner, _, leaf = str(node.target).rpartition(".")
             state[str(node.target)] = getattr(root.get_submodule(owner), leaf)
     return state
+
+
+def _remove_dead(graph: ir.Graph) -> None:
+    """Drop nodes that nothing reads: they would tie what they touch. Opaque nodes stay."""
+    for node in reversed(list(graph)):
+        if node.domain != OPAQUE and not any(v.uses() or v.is_graph_output() for v in node.outputs):
+            graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del graph.initializers[name]
 
 
 def _check_readable(path: str, tensor: torch.Tensor) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx import _pytree as fx_pytree
 from torch.utils import _pytree as pytree
 
 from cipm_ir.errors import InputError, UnsupportedError
@@ -173,7 +175,16 @@ def dynamic_axes(dynamic: Any, arguments: Mapping[str, Any]) -> dict[str, set[in
 
 
 def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any) -> Traced:
-    program = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic, strict=False)
+    try:
+        program = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic, strict=False)
+    except RuntimeError as error:
+        transformers = sys.modules.get("transformers")
+        if "transformers.cache_utils" not in str(error) or transformers is None:
+            raise
+        from transformers.integrations import executorch  # its caches are structures of tensors only once it says so
+
+        executorch.register_dynamic_cache_export_support()
+        program = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic, strict=False)
     traced = from_exported(program)
     traced.method = "export"
     return traced
@@ -181,7 +192,9 @@ def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dy
 
 def _flat_inputs(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Placeholder name to value."""
-    flat = module.graph.process_inputs(*args, **kwargs) if _is_pytree(module.graph) else None
+    flat = None
+    if _is_pytree(module.graph):
+        flat = fx_pytree.tree_flatten_spec((args, kwargs), module.graph._codegen.pytree_info.in_spec)
     nodes = [n for n in module.graph.nodes if n.op == "placeholder"]
     if flat is not None:
         return {n.name: v for n, v in zip(nodes, flat, strict=True)}

@@ -206,3 +206,19 @@ def addcmul(b: Lowering, input: Tensor, tensor1: Tensor, tensor2: Tensor, value:
 @lowers("atan2", "logaddexp")
 def pairwise(b: Lowering, input: Tensor, other: Tensor) -> Tensor:
     raise Refused("no ONNX operator")
+
+
+@lowers("diff")
+def diff(
+    b: Lowering, input: Tensor, n: int = 1, dim: int = -1, prepend: Tensor | None = None, append: Tensor | None = None
+) -> Tensor:
+    """Each entry less the one before it, ``n`` times."""
+    axis = b.axis(input, dim)
+    parts = [x for x in (prepend, input, append) if x is not None]
+    x = parts[0] if len(parts) == 1 else b.op("Concat", *(b.tensor(p, b.dtype) for p in parts), axis=axis)
+    for _ in range(int(n)):
+        later = b.op("Slice", x, b.ints([1]), b.ints([2**62]), b.ints([axis]))
+        earlier = b.op("Slice", x, b.ints([0]), b.ints([-1]), b.ints([axis]))
+        x = b.op("Sub", later, earlier)
+    x.shape = b.shape
+    return x

@@ -10,7 +10,7 @@ import torch
 
 from cipm_ir.frontends.from_torch_ops_shaping import flat_sizes, shape_value
 from cipm_ir.frontends.from_torch_table import lowers
-from cipm_ir.frontends.from_torch_values import Lowering, Number, Operand, Refused, Tensor, known
+from cipm_ir.frontends.from_torch_values import Lowering, Number, Operand, Refused, Tensor
 
 LIMIT = 1 << 24
 """Largest constant that is written into the graph."""
@@ -20,11 +20,11 @@ LIMIT = 1 << 24
 def written(b: Lowering, make: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """A constant that torch computes from Python numbers."""
     for x in (*args, *kwargs.values()):
-        if isinstance(x, Tensor):
-            raise Refused("a constant that depends on data")
+        if isinstance(x, Tensor | Number):
+            raise Refused("a constant that depends on data or on sizes")
     if None in b.shape or int(np.prod([d or 0 for d in b.shape])) > LIMIT:
         raise Refused("a constant of dynamic size, or a very large one")
-    made = make(*(known(x) for x in args), **{k: known(v) for k, v in kwargs.items()})
+    made = make(*args, **kwargs)
     if made.dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
         made = made.float()
     return b.const(made.numpy(), b.dtype)
@@ -39,9 +39,39 @@ def _made(name: str, make: Callable[..., torch.Tensor]) -> None:
         return written(b, make, *args, dtype=b.dtype, **kwargs)
 
 
-for _name in ("linspace", "logspace", "eye", "tril_indices", "triu_indices", "hann_window", "hamming_window",
+for _name in ("logspace", "tril_indices", "triu_indices", "hann_window", "hamming_window",
               "blackman_window", "bartlett_window"):  # fmt: skip
     _made(_name, getattr(torch, _name))
+
+
+@lowers("eye")
+def eye(b: Lowering, n: Any, m: Any = None, **options: Any) -> Tensor:
+    """A constant, or of sizes that come from the graph."""
+    sizes = [n, n if m is None else m]
+    if not any(isinstance(x, Number) for x in sizes):
+        return written(b, torch.eye, *sizes, dtype=b.dtype)
+    rows, columns = (_counted(b, x) for x in sizes)
+    same = b.op("Equal", b.op("Unsqueeze", rows, b.ints([1])), columns, shape=b.shape, dtype=torch.bool)
+    return b.cast(same, b.dtype)
+
+
+def _counted(b: Lowering, count: Any) -> Tensor:
+    """0, 1, ... up to a count that comes from sizes."""
+    bounds = [b.tensor(x, torch.int64) for x in (0, count, 1)]
+    return b.op("Range", *bounds, shape=(count.hint if isinstance(count, Number) else count,))
+
+
+@lowers("linspace")
+def linspace(b: Lowering, start: Any, end: Any, steps: Any, **options: Any) -> Tensor:
+    """A constant, or where it comes from sizes: start + i (end - start) / max(steps - 1, 1)."""
+    if not any(isinstance(x, Number | Tensor) for x in (start, end, steps)):
+        return written(b, torch.linspace, start, end, steps, dtype=b.dtype)
+    if b.dtype not in (torch.float32, torch.float64):
+        raise Refused("steps that are rounded")
+    first, last, count = b.tensor(start, b.dtype), b.tensor(end, b.dtype), b.tensor(steps, torch.int64)
+    gaps = b.op("Max", b.op("Sub", count, 1, shape=()), 1, shape=())
+    step = b.op("Div", b.op("Sub", last, first, shape=()), b.cast(gaps, b.dtype), shape=())
+    return b.op("Add", first, b.op("Mul", b.cast(_counted(b, steps), b.dtype), step, shape=b.shape), shape=b.shape)
 
 
 @lowers("arange")

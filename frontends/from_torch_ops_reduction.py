@@ -51,7 +51,13 @@ def reduced(b: Lowering, op_type: str, x: Tensor, axes: Sequence[int], keepdim: 
 
 def _options(dim: Any, keepdim: Any, names: dict[str, Any]) -> tuple[Any, bool]:
     """`dim` and `keepdim`, also under numpy's names."""
+    _check_out(names)
     return names.get("axis", dim), bool(names.get("keepdims", keepdim))
+
+
+def _check_out(names: dict[str, Any]) -> None:
+    if names.get("out") is not None:
+        raise Refused("it writes to a tensor that is given (out=)")
 
 
 def _reduction(op_type: str, *names: str) -> None:
@@ -101,6 +107,7 @@ def _extremum(kind: str) -> None:
     @lowers(kind.lower())
     def entry(b: Lowering, input: Tensor, dim: Any = None, keepdim: Any = False, **other: Any) -> Any:
         """Three forms: of all entries, along an axis with positions, of two tensors."""
+        _check_out(other)
         second = other.get("other", dim)
         if isinstance(second, Tensor):
             return b.op(kind, b.cast(input, b.dtype), b.cast(second, b.dtype), shape=b.shape)
@@ -210,6 +217,7 @@ def _moments(b: Lowering, x: Tensor, dim: Any, keepdim: bool, correction: Any) -
 
 def _spread(b: Lowering, input: Tensor, args: tuple[Any, ...], names: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Arguments of var, std and their kin: (unbiased), or (dim, unbiased, keepdim), or by name."""
+    _check_out(names)
     dim, unbiased, keepdim = names.get("dim", names.get("axis")), names.get("unbiased", True), False
     if len(args) == 1 and isinstance(args[0], bool):
         unbiased = args[0]
@@ -273,6 +281,7 @@ def norm_over(b: Lowering, x: Tensor, p: Any, axes: Sequence[int], keepdim: bool
 
 @lowers("norm")
 def norm(b: Lowering, input: Tensor, p: Any = "fro", dim: Any = None, keepdim: Any = False, **other: Any) -> Tensor:
+    _check_out(other)
     x = b.cast(input, b.dtype)
     return norm_over(b, x, p, b.axes(x, dim), bool(keepdim))
 
@@ -311,7 +320,8 @@ def _implicit_axis(x: Tensor) -> int:
     return 0 if x.rank in (0, 1, 3) else 1
 
 
-def _soft(b: Lowering, op_type: str, input: Tensor, dim: Any) -> Tensor:
+def _soft(b: Lowering, op_type: str, input: Tensor, dim: Any, names: dict[str, Any] | None = None) -> Tensor:
+    _check_out(names or {})
     x = b.cast(input, b.dtype)
     if not x.rank:
         raise Refused("softmax of a single number")
@@ -321,17 +331,17 @@ def _soft(b: Lowering, op_type: str, input: Tensor, dim: Any) -> Tensor:
 
 @lowers("softmax", "_softmax", "_safe_softmax", modules=(nn.Softmax,))
 def softmax(b: Lowering, input: Tensor, dim: Any = None, *rest: Any, **other: Any) -> Tensor:
-    return _soft(b, "Softmax", input, dim)
+    return _soft(b, "Softmax", input, dim, other)
 
 
 @lowers("log_softmax", "_log_softmax", modules=(nn.LogSoftmax,))
 def log_softmax(b: Lowering, input: Tensor, dim: Any = None, *rest: Any, **other: Any) -> Tensor:
-    return _soft(b, "LogSoftmax", input, dim)
+    return _soft(b, "LogSoftmax", input, dim, other)
 
 
 @lowers("softmin", modules=(nn.Softmin,))
 def softmin(b: Lowering, input: Tensor, dim: Any = None, *rest: Any, **other: Any) -> Tensor:
-    return _soft(b, "Softmax", b.op("Neg", b.cast(input, b.dtype), shape=input.shape), dim)
+    return _soft(b, "Softmax", b.op("Neg", b.cast(input, b.dtype), shape=input.shape), dim, other)
 
 
 @lowers(modules=(nn.Softmax2d,))

@@ -101,7 +101,8 @@ def unflatten(b: Lowering, input: Tensor, dim: int, sizes: Any) -> Tensor:
 
 @lowers(modules=(nn.Unflatten,))
 def unflatten_module(b: Lowering, input: Tensor, dim: int, unflattened_size: Any) -> Tensor:
-    return unflatten(b, input, dim, unflattened_size)
+    made: Tensor = unflatten(b, input, dim, unflattened_size)
+    return made
 
 
 @lowers("ravel", view=True)
@@ -200,7 +201,8 @@ def expand(b: Lowering, input: Tensor, *sizes: Any, size: Any = None, implicit: 
 
 @lowers("broadcast_to", view=True)
 def broadcast_to(b: Lowering, input: Tensor, *size: Any, shape: Any = None) -> Tensor:
-    return expand(b, input, *(size or (shape,)))
+    made: Tensor = expand(b, input, *(size or (shape,)))
+    return made
 
 
 @lowers("expand_as", view=True)
@@ -238,7 +240,7 @@ def repeat_interleave(
     axis = b.axis(input, dim)
     column = with_axes(b, input, [axis + 1])
     sizes = [*[1] * (axis + 1), repeats, *[1] * (input.rank - axis - 1)]
-    dims = with_size(column.dims, axis + 1, repeats.hint if isinstance(repeats, Number) else repeats)
+    dims = with_size(column.dims, axis + 1, int(repeats.known()) if isinstance(repeats, Number) else repeats)
     column = b.op("Expand", column, b.ints(sizes), shape=dims)
     return resized(b, column, [-1], axis, shape_from(b, input, axis + 1))
 
@@ -392,11 +394,6 @@ def tensor_split(
 @lowers("unbind", view=True)
 def unbind(b: Lowering, input: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
     axis, shapes = b.axis(input, dim), [static_shape(o) for o in b.out]
-    thin = [with_axes_shape(s, axis) for s in shapes]
+    thin = [(*s[:axis], 1, *s[axis:]) for s in shapes]
     parts = [input] if len(shapes) == 1 else b.multi("Split", [input], thin, axis=axis, num_outputs=len(shapes))
     return tuple(b.op("Squeeze", x, b.ints([axis]), shape=s) for x, s in zip(parts, shapes, strict=True))
-
-
-def with_axes_shape(shape: Dims, axis: int) -> Dims:
-    """A shape with a new axis of size one."""
-    return (*shape[:axis], 1, *shape[axis:])

@@ -31,7 +31,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(8, 48)
         self.o = nn.Linear(16, 8)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         y, n, t = self.qkv(x), x.size(0), x.size(1)
         if self.how == "unbind":
             parts = y.reshape(n, t, 3, 4, 4).permute(2, 0, 3, 1, 4).unbind(0)
@@ -55,7 +55,7 @@ class Grouped(nn.Module):
         self.interleave = interleave
         self.q, self.k, self.v, self.o = nn.Linear(8, 16), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(16, 8)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         n, t = x.size(0), x.size(1)
         q = self.q(x).view(n, t, 4, 4).transpose(1, 2)
         k, v = (layer(x).view(n, t, 2, 4).transpose(1, 2) for layer in (self.k, self.v))
@@ -74,7 +74,7 @@ class Between(nn.Module):
         self.first, self.between, self.last = nn.Conv2d(3, 8, 1), between, nn.Conv2d(8, 4, 1)
         self.gain = nn.Parameter(torch.linspace(0.5, 1.5, 8).reshape(1, 8, 1, 1))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         return self.last(self.between(self, F.relu(self.first(x))))
 
 
@@ -86,7 +86,7 @@ class Token(nn.Module):
         self.token, self.places = nn.Parameter(torch.ones(1, 1, 6)), nn.Embedding(9, 6)
         self.patches, self.last = nn.Conv2d(3, 6, 2, 2), nn.Linear(6, 4)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         y = self.patches(x).flatten(2).transpose(1, 2)
         y = torch.cat([self.token.expand(x.size(0), -1, -1), y], 1)
         return self.last((y + self.places(torch.arange(y.size(1), device=x.device)))[:, 0])
@@ -103,7 +103,7 @@ class Gated(nn.Module):
         super().__init__()
         self.up, self.halves, self.down = nn.Linear(8, 16), halves, nn.Linear(8, 4)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         return self.down(_pair(self.halves(self.up(x))))
 
 
@@ -114,7 +114,7 @@ class Flat(nn.Module):
         super().__init__()
         self.conv, self.flat, self.last = nn.Conv2d(3, 8, 2, 2), flat, nn.Linear(48, 5)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         return self.last(self.flat(F.relu(self.conv(x))))
 
 

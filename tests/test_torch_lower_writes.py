@@ -48,6 +48,7 @@ def _several(m: Any, x: torch.Tensor) -> torch.Tensor:
 PARTS: dict[str, Function] = {"column": _column, "rows": _rows, "mask": _masked, "several": _several}
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 @pytest.mark.parametrize("name", PARTS)
 def test_writes_of_functional_programs(name: str) -> None:
     """Decompositions turn writes through views into slice_scatter, select_scatter and index_put."""

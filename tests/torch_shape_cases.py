@@ -77,7 +77,8 @@ VIEWS: dict[str, Function] = {
     "squeeze dims": lambda m, x: x[:, :1, :, :1].squeeze((1, 2)),
     "squeeze nothing": lambda m, x: x.squeeze(1) * 2,
     "unsqueeze": lambda m, x: x.unsqueeze(1).unsqueeze(-1),
-    "atleast": lambda m, x: (torch.atleast_2d(x[0, 0, 0]), torch.atleast_3d(x[0, 0]), torch.atleast_1d(x[0, 0, 0, 0])),
+    "atleast": lambda m, x: [f(x[0, 0, 0]) for f in (torch.atleast_1d, torch.atleast_2d, torch.atleast_3d)],  # type: ignore[no-untyped-call]
+    "atleast of a number": lambda m, x: [f(x[0, 0, 0, 0]) for f in (torch.atleast_1d, torch.atleast_2d)],  # type: ignore[no-untyped-call]
     "heads": lambda m, x: x.reshape(2, 3, 2, 2, 5).permute(0, 2, 3, 1, 4).flatten(2).unflatten(1, (1, -1)),
 }
 
@@ -110,7 +111,7 @@ SIZES: dict[str, Function] = {
 
 JOINS: dict[str, Function] = {
     "cat": lambda m, x: torch.cat([x, x * 2], 1),
-    "cat axis": lambda m, x: torch.concat((x, x), axis=-1),
+    "cat axis": lambda m, x: torch.concat((x, x), axis=-1),  # type: ignore[call-arg]
     "cat types": lambda m, x: torch.cat([x[0, 0, 0], m.places]),
     "cat one": lambda m, x: torch.cat([x]),
     "cat of nothing": lambda m, x: torch.cat([x.new_zeros(0), x], 2),
@@ -234,6 +235,9 @@ MADE: dict[str, Function] = {
     "scalar_tensor": lambda m, x: x * torch.scalar_tensor(2.5),
     "eye": lambda m, x: x[..., :4] * torch.eye(4, device=x.device),
     "linspace": lambda m, x: x * torch.linspace(0, 1, 5, device=x.device),
+    "eye size": lambda m, x: x @ torch.eye(x.size(3), 4, device=x.device),
+    "linspace size": lambda m, x: x * torch.linspace(-1, x.size(1), x.size(3), device=x.device),
+    "linspace of one": lambda m, x: x * torch.linspace(2, 3, x[:, :1].size(1), device=x.device),
     "triu_indices": lambda m, x: x[0, 0][torch.triu_indices(4, 5, 1, device=x.device).unbind(0)],
     "meshgrid": lambda m, x: torch.meshgrid(x[0, 0, 0], x[0, 1, :, 0], indexing="ij"),
     "meshgrid xy": lambda m, x: torch.meshgrid([x[0, 0, 0], x[0, 1, :, 0]], indexing="xy"),

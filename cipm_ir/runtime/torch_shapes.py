@@ -104,8 +104,8 @@ class _Run:
         if node.op == "get_attr":
             value = operator.attrgetter(str(node.target))(self.root)
             return self._tensor(value) if isinstance(value, torch.Tensor) else value
-        args = fx.node.map_arg(node.args, self.values.__getitem__)
-        kwargs = fx.node.map_arg(node.kwargs, self.values.__getitem__)
+        args = _off_device(fx.node.map_arg(node.args, self.values.__getitem__))
+        kwargs = _off_device(fx.node.map_arg(node.kwargs, self.values.__getitem__))
         if node.op == "output":
             return args[0]
         key = self._key(node, args, kwargs)
@@ -154,6 +154,18 @@ class _Run:
         if type(value) is dict:
             return {k: self._every(function, v) for k, v in value.items()}
         return value
+
+
+def _off_device(value: Any) -> Any:
+    """Arguments in which every device is the meta device."""
+    if isinstance(value, torch.device):
+        return torch.device("meta")
+    if isinstance(value, tuple | list):
+        return type(value)(_off_device(v) for v in value) if type(value) in (tuple, list) else (
+            [_off_device(v) for v in value] if isinstance(value, list) else tuple(_off_device(v) for v in value))  # fmt: skip
+    if isinstance(value, Mapping):
+        return {k: torch.device("meta") if k == "device" and v is not None else _off_device(v) for k, v in value.items()}
+    return value
 
 
 def _frozen(value: Any) -> Any:
