@@ -7,6 +7,7 @@ those that were frozen; where they are not, the graph runs as dynamo gave it, wi
 
 from __future__ import annotations
 
+import re
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -175,10 +176,11 @@ def _with_constants(gm: fx.GraphModule, constants: Mapping[fx.Node, torch.Tensor
     """The graph with some of its inputs as attributes."""
     graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
     held: dict[str, Any] = {}
+    paths = dict(zip(constants, _paths([str(node.target) for node in constants]), strict=True))
     for node in gm.graph.nodes:
         if node in constants:
-            held[str(node.target)] = constants[node]
-            env[node] = graph.create_node("get_attr", str(node.target), name=node.name)
+            held[paths[node]] = constants[node]
+            env[node] = graph.create_node("get_attr", paths[node], name=node.name)
             env[node].meta = {k: v for k, v in node.meta.items() if k in ("example_value", "val")}
             continue
         if node.op in ("get_attr", "call_module"):
@@ -186,6 +188,19 @@ def _with_constants(gm: fx.GraphModule, constants: Mapping[fx.Node, torch.Tensor
             held[str(node.target)] = getattr(gm.get_submodule(owner), leaf)
         env[node] = graph.node_copy(node, env.__getitem__)
     return fx.GraphModule(held, graph)
+
+
+def _paths(targets: Sequence[str]) -> list[str]:
+    """Dotted paths from dynamo's names; ``L_self_modules_fc_parameters_weight_`` is ``L_self.fc.weight``.
+
+    A path has a folder of its own layer, in which a pass may put what it adds: ``L_self.fc.bias``.
+    """
+    paths = [re.sub(r"_(?:modules|parameters|buffers)_", ".", target).strip("_") for target in targets]
+    folders = {".".join(path.split(".")[:k]) for path in paths for k in range(1, path.count(".") + 1)}
+    legal = len(set(paths)) == len(paths) and all(re.fullmatch(r"\w+(\.\w+)*", path, re.ASCII) for path in paths)
+    if not legal or folders & set(paths):
+        paths = targets
+    return [path if "." in path else f"{path}.value" for path in paths]
 
 
 def _forget_shapes(gm: fx.GraphModule) -> None:

@@ -16,7 +16,7 @@ from onnx_ir import tensor_adapters
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from cipm_ir.errors import InputError, OptionError, UnsupportedError
+from cipm_ir.errors import CipmError, InputError, OptionError, UnsupportedError
 from cipm_ir.frontends.from_torch_capture import METHODS, Traced, from_exported, from_graph_module, from_module
 from cipm_ir.frontends.from_torch_table import (
     Entry,
@@ -70,7 +70,31 @@ def load_torch(
     else:
         raise UnsupportedError(f"A {type(source).__name__} is not a torch program that can be read.")
     given = (args, kwargs) if args or kwargs else None
-    return _Lowerer(traced, source, kind, given, dynamic_shapes).run()
+    lowerer = _Lowerer(traced, source, kind, given, dynamic_shapes)
+    capture = lowerer.run()
+    if not lowerer.refused_writes or kind == "graph":
+        return capture
+    return _functional(traced, source, kind, given, dynamic_shapes, method) or capture
+
+
+def _functional(
+    traced: Traced, source: Any, kind: Any, given: Any, dynamic: Any, method: str
+) -> Capture | None:
+    """Read a program anew whose writes in place cannot be expressed: as an exported one without any.
+
+    None where the caller asked for tracing, or where torch cannot do that.
+    """
+    if traced.exported is None:
+        if method != "auto" or given is None:
+            return None
+        try:
+            traced = from_module(source, *given, dynamic, "export")
+        except CipmError:
+            return None
+    notes = [*traced.notes, "writes in place were made explicit (run_decompositions)"]
+    functional = from_exported(traced.exported.run_decompositions({}))
+    functional.method, functional.notes = traced.method, notes
+    return _Lowerer(functional, source, kind, given, dynamic).run()
 
 
 def _as_args(example: Any) -> tuple[Any, ...]:
@@ -98,6 +122,7 @@ class _Lowerer:
         self.inputs: dict[str, Any] = {}
         self.placeholders: dict[str, Any] = {}
         self.aliases: dict[fx.Node, Any] = {}
+        self.refused_writes = False
         self.position = {node: k for k, node in enumerate(traced.graph.nodes)}
 
     def run(self) -> Capture:
@@ -134,13 +159,15 @@ class _Lowerer:
                 self._check_writes(node, args)
             made = self._lowered(node, args, kwargs)
             own = self._named(node, made)
+            if writes and isinstance(node.args[0], fx.Node):
+                self.env[node.args[0]] = made
         except Refused as reason:
             self._undo()
             made = self._opaque(node, args, kwargs, str(reason))
             own = self._named(node, made)
+            if writes:
+                own += self._overwritten(node, (args, kwargs))
         self.env[node] = made
-        if writes and isinstance(node.args[0], fx.Node):
-            self.env[node.args[0]] = made
         self._alias(node, made, own, writes)
         self.results[node.name] = Results(_names(made), own, writes)
 
@@ -231,7 +258,7 @@ class _Lowerer:
             outputs = [b.fresh(name, x.dtype, static_shape(x)) for x in fakes]
         except Refused:
             outputs = [Tensor(ir.Value(name=f"{node.name}/{k}"), x.dtype, static_shape(x)) for k, x in enumerate(fakes)]
-        if not operands and not outputs:
+        if not outputs:
             return None
         made = ir.Node(
             OPAQUE, name, [x.value for x in operands], outputs=[x.value for x in outputs],
@@ -295,13 +322,50 @@ class _Lowerer:
             if other is not target and mark == group and any(self.position[u] > here for u in other.users):
                 raise Refused(f"it changes memory in place that {other.name!r} shares")
 
+    def _entry(self, node: fx.Node) -> Entry | None:
+        if node.op != "call_module" or self.traced.root is None:
+            return function_entry(node.target) if node.op.startswith("call") else None
+        found = module_entry(type(self.traced.root.get_submodule(str(node.target))))
+        return None if found is None else found.entry
+
+    def _overwritten(self, node: fx.Node, operands: Any) -> tuple[str, ...]:
+        """A write that cannot be expressed: nobody knows what holds afterwards in all that shares the memory."""
+        self.refused_writes = True
+        target = node.args[0] if node.args else None
+        if not isinstance(target, fx.Node):
+            raise UnsupportedError(f"Node {node.name!r} ({node.target}) changes something in place that is not known.")
+        group = self.aliases.get(target)
+        sharing = [target, *(n for n, mark in self.aliases.items() if n is not target and mark == group)]
+        sources = [x.value for x in _leaves(operands) if isinstance(x, Tensor)]
+        names = []
+
+        def unknown(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            value = ir.Value(name=self._free(f"{node.name}/{x.value.name}"), type=x.value.type, shape=x.value.shape)
+            inputs = [x.value, *(v for v in sources if v is not x.value)]
+            made = ir.Node(
+                OPAQUE, bare_name(node.target)[0], inputs, outputs=[value], name=value.name,
+                metadata_props={"reason": "it is changed in place"},
+            )  # fmt: skip
+            self.graph.append(made)
+            names.append(value.name or "")
+            return Tensor(value, x.dtype, x.shape)
+
+        for other in sharing:
+            self.env[other] = pytree.tree_map(unknown, self.env[other], is_leaf=lambda x: isinstance(x, Tensor))
+        path = self.traced.lifted.get(target.name, str(target.target) if target.op == "get_attr" else "")
+        if path in self.values:
+            self.values[path] = self.env[target]
+        return tuple(names)
+
     def _alias(self, node: fx.Node, made: Any, own: tuple[str, ...], writes: bool) -> None:
         """Nodes that may share memory have one mark."""
         source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-        entry = function_entry(node.target) if node.op in ("call_function", "call_method") else None
+        entry = self._entry(node)
         handed = isinstance(made, Tensor) and made.value.name not in own
         if source is not None and node.target is operator.getitem and isinstance(self.env[source], tuple | list):
-            whole = function_entry(source.target) if source.op in ("call_function", "call_method") else None
+            whole = self._entry(source)
             if whole is not None and not whole.view:  # results of their own
                 self.aliases[node] = (self.aliases[source], node.args[1])
                 return

@@ -92,11 +92,18 @@ def floordiv(b: Lowering, input: Any, other: Any) -> Any:
     return b.op("Div", b.op("Sub", b.tensor(input, b.dtype), rest), b.tensor(other, b.dtype), shape=b.shape)
 
 
-@lowers("remainder", "mod", "fmod")
+@lowers("fmod")
+def fmod(b: Lowering, input: Any, other: Any) -> Any:
+    if b.dtype.is_floating_point:
+        raise Refused("a remainder of floats")
+    return b.op("Mod", b.tensor(input, b.dtype), b.tensor(other, b.dtype), fmod=1, shape=b.shape)
+
+
+@lowers("remainder", "mod")
 def remainder(b: Lowering, input: Any, other: Any) -> Any:
     if not isinstance(input, Tensor) and not isinstance(other, Tensor):
         return numbers(b, "Mod", input, other)
-    if b.dtype.is_floating_point or b.name.startswith("fmod"):
+    if b.dtype.is_floating_point:
         raise Refused("a remainder of floats")
     return arithmetic(b, "Mod", input, other)
 

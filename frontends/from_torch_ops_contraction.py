@@ -58,7 +58,7 @@ def outer(b: Lowering, input: Tensor, vec2: Tensor) -> Tensor:
     return b.op("Mul", b.reshape(input, [-1, 1]), b.reshape(vec2, [1, -1]), shape=b.shape)
 
 
-@lowers("einsum")
+@lowers("einsum", view=True)
 def einsum(b: Lowering, equation: str, *operands: Any, path: Any = None) -> Tensor:
     tensors = list(operands[0]) if len(operands) == 1 and isinstance(operands[0], list | tuple) else list(operands)
     if not isinstance(equation, str) or "..." in equation:

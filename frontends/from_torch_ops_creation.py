@@ -50,15 +50,15 @@ def eye(b: Lowering, n: Any, m: Any = None, **options: Any) -> Tensor:
     sizes = [n, n if m is None else m]
     if not any(isinstance(x, Number) for x in sizes):
         return written(b, torch.eye, *sizes, dtype=b.dtype)
-    rows, columns = (_counted(b, x) for x in sizes)
+    rows, columns = (_counted(b, x, size) for x, size in zip(sizes, b.shape, strict=True))
     same = b.op("Equal", b.op("Unsqueeze", rows, b.ints([1])), columns, shape=b.shape, dtype=torch.bool)
     return b.cast(same, b.dtype)
 
 
-def _counted(b: Lowering, count: Any) -> Tensor:
+def _counted(b: Lowering, count: Any, size: int | None) -> Tensor:
     """0, 1, ... up to a count that comes from sizes."""
     bounds = [b.tensor(x, torch.int64) for x in (0, count, 1)]
-    return b.op("Range", *bounds, shape=(count.hint if isinstance(count, Number) else count,))
+    return b.op("Range", *bounds, shape=(size,))
 
 
 @lowers("linspace")
@@ -71,7 +71,9 @@ def linspace(b: Lowering, start: Any, end: Any, steps: Any, **options: Any) -> T
     first, last, count = b.tensor(start, b.dtype), b.tensor(end, b.dtype), b.tensor(steps, torch.int64)
     gaps = b.op("Max", b.op("Sub", count, 1, shape=()), 1, shape=())
     step = b.op("Div", b.op("Sub", last, first, shape=()), b.cast(gaps, b.dtype), shape=())
-    return b.op("Add", first, b.op("Mul", b.cast(_counted(b, steps), b.dtype), step, shape=b.shape), shape=b.shape)
+    return b.op(
+        "Add", first, b.op("Mul", b.cast(_counted(b, steps, b.shape[0]), b.dtype), step, shape=b.shape), shape=b.shape
+    )
 
 
 @lowers("arange")

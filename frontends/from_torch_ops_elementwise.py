@@ -232,7 +232,7 @@ def glu(b: Lowering, input: Tensor, dim: int = -1) -> Tensor:
 
 # ---------------------------------------------------------------- nothing changes
 @lowers("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d", "dropout3d",
-        "native_dropout",
+        "native_dropout", view=True,
         modules=(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout))  # fmt: skip
 def dropout(b: Lowering, input: Tensor, p: float = 0.5, training: Any = True) -> Tensor:
     """Evaluation: the identity; a node of its own, so that the emitted program still trains with it."""

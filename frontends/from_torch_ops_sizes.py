@@ -45,15 +45,17 @@ def attribute(b: Lowering, input: Any, name: str) -> Any:
     raise Refused(f"attribute {name!r}")
 
 
-@lowers("dim", "ndimension", "numel", "sym_numel", "get_device", "is_floating_point", "is_complex", "element_size", "len",
+@lowers("numel", "sym_numel", "nelement")
+def numel(b: Lowering, input: Tensor) -> Number:
+    """Number of entries, computed: it must follow a size that changes."""
+    hint = None if None in input.dims else math.prod(d for d in input.dims if d is not None)
+    return Number(lambda: b.op("Size", input, shape=(), dtype=torch.int64).value, hint)
+
+
+@lowers("dim", "ndimension", "get_device", "is_floating_point", "is_complex", "element_size", "len",
         "device", "sym_stride", "stride", "storage_offset", "is_contiguous")  # fmt: skip
 def described(b: Lowering, input: Any, *args: Any) -> Any:
-    """Facts of a tensor; the number of its entries only where nothing is dynamic (it must not be baked in)."""
-    if b.name.startswith(("numel", "sym_numel")) and isinstance(input, Tensor):
-        def make() -> Any:
-            return b.op("Size", input, shape=(), dtype=torch.int64).value
-
-        return Number(make, b.out if isinstance(b.out, int) else None)
+    """Facts of a tensor that tracing has answered."""
     if isinstance(b.out, torch.SymInt):
         raise Refused("a dynamic stride")
     return b.out

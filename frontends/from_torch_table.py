@@ -43,6 +43,10 @@ FAMILIES = (
     "sizes",
 )
 
+_FRESH = ("elementwise", "arithmetic", "contraction", "convolution", "pooling", "normalization", "reduction", "attention",
+          "recurrent", "creation")  # fmt: skip
+"""Families whose results have memory of their own, unless an entry says otherwise."""
+
 _FUNCTIONS: dict[str, Entry] = {}
 _MODULES: dict[type[nn.Module], ModuleEntry] = {}
 
@@ -55,7 +59,7 @@ class Entry:
     lower: Lower
     signature: inspect.Signature
     view: bool = False
-    """The result shares memory with the first argument."""
+    """The result may share memory with the first argument."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +80,13 @@ def lowers(
         names: bare names of functions, methods and aten operations (in-place forms too: without the trailing ``_``).
         modules: module classes that compute this; see the head of this file.
         inputs: how many arguments a module gets from its call.
-        view: the result may share memory with the first argument.
+        view: the result may share memory with the first argument, in a family whose results otherwise do not.
         fixed: arguments of the entry that a module does not have as attributes.
     """
 
     def register(lower: Lower) -> Lower:
-        entry = Entry(names[0] if names else lower.__name__, lower, _signature(lower), view)
+        shares = view or not lower.__module__.endswith(tuple(f"_ops_{family}" for family in _FRESH))
+        entry = Entry(names[0] if names else lower.__name__, lower, _signature(lower), shares)
         for name in names:
             if name in _FUNCTIONS:
                 raise ValueError(f"torch operation {name!r} is registered twice")

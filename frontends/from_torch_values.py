@@ -123,6 +123,8 @@ class Lowering:
     ) -> list[Tensor]:
         """Add a node with as many outputs as ``shapes`` has entries."""
         like = next((x.dtype for x in inputs if isinstance(x, Tensor)), None)
+        if any(isinstance(x, Tensor) and x.dtype.is_complex for x in inputs) or (dtype is not None and dtype.is_complex):
+            raise Refused("complex numbers")
         values = [self.operand(x, like) for x in inputs]
         while values and values[-1] is None:
             values.pop()

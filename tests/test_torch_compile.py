@@ -1,4 +1,4 @@
-"""`torch.compile` with our passes in front: equal outputs, weights that changed, and every way back to the graph as it was."""
+"""`torch.compile` with our passes in front: equal outputs, weights that changed, every way back to the graph as it was."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_transformer_block(passes: Any) -> None:
         torch.backends.mha.set_fastpath_enabled(True)
 
 
-@pytest.mark.parametrize("name", ["mlp_gelu", "cnn_flatten", "squeeze_excitation"])
+@pytest.mark.parametrize("name", ["mlp_gelu", "failure_flatten", "squeeze_excitation"])
 @torch.no_grad()
 def test_models_of_the_zoo(name: str) -> None:
     if name not in torch_zoo.CASES:

@@ -213,7 +213,7 @@ class _Literals:
     def _freeze(self, node: ir.Node, position: int, handled: set[int], literals: dict[str, Literal]) -> None:
         """A number that came from a size and is used as a number (1 / sqrt(d)) must stay what it was."""
         out = node.outputs[0].name or "" if node.outputs else ""
-        if out in literals:
+        if out in literals and node.op_type != "ConstantOfShape":
             return  # still part of the chain
         for k, name in enumerate(self.names[position]):
             if name not in self.now or k in handled:

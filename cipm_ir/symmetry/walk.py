@@ -209,7 +209,7 @@ class _Walker:
         entry = lookup(domain, node.op_type)
         try:
             if entry is None:
-                raise Opaque("no rule for this operator")
+                raise Opaque(node.metadata_props.get("reason") or "no rule for this operator")
             if any(v is not None and s is None for v, s in zip(node.inputs, inputs, strict=True)):
                 raise Opaque("the shape of an input is not known")
             entry.labels(op)
