@@ -82,6 +82,7 @@ class Emitter(Facts):
         super().__init__(model)
         self.root, self.graph = root, graph
         self.known: dict[str, fx.Node] = {} if known is None else known
+        self.fixed: frozenset[str] = frozenset()
         self.sizes: dict[str, np.ndarray] = {}
         self.nonnegative: set[fx.Node] = set()
         self._paths: dict[str, str] = {}
@@ -244,7 +245,7 @@ class Emitter(Facts):
             return tensor_of_sizes(self, self.sizes[name])
         held, trainable = held_tensor(v), False
         if held is not None and v.is_initializer():
-            trainable = held.dtype.is_floating_point() and not _is_statistic(v)
+            trainable = held.dtype.is_floating_point() and not _is_statistic(v) and name not in self.fixed
         if held is None:
             held = ir.tensor(np.array(self._folded[name], order="C"))
         if name not in self._paths:

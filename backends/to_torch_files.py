@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import nn
 
 from cipm_ir.backends.targets import check_target, torch_form
@@ -138,15 +138,19 @@ def _quiet() -> Iterator[None]:
 
 # ---------------------------------------------------------------- ONNX
 def to_onnx(capture: Capture, emitted: Emitted) -> ir.Model:
-    """The program through torch's own exporter, in evaluation mode, its initializers under their `state_dict` names.
+    """The program through torch's own exporter, in evaluation mode.
 
-    The exporter stores the weights of linear layers transposed under names of its own; these are given back the names
-    of the tensors that they equal.
+    Every tensor of the `state_dict` is an initializer of its name, with its values; names that share a tensor are one.
+
+    Errors: `UnsupportedError` where torch does not export it.
     """
     program = emitted.object
     try:
         if emitted.form == "exported":
-            made, state = torch.onnx.export(program, dynamo=True, verbose=False), dict(program.state_dict)
+            made, state = (
+                torch.onnx.export(program, dynamo=True, verbose=False, optimize=False),
+                dict(program.state_dict),
+            )
         else:
             args, kwargs = _example(capture)
             made, state = _exported_module(program, args, kwargs, capture.dynamic_shapes), program.state_dict()
@@ -159,7 +163,7 @@ def to_onnx(capture: Capture, emitted: Emitted) -> ir.Model:
     if made is None:
         raise OutputError("torch.onnx.export gave nothing back.")
     model: ir.Model = made.model
-    _recover_names(model, state)
+    _fold(model, state)
     return model
 
 
@@ -167,38 +171,25 @@ def _exported_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     modes = {m: m.training for m in module.modules()}
     try:
         module.eval()
-        return torch.onnx.export(module, args, kwargs=kwargs, dynamo=True, verbose=False, dynamic_shapes=dynamic)
+        return torch.onnx.export(
+            module, args, kwargs=kwargs, dynamo=True, verbose=False, optimize=False, dynamic_shapes=dynamic
+        )
     finally:
         for m, mode in modes.items():
             m.training = mode
 
 
-def _recover_names(model: ir.Model, state: Mapping[str, torch.Tensor]) -> None:
-    """Rename initializers that are the transpose of a tensor of the state, value for value."""
-    initializers = model.graph.initializers
-    taken = {v.name for node in model.graph for v in node.outputs} | set(initializers)
-    waiting: dict[tuple[tuple[int, ...], str], list[str]] = {}
-    for name, t in state.items():
-        if t.ndim == 2 and name not in taken:
-            turned = t.detach().t().contiguous().cpu()
-            waiting.setdefault((tuple(turned.shape), _digest(turned)), []).append(name)
-    for value in list(initializers.values()):
-        tensor = value.const_value
-        if value.name in state or tensor is None or len(tensor.shape) != 2:
-            continue
-        names = waiting.get((tuple(tensor.shape.numpy()), _digest_array(tensor.numpy())))
-        if names:
-            initializers.pop(value.name or "")
-            value.name = names.pop(0)
-            model.graph.register_initializer(value)
+def _fold(model: ir.Model, state: Mapping[str, torch.Tensor]) -> None:
+    """Compute what depends on no input, but keep every tensor of the state as it is.
 
+    The exporter's own optimizer would transpose weights, and fold batch normalizations into them under their names.
+    """
+    from onnxscript.optimizer import fold_constants_ir
 
-def _digest(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
-def _digest_array(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+    fold_constants_ir(
+        model, should_fold=lambda node: False if any(v and v.name in state for v in node.inputs) else None
+    )
+    RemoveUnusedNodesPass()(model)
 
 
 # ---------------------------------------------------------------- plans

@@ -112,6 +112,7 @@ class _Writer:
         self.slices, self.differences, self.forced = slices, differences, forced
         self.graph = fx.Graph(tracer_cls=old._tracer_cls)
         self.emitter = Emitter(root, self.graph, model, {})
+        self.emitter.fixed = frozenset(capture.model.graph.initializers) - frozenset(capture.parameters.values())
         self.env: dict[fx.Node, Any] = {}
         self.source: dict[fx.Node, str] = {}
         self.changed: dict[str, Difference] = {}

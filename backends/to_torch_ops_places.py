@@ -58,8 +58,8 @@ def free_path(root: nn.Module, path: str) -> str:
     """The path, or the path with a number, where nothing is registered yet."""
     candidate, k = path, 0
     while not _is_free(root, candidate):
-        k += 1
-        candidate = f"{path}_{k}"
+        k += 1  # a folder of the path may be taken by something else: the whole name in one part always ends
+        candidate = f"{identifier(path)}_{k}"
     return candidate
 
 

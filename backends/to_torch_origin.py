@@ -13,6 +13,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from cipm_ir.backends.to_torch import Emitted, emit_graph, emit_torch, example_tensors, run_flat
+from cipm_ir.backends.to_torch_state import as_torch
 from cipm_ir.errors import CipmError, InputError
 from cipm_ir.ir.capture import Capture
 from cipm_ir.runtime.inputs import Data, Feeds, batches, random_inputs, true_inputs
@@ -76,7 +77,7 @@ class TorchOrigin:
         Errors: `InputError` where torch cannot run the graph with these inputs.
         """
         device = next((p.device for p in itertools.chain(graph.parameters(), graph.buffers())), torch.device("cpu"))
-        tensors = [torch.from_numpy(np.array(feeds[name])).to(device) for name in self.capture.inputs]
+        tensors = [as_torch(ir.tensor(feeds[name])).to(device) for name in self.capture.inputs]
         try:
             made = run_flat(graph, self.capture, tensors)
         except Exception as error:  # any operation of torch

@@ -47,7 +47,8 @@ class State:
             return old.detach().clone()
         if own not in self.made:
             self.made[own] = as_torch(value.const_value).to(old.device)
-        return self.made[own]
+        layout = self.capture.layouts.get(name)
+        return self.made[own] if layout is None else self.made[own].permute(layout)
 
 
 def copied(module: nn.Module, state: State, names: Mapping[str, str] | None = None) -> nn.Module:

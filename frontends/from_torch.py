@@ -119,6 +119,7 @@ class _Lowerer:
         self.values: dict[str, Tensor] = {}
         self.storage: dict[Any, str] = {}
         self.overlaps: dict[int, str] = {}
+        self.layouts: dict[str, tuple[int, ...]] = {}
         self.inputs: dict[str, Any] = {}
         self.placeholders: dict[str, Any] = {}
         self.aliases: dict[fx.Node, Any] = {}
@@ -134,7 +135,7 @@ class _Lowerer:
         model = ir.Model(self.graph, ir_version=11, producer_name="cipm-ir")
         return Capture(
             self.kind, self.source, self.traced.graph, self.traced.root, self.traced.exported, self.traced.method,
-            model, self.results, self.parameters, self.inputs, self.placeholders, self.args, self.dynamic, self.traced.notes,
+            model, self.results, self.parameters, self.layouts, self.inputs, self.placeholders, self.args, self.dynamic, self.traced.notes,
         )  # fmt: skip
 
     # ------------------------------------------------------------ nodes
@@ -418,8 +419,12 @@ class _Lowerer:
         _check_readable(path, tensor)
         where = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         name = self.storage.setdefault(where, path)
+        view = self._permuted(path, tensor) if name == path else None
         if name != path:
             made = self._parameter(name)
+        elif view is not None:
+            name, self.layouts[path] = view
+            made = self.lowering.transpose(self._parameter(name), self.layouts[path])
         else:
             proxy = tensor_adapters.TorchTensor(tensor.detach(), name=path)
             value = ir.Value(
@@ -432,14 +437,29 @@ class _Lowerer:
         self.values[path], self.parameters[path] = made, name
         return made
 
+    def _permuted(self, path: str, tensor: torch.Tensor) -> tuple[str, tuple[int, ...]] | None:
+        """The parameter whose axes, permuted, this one is, in the same memory."""
+        other = self.overlaps.get(tensor.untyped_storage()._cdata)
+        first = None if other is None else self.state[other]
+        if first is None or first.dtype != tensor.dtype or first.storage_offset() != tensor.storage_offset():
+            return None
+        if len(set(first.stride())) != first.ndim or sorted(first.stride()) != sorted(tensor.stride()):
+            return None
+        perm = tuple(first.stride().index(s) for s in tensor.stride())
+        same = tuple(first.shape[p] for p in perm) == tuple(tensor.shape)
+        return (self.parameters[str(other)], perm) if same else None
+
     def _overlap(self, path: str, made: Tensor, storage: int) -> None:
         """Two parameters that share memory in another layout may not move at all."""
         other = self.overlaps.setdefault(storage, path)
         if other != path and made.shape:
             inputs = [self.values[other].value, made.value]
             self.graph.append(
-                ir.Node(OPAQUE, "shared_memory", inputs, outputs=[ir.Value(name=f"{path}/shared")], name=f"{path}/shared")
-            )
+                ir.Node(
+                    OPAQUE, "shared_memory", inputs, outputs=[ir.Value(name=f"{path}/shared")], name=f"{path}/shared",
+                    metadata_props={"reason": "two parameters lie in the same memory in different ways"},
+                )
+            )  # fmt: skip
 
     # ------------------------------------------------------------ outputs
     def _outputs(self, node: fx.Node) -> None:

@@ -147,6 +147,8 @@ def _symbolic(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     concrete = {}
     for name, value in bound.arguments.items():
         kind = signature.parameters[name].kind
+        if kind is kind.KEYWORD_ONLY:
+            raise UnsupportedError("keyword-only arguments")
         if kind in (kind.VAR_POSITIONAL, kind.VAR_KEYWORD) and value:
             raise UnsupportedError("variable arguments")
         if not isinstance(value, torch.Tensor):

@@ -44,9 +44,7 @@ def build(spec: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         made = function()
     except Exception as error:  # the user's code
         raise InputError(f"{spec!r} failed: {type(error).__name__}: {error}") from error
-    if not isinstance(made, tuple):
-        return made, (), {}
-    program, *rest = made
+    program, *rest = made if isinstance(made, tuple) and made else (made,)
     args = rest[0] if rest else ()
     kwargs = rest[1] if len(rest) > 1 else {}
     args = (args,) if isinstance(args, torch.Tensor) else args

@@ -230,7 +230,8 @@ def edit(folder: Path, **changes: Any) -> None:
 
 
 DAMAGE = [
-    missing, no_weights, no_json, a_list, other_format, no_attributes, strange_attributes, one_tensor_less, truncated, empty,
+    missing, no_weights, no_json, a_list, other_format, no_attributes, strange_attributes, one_tensor_less, truncated,
+    empty,
 ]  # fmt: skip
 
 
@@ -391,11 +392,9 @@ def test_onnx_has_the_names(kind: Any, x: Tensor, tmp_path: Path) -> None:
     assert listing(tmp_path) == ["small.onnx"]
     held = {t.name: numpy_helper.to_array(t) for t in onnx.load(tmp_path / "small.onnx").graph.initializer}
     state = {k: v.numpy() for k, v in result.model.state_dict().items() if v.ndim}
-    names = set(state) - ({"b.weight"} if kind is Tied else set())
-    assert names <= set(held)
-    for name in names:
-        array = state[name]
-        assert any(a.shape == held[name].shape and np.array_equal(a, held[name]) for a in (array, array.T)), name
+    names = set(state) & set(held)
+    assert len(set(state) - names) == (1 if kind is Tied else 0)  # the exporter keeps one name of a tensor
+    assert all(np.array_equal(state[name], held[name]) for name in names)
     with Runner(cipm_ir.load(tmp_path / "small.onnx").emit()) as runner:
         got = next(iter(runner.run({onnx.load(tmp_path / "small.onnx").graph.input[0].name: x.numpy()}).values()))
     assert close(result.model(x).detach(), torch.from_numpy(got))
@@ -431,7 +430,7 @@ def test_onnx_as_a_graph_module(tmp_path: Path) -> None:
 def test_onnx_as_an_exported_program(tmp_path: Path) -> None:
     onnx.save(zoo.build("mlp_relu"), tmp_path / "a.onnx")
     result = cipm_ir.optimize(tmp_path / "a.onnx", "canonicalize", output=tmp_path / "a.pt2")
-    assert listing(tmp_path) == ["a.onnx", "a.pt2"] and result.report.max_abs < 1e-4
+    assert listing(tmp_path) == ["a.onnx", "a.pt2"] and result.report.to_dict()["max_abs"] < 1e-4
     assert cipm_ir.verify(tmp_path / "a.pt2", tmp_path / "a.onnx")
     with pytest.raises(cipm_ir.OutputError, match=r"\.onnx, or as \.pt2"):
         cipm_ir.optimize(tmp_path / "a.onnx", output=tmp_path / "a.pth")

@@ -43,6 +43,7 @@ class Capture:
         results: by name of the torch node.
         parameters: every `state_dict` name that the graph uses, with the name of its initializer: names that share
             storage have the same one.
+        layouts: for names whose tensor is another view of the same memory: how its axes are permuted.
         inputs: name of each graph input, with an example of its value; in the order of the placeholders.
         placeholders: an example (or the fixed value) of every placeholder that is no parameter, by its name.
         args: the example inputs as the caller gave them, (args, kwargs); None for an exported program without.
@@ -59,6 +60,7 @@ class Capture:
     model: ir.Model
     results: Mapping[str, Results]
     parameters: Mapping[str, str]
+    layouts: Mapping[str, tuple[int, ...]]
     inputs: Mapping[str, Any]
     placeholders: Mapping[str, Any]
     args: tuple[tuple[Any, ...], dict[str, Any]] | None

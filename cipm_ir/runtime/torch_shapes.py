@@ -5,6 +5,7 @@ What a leaf module or function makes of given shapes is remembered, as networks 
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+_BATCH_NORMS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
+_JOINS = (torch.cat, torch.ops.aten.cat.default)
 
 
 class ShapeError(Exception):
@@ -84,6 +87,7 @@ class _Run:
         self.values: dict[fx.Node, Any] = {}
         self.remembered: dict[Any, Any] = {}
         self.tensors: dict[int, torch.Tensor] = {}
+        self.modules = dict(root.named_modules(remove_duplicate=False))
 
     def run(self, graph: fx.Graph) -> dict[fx.Node, Any]:
         with torch.no_grad():
@@ -104,6 +108,8 @@ class _Run:
         if node.op == "get_attr":
             value = operator.attrgetter(str(node.target))(self.root)
             return self._tensor(value) if isinstance(value, torch.Tensor) else value
+        if getattr(node.target, "__name__", "") == "wrap_with_set_grad_enabled":
+            return self._nested(node)
         args = _off_device(fx.node.map_arg(node.args, self.values.__getitem__))
         kwargs = _off_device(fx.node.map_arg(node.kwargs, self.values.__getitem__))
         if node.op == "output":
@@ -112,22 +118,42 @@ class _Run:
         if key is not None and key in self.remembered:
             return self.remembered[key]
         if node.op == "call_function":
-            made = node.target(*args, **kwargs)  # type: ignore[operator]
+            made = _joined(args, kwargs) if node.target in _JOINS else None
+            made = node.target(*args, **kwargs) if made is None else made  # type: ignore[operator]
         elif node.op == "call_method":
             made = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:
-            made = self._module(self.root.get_submodule(str(node.target)), args, kwargs)
+            module = self.modules[str(node.target)]
+            made = _batch_normalized(module, args, kwargs)
+            made = self._module(module, args, kwargs) if made is None else made
         made = self._every(on_meta, made)
         if key is not None:
             self.remembered[key] = made
         return made
 
+    def _nested(self, node: fx.Node) -> Any:
+        """What a graph in a graph computes: it may name devices too."""
+        (_, inner, *operands), root = node.args, self.root
+        if isinstance(inner, fx.Node):
+            inner = operator.attrgetter(str(inner.target))(root)
+        assert isinstance(inner, fx.GraphModule)
+        names = [n.name for n in inner.graph.nodes if n.op == "placeholder"]
+        given = [self.values[x] if isinstance(x, fx.Node) else x for x in operands]
+        run = _Run(inner, dict(zip(names, given, strict=True)))
+        run.run(inner.graph)
+        return run.values[next(n for n in inner.graph.nodes if n.op == "output")]
+
     def _module(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        state = {
-            name: self._tensor(t)
-            for group in (module.named_parameters(), module.named_buffers())
-            for name, t in group
-        }
+        if _is_plain(module):  # a twin that holds tensors without numbers: several times faster than the general way
+            twin = object.__new__(type(module))
+            twin.__dict__ = dict(module.__dict__)
+            for held in ("_parameters", "_buffers"):
+                twin.__dict__[held] = {
+                    name: None if t is None else self._tensor(t) for name, t in module.__dict__[held].items()
+                }
+            return twin(*args, **kwargs)
+        groups = (module.named_parameters(), module.named_buffers())
+        state = {name: self._tensor(t) for group in groups for name, t in group}
         return torch.func.functional_call(module, state, args, kwargs)
 
     def _tensor(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -139,7 +165,7 @@ class _Run:
     def _key(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         """What the result depends on; None where that is not known to be all."""
         if node.op == "call_module":
-            module = self.root.get_submodule(str(node.target))
+            module = self.modules[str(node.target)]
             if not type(module).__module__.startswith("torch.nn.modules") or kwargs:
                 return None
             own = tuple(tuple(p.shape) for p in module.parameters())
@@ -154,6 +180,44 @@ class _Run:
         if type(value) is dict:
             return {k: self._every(function, v) for k, v in value.items()}
         return value
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module reads no tensors but its parameters and buffers; recurrent ones keep a list of their own."""
+    own = type(module).__module__.startswith("torch.nn.modules") and not isinstance(module, nn.RNNBase)
+    return own and not (module._modules or module._forward_hooks or module._forward_pre_hooks)
+
+
+def _batch_normalized(module: nn.Module, args: Any, kwargs: Any) -> torch.Tensor | None:
+    """Result of a batch normalization, which torch computes by a dozen operations even here; None: torch has to say."""
+    ranks, x = _BATCH_NORMS.get(type(module)), args[0] if len(args) == 1 and not kwargs else None  # type: ignore[call-overload]
+    if ranks is None or not isinstance(x, torch.Tensor) or x.dim() not in ranks or not _is_plain(module):
+        return None
+    channels = x.shape[1]
+    fits = all(
+        t is None or (t.dtype == x.dtype and tuple(t.shape) == (channels,))
+        for t in (module.weight, module.bias, module.running_mean, module.running_var)
+    )
+    several = not module.training or x.numel() > channels  # torch refuses to normalize one value
+    return torch.empty_like(x) if fits and several and x.is_contiguous() else None
+
+
+def _joined(args: Any, kwargs: Any) -> torch.Tensor | None:
+    """Result of `torch.cat` in the common case, again far faster than torch says it; None: torch has to say."""
+    parts, axis = (args[0] if args else None), (args[1] if len(args) == 2 else 0)
+    if kwargs or not isinstance(parts, tuple | list) or not parts or type(axis) is not int:
+        return None
+    first = parts[0]
+    if not all(isinstance(x, torch.Tensor) and x.is_contiguous() and x.dtype == first.dtype for x in parts):
+        return None
+    if not 0 <= axis < first.dim() or any(x.dim() != first.dim() for x in parts):
+        return None
+    shapes = [tuple(x.shape) for x in parts]
+    rest = {(*s[:axis], *s[axis + 1 :]) for s in shapes}
+    if len(rest) > 1 or not math.prod(*rest):
+        return None
+    sizes = (*shapes[0][:axis], sum(s[axis] for s in shapes), *shapes[0][axis + 1 :])
+    return torch.empty(sizes, dtype=first.dtype, device="meta")
 
 
 def _off_device(value: Any) -> Any:
