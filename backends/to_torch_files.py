@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import os
 import secrets
 import shutil
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,7 @@ from cipm_ir.backends.to_torch_state import as_torch, with_tensors
 from cipm_ir.errors import CipmError, InputError, OutputError, UnsupportedError
 from cipm_ir.ir.capture import Capture
 from cipm_ir.runtime.inputs import random_inputs, true_inputs
+from cipm_ir.runtime.quiet import quiet
 from cipm_ir.version import __version__
 
 PLAN, WEIGHTS = "plan.json", "model.safetensors"
@@ -47,7 +45,7 @@ def write(capture: Capture, emitted: Emitted, path: str) -> None:
     if form == "plan":
         write_plan(capture, emitted, path)
     elif form == "onnx":
-        with _quiet():
+        with quiet():
             save_onnx(to_onnx(capture, emitted), path)
     else:
         made = emitted.object
@@ -88,7 +86,7 @@ def _runnable_inputs(module: nn.Module, model: ir.Model) -> tuple[torch.Tensor, 
 
 def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any) -> Any:
     try:
-        with _quiet():
+        with quiet():
             return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic, strict=False)
     except Exception as error:  # runs the user's code on tensors without numbers: anything can happen
         raise UnsupportedError(f"torch.export does not take the program: {_first_line(error)}.") from error
@@ -99,7 +97,7 @@ def _save_exported(program: Any, path: str) -> None:
     target = os.path.abspath(path)
     beside = f"{target}.{secrets.token_hex(4)}.pt2"
     try:
-        with _quiet():
+        with quiet():
             torch.export.save(program, beside)
         os.replace(beside, target)
     except Exception as error:  # torch's serialization knows no error of its own
@@ -121,19 +119,6 @@ def _first_line(error: BaseException) -> str:
         error = error.__cause__
     lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch's remarks about itself off the terminal."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 # ---------------------------------------------------------------- ONNX

@@ -16,6 +16,7 @@ from cipm_ir.backends.targets import check_target, onnx_form, torch_form
 from cipm_ir.backends.to_onnx import save_onnx
 from cipm_ir.errors import UnsupportedError
 from cipm_ir.frontends.from_onnx import check_shapes, load_onnx
+from cipm_ir.runtime.quiet import quiet
 from cipm_ir.symmetry.program import Program
 
 Source: TypeAlias = Any
@@ -68,9 +69,10 @@ def read(source: Source, examples: Examples = Examples()) -> Program:
             if examples.inputs is None and not examples.kwargs:
                 examples = replace(examples, inputs=args, kwargs=kwargs)
     if _is_torch(source):
-        capture = torch_module("frontends.from_torch").load_torch(
-            source, examples.inputs, examples.kwargs, examples.dynamic_shapes, examples.method
-        )
+        load_torch = torch_module("frontends.from_torch").load_torch
+        torch_module("frontends.from_torch_checks").check_readable(source, examples.inputs, examples.kwargs)
+        with quiet():
+            capture = load_torch(source, examples.inputs, examples.kwargs, examples.dynamic_shapes, examples.method)
         return Program.of(capture.model, origin=torch_module("backends.to_torch_origin").TorchOrigin(capture))
     loaded = load_onnx(source)
     return Program.of(loaded.model, origin=OnnxOrigin(loaded.kind, loaded.path, loaded.external))

@@ -123,6 +123,9 @@ class _Lowerer:
         self.inputs: dict[str, Any] = {}
         self.placeholders: dict[str, Any] = {}
         self.aliases: dict[fx.Node, Any] = {}
+        self.marked: dict[Any, list[fx.Node]] = {}
+        root = traced.root
+        self.modules = {} if root is None else dict(root.named_modules(remove_duplicate=False))
         self.refused_writes = False
         self.position = {node: k for k, node in enumerate(traced.graph.nodes)}
 
@@ -174,8 +177,7 @@ class _Lowerer:
 
     def _lowered(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if node.op == "call_module":
-            assert self.traced.root is not None
-            return self._call_module(self.traced.root.get_submodule(str(node.target)), str(node.target), args, kwargs)
+            return self._call_module(self.modules[str(node.target)], str(node.target), args, kwargs)
         if bare_name(node.target)[0] == "wrap_with_set_grad_enabled":
             return self._inlined(node.name, args[1], args[2:])
         entry = function_entry(node.target)
@@ -249,8 +251,7 @@ class _Lowerer:
         operands = [x for x in _leaves((args, kwargs)) if isinstance(x, Tensor | Number)]
         name = bare_name(node.target)[0]
         if node.op == "call_module":
-            assert self.traced.root is not None
-            module = self.traced.root.get_submodule(str(node.target))
+            module = self.modules[str(node.target)]
             name = type(module).__name__
             state = (*module.named_parameters(), *module.named_buffers())
             operands += [self._parameter(f"{node.target}.{k}") for k, _ in state]
@@ -303,14 +304,13 @@ class _Lowerer:
         if x.dtype != fake.dtype:
             raise Refused(f"its rule makes {x.dtype}, torch {fake.dtype}")
         x.shape = shape
-        if x.value.const_value is None:
+        if x.value.const_value is None and (x.value.shape is None or x.value.shape != shape):
             x.value.shape = ir.Shape(shape)
 
     # ------------------------------------------------------------ in place
     def _writes(self, node: fx.Node) -> bool:
         if node.op == "call_module":
-            assert self.traced.root is not None
-            return getattr(self.traced.root.get_submodule(str(node.target)), "inplace", False) is True
+            return getattr(self.modules[str(node.target)], "inplace", False) is True
         return node.op in ("call_function", "call_method") and writes_in_place(node.target, dict(node.kwargs))
 
     def _check_writes(self, node: fx.Node, args: tuple[Any, ...]) -> None:
@@ -319,8 +319,8 @@ class _Lowerer:
         if not isinstance(target, fx.Node) or target.op == "get_attr" or target.name in self.traced.lifted:
             raise Refused("it changes a parameter or buffer in place")
         group, here = self.aliases.get(target), self.position[node]
-        for other, mark in self.aliases.items():
-            if other is not target and mark == group and any(self.position[u] > here for u in other.users):
+        for other in self.marked.get(group, ()):
+            if other is not target and any(self.position[u] > here for u in other.users):
                 raise Refused(f"it changes memory in place that {other.name!r} shares")
 
     def _entry(self, node: fx.Node) -> Entry | None:
@@ -336,7 +336,7 @@ class _Lowerer:
         if not isinstance(target, fx.Node):
             raise UnsupportedError(f"Node {node.name!r} ({node.target}) changes something in place that is not known.")
         group = self.aliases.get(target)
-        sharing = [target, *(n for n, mark in self.aliases.items() if n is not target and mark == group)]
+        sharing = [target, *(n for n in self.marked.get(group, ()) if n is not target)]
         sources = [x.value for x in _leaves(operands) if isinstance(x, Tensor)]
         names = []
 
@@ -368,16 +368,20 @@ class _Lowerer:
         if source is not None and node.target is operator.getitem and isinstance(self.env[source], tuple | list):
             whole = self._entry(source)
             if whole is not None and not whole.view:  # results of their own
-                self.aliases[node] = (self.aliases[source], node.args[1])
+                self._mark(node, (self.aliases[source], node.args[1]))
                 return
         if source is not None and source in self.aliases and (writes or handed or entry is None or entry.view):
-            self.aliases[node] = self.aliases[source]
+            self._mark(node, self.aliases[source])
         else:
-            self.aliases[node] = self.position[node]
+            self._mark(node, self.position[node])
+
+    def _mark(self, node: fx.Node, mark: Any) -> None:
+        self.aliases[node] = mark
+        self.marked.setdefault(mark, []).append(node)
 
     # ------------------------------------------------------------ values
     def _placeholder(self, node: fx.Node) -> Any:
-        self.aliases[node] = self.position[node]
+        self._mark(node, self.position[node])
         if node.name in self.traced.lifted:
             made: Any = self._attribute(self.traced.lifted[node.name])
             self.results[node.name] = Results(_names(made), ())

@@ -116,9 +116,10 @@ def from_exported(program: Any) -> Traced:
 def unknown(traced: Traced) -> set[str]:
     """Operations without an entry."""
     found = set()
+    modules = dict(traced.root.named_modules(remove_duplicate=False)) if traced.root is not None else {}
     for node in traced.graph.nodes:
         if node.op == "call_module" and traced.root is not None:
-            kind = type(traced.root.get_submodule(node.target))
+            kind = type(modules[node.target])
             if module_entry(kind) is None:
                 found.add(kind.__name__)
         elif node.op in ("call_function", "call_method"):
@@ -157,8 +158,11 @@ def _symbolic(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
             if kind not in (kind.VAR_POSITIONAL, kind.VAR_KEYWORD):
                 concrete[name] = value
     graph = _Tracer().trace(module, concrete_args=concrete)
-    inputs = {n.name: bound.arguments.get(str(n.target)) for n in graph.nodes if n.op == "placeholder"}
-    return Traced(graph, module, propagate(module, graph, inputs, dynamic_axes(dynamic, bound.arguments)), "symbolic")
+    holders = {n.name: str(n.target) for n in graph.nodes if n.op == "placeholder"}
+    inputs = {name: bound.arguments.get(target) for name, target in holders.items()}
+    axes = dynamic_axes(dynamic, bound.arguments)
+    moving = {name: axes.get(target, set()) for name, target in holders.items()}
+    return Traced(graph, module, propagate(module, graph, inputs, moving), "symbolic")
 
 
 def dynamic_axes(dynamic: Any, arguments: Mapping[str, Any]) -> dict[str, set[int]]:

@@ -15,7 +15,8 @@ import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ from torch import nn
 from cipm_ir.frontends.from_torch_values import Refused
 
 Lower = Callable[..., Any]
+AnyLower = TypeVar("AnyLower", bound=Lower)
 
 FAMILIES = (
     "elementwise",
@@ -73,7 +75,7 @@ class ModuleEntry:
 
 def lowers(
     *names: str, modules: tuple[type[nn.Module], ...] = (), inputs: int = 1, view: bool = False, **fixed: Any
-) -> Callable[[Lower], Lower]:
+) -> Callable[[AnyLower], AnyLower]:
     """Register an entry for operations; registering a name or a class twice is an error.
 
     Args:
@@ -84,7 +86,7 @@ def lowers(
         fixed: arguments of the entry that a module does not have as attributes.
     """
 
-    def register(lower: Lower) -> Lower:
+    def register(lower: AnyLower) -> AnyLower:
         shares = view or not lower.__module__.endswith(tuple(f"_ops_{family}" for family in _FRESH))
         entry = Entry(names[0] if names else lower.__name__, lower, _signature(lower), shares)
         for name in names:
@@ -147,14 +149,24 @@ def function_entry(target: Any) -> Entry | None:
 def bare_name(target: Any) -> tuple[str, bool]:
     """Name of an operation without the in-place underscore, and whether it is an aten overload."""
     if isinstance(target, torch._ops.OpOverload):
-        namespace, _, name = target._schema.name.partition("::")
-        if namespace != "aten":
-            return f"{namespace}.{name}", False
-        return _functional(name), True
+        return _overload_name(target)
     name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
     if getattr(target, "__module__", "") == "_operator" and name in _IN_PLACE_OPERATORS:
         return _IN_PLACE_OPERATORS[name], False
     return _functional(name), False
+
+
+@cache  # asking a schema takes as long as adding a node
+def _overload_name(target: torch._ops.OpOverload) -> tuple[str, bool]:
+    namespace, _, name = target._schema.name.partition("::")
+    if namespace != "aten":
+        return f"{namespace}.{name}", False
+    return _functional(name), True
+
+
+@cache
+def _overload_writes(target: torch._ops.OpOverload) -> bool:
+    return any(a.alias_info is not None and a.alias_info.is_write for a in target._schema.arguments)
 
 
 _IN_PLACE_OPERATORS = {
@@ -174,7 +186,7 @@ def writes_in_place(target: Any, kwargs: dict[str, Any]) -> bool:
     if kwargs.get("inplace") is True:
         return True
     if isinstance(target, torch._ops.OpOverload):
-        return any(a.alias_info is not None and a.alias_info.is_write for a in target._schema.arguments)
+        return _overload_writes(target)
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     if getattr(target, "__module__", "") == "_operator":
         return name in _IN_PLACE_OPERATORS or name in ("setitem", "delitem")

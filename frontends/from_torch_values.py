@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,11 @@ def onnx_dtype(dtype: torch.dtype) -> ir.DataType:
         except TypeError as error:
             raise Refused(f"ONNX has no type for {dtype}") from error
     return found
+
+
+@cache
+def _torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
+    return torch.from_numpy(np.zeros((), dtype)).dtype
 
 
 @dataclass(eq=False, slots=True)
@@ -161,7 +167,7 @@ class Lowering:
         name = f"{self.name}/const{self.count}"
         if dtype is None:
             data = np.asarray(array)
-            tensor, kind = ir.Tensor(data, name=name), torch.from_numpy(np.zeros((), data.dtype)).dtype
+            tensor, kind = ir.Tensor(data, name=name), _torch_dtype(data.dtype)
         else:
             kind, data = dtype, np.asarray(array)
             tensor = ir.Tensor(data.astype(onnx_dtype(dtype).numpy()), dtype=onnx_dtype(dtype), name=name)

@@ -48,7 +48,9 @@ class Editor:
         value = self._value(name, leaves)
         inside = {use for k in leaves for use in self.analysis.walk.leaves[k].uses}
         position = {id(node): k for k, node in enumerate(self.nodes)}
-        uses = {(position.get(id(u.node), -1), u.idx) for u in value.uses()}
+        # Shape and Size read no entry: they follow a tensor that is edited in place.
+        reads = [u for u in value.uses() if u.node.domain or u.node.op_type not in ("Shape", "Size")]
+        uses = {(position.get(id(u.node), -1), u.idx) for u in reads}
         return value.is_graph_output() or not uses <= inside
 
     def _value(self, name: str, leaves: list[int]) -> ir.Value:

@@ -103,6 +103,11 @@ def _write(model: ir.Model, analysis: Analysis, sizes: Sizes, edits: dict[int, E
                 new_shapes[name] = shape
     editor = Editor(model, analysis)
     editor.apply(edits)
+    for name, value in model.graph.initializers.items():
+        if value.shape is not None and name in analysis.walk.shapes.first:
+            now = tuple(value.shape.numpy())
+            if now != analysis.walk.shapes.first[name]:
+                new_shapes[name] = now
     _Literals(editor, analysis, sizes, new_shapes, edits).run()
     for node in editor.nodes:
         for value in node.outputs:

@@ -1,0 +1,53 @@
+"""Torch programs and example inputs that cannot be read, told before anything is traced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from cipm_ir.errors import InputError, UnsupportedError
+
+
+def check_readable(source: Any, example_inputs: Any, example_kwargs: Mapping[str, Any] | None) -> None:
+    """Refuse scripted modules, modules that were never run, and inputs that are no dense tensors.
+
+    Errors: `UnsupportedError`, `InputError`.
+    """
+    if isinstance(source, torch.jit.ScriptModule):
+        raise UnsupportedError(
+            f"{type(source).__name__} is a scripted module (torch.jit), whose Python is gone; "
+            "give the nn.Module that it was made from."
+        )
+    for path, module in source.named_modules() if isinstance(source, nn.Module) else ():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedError(
+                f"Module {path!r} is scripted (torch.jit), and its Python is gone; put in the original."
+            )
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+            raise InputError(f"Module {path!r} has parameters without a shape yet; run the model once.")
+    for place, x in _tensors((example_inputs, example_kwargs or {})):
+        if x.is_nested or x.layout != torch.strided:
+            kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+            raise UnsupportedError(f"Example input {place} is a {kind} tensor; only dense ones can be read.")
+
+
+def _tensors(examples: tuple[Any, Mapping[str, Any]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors with the place where they stand."""
+    args, kwargs = examples
+    listed = args if isinstance(args, tuple | list) else (args,)
+    yield from ((str(k), x) for k, value in enumerate(listed) for x in _leaves(value))
+    yield from ((repr(name), x) for name, value in kwargs.items() for x in _leaves(value))
+
+
+def _leaves(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _leaves(part)
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _leaves(part)
