@@ -199,7 +199,7 @@ def _paths(targets: Sequence[str]) -> list[str]:
     folders = {".".join(path.split(".")[:k]) for path in paths for k in range(1, path.count(".") + 1)}
     legal = len(set(paths)) == len(paths) and all(re.fullmatch(r"\w+(\.\w+)*", path, re.ASCII) for path in paths)
     if not legal or folders & set(paths):
-        paths = targets
+        paths = list(targets)
     return [path if "." in path else f"{path}.value" for path in paths]
 
 

@@ -145,7 +145,17 @@ class _Writer:
         self.graph.lint()
         module = fx.GraphModule(self.root, self.graph, type(self.capture.source).__name__)
         module.train(self.root.training)
+        self._forget_constants(module)
         return module
+
+    def _forget_constants(self, module: nn.Module) -> None:
+        """Buffers that the `state_dict` of the source does not hold stay out of the new one too."""
+        held = getattr(self.capture.source, "state_dict", None)
+        names = set(held() if callable(held) else held or ())
+        for name, _ in list(module.named_buffers(remove_duplicate=False)):
+            owner, _, leaf = name.rpartition(".")
+            if owner and name not in names:  # a copy of a GraphModule forgets this for its own buffers
+                module.get_submodule(owner)._non_persistent_buffers_set.add(leaf)
 
     def _needed(self) -> set[fx.Node]:
         results, needed = self.capture.results, set[fx.Node]()

@@ -70,8 +70,9 @@ def read(source: Source, examples: Examples = Examples()) -> Program:
                 examples = replace(examples, inputs=args, kwargs=kwargs)
     if _is_torch(source):
         load_torch = torch_module("frontends.from_torch").load_torch
-        torch_module("frontends.from_torch_checks").check_readable(source, examples.inputs, examples.kwargs)
-        with quiet():
+        checks = torch_module("frontends.from_torch_checks")
+        checks.check_readable(source, examples.inputs, examples.kwargs)
+        with quiet(), checks.unchanged(source):
             capture = load_torch(source, examples.inputs, examples.kwargs, examples.dynamic_shapes, examples.method)
         return Program.of(capture.model, origin=torch_module("backends.to_torch_origin").TorchOrigin(capture))
     loaded = load_onnx(source)

@@ -31,6 +31,7 @@ from cipm_ir.ir.capture import Capture, Results
 
 OPSET = 23
 OPAQUE = "pkg.torch"
+_ABSENT = object()
 
 
 def load_torch(
@@ -221,8 +222,7 @@ class _Lowerer:
                 given[name] = module
             elif name == "path":
                 given[name] = path
-            elif hasattr(module, name):
-                value = getattr(module, name)
+            elif (value := getattr(module, name, _ABSENT)) is not _ABSENT:
                 given[name] = self._parameter(f"{path}.{name}") if isinstance(value, torch.Tensor) else value
         return self._call(entry.entry, bind(entry.entry, args, given))
 
@@ -326,7 +326,7 @@ class _Lowerer:
     def _entry(self, node: fx.Node) -> Entry | None:
         if node.op != "call_module" or self.traced.root is None:
             return function_entry(node.target) if node.op.startswith("call") else None
-        found = module_entry(type(self.traced.root.get_submodule(str(node.target))))
+        found = module_entry(type(self.modules[str(node.target)]))
         return None if found is None else found.entry
 
     def _overwritten(self, node: fx.Node, operands: Any) -> tuple[str, ...]:

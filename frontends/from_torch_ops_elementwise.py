@@ -142,7 +142,10 @@ def elu(b: Lowering, input: Tensor, alpha: float = 1.0, scale: float = 1.0, inpu
 
 @lowers("celu", modules=(nn.CELU,))
 def celu(b: Lowering, input: Tensor, alpha: float = 1.0) -> Tensor:
-    return b.op("Celu", input, alpha=float(alpha), shape=input.shape)
+    if input.dtype == torch.float32:
+        return b.op("Celu", input, alpha=float(alpha), shape=input.shape)
+    inner = b.op("Elu", b.op("Div", input, float(alpha), shape=input.shape), alpha=1.0, shape=input.shape)
+    return b.op("Mul", inner, float(alpha), shape=input.shape)  # ONNX has Celu for float32 only
 
 
 @lowers("selu", modules=(nn.SELU,))

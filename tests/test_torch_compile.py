@@ -1,11 +1,11 @@
-"""`torch.compile` with our passes in front: equal outputs, weights that changed, every way back to the graph as it was."""
+"""`torch.compile` with our passes in front: equal outputs, weights that changed, every way back to the plain graph."""
 
 from __future__ import annotations
 
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ParamSpec
 
 import pytest
 
@@ -18,6 +18,13 @@ from torch import Tensor, fx, nn  # noqa: E402
 import cipm_ir  # noqa: E402
 
 FOLD = ["fold-batch-norm"]
+P = ParamSpec("P")
+
+
+def inference(test: Callable[P, None]) -> Callable[P, None]:
+    """The test runs without gradients."""
+    made: Callable[P, None] = torch.no_grad()(test)
+    return made
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +46,7 @@ class ConvNet(nn.Module):
         self.conv2, self.bn2 = nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6)
         self.head = nn.Linear(6, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = torch.relu(self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
         return self.head(x.mean((2, 3)).view(x.shape[0], -1))
 
@@ -54,11 +61,11 @@ def mlp() -> nn.Module:
     return seeded(lambda: nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 4)))
 
 
-def images(batch: int = 2) -> Tensor:
+def images(batch: int = 2) -> Any:
     return torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(batch))
 
 
-def points(batch: int = 3) -> Tensor:
+def points(batch: int = 3) -> Any:
     return torch.randn(batch, 6, generator=torch.Generator().manual_seed(batch))
 
 
@@ -91,14 +98,14 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("then", ["eager", "aot_eager"])
-@torch.no_grad()
+@inference
 def test_equal_outputs(then: str) -> None:
     net, chain = conv_net(), mlp()
     assert close(net(images()), compiled(net, ["fold-batch-norm", "canonicalize"], then)(images()))
     assert close(chain(points()), compiled(chain, "canonicalize", then)(points()))
 
 
-@torch.no_grad()
+@inference
 def test_batch_norms_are_gone() -> None:
     spy, net = Spy(), conv_net()
     before = {k: v.clone() for k, v in net.state_dict().items()}
@@ -111,7 +118,7 @@ def test_batch_norms_are_gone() -> None:
     assert "batch_norm" in control.operations()
 
 
-@torch.no_grad()
+@inference
 def test_the_mlp_is_in_canonical_form() -> None:
     spy, chain = Spy(), mlp()
     assert close(chain(points()), compiled(chain, "canonicalize", spy)(points()))
@@ -121,7 +128,7 @@ def test_the_mlp_is_in_canonical_form() -> None:
 
 
 @pytest.mark.parametrize("passes", ["canonicalize", ["remove-dead"]])
-@torch.no_grad()
+@inference
 def test_transformer_block(passes: Any) -> None:
     def build() -> nn.Module:
         return nn.TransformerEncoderLayer(12, 3, 20, dropout=0.0, batch_first=True)
@@ -135,14 +142,14 @@ def test_transformer_block(passes: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["mlp_gelu", "fail_flatten", "squeeze_excitation"])
-@torch.no_grad()
+@inference
 def test_models_of_the_zoo(name: str) -> None:
     case = torch_zoo.case(name)
     net, (args, kwargs) = case.build(), case.inputs()
     assert close(net(*args, **kwargs), compiled(net, "canonicalize", "eager")(*args, **kwargs))
 
 
-@torch.no_grad()
+@inference
 def test_dynamic_batch_size() -> None:
     spy, net = Spy(), conv_net()
     run = compiled(net, FOLD, spy)
@@ -152,10 +159,10 @@ def test_dynamic_batch_size() -> None:
     assert "batch_norm" not in spy.operations()
 
 
-@torch.no_grad()
+@inference
 def test_graph_break() -> None:
     class Broken(ConvNet):
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> Any:
             x = torch.relu(self.bn1(self.conv1(x)))
             torch._dynamo.graph_break()
             return self.head(torch.relu(self.bn2(self.conv2(x))).mean((2, 3)))
@@ -181,7 +188,7 @@ def test_inference_mode() -> None:
         assert close(net(images()), run(images()))
 
 
-@torch.no_grad()
+@inference
 def test_nothing_to_do_leaves_the_graph() -> None:
     spy, chain = Spy(), mlp()
     assert torch.equal(chain(points()), compiled(chain, FOLD, spy)(points()))
@@ -189,7 +196,7 @@ def test_nothing_to_do_leaves_the_graph() -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
-@torch.no_grad()
+@inference
 def test_inductor() -> None:
     net = conv_net()
     run = compiled(net, FOLD, "inductor")
@@ -222,7 +229,7 @@ def statistics(net: ConvNet) -> None:
 
 
 @pytest.mark.parametrize("change", [copied_into, replaced, other_data, state_loaded, statistics])
-@torch.no_grad()
+@inference
 def test_weights_that_changed_are_used(change: Callable[[ConvNet], None]) -> None:
     net = conv_net()
     run = compiled(net, FOLD, "eager")
@@ -239,7 +246,7 @@ def test_weights_that_changed_are_used(change: Callable[[ConvNet], None]) -> Non
     assert "batch_norm" not in spy.operations()
 
 
-@torch.no_grad()
+@inference
 def test_another_instance_has_its_own_weights() -> None:
     """Dynamo runs the code that it compiled for one module for others of its class too."""
     backend = cipm_ir.torch_backend(FOLD, then="eager")
@@ -266,7 +273,7 @@ def test_training_falls_back() -> None:
         assert close(net(images()), run(images()))
 
 
-@torch.no_grad()
+@inference
 def test_a_buffer_that_the_graph_changes() -> None:
     net, reference = conv_net().train(), conv_net().train()
     run = compiled(net, FOLD, "eager")
@@ -278,21 +285,21 @@ def test_a_buffer_that_the_graph_changes() -> None:
     assert int(net.bn1.num_batches_tracked or 0) == 1
 
 
-@torch.no_grad()
+@inference
 def test_a_parameter_that_is_given_back() -> None:
     class Gives(ConvNet):
         def forward(self, x: Tensor) -> Any:
             return super().forward(x), self.head.weight.t()
 
-    net = seeded(Gives)
+    net: Any = seeded(Gives)
     with pytest.warns(RuntimeWarning, match="gives back a parameter"):
         out, weight = compiled(net, FOLD, "eager")(images())
     assert close(net(images())[0], out) and weight.data_ptr() == net.head.weight.data_ptr()
 
 
-@torch.no_grad()
+@inference
 def test_what_cannot_be_read() -> None:
-    net = seeded(lambda: nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4)))
+    net: Any = seeded(lambda: nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4)))
     net[0].weight[0, 0] = float("nan")
     spy = Spy()
     with pytest.warns(RuntimeWarning, match="torch_backend: a graph is left as it is") as seen:
@@ -300,12 +307,12 @@ def test_what_cannot_be_read() -> None:
     assert len(seen) == 1 and got.isnan().any() and spy.inputs == [5]
 
 
-@torch.no_grad()
+@inference
 def test_a_rewritten_graph_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """Control of the last comparison: it notices what every check before it let through."""
-    from cipm_ir.backends import to_torch_compile
+    from cipm_ir.backends import to_torch, to_torch_compile
 
-    whole = to_torch_compile.emit_graph
+    whole = to_torch.emit_graph
 
     def wrong(capture: Any, model: Any) -> Any:
         made = whole(capture, model)
@@ -320,7 +327,7 @@ def test_a_rewritten_graph_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyP
     assert not close(net(images()), compiled(net, FOLD, Spy(), verify=False)(images()))
 
 
-@torch.no_grad()
+@inference
 def test_a_pass_whose_result_is_not_exact() -> None:
     from cipm_ir.passes import Pass, PassResult
     from cipm_ir.passes.base import Kind

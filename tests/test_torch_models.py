@@ -17,20 +17,33 @@ from cipm_ir.symmetry.program import Program
 from tests import torch_zoo
 from tests.torch_running import tensors_of
 
-# Where the function of a hidden unit depends on the others, dropping one is not the removal of a unit.
 NOT_TO_HALF = {
-    "mlp_softmax": "softmax over the hidden units",
-    "mlp_log_softmax": "softmax over the hidden units",
-    "mlp_softmin": "softmax over the hidden units",
     "fail_roll_residual": "every channel is tied to its neighbour: one orbit",
     "local_response_norm": "neighbouring channels are mixed",
     "bad_sort": "the units are sorted",
     "complex_parameters": "complex numbers are not followed",
     "complex_linear": "complex numbers are not followed",
-    "shufflenet": "groups of two channels: 53% is the least",
     "fail_channel_shuffle_module": "groups of two channels",
+    "units_sliced": "77% is the least: few of its units are free",
 }
-NO_SPACES = {"fail_roll_residual", "local_response_norm", "bad_sort", "complex_parameters", "complex_linear"}
+NO_SPACES = {
+    "fail_roll_residual",
+    "local_response_norm",
+    "bad_sort",
+    "complex_parameters",
+    "complex_linear",
+    "spectral_norm",
+    "adaptive_max_pool",
+    "bilinear",
+    "max_pool_indices",
+    "nested_outputs",
+    "keyword_only_input",
+}
+"""Models in which nothing may move: an operator without a rule reads every hidden unit, or the units are outputs."""
+
+FLOAT32_INSIDE = {"llama", "llama_cache", "llama_cache_tensors", "qwen2", "mixtral_batched"}
+"""Their normalizations compute in float32 whatever the type of the model."""
+
 REFUSED = {
     "torch_transformer_decoder_guess": "control flow depends on data",
     "mixtral_eager": "control flow depends on data",
@@ -95,7 +108,7 @@ def test_in_float64_it_is_exact_up_to_rounding(name: str) -> None:
     module, args, kwargs = module.double(), _double(args), _double(kwargs)
     source = cipm_ir.load(module, args, kwargs)
     assert [s.size for s in source.spaces] == [s.size for s in program(name).spaces]
-    assert change(source, acted(source, seed=2)) <= 1e-10
+    assert change(source, acted(source, seed=2)) <= (1e-6 if name in FLOAT32_INSIDE else 1e-10)
 
 
 def _double(value: Any) -> Any:
@@ -109,7 +122,7 @@ def test_half_of_the_macs_can_go(name: str) -> None:
     module, args, kwargs = case(name)
     before = {k: v.clone() for k, v in module.state_dict().items()}
     source = program(name)
-    if name in NOT_TO_HALF:
+    if name in NOT_TO_HALF or name in NO_SPACES:
         with pytest.raises(SymmetryError, match="cannot come down"):
             cipm_ir.optimize(source, ["prune{macs=0.5}"])
         return
@@ -133,11 +146,15 @@ def _trains(module: Any, small: Any, args: Any, kwargs: Any) -> None:
         loss = sum(x.float().square().mean() for x in outputs if x.is_floating_point())
         assert torch.isfinite(loss)
         loss.backward()
-        with_gradient[key] = {n for n, p in one.named_parameters() if p.grad is not None}
+        with_gradient[key] = {n for n, p in _parameters(one) if p.grad is not None}
         assert all(torch.isfinite(p.grad).all() for p in one.parameters() if p.grad is not None)
         torch.optim.SGD(one.parameters(), lr=1e-3).step()
-    assert with_gradient["small"] == with_gradient["original"] & {n for n, _ in small.named_parameters()}
+    assert with_gradient["small"] == with_gradient["original"] & {n for n, _ in _parameters(small)}
     assert with_gradient["small"]
+
+
+def _parameters(module: Any) -> Any:
+    return module.named_parameters(remove_duplicate=False)
 
 
 def _loads_again(source: Program, result: Any, args: Any, kwargs: Any) -> None:
@@ -148,7 +165,8 @@ def _loads_again(source: Program, result: Any, args: Any, kwargs: Any) -> None:
         other.load_state_dict(result.model.state_dict())
         wanted, got = tensors_of(result.model(*args, **kwargs)), tensors_of(other(*args, **kwargs))
     assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(wanted, got, strict=True))
-    assert set(result.model.state_dict()) <= set(source.origin.capture.source.state_dict())  # type: ignore[union-attr]
+    names = {name for name in result.model.state_dict() if not name.startswith("_tensor_constant")}
+    assert names <= set(source.origin.capture.source.state_dict())  # type: ignore[union-attr]
 
 
 def test_control_a_wrong_element_is_seen() -> None:

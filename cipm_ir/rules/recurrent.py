@@ -101,6 +101,8 @@ def _along(op: OpContext, index: int, hidden: Labels, count: int) -> None:
     elif not state.broadcasts(last):
         op.rec.pin(hidden, f"input {index} of {op.node.op_type} is fixed along the hidden axis")
         op.pin(state, "mixed axes")
+    else:
+        op.meets(state, last, Factor((last,), hidden, ZERO), last, index)
 
 
 def _outputs(op: OpContext, hidden: Labels | None) -> None:

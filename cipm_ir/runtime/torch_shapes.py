@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-_BATCH_NORMS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
+_BATCH_NORMS: dict[type[nn.Module], tuple[int, ...]] = {
+    nn.BatchNorm1d: (2, 3),
+    nn.BatchNorm2d: (4,),
+    nn.BatchNorm3d: (5,),
+}
 _JOINS = (torch.cat, torch.ops.aten.cat.default)
 
 
@@ -26,7 +30,12 @@ class ShapeError(Exception):
 
 
 def propagate(
-    root: nn.Module, graph: fx.Graph, inputs: Mapping[str, Any], dynamic: Mapping[str, set[int]] | None = None
+    root: nn.Module,
+    graph: fx.Graph,
+    inputs: Mapping[str, Any],
+    dynamic: Mapping[str, set[int]] | None = None,
+    *,
+    instead: Callable[[fx.Node, Any], Any] | None = None,
 ) -> dict[fx.Node, Any]:
     """What each node computes, tensors without numbers; dynamic sizes become symbolic.
 
@@ -35,10 +44,12 @@ def propagate(
         graph: nodes in order.
         inputs: an example by placeholder name.
         dynamic: axes by placeholder name whose size may change.
+        instead: gets each node and what it computes (None where it cannot be computed), and says with what to go on, so
+            that one run finds every node that does not fit; None where it cannot say either.
 
     Errors: `ShapeError` naming the node.
     """
-    first = _Run(root, inputs).run(graph)
+    first = _Run(root, inputs, instead).run(graph)
     if not dynamic or not any(dynamic.values()):
         return first
     other = {}
@@ -82,8 +93,10 @@ def on_meta(value: Any) -> Any:
 
 
 class _Run:
-    def __init__(self, root: nn.Module, inputs: Mapping[str, Any]) -> None:
-        self.root, self.inputs = root, inputs
+    def __init__(
+        self, root: nn.Module, inputs: Mapping[str, Any], instead: Callable[[fx.Node, Any], Any] | None = None
+    ) -> None:
+        self.root, self.inputs, self.instead = root, inputs, instead
         self.values: dict[fx.Node, Any] = {}
         self.remembered: dict[Any, Any] = {}
         self.tensors: dict[int, torch.Tensor] = {}
@@ -93,13 +106,17 @@ class _Run:
         with torch.no_grad():
             for node in graph.nodes:
                 try:
-                    self.values[node] = self._visit(node)
+                    made = self._visit(node)
                 except Exception as error:  # any operation of torch, on shapes that may not fit
+                    self.values[node] = None if self.instead is None else self.instead(node, None)
+                    if self.values[node] is not None:
+                        continue
                     text = str(error).strip().splitlines()
                     raise ShapeError(
                         f"node {node.name!r} ({node.op} {node.target}): {text[0] if text else type(error).__name__}",
                         node.name,
                     ) from error
+                self.values[node] = made if self.instead is None or made is None else self.instead(node, made)
         return self.values
 
     def _visit(self, node: fx.Node) -> Any:
@@ -190,13 +207,14 @@ def _is_plain(module: nn.Module) -> bool:
 
 def _batch_normalized(module: nn.Module, args: Any, kwargs: Any) -> torch.Tensor | None:
     """Result of a batch normalization, which torch computes by a dozen operations even here; None: torch has to say."""
-    ranks, x = _BATCH_NORMS.get(type(module)), args[0] if len(args) == 1 and not kwargs else None  # type: ignore[call-overload]
+    ranks, x = _BATCH_NORMS.get(type(module)), args[0] if len(args) == 1 and not kwargs else None
     if ranks is None or not isinstance(x, torch.Tensor) or x.dim() not in ranks or not _is_plain(module):
         return None
     channels = x.shape[1]
     fits = all(
         t is None or (t.dtype == x.dtype and tuple(t.shape) == (channels,))
-        for t in (module.weight, module.bias, module.running_mean, module.running_var)
+        for name, t in (*module._parameters.items(), *module._buffers.items())
+        if name != "num_batches_tracked"
     )
     several = not module.training or x.numel() > channels  # torch refuses to normalize one value
     return torch.empty_like(x) if fits and several and x.is_contiguous() else None
@@ -225,10 +243,10 @@ def _off_device(value: Any) -> Any:
     if isinstance(value, torch.device):
         return torch.device("meta")
     if isinstance(value, tuple | list):
-        return type(value)(_off_device(v) for v in value) if type(value) in (tuple, list) else (
-            [_off_device(v) for v in value] if isinstance(value, list) else tuple(_off_device(v) for v in value))  # fmt: skip
+        return [_off_device(v) for v in value] if isinstance(value, list) else tuple(_off_device(v) for v in value)
     if isinstance(value, Mapping):
-        return {k: torch.device("meta") if k == "device" and v is not None else _off_device(v) for k, v in value.items()}
+        meta = torch.device("meta")
+        return {k: meta if k == "device" and v is not None else _off_device(v) for k, v in value.items()}
     return value
 
 

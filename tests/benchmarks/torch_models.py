@@ -1,7 +1,7 @@
 """Torch models of real size with random weights, and how Torch-Pruning is told to read each of them.
 
-The convolutional networks are written with torch.nn alone; the transformers come from the transformers library, which is
-imported when one is built.
+The convolutional networks are written with torch.nn alone; the transformers come from the transformers library, which
+is imported when one is built.
 """
 
 from __future__ import annotations
@@ -164,7 +164,8 @@ def vit_base() -> Case:
     """ViT-B/16 (Dosovitskiy et al. 2021), 1 x 3 x 224 x 224."""
     from transformers import ViTConfig, ViTForImageClassification
 
-    model = ViTForImageClassification(ViTConfig(num_labels=1000))
+    labels: dict[str, Any] = {"num_labels": 1000}
+    model = ViTForImageClassification(ViTConfig(**labels))
     return Case(Field(model, "logits"), (torch.randn(1, 3, 224, 224),), [model.classifier], _heads(model, 12))
 
 
@@ -173,7 +174,7 @@ def bert_base() -> Case:
     from transformers import BertConfig, BertModel
 
     model = BertModel(BertConfig())
-    return Case(Field(model, "pooler_output"), (_tokens(30522),), [model.pooler], _heads(model, 12))
+    return Case(Field(model, "pooler_output"), (_tokens(30522),), [model.get_submodule("pooler")], _heads(model, 12))
 
 
 def llama_small() -> Case:
