@@ -108,7 +108,7 @@ def suggested(module: nn.Module, old_graph: Any, changed: Mapping[str, Differenc
         difference = changed.get(node.name)
         if difference is None:
             continue
-        for path in _stack(node, modules):
+        for path in stack(node, modules):
             for old, new in difference.literals:
                 for name, value in _integers(modules[path]):
                     if value == old:
@@ -116,7 +116,7 @@ def suggested(module: nn.Module, old_graph: Any, changed: Mapping[str, Differenc
     return found
 
 
-def _stack(node: Any, modules: Mapping[str, nn.Module]) -> Iterator[str]:
+def stack(node: Any, modules: Mapping[str, nn.Module]) -> Iterator[str]:
     """Paths of the modules whose code made a node, innermost first."""
     for path, _ in reversed(list((node.meta.get("nn_module_stack") or {}).values())):
         path = path.removeprefix("L['self'].").removeprefix("self.")

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from cipm_ir.backends.to_torch_emitter import Emitter
 from cipm_ir.backends.to_torch_slices import Difference, Slices
+from cipm_ir.backends.to_torch_training import Trained
 from cipm_ir.errors import UnsupportedError
 from cipm_ir.ir.capture import Capture, Results
 from cipm_ir.runtime.torch_shapes import ShapeError, propagate
@@ -113,6 +114,7 @@ class _Writer:
         self.graph = fx.Graph(tracer_cls=old._tracer_cls)
         self.emitter = Emitter(root, self.graph, model, {})
         self.emitter.fixed = frozenset(capture.model.graph.initializers) - frozenset(capture.parameters.values())
+        self.trained = Trained(capture, root)
         self.env: dict[fx.Node, Any] = {}
         self.source: dict[fx.Node, str] = {}
         self.changed: dict[str, Difference] = {}
@@ -141,10 +143,13 @@ class _Writer:
                 self._write(node)
             for made in list(self.graph.nodes)[before:] if len(self.graph.nodes) > before else ():
                 made.meta.setdefault("nn_module_stack", node.meta.get("nn_module_stack", {}))
+        for node in list(self.graph.nodes):
+            if node.op == "get_attr" and not node.users:
+                self.graph.erase_node(node)
         self.graph._codegen = self.old._codegen
         self.graph.lint()
         module = fx.GraphModule(self.root, self.graph, type(self.capture.source).__name__)
-        module.train(self.root.training)
+        module.train(self.capture.source.training if self.capture.kind == "module" else self.root.training)
         self._forget_constants(module)
         return module
 
@@ -186,7 +191,11 @@ class _Writer:
             if isinstance(whole, tuple | list) and isinstance(node.args[1], int):
                 self.env[node] = whole[node.args[1]]
                 return
-        copy = self.graph.node_copy(node, lambda n: self.env[n])
+        path = self.trained.path(node)
+        if path is None:
+            copy = self.graph.node_copy(node, lambda n: self.env[n])
+        else:
+            copy = self.graph.call_module(path, fx.node.map_arg((node.args[0],), self.env.__getitem__))
         self.env[node] = copy
         self.source[copy] = node.name
         for name, part in _parts(made.value, copy):

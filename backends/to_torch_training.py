@@ -1,0 +1,64 @@
+"""What an exported graph has frozen, given back: dropout and batch normalization that know whether the module trains.
+
+`torch.export` writes the mode of a module into its graph. A module that comes out as a graph of that kind must still
+train, so these operations become calls of modules again.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import fx, nn
+
+from cipm_ir.backends.to_torch_attributes import stack
+from cipm_ir.backends.to_torch_ops_places import free_path
+from cipm_ir.ir.capture import Capture
+
+_DROPOUTS = {
+    torch.ops.aten.dropout.default: nn.Dropout,
+    torch.ops.aten.feature_dropout.default: nn.Dropout2d,
+    torch.ops.aten.alpha_dropout.default: nn.AlphaDropout,
+    torch.ops.aten.feature_alpha_dropout.default: nn.FeatureAlphaDropout,
+}
+
+
+class Trained:
+    """Gives the modules that stand for operations whose work depends on the mode."""
+
+    def __init__(self, capture: Capture, root: nn.Module) -> None:
+        self.root, self.source = root, capture.source
+        self.active = capture.kind == "module" and capture.exported is not None
+        self.modules = dict(self.source.named_modules()) if self.active else {}
+
+    def path(self, node: fx.Node) -> str | None:
+        """Path of a module to call with the first argument of a node instead; None where the node is right as it is."""
+        if not self.active or node.op != "call_function":
+            return None
+        if node.target in _DROPOUTS:
+            made = _DROPOUTS[node.target](node.args[1])
+            made.training = self.source.training
+            path = free_path(self.root, node.name)
+            self.root.add_module(path, made)
+            return path
+        if node.target is torch.ops.aten.batch_norm.default:
+            owner = next(iter(stack(node, self.modules)), "")
+            if isinstance(self.modules.get(owner), nn.modules.batchnorm._BatchNorm):
+                return self._batch_norm(owner)
+        return None
+
+    def _batch_norm(self, path: str) -> str | None:
+        """The layer at its own path, with the tensors that the new root holds there."""
+        source, held = self.modules[path], self.root.get_submodule(path)
+        if isinstance(held, nn.modules.batchnorm._BatchNorm):
+            return path
+        tensors = {**held._parameters, **held._buffers}
+        if set(tensors) < {k for k in ("weight", "running_mean") if getattr(source, k) is not None}:
+            return None
+        made = copy.copy(source)
+        made._parameters = {k: tensors.get(k, p) for k, p in source._parameters.items()}  # type: ignore[misc]
+        made._buffers = {k: tensors.get(k, None if b is None else b.clone()) for k, b in source._buffers.items()}
+        made.num_features = next(t.shape[0] for t in tensors.values() if t is not None)
+        owner, _, leaf = path.rpartition(".")
+        self.root.get_submodule(owner).add_module(leaf, made)
+        return path
