@@ -136,19 +136,33 @@ def _program_names(capture: Capture, source: nn.Module) -> Mapping[str, str]:
 
 
 def _differs(capture: Capture, module: nn.Module, graph: fx.GraphModule) -> str:
-    """Why a module does not compute what the graph does; empty where it does. Both run in evaluation mode."""
+    """Why a module does not compute what the graph does; empty where it does. In evaluation, or as it was traced."""
     if capture.args is None:
         return "there are no example inputs to try its forward with"
     flat = example_tensors(capture)
-    try:
-        wanted = _tensors(run_flat(graph, capture, flat))
-    except Exception as error:
-        raise UnsupportedError(f"The rewritten graph does not run: {error}") from error
     args, kwargs = _with_tensors(capture.args, flat)
-    try:
-        got = _tensors(_evaluated(module, lambda m: m(*args, **kwargs)))
-    except Exception as error:  # the user's forward with sizes that it was not written for
-        return f"its forward does not run with the new sizes ({str(error).strip().splitlines()[0][:160]})"
+    why = ""
+    for training in (False, True) if capture.source.training else (False,):
+        try:
+            wanted = _tensors(run_flat(graph, capture, flat, training))
+        except Exception as error:
+            raise UnsupportedError(f"The rewritten graph does not run: {first_line(error)}.") from error
+        try:
+            got = _tensors(_in_mode(module, training, lambda m: m(*args, **kwargs)))
+        except Exception as error:  # the user's forward with sizes that it was not written for
+            return f"its forward does not run with the new sizes ({first_line(error)})"
+        why = _outputs_differ(wanted, got)
+        if not why:  # a module that was traced while it trained may compute something else in evaluation
+            return ""
+    return why
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".")
+
+
+def _outputs_differ(wanted: list[torch.Tensor], got: list[torch.Tensor]) -> str:
     if len(got) != len(wanted):
         return "its forward gives other outputs than the graph"
     for a, b in zip(wanted, got, strict=True):
@@ -180,24 +194,27 @@ def _with_tensors(args: Any, tensors: list[torch.Tensor]) -> Any:
     return pytree.tree_map(lambda x: next(found).clone() if isinstance(x, torch.Tensor) else x, args)
 
 
-def run_flat(graph: fx.GraphModule, capture: Capture, tensors: list[torch.Tensor]) -> Any:
-    """Run a captured or rewritten graph on its tensor inputs, in their order; in evaluation mode, without gradients."""
+def run_flat(
+    graph: fx.GraphModule, capture: Capture, tensors: list[torch.Tensor], training: bool = False
+) -> Any:
+    """Run a captured or rewritten graph on its tensor inputs, in their order; without gradients."""
     found = iter(tensors)
     values = [
         next(found).clone() if isinstance(x, torch.Tensor | torch.SymInt) or type(x).__name__ == "Symbolic" else x
         for x in capture.placeholders.values()
     ]
-    return _evaluated(graph, lambda m: fx.Interpreter(m).run(*values, enable_io_processing=False))
+    return _in_mode(graph, training, lambda m: fx.Interpreter(m).run(*values, enable_io_processing=False))
 
 
-def _evaluated(module: nn.Module, call: Any) -> Any:
-    """Call in evaluation mode and give every module its own mode back."""
+def _in_mode(module: nn.Module, training: bool, call: Any) -> Any:
+    """Call in evaluation or training mode, random numbers the same each time, and give everything its own state back."""
     modes = {m: m.training for m in module.modules()}
     buffers = {name: b.clone() for name, b in module.named_buffers()}
     try:
         for m in modes:
-            m.training = False
-        with torch.no_grad():
+            m.training = training
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
             return call(module)
     finally:
         for m, mode in modes.items():

@@ -113,7 +113,10 @@ class _Writer:
         self.slices, self.differences, self.forced = slices, differences, forced
         self.graph = fx.Graph(tracer_cls=old._tracer_cls)
         self.emitter = Emitter(root, self.graph, model, {})
-        self.emitter.fixed = frozenset(capture.model.graph.initializers) - frozenset(capture.parameters.values())
+        known = set(capture.parameters.values())
+        self.emitter.fixed = frozenset(
+            n for n in model.graph.initializers if n not in known and ("/" in n or n in capture.model.graph.initializers)
+        )
         self.trained = Trained(capture, root)
         self.env: dict[fx.Node, Any] = {}
         self.source: dict[fx.Node, str] = {}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +45,33 @@ def from_module(
     Errors: `InputError` where the module does not run with them, `UnsupportedError` where no graph can be made.
     """
     load_table()
+    with _functions_seen() as seen:
+        traced = _from_module(module, args, kwargs, dynamic, method)
+    for name in sorted(seen):
+        traced.notes.append(f"custom autograd function {name}: a graph keeps its forward, not its backward")
+    return traced
+
+
+@contextlib.contextmanager
+def _functions_seen() -> Iterator[set[str]]:
+    """Names of the custom autograd functions that are traced through meanwhile."""
+    seen: set[str] = set()
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        seen.add(cls.__name__)
+        return original.__func__(cls, *args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+    try:
+        yield seen
+    finally:
+        torch.autograd.Function.apply = original  # type: ignore[method-assign]
+
+
+def _from_module(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any, method: str
+) -> Traced:
     symbolic: Traced | None = None
     reasons: list[str] = []
     if method in ("auto", "symbolic"):
@@ -157,6 +186,7 @@ def _symbolic(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
                 raise UnsupportedError("nested arguments")
             if kind not in (kind.VAR_POSITIONAL, kind.VAR_KEYWORD):
                 concrete[name] = value
+    module = copy.copy(module)  # tracing puts constants on the module that it traces
     graph = _Tracer().trace(module, concrete_args=concrete)
     holders = {n.name: str(n.target) for n in graph.nodes if n.op == "placeholder"}
     inputs = {name: bound.arguments.get(target) for name, target in holders.items()}

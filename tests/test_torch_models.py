@@ -166,7 +166,8 @@ def _loads_again(source: Program, result: Any, args: Any, kwargs: Any) -> None:
         wanted, got = tensors_of(result.model(*args, **kwargs)), tensors_of(other(*args, **kwargs))
     assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(wanted, got, strict=True))
     names = {name for name in result.model.state_dict() if not name.startswith("_tensor_constant")}
-    assert names <= set(source.origin.capture.source.state_dict())  # type: ignore[union-attr]
+    module = source.origin.capture.source  # type: ignore[union-attr]
+    assert names <= {*module.state_dict(), *(name for name, _ in module.named_buffers())}
 
 
 def test_control_a_wrong_element_is_seen() -> None:

@@ -2,7 +2,7 @@
 
 Both start from the same module with random weights, in evaluation mode; times are the shortest of several runs, as the
 machine may do other things. The peer (Torch-Pruning 1.6) is used as its examples for these models do: the output layer
-ignored, the heads of attention named, everything else as it is by default. Its constructor builds the dependency graph,
+ignored, the heads of attention named (Llama: whole heads removed), everything else as it is by default. Its constructor builds the dependency graph,
 which needs a forward and a backward trace on real numbers; its ``step`` ranks and removes channels of one module, so it
 gets a fresh copy each time, which is not timed. Its ratio is one of channels: 0.29, which leaves half of the
 multiply-accumulates; the table says how many each left.
@@ -97,6 +97,7 @@ def pruner(case: Case) -> Any:
         return tp.pruner.MagnitudePruner(
             case.module, case.inputs[0], importance=tp.importance.MagnitudeImportance(), pruning_ratio=CHANNELS,
             ignored_layers=case.ignored, num_heads=dict(case.heads), in_channel_groups={}, out_channel_groups={},
+            prune_num_heads=case.whole_heads, prune_head_dims=not case.whole_heads, head_pruning_ratio=CHANNELS,
         )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ class Case:
         inputs: positional arguments of its forward.
         ignored: layers that the peer leaves alone: the output layer.
         heads: for the peer: number of heads of every projection to queries, keys and values.
+        whole_heads: for the peer: take whole heads away instead of their dimensions, as rotary embeddings need it.
         traces: whether `torch.fx` tracing works.
     """
 
@@ -30,6 +31,7 @@ class Case:
     inputs: tuple[Tensor, ...]
     ignored: list[nn.Module]
     heads: dict[nn.Module, int] = field(default_factory=dict)
+    whole_heads: bool = False
     traces: bool = False
 
 
@@ -185,7 +187,8 @@ def llama_small() -> Case:
         hidden_size=768, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=12, intermediate_size=2048
     )
     model = LlamaForCausalLM(config)
-    return Case(Field(model, "logits", use_cache=False), (_tokens(32000),), [model.lm_head], _heads(model, 12))
+    module, heads = Field(model, "logits", use_cache=False), _heads(model, 12)
+    return Case(module, (_tokens(32000),), [model.lm_head], heads, whole_heads=True)
 
 
 CASES: dict[str, Callable[[], Case]] = {
