@@ -194,9 +194,7 @@ def _with_tensors(args: Any, tensors: list[torch.Tensor]) -> Any:
     return pytree.tree_map(lambda x: next(found).clone() if isinstance(x, torch.Tensor) else x, args)
 
 
-def run_flat(
-    graph: fx.GraphModule, capture: Capture, tensors: list[torch.Tensor], training: bool = False
-) -> Any:
+def run_flat(graph: fx.GraphModule, capture: Capture, tensors: list[torch.Tensor], training: bool = False) -> Any:
     """Run a captured or rewritten graph on its tensor inputs, in their order; without gradients."""
     found = iter(tensors)
     values = [

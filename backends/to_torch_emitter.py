@@ -250,7 +250,8 @@ class Emitter(Facts):
             held = ir.tensor(np.array(self._folded[name], order="C"))
         if name not in self._paths:
             existing = attribute_at(self.root, name)
-            self._paths[name] = name if existing is not None else register(self.root, name, held, trainable)
+            path = f"constants.{identifier(name)}" if name in self.fixed else name
+            self._paths[name] = name if existing is not None else register(self.root, path, held, trainable)
         return self.graph.get_attr(self._paths[name])
 
 

@@ -115,7 +115,9 @@ class _Writer:
         self.emitter = Emitter(root, self.graph, model, {})
         known = set(capture.parameters.values())
         self.emitter.fixed = frozenset(
-            n for n in model.graph.initializers if n not in known and ("/" in n or n in capture.model.graph.initializers)
+            n
+            for n in model.graph.initializers
+            if n not in known and ("/" in n or n in capture.model.graph.initializers)
         )
         self.trained = Trained(capture, root)
         self.env: dict[fx.Node, Any] = {}

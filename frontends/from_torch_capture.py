@@ -37,9 +37,7 @@ class Traced:
     notes: list[str] = field(default_factory=list)
 
 
-def from_module(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any, method: str
-) -> Traced:
+def from_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any, method: str) -> Traced:
     """Trace a module with example inputs.
 
     Errors: `InputError` where the module does not run with them, `UnsupportedError` where no graph can be made.
@@ -69,9 +67,7 @@ def _functions_seen() -> Iterator[set[str]]:
         torch.autograd.Function.apply = original  # type: ignore[method-assign]
 
 
-def _from_module(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any, method: str
-) -> Traced:
+def _from_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any, method: str) -> Traced:
     symbolic: Traced | None = None
     reasons: list[str] = []
     if method in ("auto", "symbolic"):

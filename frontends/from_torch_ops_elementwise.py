@@ -11,7 +11,6 @@ from cipm_ir.frontends.from_torch_table import lowers
 from cipm_ir.frontends.from_torch_values import Lowering, Number, Operand, Refused, Tensor, known
 
 
-
 # ---------------------------------------------------------------- one input
 def _unary(op_type: str, *names: str, modules: tuple[type[nn.Module], ...] = ()) -> None:
     @lowers(*names, modules=modules)

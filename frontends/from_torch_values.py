@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -13,6 +13,9 @@ import torch
 from onnx_ir import tensor_adapters
 
 from cipm_ir.ir.labels import Array
+
+OPAQUE = "pkg.torch"
+"""Domain of the nodes that stand for torch operations without a rule."""
 
 Dims = tuple[int | None, ...]
 """Sizes of a tensor; None where a size is dynamic."""
@@ -129,7 +132,9 @@ class Lowering:
     ) -> list[Tensor]:
         """Add a node with as many outputs as ``shapes`` has entries."""
         like = next((x.dtype for x in inputs if isinstance(x, Tensor)), None)
-        if any(isinstance(x, Tensor) and x.dtype.is_complex for x in inputs) or (dtype is not None and dtype.is_complex):
+        if any(isinstance(x, Tensor) and x.dtype.is_complex for x in inputs) or (
+            dtype is not None and dtype.is_complex
+        ):
             raise Refused("complex numbers")
         values = [self.operand(x, like) for x in inputs]
         while values and values[-1] is None:
@@ -284,3 +289,28 @@ def _attribute(name: str, value: Any) -> ir.Attr:
     if all(isinstance(v, str) for v in value):
         return ir.AttrStrings(name, list(value))
     return ir.AttrFloat32s(name, [float(v) for v in value])
+
+
+def transposed(graph: ir.Graph, x: Tensor, perm: Sequence[int], name: str) -> Tensor:
+    """A parameter with its axes permuted, under a name of its own."""
+    shape = tuple(x.dims[p] for p in perm)
+    value = ir.Value(name=f"{name}/view", type=x.value.type, shape=ir.Shape(shape))
+    attrs = {"perm": ir.AttrInt64s("perm", list(perm))}
+    graph.append(ir.Node("", "Transpose", [x.value], attrs, outputs=[value], name=value.name))
+    return Tensor(value, x.dtype, shape)
+
+
+def is_tensor(x: Any) -> bool:
+    """Whether torch's description of a value says a tensor."""
+    return isinstance(x, torch.Tensor) or type(x).__name__ == "Symbolic"
+
+
+def leaves(value: Any) -> list[Any]:
+    """Everything in a structure of arguments or results."""
+    if isinstance(value, Mapping):
+        return [leaf for v in value.values() for leaf in leaves(v)]
+    if isinstance(value, tuple | list):
+        return [leaf for v in value for leaf in leaves(v)]
+    if isinstance(value, slice):
+        return [value.start, value.stop, value.step]
+    return [value]

@@ -17,11 +17,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import cipm_ir
-from cipm_ir.symmetry.program import Program
-from tests import torch_zoo
+from tests import torch_zoo  # noqa: E402
 
-pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
+import cipm_ir  # noqa: E402
+from cipm_ir.symmetry.program import Program  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:The tensor attributes self.rnn._flat_weights:UserWarning")
 
 Spaces = Counter[tuple[str, int, str]]
 
@@ -79,11 +80,17 @@ ONE_FIRST_STATE = {
 }
 """Here the exported program ties the hidden units of the layers to each other; tracing and ONNX find both."""
 
+NOT_TRACED = {"torch_transformer_encoder": "tracing enters its layers, and they branch on their input"}
+"""torch's own tracer takes these layers as one call, which has no rule."""
+
 NOT_EXPORTED = {
     "t5_encoder": "torch's exporter fails to decompose a view of a transposed tensor",
     "swin": "torch's exporter fails to decompose a view of a transposed tensor",
 }
 """No file to compare with: tracing and torch.export are all there is."""
+
+
+TRACED = [name for name in NAMES if torch_zoo.case(name).symbolic and name not in NOT_TRACED]
 
 
 def spaces_of(program: Program) -> Spaces:
@@ -143,7 +150,7 @@ def test_torch_and_onnx_agree(name: str, tmp_path: Path) -> None:
     assert from_file
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if torch_zoo.case(name).symbolic])
+@pytest.mark.parametrize("name", TRACED)
 def test_tracing_and_export_agree(name: str) -> None:
     traced, by_export = by_torch(name, "symbolic"), by_torch(name, "export")
     if name in ONE_FIRST_STATE:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cipm_ir.frontends.from_torch import OPAQUE
+from cipm_ir.frontends.from_torch_values import OPAQUE
 
 Function = Callable[..., Any]
 METHODS = ("symbolic", "export")

@@ -124,7 +124,7 @@ def _fill(row: Row, macs: float) -> None:
 
 
 def shortened(text: str, width: int) -> str:
-    """The first line, without what would break a table cell, cut to ``width``; what stands in brackets is kept first."""
+    """On one line that fits a table cell, cut to ``width``; where brackets hold the cause, only that."""
     line = " ".join(text.split()).replace("|", "/")
     inner = line.partition("(")[2].rstrip(").")
     line = inner or line

@@ -1,11 +1,11 @@
 """Speed on torch models against Torch-Pruning in the same run. Prints tables; asserts only that the work was done.
 
-Both start from the same module with random weights, in evaluation mode; times are the shortest of several runs, as the
-machine may do other things. The peer (Torch-Pruning 1.6) is used as its examples for these models do: the output layer
-ignored, the heads of attention named (Llama: whole heads removed), everything else as it is by default. Its constructor builds the dependency graph,
-which needs a forward and a backward trace on real numbers; its ``step`` ranks and removes channels of one module, so it
-gets a fresh copy each time, which is not timed. Its ratio is one of channels: 0.29, which leaves half of the
-multiply-accumulates; the table says how many each left.
+Both start from the same module with random weights, in evaluation mode; they take turns, and times are the shortest of
+several runs, as the machine may do other things. The peer (Torch-Pruning 1.6) is used as its examples for these models
+do: the output layer ignored, the heads of attention named (Llama: whole heads removed), everything else as it is by
+default. Its constructor builds the dependency graph, which needs a forward run with autograd on real numbers; its
+``step`` ranks and removes channels of one module, so it gets a fresh copy each time, which is not timed. Its ratio is
+one of channels: 0.29, which leaves half of the multiply-accumulates; the table says how many each left.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import gc
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from inspect import isgeneratorfunction
 from typing import Any
 
 import pytest
@@ -37,15 +38,24 @@ CHANNELS = 0.29
 Cell = str | float
 
 
-def best_of(run: Callable[[Any], object], times: int, prepare: Callable[[], Any] = lambda: None) -> tuple[float, Any]:
-    """Shortest of several runs, in seconds, and the last result; ``prepare`` makes the argument and is not timed."""
-    best, made = float("inf"), None
+def in_turn(times: int, *runs: Callable[[], object]) -> tuple[list[float], list[Any]]:
+    """Shortest of several runs of each, in seconds, and the last results.
+
+    Other load on the machine meets all of them alike, as they take turns. A run that needs something made afresh each
+    time is a generator: what it does up to its first ``yield`` is not timed.
+    """
+    best = [float("inf")] * len(runs)
+    made: list[Any] = [None] * len(runs)
     for _ in range(times):
-        argument = prepare()
-        gc.collect()
-        start = time.perf_counter()
-        made = run(argument)
-        best = min(best, time.perf_counter() - start)
+        for k, run in enumerate(runs):
+            made[k] = None
+            prepared: Any = run() if isgeneratorfunction(run) else None
+            if prepared is not None:
+                next(prepared)
+            gc.collect()
+            start = time.perf_counter()
+            made[k] = run() if prepared is None else next(prepared)
+            best[k] = min(best[k], time.perf_counter() - start)
     return best, made
 
 
@@ -124,10 +134,10 @@ def spaces_of(*source: Any) -> cipm_ir.Program:
 @pytest.mark.parametrize("name", list(torch_models.CASES))
 def test_lower_and_analyse(name: str, rows: dict[str, list[list[Cell]]]) -> None:
     case = torch_models.build(name)
-    theirs, _ = best_of(lambda _: pruner(case), REPEATS)
-    traced, program = best_of(lambda _: spaces_of(case.module, case.inputs), REPEATS)
     exported = torch.export.export(case.module, case.inputs, strict=False)
-    own, again = best_of(lambda _: spaces_of(exported), REPEATS)
+    (theirs, traced, own), (_, program, again) = in_turn(
+        REPEATS, lambda: pruner(case), lambda: spaces_of(case.module, case.inputs), lambda: spaces_of(exported)
+    )
     units = sum(s.size for s in program.spaces if s.kind == "units")
     assert (program.origin.capture.method == "symbolic") == case.traces
     assert units == sum(s.size for s in again.spaces if s.kind == "units") > 3000
@@ -142,21 +152,23 @@ def test_prune(name: str, rows: dict[str, list[list[Cell]]]) -> None:
     case = torch_models.build(name)
     program = spaces_of(case.module, case.inputs)
     todo = parse_passes(["prune{macs=0.5}"])
-    passed, outcome = best_of(lambda _: run_passes(program, todo, verify=False), PRUNES)
-    whole, result = best_of(lambda _: cipm_ir.optimize(program, todo, verify=False).model, PRUNES)
+    before = float(tp.utils.count_ops_and_params(case.module, case.inputs[0])[0])
+
+    def step() -> Iterator[Any]:
+        twin = copy.deepcopy(case)
+        stepped = pruner(twin)
+        yield None
+        stepped.step()
+        yield twin, stepped
+
+    (theirs, passed, whole), ((twin, stepped), outcome, result) = in_turn(
+        PRUNES,
+        step,
+        lambda: run_passes(program, todo, verify=False),
+        lambda: cipm_ir.optimize(program, todo, verify=False).model,
+    )
     assert isinstance(result, torch.nn.Module)
     left = outcome.program.macs / program.macs
     assert 0.4 < left <= 0.5
-    before = float(tp.utils.count_ops_and_params(case.module, case.inputs[0])[0])
-
-    def fresh() -> tuple[Case, Any]:
-        twin = copy.deepcopy(case)
-        return twin, pruner(twin)
-
-    def step(made: tuple[Case, Any]) -> tuple[Case, Any]:
-        made[1].step()
-        return made
-
-    theirs, (smaller, stepped) = best_of(step, PRUNES, fresh)
-    after = macs_left(smaller, stepped) / before
+    after = macs_left(twin, stepped) / before
     rows["pruning"].append([name, theirs, after, passed, theirs / passed, whole, theirs / whole, left])

@@ -1,0 +1,69 @@
+"""Writes in place: which nodes of a torch graph may share memory, and what a write does to them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+from torch import fx, nn
+
+from cipm_ir.frontends.from_torch_capture import Traced
+from cipm_ir.frontends.from_torch_table import Entry, function_entry, module_entry, writes_in_place
+from cipm_ir.frontends.from_torch_values import Refused, Tensor
+
+
+class Memory:
+    """Nodes that may share memory carry one mark. What is not known to have memory of its own shares its argument's."""
+
+    def __init__(self, traced: Traced, modules: Mapping[str, nn.Module]) -> None:
+        self.traced, self.modules = traced, modules
+        self.aliases: dict[fx.Node, Any] = {}
+        self.marked: dict[Any, list[fx.Node]] = {}
+        self.position = {node: k for k, node in enumerate(traced.graph.nodes)}
+
+    def writes(self, node: fx.Node) -> bool:
+        """Whether a node changes its first argument."""
+        if node.op == "call_module":
+            return getattr(self.modules[str(node.target)], "inplace", False) is True
+        return node.op in ("call_function", "call_method") and writes_in_place(node.target, dict(node.kwargs))
+
+    def check(self, node: fx.Node) -> None:
+        """A write is expressed by a new value for the first argument: only where nobody reads it through a view."""
+        target = node.args[0] if node.args else None
+        if not isinstance(target, fx.Node) or target.op == "get_attr" or target.name in self.traced.lifted:
+            raise Refused("it changes a parameter or buffer in place")
+        group, here = self.aliases.get(target), self.position[node]
+        for other in self.marked.get(group, ()):
+            if other is not target and any(self.position[u] > here for u in other.users):
+                raise Refused(f"it changes memory in place that {other.name!r} shares")
+
+    def _entry(self, node: fx.Node) -> Entry | None:
+        if node.op != "call_module" or self.traced.root is None:
+            return function_entry(node.target) if node.op.startswith("call") else None
+        found = module_entry(type(self.modules[str(node.target)]))
+        return None if found is None else found.entry
+
+    def sharing(self, target: fx.Node) -> list[fx.Node]:
+        """A node and all that may share its memory."""
+        return [target, *(n for n in self.marked.get(self.aliases.get(target), ()) if n is not target)]
+
+    def share(self, node: fx.Node, made: Any, own: tuple[str, ...], writes: bool, source_made: Any) -> None:
+        """Mark what a node computes; ``source_made`` is what its first argument was lowered to."""
+        source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+        entry = self._entry(node)
+        handed = isinstance(made, Tensor) and made.value.name not in own
+        if source is not None and node.target is operator.getitem and isinstance(source_made, tuple | list):
+            whole = self._entry(source)
+            if whole is not None and not whole.view:  # results of their own
+                self.mark(node, (self.aliases[source], node.args[1]))
+                return
+        if source is not None and source in self.aliases and (writes or handed or entry is None or entry.view):
+            self.mark(node, self.aliases[source])
+        else:
+            self.mark(node, self.position[node])
+
+    def mark(self, node: fx.Node, mark: Any) -> None:
+        """Put a node among those with a mark."""
+        self.aliases[node] = mark
+        self.marked.setdefault(mark, []).append(node)
