@@ -66,8 +66,9 @@ def _functional(traced: Traced, source: Any, kind: Any, given: Any, dynamic: Any
     if traced.exported is None:
         if method != "auto" or given is None:
             return None
+        args, kwargs = given
         try:
-            traced = from_module(source, *given, dynamic, "export")
+            traced = from_module(source, args, kwargs, dynamic, "export")
         except CipmError:
             return None
     notes = [*traced.notes, "writes in place were made explicit (run_decompositions)"]

@@ -37,13 +37,8 @@ class Parameters:
             return self.values[path]
         tensor = self.state[path]
         _check_readable(path, tensor)
-        where = (
-            tensor.untyped_storage()._cdata,
-            tensor.storage_offset(),
-            tuple(tensor.shape),
-            tensor.stride(),
-            tensor.dtype,
-        )
+        storage, shape = tensor.untyped_storage()._cdata, tuple(tensor.shape)
+        where = (storage, tensor.storage_offset(), shape, tensor.stride(), tensor.dtype)
         name = self.storage.setdefault(where, path)
         view = self._permuted(path, tensor) if name == path else None
         if name != path:
