@@ -150,7 +150,7 @@ def _differs(capture: Capture, module: nn.Module, graph: fx.GraphModule) -> str:
         try:
             got = _tensors(_in_mode(module, training, lambda m: m(*args, **kwargs)))
         except Exception as error:  # the user's forward with sizes that it was not written for
-            return f"its forward does not run with the new sizes ({first_line(error)})"
+            return f"its forward does not run with the new tensors ({first_line(error)})"
         why = _outputs_differ(wanted, got)
         if not why:  # a module that was traced while it trained may compute something else in evaluation
             return ""
@@ -168,7 +168,7 @@ def _outputs_differ(wanted: list[torch.Tensor], got: list[torch.Tensor]) -> str:
     for a, b in zip(wanted, got, strict=True):
         scale = float(a.abs().max()) if a.numel() else 0.0
         if a.shape != b.shape or not torch.allclose(a, b, rtol=0, atol=1e-4 * scale + 1e-12, equal_nan=True):
-            return "its forward computes something else with the new sizes"
+            return "its forward computes something else with the new tensors"
     return ""
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnx_ir import tensor_adapters
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
@@ -55,35 +57,51 @@ def rewritten(capture: Capture, model: ir.Model, old: fx.Graph, root: nn.Module,
         if not resized:
             return Rewritten(module, writer.changed)
         stale = _stale(module, writer, capture)
-        if stale is None:
+        if not stale:
             return Rewritten(module, writer.changed)
-        forced.add(stale)
+        forced |= stale
 
 
-def _stale(module: fx.GraphModule, writer: _Writer, capture: Capture) -> str | None:
-    """The first kept node that does not fit its inputs any more."""
+def _stale(module: fx.GraphModule, writer: _Writer, capture: Capture) -> set[str]:
+    """The kept nodes that do not fit their inputs any more.
+
+    One run over the shapes finds them all: behind one that does not fit, it goes on with the shape that the IR says.
+    """
+    stale: set[str] = set()
+
+    def instead(node: fx.Node, made: Any) -> Any:
+        source = writer.source.get(node)
+        known = _NONE if source is None else capture.results.get(source, _NONE)
+        expected = writer.slices.after.get(known.value) if isinstance(known.value, str) else None
+        shape = None if expected is None else expected.shape
+        if source is None or (made is not None and _agree(shape, made)):
+            return made
+        if not writer.is_kept(source):
+            if made is not None:
+                raise UnsupportedError(f"Node {source!r} was written with shape {list(made.shape)}, not {shape}.")
+            return None
+        if not known.own:
+            return made
+        stale.add(source)
+        if expected is None or shape is None or not shape.is_static() or expected.dtype is None:
+            return made
+        dtype = tensor_adapters.to_torch_dtype(expected.dtype)
+        return torch.empty(tuple(shape.numpy()), dtype=dtype, device="meta")
+
     try:
         names = [n.name for n in module.graph.nodes if n.op == "placeholder"]
-        fakes = propagate(module, module.graph, dict(zip(names, example_sizes(capture).values(), strict=True)))
+        inputs = dict(zip(names, example_sizes(capture).values(), strict=True))
+        propagate(module, module.graph, inputs, instead=instead)
     except ShapeError as error:
-        source = next(
-            (writer.source[n] for n in module.graph.nodes if n.name == error.node and n in writer.source), None
-        )
-        if source is None or not writer.is_kept(source) or not capture.results.get(source, _NONE).own:
+        if not stale:
             raise UnsupportedError(f"The changed program does not fit together in torch: {error}.") from error
-        return source
-    for node, fake in fakes.items():
-        source = writer.source.get(node)
-        value = None if source is None else capture.results.get(source, _NONE).value
-        if source is None or not isinstance(value, str) or not isinstance(fake, torch.Tensor):
-            continue
-        expected = writer.slices.after.get(value)
-        shape = None if expected is None else expected.shape
-        if shape is not None and any(isinstance(d, int) and d != s for d, s in zip(shape, fake.shape, strict=False)):
-            if not writer.is_kept(source):
-                raise UnsupportedError(f"Node {source!r} was written with shape {list(fake.shape)}, not {shape}.")
-            return source
-    return None
+    return stale
+
+
+def _agree(shape: ir.Shape | None, made: Any) -> bool:
+    if shape is None or not isinstance(made, torch.Tensor):
+        return True
+    return all(not isinstance(d, int) or d == s for d, s in zip(shape, made.shape, strict=False))
 
 
 def example_sizes(capture: Capture) -> dict[str, Any]:
@@ -141,12 +159,12 @@ class _Writer:
         for node in self.old.nodes:
             if node not in needed:
                 continue
-            before = len(self.graph.nodes)
+            last = next(iter(reversed(self.graph.nodes)), None)
             if self.is_kept(node.name):
                 self._keep(node)
             else:
                 self._write(node)
-            for made in list(self.graph.nodes)[before:] if len(self.graph.nodes) > before else ():
+            for made in takewhile(lambda n, last=last: n is not last, reversed(self.graph.nodes)):
                 made.meta.setdefault("nn_module_stack", node.meta.get("nn_module_stack", {}))
         for node in list(self.graph.nodes):
             if node.op == "get_attr" and not node.users:

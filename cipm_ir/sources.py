@@ -17,6 +17,7 @@ from cipm_ir.backends.to_onnx import save_onnx
 from cipm_ir.errors import UnsupportedError
 from cipm_ir.frontends.from_onnx import check_shapes, load_onnx
 from cipm_ir.runtime.quiet import quiet
+from cipm_ir.symmetry.analysis import uncollected
 from cipm_ir.symmetry.program import Program
 
 Source: TypeAlias = Any
@@ -72,9 +73,9 @@ def read(source: Source, examples: Examples = Examples()) -> Program:
         load_torch = torch_module("frontends.from_torch").load_torch
         checks = torch_module("frontends.from_torch_checks")
         checks.check_readable(source, examples.inputs, examples.kwargs)
-        with quiet(), checks.unchanged(source):
+        with quiet(), checks.unchanged(source), uncollected():
             capture = load_torch(source, examples.inputs, examples.kwargs, examples.dynamic_shapes, examples.method)
-        return Program.of(capture.model, origin=torch_module("backends.to_torch_origin").TorchOrigin(capture))
+        return Program(capture.model, origin=torch_module("backends.to_torch_origin").TorchOrigin(capture))
     loaded = load_onnx(source)
     return Program.of(loaded.model, origin=OnnxOrigin(loaded.kind, loaded.path, loaded.external))
 
@@ -85,7 +86,8 @@ def read_checked(source: Source, examples: Examples = Examples()) -> Program:
     Errors: as `read`; `InputError` for shapes that contradict each other.
     """
     program = read(source, examples)
-    if program is not source:
+    capture = getattr(program.origin, "capture", None)
+    if program is not source and (capture is None or capture.kind == "graph"):  # torch has checked what it traced
         check_shapes(program.model)
     return program
 

@@ -10,10 +10,17 @@ from cipm_ir.frontends.from_torch_table import lowers
 from cipm_ir.frontends.from_torch_values import Lowering, Number, Operand, Refused, Tensor, known
 
 
+_OF_TRUTH = {"Mul": "And", "Add": "Or", "Max": "Or", "Min": "And"}
+
+
 def arithmetic(b: Lowering, op_type: str, a: Operand, c: Operand) -> Any:
     """Broadcasting arithmetic of tensors and numbers, in the type of the result."""
     if not isinstance(a, Tensor) and not isinstance(c, Tensor):
         return numbers(b, op_type, a, c)
+    if b.dtype == torch.bool:
+        if op_type not in _OF_TRUTH:
+            raise Refused("arithmetic of truth values")
+        op_type = _OF_TRUTH[op_type]
     return b.op(op_type, b.tensor(a, b.dtype), b.tensor(c, b.dtype), shape=b.shape)
 
 

@@ -89,6 +89,8 @@ def _layers(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Output, last hidden state and (LSTM) last cell state; the states are (layers * directions, batch, hidden)."""
     directions = 2 if bidirectional else 1
+    if states and all(_is_zero(s) for s in states):
+        states = None
     if not isinstance(params, tuple | list) or not isinstance(x, Tensor) or x.rank != 3:
         raise Refused("a packed sequence")
     if states is None and kind == "LSTM" and len(params) == 0:
@@ -110,6 +112,15 @@ def _layers(
     if batch_first:
         x = b.transpose(x, (1, 0, 2))
     return (x, *(_stacked(b, list(column)) for column in zip(*ends, strict=True)))
+
+
+def _is_zero(state: Any) -> bool:
+    """Zeros made for the layers: each layer starts from its own, which is the same as none."""
+    producer = state.value.producer() if isinstance(state, Tensor) else None
+    if producer is None or producer.op_type != "ConstantOfShape":
+        return False
+    fill = producer.attributes.get("value")
+    return fill is None or not np.asarray(fill.as_tensor().numpy()).any()
 
 
 def _per_layer(b: Lowering, state: Tensor, layers: int, directions: int) -> list[Tensor]:

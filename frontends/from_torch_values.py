@@ -143,6 +143,8 @@ class Lowering:
         outputs = [self.fresh(op_type, kind, None if s is None else tuple(s)) for s in shapes]
         attrs = {k: _attribute(k, v) for k, v in attributes.items() if v is not None}
         node = ir.Node("", op_type, values, attrs, outputs=[o.value for o in outputs], name=outputs[0].value.name)
+        if op_type == "ConstantOfShape":
+            outputs[0].value.meta["constant"] = True
         self.graph.append(node)
         self.made.append(node)
         return outputs
@@ -179,6 +181,7 @@ class Lowering:
         value = ir.Value(
             name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tuple(tensor.shape.numpy()))
         )
+        value.meta["constant"] = True
         self.graph.register_initializer(value)
         self.constants.append(value)
         return Tensor(value, kind, tuple(tensor.shape.numpy()))

@@ -103,7 +103,7 @@ def check_act(module: Fuzzed, form: str, seed: int) -> str:
     if list(after) != list(before) or any(not torch.equal(v, after[k]) for k, v in before.items()):
         return "the caller's module has changed"
     if not wrong and form in ("symbolic", "export"):
-        compared = program.origin.compare(program.emit(), moved.emit())  # type: ignore[union-attr]
+        compared = program.origin.compare(program.emit(), moved.emit(), rtol=TOLERANCE, atol=TOLERANCE)  # type: ignore[union-attr]
         wrong = "" if compared.ok else f"compare: {compared.reason} {compared.max_rel}"
     return wrong
 

@@ -18,6 +18,8 @@ Attributes = Callable[[str], Any]
 
 def taken(op: OpContext, f: Factor, axis: int, index: Labels) -> Factor | None:
     """The factor after selecting positions (1-d ``index``) along one of its axes."""
+    if not len(index):
+        return None
     k = f.axes.index(axis)
     labels = f.labels.take(index, axis=k)
     partial = len(index) < f.labels.shape[k]

@@ -21,7 +21,7 @@ from cipm_ir.symmetry.walk import Walk, walk
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """No garbage collection meanwhile: what is allocated stays, and scanning it again and again takes time."""
     enabled = gc.isenabled()
     gc.disable()
@@ -44,7 +44,7 @@ class Analysis:
     @classmethod
     def of(cls, model: ir.Model) -> Analysis:
         """Analyse a model without model-local functions."""
-        with _uncollected():
+        with uncollected():
             walked = walk(model)
             classes = find_classes(walked)
             spaces = find_spaces(classes)

@@ -92,7 +92,7 @@ def find_classes(walk: Walk) -> Classes:
     block = np.zeros(count, bool)
     block[of[links.parent]] = True
     real, atom_colour = _colours(walk, of, count)
-    real &= _touched(walk, of, count)
+    real &= _touched(walk, of, count) & _owned(walk, of, count)
     colour = _ranked(of, atom_colour)
     signature = _signatures(walk, of, count, colour)
     return Classes(of, count, free, block, real, signature, colour, links)
@@ -168,6 +168,15 @@ def _touched(walk: Walk, of: Labels, count: int) -> Flags:
             seen.add(id(labels))
             touched[of[labels]] = True
     return touched
+
+
+def _owned(walk: Walk, of: Labels, count: int) -> Flags:
+    """Classes with a position of a parameter: entries of constants that a program makes for itself are not units."""
+    owned = np.zeros(count, bool)
+    for f in walk.leaf_factors:
+        if not walk.leaves[f.leaf].constant:
+            owned[of[f.base : f.base + f.size]] = True
+    return owned
 
 
 def _ranked(of: Labels, colour: Hashes) -> Hashes:

@@ -46,6 +46,8 @@ class Leaf:
     uses: list[Use]
     state: State
     factors: list[LeafFactor] = field(default_factory=list)
+    constant: bool = False
+    """Made by the program itself (a mask of ones), as its frontend says: no unit consists of its entries alone."""
     filled: bool = False
     """The output of a ConstantOfShape: equal entries, so that only its size ever changes."""
 

@@ -29,6 +29,8 @@ def describe_spaces(analysis: Analysis) -> list[Note]:
             position[raw.table[:, 0]] = k
         for c in raw.table[0].tolist() if raw.table.shape[1] > 1 else ():
             owner.setdefault(c, []).append(k)
+    owned = np.zeros(classes.count, bool)
+    owned[list(owner)] = True
     members: dict[int, dict[str, None]] = {}
     for f in walk.leaf_factors:
         if not f.active:
@@ -38,7 +40,7 @@ def describe_spaces(analysis: Analysis) -> list[Note]:
         for k in np.unique(position[here]).tolist():
             if k >= 0:
                 members.setdefault(k, {})[label] = None
-        for c in np.unique(here).tolist() if owner else ():
+        for c in np.unique(here[owned[here]]).tolist() if owner else ():
             for k in owner.get(c, ()):
                 members.setdefault(k, {})[label] = None
     used: set[str] = set()

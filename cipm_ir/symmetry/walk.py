@@ -157,7 +157,8 @@ class _Walker:
         name = value.name or ""
         shape = self.shapes.first.get(name) or (() if tensor is None else tuple(tensor.shape.numpy()))
         dtype = value.dtype or (tensor.dtype if tensor is not None else ir.DataType.FLOAT)
-        leaf = Leaf(name, shape, dtype, [use], State(shape), filled=filled)
+        constant = bool(value.meta.get("constant"))
+        leaf = Leaf(name, shape, dtype, [use], State(shape), constant=constant, filled=filled)
         index = len(self.leaves)
         if dtype in FLOATS or dtype in _LABELLED_INTS:
             factors = []
