@@ -8,6 +8,7 @@ computing shapes, and written anew too.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
@@ -164,7 +165,7 @@ class _Writer:
                 self._keep(node)
             else:
                 self._write(node)
-            for made in takewhile(lambda n, last=last: n is not last, reversed(self.graph.nodes)):
+            for made in _after(last, self.graph):
                 made.meta.setdefault("nn_module_stack", node.meta.get("nn_module_stack", {}))
         for node in list(self.graph.nodes):
             if node.op == "get_attr" and not node.users:
@@ -246,6 +247,11 @@ class _Writer:
         if isinstance(names, dict):
             return {k: self._structure(n, new) for k, n in names.items()}
         return new.get(names, self.emitter.known.get(names)) if names is not None else None
+
+
+def _after(last: fx.Node | None, graph: fx.Graph) -> Iterator[fx.Node]:
+    """The nodes that were written since ``last`` was the last one."""
+    return takewhile(lambda node: node is not last, reversed(graph.nodes))
 
 
 def _parts(value: Any, whole: Any, path: tuple[Any, ...] = ()) -> list[tuple[str, Any]]:

@@ -36,7 +36,7 @@ class Trained:
         if not self.active or node.op != "call_function":
             return None
         if node.target in _DROPOUTS:
-            made = _DROPOUTS[node.target](node.args[1])
+            made = _DROPOUTS[node.target](float(node.args[1]))  # type: ignore[arg-type]
             made.training = self.source.training
             path = free_path(self.root, node.name)
             self.root.add_module(path, made)
@@ -56,7 +56,7 @@ class Trained:
         if set(tensors) < {k for k in ("weight", "running_mean") if getattr(source, k) is not None}:
             return None
         made = copy.copy(source)
-        made._parameters = {k: tensors.get(k, p) for k, p in source._parameters.items()}  # type: ignore[misc]
+        made._parameters = {k: tensors.get(k, p) for k, p in source._parameters.items()}
         made._buffers = {k: tensors.get(k, None if b is None else b.clone()) for k, b in source._buffers.items()}
         made.num_features = next(t.shape[0] for t in tensors.values() if t is not None)
         owner, _, leaf = path.rpartition(".")

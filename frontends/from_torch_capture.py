@@ -215,7 +215,7 @@ def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dy
             raise
         from transformers.integrations import executorch  # its caches are structures of tensors only once it says so
 
-        executorch.register_dynamic_cache_export_support()
+        executorch.register_dynamic_cache_export_support()  # type: ignore[no-untyped-call]
         program = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic, strict=False)
     traced = from_exported(program)
     traced.method = "export"
@@ -226,7 +226,8 @@ def _flat_inputs(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str
     """Placeholder name to value."""
     flat = None
     if _is_pytree(module.graph):
-        flat = fx_pytree.tree_flatten_spec((args, kwargs), module.graph._codegen.pytree_info.in_spec)
+        codegen: Any = module.graph._codegen
+        flat = fx_pytree.tree_flatten_spec((args, kwargs), codegen.pytree_info.in_spec)
     nodes = [n for n in module.graph.nodes if n.op == "placeholder"]
     if flat is not None:
         return {n.name: v for n, v in zip(nodes, flat, strict=True)}

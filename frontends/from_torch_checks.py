@@ -46,10 +46,8 @@ def unchanged(source: Any) -> Iterator[None]:
     finally:
         for own, before in (pair for pairs in held for pair in pairs):
             if own.keys() != before.keys() or any(own[k] is not v for k, v in before.items()):
-                # The graph refers to the constants that torch.fx puts on the module under this name.
-                constants = {k: v for k, v in own.items() if k.startswith("_tensor_constant")}
                 own.clear()
-                own.update({**before, **constants})
+                own.update(before)
         with torch.no_grad():
             for buffer, old in buffers:
                 if buffer.layout == torch.strided and not torch.equal(buffer, old):

@@ -145,9 +145,8 @@ def compared(b: Lowering, op_type: str, input: Any, other: Any) -> Any:
     """A comparison in the type that both sides promote to."""
     if not isinstance(input, Tensor) and not isinstance(other, Tensor):
         return numbers(b, op_type, input, other)
-    kinds = [torch.empty(tuple(1 for _ in x.dims), dtype=x.dtype, device="meta") if isinstance(x, Tensor)
-             else (0.5 if _is_float(x) else 1) for x in (input, other)]  # fmt: skip
-    dtype = torch.result_type(*kinds)
+    first, second = _promoting(input), _promoting(other)
+    dtype = torch.result_type(first, second)
     return b.op(op_type, b.tensor(input, dtype), b.tensor(other, dtype), shape=b.shape, dtype=torch.bool)
 
 
@@ -168,6 +167,13 @@ def not_equal(b: Lowering, input: Any, other: Any) -> Any:
     return b.op("Not", compared(b, "Equal", input, other), shape=b.shape)
 
 
+def _promoting(x: Any) -> Any:
+    """A stand-in that takes part in type promotion as the operand does."""
+    if isinstance(x, Tensor):
+        return torch.empty([1] * x.rank, dtype=x.dtype, device="meta")
+    return 0.5 if _is_float(x) else 1
+
+
 def _logical(op_type: str, *names: str) -> None:
     @lowers(*names)
     def entry(b: Lowering, input: Any, other: Any) -> Any:
@@ -176,12 +182,12 @@ def _logical(op_type: str, *names: str) -> None:
         return b.op(op_type, b.tensor(input, torch.bool), b.tensor(other, torch.bool), shape=b.shape)
 
 
-for _op, _names in (
+for _op, _words in (
     ("And", ("logical_and", "and_", "__and__", "bitwise_and")),
     ("Or", ("logical_or", "or_", "__or__", "bitwise_or")),
     ("Xor", ("logical_xor", "xor", "__xor__", "bitwise_xor")),
 ):
-    _logical(_op, *_names)
+    _logical(_op, *_words)
 
 
 @lowers("logical_not", "bitwise_not", "invert")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -259,13 +260,19 @@ class Lowering:
 
     def reshape(self, x: Tensor, sizes: Sequence[int | Number]) -> Tensor:
         """Reshape to sizes of which one may be -1."""
-        shape: list[int | None] | None = [int(n.hint) if isinstance(n, Number) and n.hint is not None else None
-                                          if isinstance(n, Number) else n for n in sizes]  # fmt: skip
-        if shape is not None and -1 in shape:
-            whole = None if x.shape is None or None in x.shape or None in shape else int(np.prod(x.shape))
-            rest = int(np.prod([s for s in shape if s not in (-1, None)]))
-            shape = [s if s != -1 else None if not whole or not rest else whole // rest for s in shape]
+        shape: list[int | None] = [n if not isinstance(n, Number) else _whole(n.hint) for n in sizes]
+        if -1 in shape:
+            known_sizes = [d for d in x.shape or (None,) if d is not None]
+            fixed = [s for s in shape if s is not None and s != -1]
+            rest = math.prod(fixed)
+            static = x.shape is not None and len(known_sizes) == len(x.shape) and len(fixed) == len(shape) - 1
+            missing = math.prod(known_sizes) // rest if static and rest else None
+            shape = [missing if s == -1 else s for s in shape]
         return self.op("Reshape", x, self.ints(sizes), shape=shape, allowzero=None if 0 not in sizes else 1)
+
+
+def _whole(hint: int | float | bool | None) -> int | None:
+    return None if hint is None else int(hint)
 
 
 def known(x: Any) -> Any:
