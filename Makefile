@@ -30,6 +30,7 @@ check: $(VENV)/.installed-dev ## Lint, formatting and types
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-dev ## Measure speed and memory, one at a time
+	$(PIP_INSTALL) --editable '.[bench]'
 	$(BIN)/python -m pytest -q -s -p no:xdist tests/benchmarks
 
 format: $(VENV)/.installed-dev ## Apply the formatter and the safe fixes
