@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -42,34 +43,9 @@ class TorchOrigin:
 
         write(self.capture, self.emit(model), path)
 
-    def compare(
-        self,
-        a: ir.Model,
-        b: ir.Model,
-        *,
-        data: Data | None = None,
-        seed: int = 0,
-        cases: int = 3,
-        rtol: float | None = None,
-        atol: float | None = None,
-    ) -> Verification:
-        """Run both in torch, in evaluation mode, on data, on the example inputs and on random ones like these.
-
-        Errors: `InputError` where the data does not fit.
-        """
-        first = emit_graph(self.capture, a)
-        given = list(itertools.islice(batches(data, a), cases)) if data is not None else []
-        feeds = [*given, *self.drawn(a, np.random.default_rng(seed), cases)]
-        try:
-            expected = [self.run(first, one) for one in feeds]
-        except InputError as error:
-            return Verification(None, reason=str(error).rstrip("."), backend="torch")
-        second = emit_graph(self.capture, b)
-        try:
-            actual = [self.run(second, one) for one in feeds]
-        except InputError as error:
-            return Verification(False, cases=len(feeds), reason=f"the second model fails: {error}", backend="torch")
-        return compare_outputs(expected, actual, rtol, atol, "torch")
+    def compare(self, a: ir.Model, b: ir.Model, **settings: Any) -> Verification:
+        """Run both in torch; ``settings`` as for `compare_programs`."""
+        return compare_programs(Program(a, origin=self), Program(b, origin=self), **settings)
 
     def run(self, graph: fx.GraphModule, feeds: Feeds) -> dict[str, Array]:
         """Outputs by position, as arrays.
@@ -114,6 +90,8 @@ def compare_programs(
     atol: float | None = None,
 ) -> Verification:
     """Compare two programs of which at least one came from torch, inputs and outputs by position.
+
+    They run in evaluation mode, on data, on the example inputs and on random ones like these.
 
     Errors: `InputError` where the data does not fit.
     """

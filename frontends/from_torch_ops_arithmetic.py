@@ -35,12 +35,31 @@ def numbers(b: Lowering, op_type: str, a: Any, c: Any) -> Any:
     kind = torch.float32 if real else torch.int64
 
     def make() -> Any:
+        if op_type == "FloorDiv" and not real and (_negative(a) or _negative(c)):
+            return _rounded_down(b, a, c)
         left, right = b.tensor(a, kind), b.tensor(c, kind)
         made = b.op("Div" if op_type in ("TrueDiv", "FloorDiv") else op_type, left, right, shape=(),
                     dtype=torch.bool if logical else kind)  # fmt: skip
         return (b.op("Floor", made, shape=()) if real and op_type == "FloorDiv" else made).value
 
     return Number(make, hint, torch.bool if logical else kind)
+
+
+def _negative(x: Any) -> bool:
+    """Whether an integer is negative, or may be as far as can be seen."""
+    if not isinstance(x, Number):
+        return bool(x < 0)
+    producer = x.value.producer() if x.hint is None else None
+    return x.hint < 0 if x.hint is not None else producer is not None and producer.op_type in ("Neg", "Sub")
+
+
+def _rounded_down(b: Lowering, a: Any, c: Any) -> Any:
+    """a // c of a negative a (ONNX rounds towards zero): -((-a + c - 1) // c), as in the common -(-a // c)."""
+    if _negative(c) or not _negative(a):
+        raise Refused("an integer division by a negative number")
+    left, right = b.tensor(a, torch.int64), b.tensor(c, torch.int64)
+    raised = b.op("Add", b.op("Neg", left, shape=()), b.op("Sub", right, 1, shape=()), shape=())
+    return b.op("Neg", b.op("Div", raised, right, shape=()), shape=()).value
 
 
 def _is_float(x: Any) -> bool:

@@ -25,14 +25,15 @@ def _of_number(b: Lowering, op_type: str, x: Any) -> Any:
     """A function of a number that comes from sizes (math.sqrt, -n)."""
     if not isinstance(x, Number):
         return b.out
-    kind = torch.int64 if type(b.out) is int and x.dtype == torch.int64 and op_type in ("Neg", "Abs") else torch.float32
+    whole = isinstance(b.out, int | torch.SymInt)  # asked now: the number is built while another node is lowered
+    kind = torch.int64 if whole and x.dtype == torch.int64 and op_type in ("Neg", "Abs") else torch.float32
     hint = b.out if x.hint is not None and isinstance(b.out, int | float) else None
 
     def make() -> Any:
         made = b.op(op_type, b.cast(b.tensor(x), kind), shape=())
-        return (b.cast(made, torch.int64) if type(b.out) is int else made).value
+        return (b.cast(made, torch.int64) if whole else made).value
 
-    return Number(make, hint, torch.int64 if type(b.out) is int else kind)
+    return Number(make, hint, torch.int64 if whole else kind)
 
 
 def _float_like(b: Lowering, x: Operand) -> Tensor:
@@ -155,6 +156,8 @@ def selu(b: Lowering, input: Tensor) -> Tensor:
 @lowers("softplus", modules=(nn.Softplus,))
 def softplus(b: Lowering, input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
     """Above ``threshold`` torch returns the input, which is the same up to e^-threshold."""
+    if threshold < 15:
+        raise Refused("a softplus that turns linear where that shows")
     if beta == 1:
         return b.op("Softplus", input, shape=input.shape)
     scaled = b.op("Mul", input, float(beta), shape=input.shape)

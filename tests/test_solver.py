@@ -49,7 +49,8 @@ def test_sums_of_hashes_do_not_depend_on_order(rng: np.random.Generator) -> None
 
 
 def classes_of(rec: Recorder, factors: list[LeafFactor]) -> Classes:
-    return find_classes(cast(Walk, SimpleNamespace(rec=rec, leaf_factors=factors)))
+    leaves = [SimpleNamespace(constant=False)] * (1 + max((f.leaf for f in factors), default=0))
+    return find_classes(cast(Walk, SimpleNamespace(rec=rec, leaf_factors=factors, leaves=leaves)))
 
 
 def leaf(rec: Recorder, size: int, number: int) -> tuple[Any, LeafFactor]:

@@ -15,11 +15,12 @@ torch = pytest.importorskip("torch")
 
 from tests.dead_units import Keep, killed, random_keep, restricted  # noqa: E402
 from tests.torch_fuzz_modules import Fuzzed, fuzzed  # noqa: E402
-from tests.torch_running import largest_difference, run_both, tensors_of  # noqa: E402
+from tests.torch_running import feeds_of, largest_difference, run_both, tensors_of  # noqa: E402
 from torch import nn  # noqa: E402
 
 import cipm_ir  # noqa: E402
 from cipm_ir.errors import CipmError  # noqa: E402
+from cipm_ir.runtime.session import Runner  # noqa: E402
 from cipm_ir.symmetry.program import Program  # noqa: E402
 
 TOLERANCE = 1e-6
@@ -143,6 +144,24 @@ def check_restrict(module: Fuzzed, form: str, seed: int) -> str:
     return wrong
 
 
+def check_smaller(module: Fuzzed, form: str, seed: int) -> str:
+    """What is written of a smaller program computes what its IR computes, whether or not the units were dead."""
+    program = load(module, module.example(), form)
+    if program is None or program.opaque:
+        return ""
+    keep = random_keep(program, np.random.default_rng(seed), blocks=seed % 2 == 0)
+    try:
+        small = program.restrict(keep)
+        made = emitted(small)
+    except CipmError:
+        return ""
+    x = module.example(2, seed + 1)
+    capture = program.origin.capture  # type: ignore[union-attr]
+    with Runner(small.model) as runner:
+        wanted = list(runner.run(feeds_of(capture, (x,), {})).values())
+    return apart("the smaller object is not its IR", wanted, outputs(made, x), 1e-4)
+
+
 RISING = {
     "Sigmoid", "Softplus", "Exp", "Cos", "HardSigmoid", "Softmax", "LogSoftmax", "Where", "Div", "Clip", "Pad", "Max", "Min",
     "Add", "Sub", "Pow", "ReduceLogSumExp", "ReduceMax", "Reciprocal", "Less", "Greater", "Concat", "Expand",
@@ -164,13 +183,45 @@ def sums_what_rises(program: Program) -> bool:
 FORMS = ("symbolic", "export", "graph", "exported", "dynamic", "dynamic symbolic")
 
 
-def all_checks(seed: int) -> list[str]:
-    """What is wrong with the module of a seed."""
-    found = []
-    for form in FORMS:
-        dynamic = form in ("exported", "dynamic", "dynamic symbolic")
-        if form in ("symbolic", "export"):
-            found.append(f"{form}: {check_lowering(fuzzed(seed), form)}")
-        found.append(f"{form}: {check_act(fuzzed(seed, dynamic), form, seed)}")
-        found.append(f"{form}: {check_restrict(fuzzed(seed, dynamic), form, seed)}")
-    return [f for f in found if not f.endswith(": ")]
+def checked(seed: int, form: str) -> list[str]:
+    """What is wrong with the module of a seed, read in one form."""
+    dynamic = form in ("exported", "dynamic", "dynamic symbolic")
+    found = [check_act(fuzzed(seed, dynamic), form, seed), check_restrict(fuzzed(seed, dynamic), form, seed)]
+    if form in ("symbolic", "export"):
+        found.append(check_lowering(fuzzed(seed), form))
+    found.append(check_smaller(fuzzed(seed, dynamic), form, seed))
+    return [f"{form} {seed}: {f}" for f in found if f]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("seed", range(0, 60, 4))
+def test_random_modules(seed: int) -> None:
+    """Four modules traced symbolically, the first of them in another form as well."""
+    for own in range(seed, seed + 4):
+        assert checked(own, "symbolic") == []
+    form = FORMS[1 + seed // 4 % 5]
+    assert checked(seed, form) == []
+
+
+def test_random_modules_are_not_empty() -> None:
+    """Most of them are read, have units to move and units to remove: otherwise the tests above say nothing."""
+    counts = {"read": 0, "moved": 0, "smaller": 0}
+    for seed in range(40):
+        program = load(fuzzed(seed), fuzzed(seed).example(), "symbolic")
+        counts["read"] += program is not None
+        counts["moved"] += program is not None and bool(program.spaces)
+        counts["smaller"] += program is not None and dead_and_small(program, seed) is not None
+    assert counts["read"] >= 20 and counts["moved"] >= 15 and counts["smaller"] >= 10, counts
+
+
+def test_a_wrong_module_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control: an object one of whose outputs is off."""
+    original = emitted
+
+    def off(program: Program) -> Any:
+        made = original(program)
+        return lambda x: torch.utils._pytree.tree_map(lambda t: t * 1.01, made(x))
+
+    monkeypatch.setitem(globals(), "emitted", off)
+    assert "act changes" in check_act(fuzzed(10), "symbolic", 0)
+    assert any("not its IR" in check_smaller(fuzzed(seed), "symbolic", seed) for seed in range(10))

@@ -192,6 +192,9 @@ class _Literals:
         out = node.outputs[0].name or "" if node.outputs else ""
         old = self.analysis.walk.literals.get(out)
         names = self.names[position]
+        state = self.analysis.walk.states.get(out)
+        if state is not None and state.factors:
+            return  # a small parameter's part, which moves: no size
         if old is None or not names or not (node.op_type in ("Shape", "Size") or any(n in self.now for n in names)):
             return
         if node.op_type in ("Shape", "Size") and names[0] not in self.shapes and self._unchanged(position):
