@@ -50,29 +50,33 @@ def _fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
     if query.rank < 3:
         return True
     heads, own = query.dims[-3], key.dims[-3]
-    grouped = query.rank > 3 and heads is not None and own is not None and heads % own == 0
-    shared = heads == own or grouped
+    shared = heads == own or (heads is not None and own is not None and heads % own == 0)
     return shared and own == value.dims[-3] and query.dims[:-3] == key.dims[:-3] == value.dims[:-3]
 
 
-def _with_head(dims: Dims) -> Dims:
-    return (*dims[:-2], 1, *dims[-2:]) if len(dims) == 3 else (1, 1, *dims)
+def _with(added: list[int], dims: Dims) -> Dims:
+    """Sizes with axes of size 1 put in."""
+    made = list(dims)
+    for axis in added:
+        made.insert(axis, 1)
+    return tuple(made)
 
 
 def _attention(
     b: Lowering, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
 ) -> Tensor:
     """One Attention node, operands of two to four axes."""
-    added = {2: [0, 1], 3: [1]}.get(q.rank, [])  # one head; the batch, which may be dynamic, stays the batch
+    # Of three axes the first counts as heads; where it is the same for all, it may as well be the (dynamic) batch.
+    added = {2: [0, 1], 3: [1] if q.dims[0] == k.dims[0] else [0]}.get(q.rank, [])
     shape = (*q.dims[:-1], v.dims[-1])
     if added:
-        q, k, v = (b.op("Unsqueeze", t, np.array(added), shape=_with_head(t.dims)) for t in (q, k, v))
-        if mask is not None and mask.rank == 3:
-            mask = b.op("Unsqueeze", mask, np.array(added), shape=_with_head(mask.dims))
+        q, k, v = (b.op("Unsqueeze", t, np.array(added), shape=_with(added, t.dims)) for t in (q, k, v))
+        if mask is not None and mask.rank == 3 and added == [1]:
+            mask = b.op("Unsqueeze", mask, np.array(added), shape=_with(added, mask.dims))
     if mask is not None:
         mask = _whole_mask(b, q, k, mask)
     made = b.op("Attention", q, k, v, mask, scale=None if scale is None else float(scale),
-                is_causal=1 if is_causal else None, shape=_with_head(shape) if added else shape)  # fmt: skip
+                is_causal=1 if is_causal else None, shape=_with(added, shape))  # fmt: skip
     return b.op("Squeeze", made, np.array(added), shape=shape) if added else made
 
 

@@ -63,6 +63,11 @@ def heads(x: Any) -> Any:
     return x.view(x.size(0), -1, 2, 4).transpose(1, 2)
 
 
+def pieces(x: Any, weights: Any) -> Any:
+    """A projection by the first and the last third of a weight."""
+    return F.linear(x, weights[0]).relu() + F.linear(x, weights[2])
+
+
 # What is kept as a torch node although it means something else once the axis is shorter, or must be written anew.
 CASES: dict[str, Function] = {
     "a size as a factor": lambda m, x: x * x.size(-1) ** -0.5,
@@ -97,7 +102,7 @@ CASES: dict[str, Function] = {
     "rows of an embedding": lambda m, x: x + m.rows(torch.arange(5)),
     "slice of an embedding": lambda m, x: x + m.rows.weight[:5],
     "tied and transposed": lambda m, x: F.linear(F.linear(x, m.lin.weight).relu(), m.lin.weight.t()),
-    "pieces of a parameter": lambda m, x: sum(F.linear(x, w) for w in m.attention.in_proj_weight.chunk(3)),
+    "pieces of a parameter": lambda m, x: pieces(x, m.attention.in_proj_weight.chunk(3)),
     "normalized weight": lambda m, x: F.linear(x, F.normalize(m.lin.weight, dim=1)),
     "size of a parameter": lambda m, x: x * m.p.shape[0],
     "multi-head attention": lambda m, x: m.attention(x, x, x)[0],
