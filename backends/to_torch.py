@@ -1,4 +1,4 @@
-"""The torch backend: a changed program as the kind of object that came in, with its names and its training behaviour."""
+"""The torch backend: a changed program as the kind of object that came in, with its names and its way to train."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def run_flat(graph: fx.GraphModule, capture: Capture, tensors: list[torch.Tensor
 
 
 def _in_mode(module: nn.Module, training: bool, call: Any) -> Any:
-    """Call in evaluation or training mode, random numbers the same each time, and give everything its own state back."""
+    """Call in evaluation or training mode, random numbers the same each time; everything gets its own state back."""
     modes = {m: m.training for m in module.modules()}
     buffers = {name: b.clone() for name, b in module.named_buffers()}
     try:

@@ -1,7 +1,7 @@
 """A torch graph for a changed IR model: every torch node that the change does not touch is kept as it was.
 
-A node whose slice of the IR differs (another target of a reshape, other pieces of a split, heads that are gone) is written
-anew from the IR, in its place, by the ONNX table. Kept nodes with an argument that no longer fits are found by
+A node whose slice of the IR differs (another target of a reshape, other pieces of a split, heads that are gone) is
+written anew from the IR, in its place, by the ONNX table. Kept nodes with an argument that no longer fits are found by
 computing shapes, and written anew too.
 """
 

@@ -1,4 +1,4 @@
-"""From a torch program to a graph with the shape of every value: `symbolic_trace` where it works, else `torch.export`."""
+"""From a torch program to a graph with the shape of every value: torch.fx tracing where it works, else torch.export."""
 
 from __future__ import annotations
 
@@ -92,7 +92,8 @@ def _from_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             return symbolic
         _check_runs(module, args, kwargs, error)
         raise UnsupportedError(
-            f"{type(module).__name__} cannot be made a graph: {'; '.join(reasons)}; torch.export: {_first_line(error)}. "
+            f"{type(module).__name__} cannot be made a graph: {'; '.join(reasons)}; "
+            f"torch.export: {_first_line(error)}. "
             "Rewrite what depends on the values of tensors (torch.cond, torch.where), or give a part of the model."
         ) from error
     if symbolic is not None and len(unknown(traced)) >= len(unknown(symbolic)):

@@ -9,7 +9,6 @@ import torch
 from cipm_ir.frontends.from_torch_table import lowers
 from cipm_ir.frontends.from_torch_values import Lowering, Number, Operand, Refused, Tensor, known
 
-
 _OF_TRUTH = {"Mul": "And", "Add": "Or", "Max": "Or", "Min": "And"}
 
 

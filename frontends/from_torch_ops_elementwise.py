@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cipm_ir.frontends.from_torch_table import lowers
-from cipm_ir.frontends.from_torch_values import Lowering, Number, Operand, Refused, Tensor, known
+from cipm_ir.frontends.from_torch_values import Lowering, Number, Operand, Refused, Tensor
 
 
 # ---------------------------------------------------------------- one input
@@ -238,7 +238,8 @@ def glu(b: Lowering, input: Tensor, dim: int = -1) -> Tensor:
 # ---------------------------------------------------------------- nothing changes
 @lowers("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d", "dropout3d",
         "native_dropout", view=True,
-        modules=(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout))  # fmt: skip
+        modules=(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
+                 nn.FeatureAlphaDropout))  # fmt: skip
 def dropout(b: Lowering, input: Tensor, p: float = 0.5, training: Any = True) -> Tensor:
     """Evaluation: the identity; a node of its own, so that the emitted program still trains with it."""
     if isinstance(b.out, tuple | list):

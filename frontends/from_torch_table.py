@@ -1,7 +1,7 @@
 """The lowering table: one entry per operation serves its module class, function, method and aten overload.
 
-An entry is a function ``entry(b, *arguments)`` that adds ONNX nodes through the `Lowering` ``b`` and returns the result:
-a `Tensor`, a `Number`, a tuple of such, or one of its own arguments where the operation changes nothing. It is found by
+An entry is a function ``entry(b, *arguments)`` that adds ONNX nodes through the `Lowering` ``b`` and returns the
+result: a `Tensor`, a `Number`, a tuple of such, or one of its own arguments where the operation changes nothing. It is found by
 the bare name of the operation (``conv2d`` for `torch.nn.functional.conv2d`, ``torch.conv2d`` and
 ``aten.conv2d.default``); where aten orders its arguments in another way, a second entry is named ``aten.<name>``.
 
@@ -45,8 +45,8 @@ FAMILIES = (
     "sizes",
 )
 
-_FRESH = ("elementwise", "arithmetic", "contraction", "convolution", "pooling", "normalization", "reduction", "attention",
-          "recurrent", "creation")  # fmt: skip
+_FRESH = ("elementwise", "arithmetic", "contraction", "convolution", "pooling", "normalization", "reduction",
+          "attention", "recurrent", "creation")  # fmt: skip
 """Families whose results have memory of their own, unless an entry says otherwise."""
 
 _FUNCTIONS: dict[str, Entry] = {}

@@ -16,7 +16,6 @@ torch = pytest.importorskip("torch")
 from tests.dead_units import Keep, killed, random_keep, restricted  # noqa: E402
 from tests.torch_fuzz_modules import Fuzzed, fuzzed  # noqa: E402
 from tests.torch_running import feeds_of, largest_difference, run_both, tensors_of  # noqa: E402
-from torch import nn  # noqa: E402
 
 import cipm_ir  # noqa: E402
 from cipm_ir.errors import CipmError  # noqa: E402
@@ -163,8 +162,8 @@ def check_smaller(module: Fuzzed, form: str, seed: int) -> str:
 
 
 RISING = {
-    "Sigmoid", "Softplus", "Exp", "Cos", "HardSigmoid", "Softmax", "LogSoftmax", "Where", "Div", "Clip", "Pad", "Max", "Min",
-    "Add", "Sub", "Pow", "ReduceLogSumExp", "ReduceMax", "Reciprocal", "Less", "Greater", "Concat", "Expand",
+    "Sigmoid", "Softplus", "Exp", "Cos", "HardSigmoid", "Softmax", "LogSoftmax", "Where", "Div", "Clip", "Pad", "Max",
+    "Min", "Add", "Sub", "Pow", "ReduceLogSumExp", "ReduceMax", "Reciprocal", "Less", "Greater", "Concat", "Expand",
 }  # fmt: skip
 SUMMING = {"ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceMean", "Einsum", "ReduceMax", "Gather"}
 

@@ -19,8 +19,8 @@ from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from cipm_ir.frontends import from_torch_ops_recurrent  # noqa: E402
-from cipm_ir.frontends.from_torch_values import OPAQUE
 from cipm_ir.frontends.from_torch import load_torch  # noqa: E402
+from cipm_ir.frontends.from_torch_values import OPAQUE  # noqa: E402
 from cipm_ir.runtime.session import Runner  # noqa: E402
 from cipm_ir.symmetry.program import Program  # noqa: E402
 

@@ -11,11 +11,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import cipm_ir
-from cipm_ir.errors import SymmetryError, UnsupportedError
-from cipm_ir.symmetry.program import Program
-from tests import torch_zoo
-from tests.torch_running import tensors_of
+from tests import torch_zoo  # noqa: E402
+from tests.torch_running import tensors_of  # noqa: E402
+
+import cipm_ir  # noqa: E402
+from cipm_ir.errors import SymmetryError, UnsupportedError  # noqa: E402
+from cipm_ir.symmetry.program import Program  # noqa: E402
 
 NOT_TO_HALF = {
     "fail_roll_residual": "every channel is tied to its neighbour: one orbit",

@@ -1,4 +1,4 @@
-"""Random torch modules for fuzzing: a list of (kind, seed) steps, each of which builds its layers for the shape that it meets.
+"""Random torch modules: lists of (kind, seed) steps, each of which builds its layers for the shape that it meets.
 
 A module is its list of steps, so that a failing one shrinks by leaving steps out.
 """

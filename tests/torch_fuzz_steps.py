@@ -103,7 +103,7 @@ def normalization(p: Place) -> Function | None:
         )
     kind = nn.BatchNorm2d if len(p.shape) == 4 else nn.BatchNorm1d
     a = p.layer(p.pick(kind(c), kind(c, affine=False)))
-    b = p.layer(nn.GroupNorm(p.pick(1, 2 if c % 2 == 0 else 1, half if half and c % half == 0 else 1, c), c))
+    b = p.layer(nn.GroupNorm(p.pick(1, 2 if c % 2 == 0 else 1, half if half and c % half == 0 else 1), c))
     return p.pick(
         lambda m, x, k: getattr(m, a)(x),
         lambda m, x, k: F.batch_norm(x, getattr(m, a).running_mean, getattr(m, a).running_var, eps=0.01),

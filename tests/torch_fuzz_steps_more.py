@@ -1,4 +1,4 @@
-"""More steps of random modules: reshapes, attention, residuals, padding, writes in place, what depends on the order of units."""
+"""More steps of random modules: reshapes, attention, residuals, padding, writes in place, the order of units."""
 
 from __future__ import annotations
 

@@ -37,10 +37,10 @@ def describe_spaces(analysis: Analysis) -> list[Note]:
             continue
         label = f"{walk.leaves[f.leaf].name}[{f.axes[-1]}]"
         here = classes.of[f.base : f.base + f.size]
-        for k in np.unique(position[here]).tolist():
+        for k in _distinct(position[here]):
             if k >= 0:
                 members.setdefault(k, {})[label] = None
-        for c in np.unique(here[owned[here]]).tolist() if owner else ():
+        for c in _distinct(here[owned[here]]) if owner else ():
             for k in owner.get(c, ()):
                 members.setdefault(k, {})[label] = None
     used: set[str] = set()
@@ -59,6 +59,13 @@ def describe_spaces(analysis: Analysis) -> list[Note]:
         used.add(name)
         notes.append(Note(name, names))
     return notes
+
+
+def _distinct(numbers: np.ndarray) -> list[int]:
+    """Different entries; most axes lie in one space."""
+    if not len(numbers) or (numbers == numbers[0]).all():
+        numbers = numbers[:1]
+    return [int(k) for k in np.unique(numbers)]
 
 
 def _stem(name: str) -> str:
