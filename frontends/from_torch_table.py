@@ -1,8 +1,8 @@
 """The lowering table: one entry per operation serves its module class, function, method and aten overload.
 
 An entry is a function ``entry(b, *arguments)`` that adds ONNX nodes through the `Lowering` ``b`` and returns the
-result: a `Tensor`, a `Number`, a tuple of such, or one of its own arguments where the operation changes nothing. It is found by
-the bare name of the operation (``conv2d`` for `torch.nn.functional.conv2d`, ``torch.conv2d`` and
+result: a `Tensor`, a `Number`, a tuple of such, or one of its own arguments where the operation changes nothing. It is
+found by the bare name of the operation (``conv2d`` for `torch.nn.functional.conv2d`, ``torch.conv2d`` and
 ``aten.conv2d.default``); where aten orders its arguments in another way, a second entry is named ``aten.<name>``.
 
 A module class names the entry that it calls: its first arguments come from the call, the others are the attributes of
