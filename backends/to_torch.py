@@ -206,7 +206,8 @@ def run_flat(graph: fx.GraphModule, capture: Capture, tensors: list[torch.Tensor
 
 def _in_mode(module: nn.Module, training: bool, call: Any) -> Any:
     """Call in evaluation or training mode, random numbers the same each time; everything gets its own state back."""
-    modes = {m: m.training for m in module.modules()}
+    # A layer that trains inside a model that does not is meant so.
+    modes = {m: m.training for m in module.modules()} if module.training or training else {}
     buffers = {name: b.clone() for name, b in module.named_buffers()}
     try:
         for m in modes:

@@ -155,8 +155,9 @@ class Emitter(Facts):
         return self.graph.create_node("call_method", name, args, kwargs, name=self._hint)
 
     def module(self, hint: str, module: nn.Module, *args: Any) -> fx.Node:
-        """A call of a new submodule of the root."""
+        """A call of a new submodule of the root, in the root's mode."""
         path = free_path(self.root, identifier(hint))
+        module.train(self.root.training)
         self.root.add_module(path, module)
         return self.graph.call_module(path, args)
 

@@ -131,6 +131,7 @@ class _Writer:
         self.capture, self.model, self.old, self.root = capture, model, old, root
         self.slices, self.differences, self.forced = slices, differences, forced
         self.graph = fx.Graph(tracer_cls=old._tracer_cls)
+        root.training = capture.source.training if capture.kind == "module" else root.training
         self.emitter = Emitter(root, self.graph, model, {})
         known = set(capture.parameters.values())
         self.emitter.fixed = frozenset(
@@ -173,7 +174,7 @@ class _Writer:
         self.graph._codegen = self.old._codegen
         self.graph.lint()
         module = fx.GraphModule(self.root, self.graph, type(self.capture.source).__name__)
-        module.train(self.capture.source.training if self.capture.kind == "module" else self.root.training)
+        module.training = self.root.training
         self._forget_constants(module)
         return module
 
@@ -225,6 +226,10 @@ class _Writer:
         for name, part in _parts(made.value, copy):
             if name in made.own and (isinstance(part, fx.Node) or name in self.wanted):
                 self.emitter.known[name] = part if isinstance(part, fx.Node) else self._part(copy, part)
+        for name in made.own:  # what a write in place has changed besides is still read where it was
+            before = name.partition("/")[2]
+            if name not in self.emitter.known and before in self.emitter.known:
+                self.emitter.known[name] = self.emitter.known[before]
 
     def _part(self, whole: fx.Node, path: tuple[Any, ...]) -> fx.Node:
         for key in path:

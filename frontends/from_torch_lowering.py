@@ -41,6 +41,7 @@ class Lowerer:
         self.graph = ir.Graph([], [], nodes=[], name=type(source).__name__, opset_imports={"": OPSET, OPAQUE: 1})
         self.parameters = Parameters(traced, self.graph)
         self.lowering = Lowering(self.graph, self.parameters.tensor)
+        self.lowering.training = kind != "exported" and source.training
         self.env: dict[fx.Node, Any] = {}
         self.results: dict[str, Results] = {}
         self.inputs: dict[str, Any] = {}

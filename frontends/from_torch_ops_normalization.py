@@ -29,27 +29,41 @@ def per_channel(b: Lowering, x: Tensor, parameter: Tensor) -> Tensor:
 # ---------------------------------------------------------------- batch
 def _batch_norm(
     b: Lowering, x: Tensor, affine: tuple[Tensor | None, Tensor | None],
-    running: tuple[Tensor | None, Tensor | None], eps: float,
+    running: tuple[Tensor | None, Tensor | None], eps: float, training: Any = False,
 ) -> Tensor:  # fmt: skip
-    """Inference with running statistics; without them the statistics of the batch, written out."""
+    """Inference with running statistics; without them the statistics of the batch, written out.
+
+    The latter too where the layer normalizes by the batch while the whole model does not train.
+    """
     weight, bias = affine
-    if running[0] is None or running[1] is None:
-        return _by_batch(b, x, weight, bias, eps)
+    if running[0] is None or running[1] is None or (training and not b.training):
+        return _by_batch(b, x, weight, bias, eps, running)
     scale = weight if weight is not None else filled(b, [b.size(running[0], 0)], 1.0, running[0].dtype)
     shift = bias if bias is not None else filled(b, [b.size(running[0], 0)], 0.0, running[0].dtype)
     return b.op("BatchNormalization", x, scale, shift, *running, epsilon=float(eps), shape=x.shape)
 
 
-def _by_batch(b: Lowering, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def _by_batch(
+    b: Lowering, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
+    running: tuple[Tensor | None, Tensor | None],
+) -> Tensor:  # fmt: skip
     over = [a for a in range(x.rank) if a != 1]
-    centred = b.op("Sub", x, reduced(b, "ReduceMean", x, over, True), shape=x.shape)
+    mean = _beside(b, x, running[0], reduced(b, "ReduceMean", x, over, True))
+    centred = b.op("Sub", x, mean, shape=x.shape)
     square = b.op("Mul", centred, centred, shape=x.shape)
-    variance = reduced(b, "ReduceMean", square, over, True)
+    variance = _beside(b, x, running[1], reduced(b, "ReduceMean", square, over, True))
     deviation = b.op("Sqrt", b.op("Add", variance, float(eps), shape=variance.shape), shape=variance.shape)
     made = b.op("Div", centred, deviation, shape=x.shape)
     if weight is not None:
         made = b.op("Mul", made, per_channel(b, x, weight), shape=x.shape)
     return made if bias is None else b.op("Add", made, per_channel(b, x, bias), shape=x.shape)
+
+
+def _beside(b: Lowering, x: Tensor, running: Tensor | None, of_batch: Tensor) -> Tensor:
+    """The statistic of the batch; a running one is never chosen, but its entries go with the channels."""
+    if running is None:
+        return of_batch
+    return b.op("Where", np.asarray(False), per_channel(b, x, running), of_batch, shape=of_batch.shape, dtype=x.dtype)
 
 
 @lowers("batch_norm", modules=(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm))
@@ -68,7 +82,7 @@ def batch_norm(
     """Also `torch.batch_norm`, told by its ninth argument: it has weight and bias first."""
     if cudnn:
         weight, bias, running_mean, running_var = running_mean, running_var, weight, bias
-    return _batch_norm(b, input, (weight, bias), (running_mean, running_var), eps)
+    return _batch_norm(b, input, (weight, bias), (running_mean, running_var), eps, training)
 
 
 @lowers("aten.batch_norm")
@@ -76,7 +90,7 @@ def aten_batch_norm(
     b: Lowering, input: Tensor, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: Any,
     momentum: Any, eps: float, *cudnn: bool,
 ) -> Tensor:  # fmt: skip
-    return _batch_norm(b, input, (weight, bias), (running_mean, running_var), eps)
+    return _batch_norm(b, input, (weight, bias), (running_mean, running_var), eps, training)
 
 
 def _channel_statistics(b: Lowering, x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -108,7 +122,7 @@ def native_batch_norm(b: Lowering, input: Tensor, *given: Any) -> Any:
     stated = len(given) == 7
     running = (given[2], given[3]) if stated else (None, None)
     eps = float(given[-1])
-    made = _batch_norm(b, input, (given[0], given[1]), running, eps)
+    made = _batch_norm(b, input, (given[0], given[1]), running, eps, given[-3])
     results = [made, *_saved(b, input, eps)]
     for old in (r for r in running[: len(b.out) - 3] if r is not None):
         results.append(b.op("Identity", old, shape=old.shape))
@@ -213,6 +227,8 @@ def instance_norm(
     if cudnn:
         weight, bias, running_mean, running_var = running_mean, running_var, weight, bias
     if running_mean is not None and running_var is not None:
+        if use_input_stats and not b.training:
+            raise Refused("statistics of the instance beside running ones")
         return _batch_norm(b, input, (weight, bias), (running_mean, running_var), eps)
     if input.rank < 3:
         raise Refused("an instance normalization without space")
@@ -236,7 +252,7 @@ def instance_norm_module(
     x, had_batch = input, True
     if input.rank == module._get_no_batch_dim():
         x, had_batch = b.op("Unsqueeze", input, np.zeros(1, np.int64), shape=(1, *input.dims)), False
-    made = instance_norm(b, x, running_mean, running_var, weight, bias, eps=eps)
+    made = instance_norm(b, x, running_mean, running_var, weight, bias, module.training, eps=eps)
     return made if had_batch else b.op("Squeeze", made, np.zeros(1, np.int64), shape=input.shape)
 
 

@@ -109,6 +109,8 @@ class Lowering:
     constants: list[ir.Value] = field(default_factory=list)
     dynamic: bool = False
     """Whether some size of the program is dynamic."""
+    training: bool = False
+    """Whether the whole model trains: then it is lowered as it will run in evaluation."""
 
     # ------------------------------------------------------------ nodes
     def op(

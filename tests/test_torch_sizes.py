@@ -42,19 +42,18 @@ class Hidden(nn.Module):
         self.rows = nn.Embedding(10, units, padding_idx=0)
         self.lstm = nn.LSTM(units, 6, batch_first=True)
         self.attention = nn.MultiheadAttention(units, 2 - units % 2, batch_first=True)
-        self.norm.running_var.uniform_(0.5, 1.5)
+        nn.init.uniform_(self.norm.get_buffer("running_var"), 0.5, 1.5)
         self.eval()
         with torch.no_grad():
             width = function(self, self.a(example())).shape[-1]
         self.b = nn.Linear(width, 3)
         self.eval()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        made: torch.Tensor = self.b(self.function(self, self.a(x)))
-        return made
+    def forward(self, x: Any) -> Any:
+        return self.b(self.function(self, self.a(x)))
 
 
-def example(batch: int = 2, seed: int = 0) -> torch.Tensor:
+def example(batch: int = 2, seed: int = 0) -> Any:
     return torch.randn(batch, 5, 4, generator=torch.Generator().manual_seed(seed))
 
 

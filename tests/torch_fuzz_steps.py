@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-Function = Callable[..., torch.Tensor]
+Function = Any
+"""Takes the module, the tensor, and earlier tensors; gives a tensor."""
 
 
 class Place:

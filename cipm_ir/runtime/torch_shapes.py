@@ -131,22 +131,28 @@ class _Run:
         kwargs = _off_device(fx.node.map_arg(node.kwargs, self.values.__getitem__))
         if node.op == "output":
             return args[0]
+        if _writes(node):  # what others remember keeps its shape
+            args, kwargs = self._every(torch.Tensor.detach, args), self._every(torch.Tensor.detach, kwargs)
+            made = self._every(on_meta, self._called(node, args, kwargs))
+            self.values[node.args[0]] = made  # type: ignore[index]
+            return made
         key = self._key(node, args, kwargs)
         if key is not None and key in self.remembered:
             return self.remembered[key]
-        if node.op == "call_function":
-            made = _joined(args, kwargs) if node.target in _JOINS else None
-            made = node.target(*args, **kwargs) if made is None else made  # type: ignore[operator]
-        elif node.op == "call_method":
-            made = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        else:
-            module = self.modules[str(node.target)]
-            made = _batch_normalized(module, args, kwargs)
-            made = self._module(module, args, kwargs) if made is None else made
-        made = self._every(on_meta, made)
+        made = self._every(on_meta, self._called(node, args, kwargs))
         if key is not None:
             self.remembered[key] = made
         return made
+
+    def _called(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        if node.op == "call_function":
+            made = _joined(args, kwargs) if node.target in _JOINS else None
+            return node.target(*args, **kwargs) if made is None else made  # type: ignore[operator]
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        module = self.modules[str(node.target)]
+        made = _batch_normalized(module, args, kwargs)
+        return self._module(module, args, kwargs) if made is None else made
 
     def _nested(self, node: fx.Node) -> Any:
         """What a graph in a graph computes: it may name devices too."""
@@ -236,6 +242,15 @@ def _joined(args: Any, kwargs: Any) -> torch.Tensor | None:
         return None
     sizes = (*shapes[0][:axis], sum(s[axis] for s in shapes), *shapes[0][axis + 1 :])
     return torch.empty(sizes, dtype=first.dtype, device="meta")
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether a function or method is of the kind that changes its first argument (``transpose_``)."""
+    if node.op not in ("call_function", "call_method") or not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = name.partition(".")[0]
+    return name.endswith("_") and not name.endswith("__")
 
 
 def _off_device(value: Any) -> Any:
