@@ -126,16 +126,28 @@ def _marginals(array: npt.NDArray[Any], factors: list[LeafFactor], norm: str) ->
     with np.errstate(over="ignore"):  # masks hold -inf or nearly; no unit owns them
         size = np.abs(array) if norm == "l1" else np.square(array)
     labelled = sorted({a for f in factors for a in f.axes})
-    rest = tuple(a for a in range(size.ndim) if a not in labelled)
+    rest = [a for a in range(size.ndim) if a not in labelled]
     if rest:  # kernel taps first, once for all factors
-        size = size.sum(axis=rest, dtype=np.float64)
+        size = _summed(size, rest)
     place = {a: k for k, a in enumerate(labelled)}
     return [_marginal(size, f, place) for f in factors]
 
 
+def _summed(size: npt.NDArray[Any], axes: list[int]) -> npt.NDArray[Any]:
+    """Sum over some axes: of last and first ones by a product with ones, several times faster than a sum in float64."""
+    left = sorted(axes)
+    while left and left[-1] == size.ndim - 1:
+        left.pop()
+        size = size.reshape(-1, size.shape[-1]).dot(np.ones(size.shape[-1], size.dtype)).reshape(size.shape[:-1])
+    while left and left[0] == 0 and size.ndim > 1:
+        left = [a - 1 for a in left[1:]]
+        size = np.ones(size.shape[0], size.dtype).dot(size.reshape(size.shape[0], -1)).reshape(size.shape[1:])
+    return size.sum(axis=tuple(left), dtype=np.float64) if left else size
+
+
 def _marginal(size: npt.NDArray[Any], f: LeafFactor, place: dict[int, int]) -> Scores:
     kept = [place[a] for a in f.axes]
-    total = size.sum(axis=tuple(k for k in range(size.ndim) if k not in kept), dtype=np.float64)
+    total = _summed(size, [k for k in range(size.ndim) if k not in kept])
     if f.groups:  # rows of one group share their columns
         total = total.reshape(f.groups, -1, f.shape[1]).sum(axis=1)
     return np.asarray(total, np.float64).ravel()

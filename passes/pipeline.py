@@ -75,7 +75,7 @@ def run_passes(
     """
     todo = parse_passes(passes)
     check_properties(todo)
-    model = program.emit()
+    model = program.written
     check_shapes(model)
     check_finite(model)
     check_analysis(program)
@@ -201,7 +201,7 @@ class _Run:
         """Compare the new program with the one before; gives the comparison and what it says in words."""
         if kind is Kind.ANALYSIS:
             self._roll_back(one, "it is an analysis, but changed the program", None)
-        after = result.program.emit()
+        after = result.program.written
         try:
             check_shapes(after)
         except InputError as error:

@@ -36,7 +36,7 @@ class Totals:
     @classmethod
     def of(cls, program: Program) -> Totals:
         """Measure a program; macs and units come from its analysis."""
-        model = program.emit()
+        model = program.written
         weights = [value.const_value for graph in all_graphs(model) for value in graph.initializers.values()]
         return cls(
             program.parameters,

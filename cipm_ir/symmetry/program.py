@@ -6,6 +6,7 @@ tensor that did not change.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,7 +21,7 @@ from cipm_ir.errors import CipmError, SymmetryError
 from cipm_ir.ir.labels import Array
 from cipm_ir.symmetry.absorb import absorb_edits
 from cipm_ir.symmetry.action import act_edits
-from cipm_ir.symmetry.analysis import Analysis
+from cipm_ir.symmetry.analysis import Analysis, uncollected
 from cipm_ir.symmetry.apply import Editor
 from cipm_ir.symmetry.edits import Edit
 from cipm_ir.symmetry.leaves import OpaqueNode
@@ -107,6 +108,11 @@ class Program:
         return self._model
 
     @property
+    def written(self) -> ir.Model:
+        """The model as `emit` gives it, functions kept, without the copy. Not to be changed."""
+        return self._source or self._model
+
+    @property
     def origin(self) -> Origin | None:
         """Where it came from."""
         return self._origin
@@ -180,7 +186,7 @@ class Program:
         seen = {}
         for leaf in self.analysis.walk.leaves:
             if leaf.dtype.is_floating_point():
-                seen[leaf.name] = int(np.prod(leaf.shape))
+                seen[leaf.name] = math.prod(leaf.shape)
         return sum(seen.values())
 
     def __str__(self) -> str:
@@ -218,8 +224,9 @@ class Program:
         Errors: `SymmetryError` where blocks would become uneven or a space empty.
         """
         stays = self.kept_classes(keep)
-        clone = self._model.clone()
-        restrict(clone, self.analysis, stays)
+        with uncollected():
+            clone = self._model.clone()
+            restrict(clone, self.analysis, stays)
         return Program(clone, origin=self._origin)
 
     def kept_classes(self, keep: Mapping[Space, Array | Sequence[int]]) -> np.ndarray:
@@ -306,7 +313,7 @@ class Program:
     # ------------------------------------------------------------ writing
     def emit(self, *, annotate: bool = False) -> ir.Model:
         """The model, as a fresh `onnx_ir.Model`; with ``annotate``, groups are written into ``metadata_props``."""
-        model = (self._source or self._model).clone()
+        model = self.written.clone()
         if annotate:
             from cipm_ir.symmetry.text import annotate_model
 
