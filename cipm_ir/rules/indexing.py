@@ -73,6 +73,8 @@ def _resize_slice(r: Resize) -> None:
         if axis not in moved:
             continue
         old = slice_positions(r.old(0)[axis], start, end, step)
+        if not len(old):
+            continue  # empty before, and of a shorter axis all the more
         kept = r.kept(0, axis)
         rank_of = np.full(r.old(0)[axis], -1)
         rank_of[kept] = np.arange(len(kept))
