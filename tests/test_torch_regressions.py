@@ -29,42 +29,42 @@ class Hidden(nn.Module):
         return self.last(self.middle(self, self.first(x).relu()))
 
 
-def write_through_a_view(module: Hidden, h: Tensor) -> Tensor:
+def write_through_a_view(module: Hidden, h: Tensor) -> Any:
     h[..., 2:4].mul_(3.0)
     return h
 
 
-def write_that_turns_axes(module: Hidden, h: Tensor) -> Tensor:
+def write_that_turns_axes(module: Hidden, h: Tensor) -> Any:
     turned = h * 2
     turned.transpose_(0, 1)
     return turned.transpose(0, 1) + h * 2
 
 
-def read_behind_a_write(module: Hidden, h: Tensor) -> Tensor:
+def read_behind_a_write(module: Hidden, h: Tensor) -> Any:
     y = h.contiguous() * 2
     y.flatten(1).tanh_()
     return y
 
 
-def part_of_a_table(module: Hidden, h: Tensor) -> Tensor:
+def part_of_a_table(module: Hidden, h: Tensor) -> Any:
     return h + module.table[: h.size(-1)]
 
 
-def rounded_up(module: Hidden, h: Tensor) -> Tensor:
+def rounded_up(module: Hidden, h: Tensor) -> Any:
     half = -(-h.size(-1) // 2)
     return torch.cat([h[..., half:], h[..., :half]], -1)
 
 
-def divided_by_the_size(module: Hidden, h: Tensor) -> Tensor:
+def divided_by_the_size(module: Hidden, h: Tensor) -> Any:
     return h / h.size(-1) ** 0.5
 
 
-def truth_times_truth(module: Hidden, h: Tensor) -> Tensor:
+def truth_times_truth(module: Hidden, h: Tensor) -> Any:
     mask = (h.sum(-1, True) > 0) * (h.mean(-1, True) < 3)
     return h * mask
 
 
-def empty_part(module: Hidden, h: Tensor) -> Tensor:
+def empty_part(module: Hidden, h: Tensor) -> Any:
     return torch.cat([h[..., :8], h[..., 8:]], -1)
 
 
@@ -135,7 +135,7 @@ class Normalized(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv1, self.bn, self.conv2 = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
-        nn.init.uniform_(self.bn.running_var, 0.5, 2.0)
+        self.bn.running_var = torch.rand(8) + 0.5
 
     def forward(self, x: Tensor) -> Any:
         return self.conv2(self.bn(self.conv1(x)).relu())
