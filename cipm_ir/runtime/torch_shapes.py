@@ -249,7 +249,7 @@ def _writes(node: fx.Node) -> bool:
     if node.op not in ("call_function", "call_method") or not node.args or not isinstance(node.args[0], fx.Node):
         return False
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    name = name.partition(".")[0]
+    name = "" if getattr(node.target, "__module__", "") == "_operator" else name.partition(".")[0]  # operator.and_
     return name.endswith("_") and not name.endswith("__")
 
 
