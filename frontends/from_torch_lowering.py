@@ -15,7 +15,7 @@ from cipm_ir.errors import UnsupportedError
 from cipm_ir.frontends.from_torch_capture import Traced
 from cipm_ir.frontends.from_torch_memory import Memory
 from cipm_ir.frontends.from_torch_parameters import Parameters
-from cipm_ir.frontends.from_torch_table import Entry, bare_name, bind, function_entry, module_entry, writes_in_place
+from cipm_ir.frontends.from_torch_table import Entry, bare_name, bind, function_entry, module_entry, written
 from cipm_ir.frontends.from_torch_values import (
     OPAQUE,
     Lowering,
@@ -80,24 +80,24 @@ class Lowerer:
         b.out = self.traced.fakes.get(node)
         args = fx.node.map_arg(node.args, self.env.__getitem__)
         kwargs = fx.node.map_arg(node.kwargs, self.env.__getitem__)
-        writes = self.memory.writes(node)
+        targets = self.memory.written(node)
         try:
-            if writes:
-                self.memory.check(node)
+            if targets:
+                self.memory.check(node, targets)
             made = self._lowered(node, args, kwargs)
             own = self._named(node, made)
-            if writes and isinstance(node.args[0], fx.Node):
-                self.env[node.args[0]] = made
+            if targets:
+                self.env[targets[0]] = made
         except Refused as reason:
             self._undo()
             made = self._opaque(node, args, kwargs, str(reason))
             own = self._named(node, made)
-            if writes:
-                own += self._overwritten(node, (args, kwargs))
+            for target in targets:
+                own += self._overwritten(node, target, (args, kwargs))
         self.env[node] = made
         first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-        self.memory.share(node, made, own, writes, None if first is None else self.env[first])
-        self.results[node.name] = Results(_names(made), own, writes)
+        self.memory.share(node, made, own, targets, None if first is None else self.env[first])
+        self.results[node.name] = Results(_names(made), own, bool(targets))
 
     def _lowered(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if node.op == "call_module":
@@ -121,7 +121,7 @@ class Lowerer:
             elif node.op == "output":
                 b.name, b.out = name, out
                 return args[0]
-            elif node.op == "call_function" and not writes_in_place(node.target, dict(node.kwargs)):
+            elif node.op == "call_function" and not written(node.target, node.args, node.kwargs):
                 b.name, b.out = f"{name}/{node.name}", node.meta.get("val")
                 env[node] = self._lowered(node, args, kwargs)
             else:
@@ -229,10 +229,9 @@ class Lowerer:
         if x.value.const_value is None and (x.value.shape is None or x.value.shape != shape):
             x.value.shape = ir.Shape(shape)
 
-    def _overwritten(self, node: fx.Node, operands: Any) -> tuple[str, ...]:
+    def _overwritten(self, node: fx.Node, target: Any, operands: Any) -> tuple[str, ...]:
         """A write that cannot be expressed: nobody knows what holds afterwards in all that shares the memory."""
         self.refused_writes = True
-        target = node.args[0] if node.args else None
         if not isinstance(target, fx.Node):
             raise UnsupportedError(f"Node {node.name!r} ({node.target}) changes something in place that is not known.")
         sources = [x.value for x in leaves(operands) if isinstance(x, Tensor)]

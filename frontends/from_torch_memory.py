@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from cipm_ir.frontends.from_torch_capture import Traced
-from cipm_ir.frontends.from_torch_table import Entry, function_entry, module_entry, writes_in_place
+from cipm_ir.frontends.from_torch_table import Entry, function_entry, module_entry, written
 from cipm_ir.frontends.from_torch_values import Refused, Tensor
 
 
@@ -22,15 +22,17 @@ class Memory:
         self.marked: dict[Any, list[fx.Node]] = {}
         self.position = {node: k for k, node in enumerate(traced.graph.nodes)}
 
-    def writes(self, node: fx.Node) -> bool:
-        """Whether a node changes its first argument."""
+    def written(self, node: fx.Node) -> list[Any]:
+        """The arguments that a node changes."""
         if node.op == "call_module":
-            return getattr(self.modules[str(node.target)], "inplace", False) is True
-        return node.op in ("call_function", "call_method") and writes_in_place(node.target, dict(node.kwargs))
+            return list(node.args[:1]) if getattr(self.modules[str(node.target)], "inplace", False) is True else []
+        return written(node.target, node.args, node.kwargs) if node.op in ("call_function", "call_method") else []
 
-    def check(self, node: fx.Node) -> None:
+    def check(self, node: fx.Node, targets: list[Any]) -> None:
         """A write is expressed by a new value for the first argument: only where nobody reads it through a view."""
-        target = node.args[0] if node.args else None
+        target = targets[0]
+        if len(targets) > 1 or target is not node.args[0]:
+            raise Refused("it writes into another argument than its first")
         if not isinstance(target, fx.Node) or target.op == "get_attr" or target.name in self.traced.lifted:
             raise Refused("it changes a parameter or buffer in place")
         group, here = self.aliases.get(target), self.position[node]
@@ -48,9 +50,13 @@ class Memory:
         """A node and all that may share its memory."""
         return [target, *(n for n in self.marked.get(self.aliases.get(target), ()) if n is not target)]
 
-    def share(self, node: fx.Node, made: Any, own: tuple[str, ...], writes: bool, source_made: Any) -> None:
-        """Mark what a node computes; ``source_made`` is what its first argument was lowered to."""
-        source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+    def share(self, node: fx.Node, made: Any, own: tuple[str, ...], targets: list[Any], source_made: Any) -> None:
+        """Mark what a node computes: it may be what it wrote (``targets``), or a view of its first argument.
+
+        ``source_made`` is what the first argument was lowered to.
+        """
+        sources = targets or node.args[:1]
+        source = sources[0] if sources and isinstance(sources[0], fx.Node) else None
         entry = self._entry(node)
         handed = isinstance(made, Tensor) and made.value.name not in own
         if source is not None and node.target is operator.getitem and isinstance(source_made, tuple | list):
@@ -58,7 +64,7 @@ class Memory:
             if whole is not None and not whole.view:  # results of their own
                 self.mark(node, (self.aliases[source], node.args[1]))
                 return
-        if source is not None and source in self.aliases and (writes or handed or entry is None or entry.view):
+        if source is not None and source in self.aliases and (targets or handed or entry is None or entry.view):
             self.mark(node, self.aliases[source])
         else:
             self.mark(node, self.position[node])

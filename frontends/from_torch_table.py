@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
@@ -165,8 +165,12 @@ def _overload_name(target: torch._ops.OpOverload) -> tuple[str, bool]:
 
 
 @cache
-def _overload_writes(target: torch._ops.OpOverload) -> bool:
-    return any(a.alias_info is not None and a.alias_info.is_write for a in target._schema.arguments)
+def _overload_writes(target: torch._ops.OpOverload) -> tuple[tuple[int, str], ...]:
+    """Position and name of the arguments that an aten overload changes."""
+    if "batch_norm" in target._schema.name:  # the running statistics, which are lowered as in evaluation
+        return ()
+    arguments = enumerate(target._schema.arguments)
+    return tuple((k, a.name) for k, a in arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
 _IN_PLACE_OPERATORS = {
@@ -181,16 +185,22 @@ def _functional(name: str) -> str:
     return name
 
 
-def writes_in_place(target: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a function or method changes its first argument."""
-    if kwargs.get("inplace") is True:
-        return True
+def written(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The arguments that a function or method changes: its first one in place, or what it is given as ``out``."""
     if isinstance(target, torch._ops.OpOverload):
-        return _overload_writes(target)
+        found = [args[k] if k < len(args) else kwargs.get(name) for k, name in _overload_writes(target)]
+    else:
+        found = [kwargs.get("out"), *(args[:1] if _in_place(target, kwargs) else ())]
+    return [x for one in found for x in (one if isinstance(one, tuple | list) else [one]) if x is not None]
+
+
+def _in_place(target: Any, kwargs: Mapping[str, Any]) -> bool:
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    if kwargs.get("inplace") is True or name == "__setitem__":
+        return True
     if getattr(target, "__module__", "") == "_operator":
         return name in _IN_PLACE_OPERATORS or name in ("setitem", "delitem")
-    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+    return name.endswith("_") and not name.endswith("__")
 
 
 def bind(entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
