@@ -18,6 +18,7 @@ from cipm_ir.backends.to_torch_graph import Rewritten, rewritten
 from cipm_ir.backends.to_torch_state import State, copied, holder
 from cipm_ir.errors import UnsupportedError
 from cipm_ir.ir.capture import Capture
+from cipm_ir.runtime.torch_shapes import is_tensor
 
 __all__ = ["Emitted", "emit_graph", "emit_torch", "example_tensors", "graph_module", "run_flat"]
 
@@ -31,14 +32,12 @@ class Emitted:
         form: which of these.
         reason: why a module came out as a graph; empty otherwise.
         attributes: what was set on the modules of the copy, by path.
-        resized: whether a tensor has another shape than it came with.
     """
 
     object: Any
     form: Literal["module", "graph", "exported"]
     reason: str = ""
     attributes: Attributes = field(default_factory=dict)
-    resized: bool = False
 
 
 def emit_torch(capture: Capture, model: ir.Model) -> Emitted:
@@ -47,16 +46,15 @@ def emit_torch(capture: Capture, model: ir.Model) -> Emitted:
     Errors: `UnsupportedError` where the change cannot be expressed in torch.
     """
     state = State(capture, model)
-    sizes = resized(capture, model)
     written, attributes = _graph(capture, model, state)
     if capture.kind == "exported":
-        return Emitted(_exported(capture, written.module), "exported", resized=sizes)
+        return Emitted(_exported(capture, written.module), "exported")
     if capture.kind == "graph":
-        return Emitted(written.module, "graph", attributes=attributes, resized=sizes)
+        return Emitted(written.module, "graph", attributes=attributes)
     module, tried, reason = _same_class(capture, state, written, attributes)
     if module is not None:
-        return Emitted(module, "module", attributes=tried, resized=sizes)
-    return Emitted(written.module, "graph", reason, resized=sizes)
+        return Emitted(module, "module", attributes=tried)
+    return Emitted(written.module, "graph", reason)
 
 
 def emit_graph(capture: Capture, model: ir.Model) -> fx.GraphModule:
@@ -198,8 +196,7 @@ def run_flat(graph: fx.GraphModule, capture: Capture, tensors: list[torch.Tensor
     """Run a captured or rewritten graph on its tensor inputs, in their order; without gradients."""
     found = iter(tensors)
     values = [
-        next(found).clone() if isinstance(x, torch.Tensor | torch.SymInt) or type(x).__name__ == "Symbolic" else x
-        for x in capture.placeholders.values()
+        next(found).clone() if is_tensor(x) or isinstance(x, torch.SymInt) else x for x in capture.placeholders.values()
     ]
     return _in_mode(graph, training, lambda m: fx.Interpreter(m).run(*values, enable_io_processing=False))
 

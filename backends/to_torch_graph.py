@@ -24,7 +24,7 @@ from cipm_ir.backends.to_torch_slices import Difference, Slices
 from cipm_ir.backends.to_torch_training import Trained
 from cipm_ir.errors import UnsupportedError
 from cipm_ir.ir.capture import Capture, Results
-from cipm_ir.runtime.torch_shapes import ShapeError, propagate
+from cipm_ir.runtime.torch_shapes import ShapeError, Symbolic, propagate
 
 _NONE = Results(None, ())
 
@@ -111,7 +111,7 @@ def example_sizes(capture: Capture) -> dict[str, Any]:
     def plain(x: Any) -> Any:
         if isinstance(x, torch.Tensor):
             return torch.empty([_hint(d) for d in x.shape], dtype=x.dtype, device="meta")
-        if type(x).__name__ == "Symbolic":
+        if isinstance(x, Symbolic):
             sizes = [d if isinstance(d, int) else int(str(d).removeprefix("size_")) for d in x.names]
             return torch.empty(sizes, dtype=x.dtype, device="meta")
         return _hint(x) if isinstance(x, torch.SymInt) else x

@@ -13,7 +13,7 @@ from onnx_ir import tensor_adapters
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from cipm_ir.backends.to_torch import Emitted, emit_graph, emit_torch, example_tensors, run_flat
+from cipm_ir.backends.to_torch import Emitted, emit_graph, emit_torch, example_tensors, first_line, run_flat
 from cipm_ir.backends.to_torch_state import as_torch
 from cipm_ir.errors import CipmError, InputError
 from cipm_ir.ir.capture import Capture
@@ -57,7 +57,7 @@ class TorchOrigin:
         try:
             made = run_flat(graph, self.capture, tensors)
         except Exception as error:  # any operation of torch
-            raise InputError(f"torch cannot run the program: {str(error).strip().splitlines()[0]}.") from error
+            raise InputError(f"torch cannot run the program: {first_line(error)}.") from error
         outputs = [x for x in pytree.tree_leaves(made) if isinstance(x, torch.Tensor)]
         return {f"output {k}": tensor_adapters.TorchTensor(x.detach().cpu()).numpy() for k, x in enumerate(outputs)}
 

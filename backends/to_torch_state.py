@@ -11,18 +11,17 @@ import onnx_ir as ir
 import torch
 from torch import fx, nn
 
+from cipm_ir.backends.to_torch_ops_tensors import torch_tensor
 from cipm_ir.ir.capture import Capture
 
-_BITS = {"bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
+_FLOAT8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 
 
 def as_torch(tensor: ir.TensorProtocol) -> torch.Tensor:
-    """A torch tensor with memory of its own; types that numpy lacks go by their bits."""
-    array = np.array(tensor.numpy(), copy=True, order="C")
-    kind = _BITS.get(array.dtype.name)
-    if kind is None:
-        return torch.from_numpy(array)
-    return torch.from_numpy(array.view(np.uint8 if array.itemsize == 1 else np.uint16)).view(kind)
+    """A torch tensor with memory of its own: `torch_tensor`, and the 8-bit floats that a parameter may have."""
+    array = np.asarray(tensor.numpy())
+    kind = _FLOAT8.get(array.dtype.name)
+    return torch_tensor(tensor) if kind is None else torch.from_numpy(np.array(array).view(np.uint8)).view(kind)
 
 
 class State:
@@ -32,12 +31,6 @@ class State:
         self.capture, self.model = capture, model
         self.initializers = model.graph.initializers
         self.made: dict[str, torch.Tensor] = {}
-
-    def changed(self, name: str) -> bool:
-        """Whether the tensor of this name has another shape than it had."""
-        old = self.capture.model.graph.initializers.get(self.capture.parameters.get(name, ""))
-        new = self.initializers.get(self.capture.parameters.get(name, ""))
-        return old is not None and new is not None and old.shape != new.shape
 
     def tensor(self, name: str, old: torch.Tensor) -> torch.Tensor:
         """The new tensor of a name, on the device of the old one; a copy of the old one where the IR has none."""

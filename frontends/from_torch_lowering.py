@@ -22,12 +22,12 @@ from cipm_ir.frontends.from_torch_values import (
     Number,
     Refused,
     Tensor,
-    is_tensor,
     leaves,
     onnx_dtype,
     static_shape,
 )
 from cipm_ir.ir.capture import Capture, Results
+from cipm_ir.runtime.torch_shapes import is_tensor
 
 OPSET = 23
 _ABSENT = object()

@@ -107,8 +107,6 @@ class Lowering:
     count: int = 0
     made: list[ir.Node] = field(default_factory=list)
     constants: list[ir.Value] = field(default_factory=list)
-    dynamic: bool = False
-    """Whether some size of the program is dynamic."""
     training: bool = False
     """Whether the whole model trains: then it is lowered as it will run in evaluation."""
 
@@ -310,11 +308,6 @@ def transposed(graph: ir.Graph, x: Tensor, perm: Sequence[int], name: str) -> Te
     attrs = {"perm": ir.AttrInt64s("perm", list(perm))}
     graph.append(ir.Node("", "Transpose", [x.value], attrs, outputs=[value], name=value.name))
     return Tensor(value, x.dtype, shape)
-
-
-def is_tensor(x: Any) -> bool:
-    """Whether torch's description of a value says a tensor."""
-    return isinstance(x, torch.Tensor) or type(x).__name__ == "Symbolic"
 
 
 def leaves(value: Any) -> list[Any]:

@@ -70,6 +70,11 @@ class Symbolic:
         self.names = [d if d is not None else f"size_{example}" for d, example in zip(shape, fake.shape, strict=True)]
 
 
+def is_tensor(x: Any) -> bool:
+    """Whether torch's description of a value says a tensor."""
+    return isinstance(x, torch.Tensor | Symbolic)
+
+
 def _merged(a: Any, b: Any) -> Any:
     if isinstance(a, torch.Tensor):
         if a.shape == b.shape:
