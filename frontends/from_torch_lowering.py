@@ -251,6 +251,8 @@ class Lowerer:
             return Tensor(value, x.dtype, x.shape)
 
         for other in self.memory.sharing(target):
+            if other.op.startswith("call") and not self.memory.read_after(other, node):
+                continue
             self.env[other] = pytree.tree_map(unknown, self.env[other], is_leaf=lambda x: isinstance(x, Tensor))
         path = self.traced.lifted.get(target.name, str(target.target) if target.op == "get_attr" else "")
         if path in self.parameters.values:

@@ -35,9 +35,8 @@ class Memory:
             raise Refused("it writes into another argument than its first")
         if not isinstance(target, fx.Node) or target.op == "get_attr" or target.name in self.traced.lifted:
             raise Refused("it changes a parameter or buffer in place")
-        group, here = self.aliases.get(target), self.position[node]
-        for other in self.marked.get(group, ()):
-            if other is not target and any(self.position[u] > here for u in other.users):
+        for other in self.sharing(target):
+            if other is not target and self.read_after(other, node):
                 raise Refused(f"it changes memory in place that {other.name!r} shares")
 
     def _entry(self, node: fx.Node) -> Entry | None:
@@ -45,6 +44,10 @@ class Memory:
             return function_entry(node.target) if node.op.startswith("call") else None
         found = module_entry(type(self.modules[str(node.target)]))
         return None if found is None else found.entry
+
+    def read_after(self, node: fx.Node, write: fx.Node) -> bool:
+        """Whether something reads a node after a write."""
+        return any(self.position[user] > self.position[write] for user in node.users)
 
     def sharing(self, target: fx.Node) -> list[fx.Node]:
         """A node and all that may share its memory."""
