@@ -72,7 +72,10 @@ def _functional(traced: Traced, source: Any, kind: Any, given: Any, dynamic: Any
         except CipmError:
             return None
     notes = [*traced.notes, "writes in place were made explicit (run_decompositions)"]
-    functional = from_exported(traced.exported.run_decompositions({}))
+    try:
+        functional = from_exported(traced.exported.run_decompositions({}))
+    except Exception:  # torch's own rewriting; what was read before is sound, with less that may move
+        return None
     functional.method, functional.notes = traced.method, notes
     return Lowerer(functional, source, kind, given, dynamic).run()
 

@@ -73,6 +73,7 @@ class Lowerer:
             return
         if node.op == "get_attr":
             self.env[node] = self._attribute(str(node.target))
+            self.memory.mark(node, ("state", str(node.target)))
             return
         if node.op == "output":
             self._outputs(node)
@@ -254,9 +255,8 @@ class Lowerer:
             if other.op.startswith("call") and not self.memory.read_after(other, node):
                 continue
             self.env[other] = pytree.tree_map(unknown, self.env[other], is_leaf=lambda x: isinstance(x, Tensor))
-        path = self.traced.lifted.get(target.name, str(target.target) if target.op == "get_attr" else "")
-        if path in self.parameters.values:
-            self.parameters.values[path] = self.env[target]
+            if self.memory.state(other) in self.parameters.values:
+                self.parameters.values[self.memory.state(other)] = self.env[other]
         return tuple(names)
 
     # ------------------------------------------------------------ values

@@ -33,7 +33,7 @@ class Memory:
         target = targets[0]
         if len(targets) > 1 or target is not node.args[0]:
             raise Refused("it writes into another argument than its first")
-        if not isinstance(target, fx.Node) or target.op == "get_attr" or target.name in self.traced.lifted:
+        if not isinstance(target, fx.Node) or any(self.state(n) for n in self.sharing(target)):
             raise Refused("it changes a parameter or buffer in place")
         for other in self.sharing(target):
             if other is not target and self.read_after(other, node):
@@ -44,6 +44,10 @@ class Memory:
             return function_entry(node.target) if node.op.startswith("call") else None
         found = module_entry(type(self.modules[str(node.target)]))
         return None if found is None else found.entry
+
+    def state(self, node: fx.Node) -> str:
+        """The name of the parameter or buffer that a node fetches; empty where it fetches none."""
+        return str(node.target) if node.op == "get_attr" else self.traced.lifted.get(node.name, "")
 
     def read_after(self, node: fx.Node, write: fx.Node) -> bool:
         """Whether something reads a node after a write."""

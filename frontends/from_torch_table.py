@@ -49,6 +49,9 @@ _FRESH = ("elementwise", "arithmetic", "contraction", "convolution", "pooling", 
           "attention", "recurrent", "creation")  # fmt: skip
 """Families whose results have memory of their own, unless an entry says otherwise."""
 
+_COPIES = {"embedding", "aten.embedding", "embedding_bag", "gather", "index_select"}
+"""Operations of the other families whose results have memory of their own."""
+
 _FUNCTIONS: dict[str, Entry] = {}
 _MODULES: dict[type[nn.Module], ModuleEntry] = {}
 
@@ -87,7 +90,8 @@ def lowers(
     """
 
     def register(lower: AnyLower) -> AnyLower:
-        shares = view or not lower.__module__.endswith(tuple(f"_ops_{family}" for family in _FRESH))
+        fresh = lower.__module__.endswith(tuple(f"_ops_{family}" for family in _FRESH)) or not _COPIES.isdisjoint(names)
+        shares = view or not fresh
         entry = Entry(names[0] if names else lower.__name__, lower, _signature(lower), shares)
         for name in names:
             if name in _FUNCTIONS:
@@ -167,7 +171,8 @@ def _overload_name(target: torch._ops.OpOverload) -> tuple[str, bool]:
 @cache
 def _overload_writes(target: torch._ops.OpOverload) -> tuple[tuple[int, str], ...]:
     """Position and name of the arguments that an aten overload changes."""
-    if "batch_norm" in target._schema.name:  # the running statistics, which are lowered as in evaluation
+    # Running statistics are lowered as in evaluation; detach_ changes what torch knows of a tensor, not its entries.
+    if "batch_norm" in target._schema.name or target._schema.name == "aten::detach_":
         return ()
     arguments = enumerate(target._schema.arguments)
     return tuple((k, a.name) for k, a in arguments if a.alias_info is not None and a.alias_info.is_write)

@@ -162,6 +162,30 @@ def test_a_layer_that_trains_in_a_model_that_does_not() -> None:
         assert torch.allclose(emitted(x), module(x), atol=1e-5)
 
 
+class Cached(nn.Module):
+    """A buffer written through a view, and read afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.register_buffer("cache", torch.zeros(4, 8))
+
+    def forward(self, x: Tensor) -> Any:
+        self.cache[:2].copy_(self.first(x).relu())  # type: ignore[index]
+        return self.last(self.cache)
+
+
+def test_a_buffer_written_through_a_view() -> None:
+    module, x = Cached().eval().requires_grad_(False), torch.randn(2, 6)
+    graph = torch.export.export(module, (x,)).module()
+    for source in (module, graph):
+        program = cipm_ir.load(source, (x,))
+        rng = np.random.default_rng(1)
+        other = program.act({space: space.random(rng) for space in program.spaces})
+        compare: Any = program.origin.compare  # type: ignore[union-attr]
+        assert compare(program.emit(), other.emit()).ok
+
+
 def test_constants_are_no_units() -> None:
     """A mask of ones that the program makes for itself has nothing that could be pruned."""
     module = Hidden(lambda m, h: h * torch.ones(5, 1) * torch.ones(8)).eval()
