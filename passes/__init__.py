@@ -7,6 +7,7 @@ if __name__ == "passes":
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult, Progress, option
 from cipm_ir.passes.canonicalize import Canonicalize
 from cipm_ir.passes.cleanup import CleanUp, FoldBatchNorm
+from cipm_ir.passes.figures import Bars, Curves, Figure, HeatMap
 from cipm_ir.passes.pipeline import Outcome, RolledBack, Witness, run_passes
 from cipm_ir.passes.prune import Prune
 from cipm_ir.passes.recover_names import RecoverNames
@@ -16,10 +17,14 @@ from cipm_ir.passes.report import Report, Step, Totals
 from cipm_ir.passes.text import parse_passes, print_passes
 
 __all__ = [
+    "Bars",
     "Canonicalize",
     "CleanUp",
     "Context",
+    "Curves",
+    "Figure",
     "FoldBatchNorm",
+    "HeatMap",
     "Kind",
     "Listing",
     "Outcome",

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from cipm_ir.passes.figures import Figure
 from cipm_ir.passes.options import check_options, print_options
 from cipm_ir.runtime.inputs import Data
 from cipm_ir.symmetry.program import Program
@@ -45,6 +46,7 @@ class PassResult:
         witness: what was done, in the labels of the program that came in: group elements, or kept classes and mixing.
         metrics: numbers and short strings for the report; must be writable as JSON.
         kind: what the result promises, where that depends on options or data; None: what the pass's class promises.
+        figures: pictures for the HTML report.
     """
 
     program: Program
@@ -53,6 +55,7 @@ class PassResult:
     witness: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     kind: Kind | None = None
+    figures: tuple[Figure, ...] = ()
 
 
 @dataclass

@@ -174,9 +174,8 @@ class _Run:
         verification, checked = self._checked(one, kind, result) if changed else (None, "unchanged")
         before = self.steps[-1].after if self.steps else self.before
         after = Totals.of(result.program) if changed else before
-        made = Step(
-            str(one), kind.value, changed, result.summary, before, after, seconds, verification, checked, result.metrics
-        )
+        said = result.summary, before, after, seconds, verification, checked, result.metrics, result.figures
+        made = Step(str(one), kind.value, changed, *said)
         self.steps.append(made)
         if changed:
             self.program = result.program

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cipm_ir.passes.figures import Figure
 from cipm_ir.runtime.graphs import all_graphs
 from cipm_ir.runtime.verify import Verification
 from cipm_ir.symmetry.program import Program
@@ -61,6 +62,7 @@ class Step:
     verification: Verification | None
     checked: str
     metrics: Mapping[str, Any]
+    figures: tuple[Figure, ...] = ()
 
     @property
     def error(self) -> float | None:
@@ -197,7 +199,7 @@ def _shown(error: float | None) -> str:
 
 
 def _step(step: Step) -> dict[str, Any]:
-    made = {key: value for key, value in vars(step).items() if key != "verification"}
+    made = {key: value for key, value in vars(step).items() if key not in ("verification", "figures")}
     made |= {"before": vars(step.before), "after": vars(step.after), "max_abs": step.error}
     return made | {"verification": _verification(step.verification)}
 

@@ -48,16 +48,26 @@ class Runner:
         model: not changed. Lazy and external weights are evaluated once, to a temporary file where they are large.
         extra_outputs: names of inner values of the main graph to give out as well.
         backend: None takes onnxruntime, and the reference evaluator where onnxruntime lacks a kernel.
+        fast: with onnxruntime's graph optimizations, where speed counts and not every bit.
 
     Raises:
         UnsupportedError: the backend (or each of them) lacks an operator or a type that the model uses.
         InputError: the model is not valid.
     """
 
-    def __init__(self, model: ir.Model, *, extra_outputs: Sequence[str] = (), backend: Backend | None = None) -> None:
+    def __init__(
+        self,
+        model: ir.Model,
+        *,
+        extra_outputs: Sequence[str] = (),
+        backend: Backend | None = None,
+        fast: bool = False,
+    ) -> None:
+        self._fast = fast
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._model = _with_outputs(model, extra_outputs)
         self.outputs: tuple[str, ...] = tuple(value.name or "" for value in self._model.graph.outputs)
+        self.inputs: frozenset[str] = frozenset(value.name or "" for value in self._model.graph.inputs)
         self._session: ort.InferenceSession | ReferenceEvaluator
         self.backend: Backend
         try:
@@ -85,7 +95,8 @@ class Runner:
             if value.dtype is not None and value.dtype not in _PLAIN:
                 raise UnsupportedError(f"onnxruntime takes no {value.dtype.name} array ({value.name!r}).")
         options = ort.SessionOptions()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        level = ort.GraphOptimizationLevel
+        options.graph_optimization_level = level.ORT_ENABLE_ALL if self._fast else level.ORT_DISABLE_ALL
         options.log_severity_level = 4
         options.use_deterministic_compute = True
         try:

@@ -1,0 +1,127 @@
+"""A product with a weight as a matrix problem: rows of inputs times a matrix gives rows of outputs.
+
+A convolution's rows are its unfolded patches, zeros of the padding included, one for each output position.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cipm_ir.errors import UnsupportedError
+from cipm_ir.ir.constants import attribute
+from cipm_ir.ir.labels import Labels
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.readers import Reader
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """The geometry of a `Reader`. For Conv ``kernel``, ``strides``, ``pads`` (begins, then ends), ``dilations`` are set.
+
+    ``axis``: which axis of the weight is summed. The matrix has shape (K, outputs), K = summed channels times taps.
+    """
+
+    shape: tuple[int, ...]
+    axis: int
+    kernel: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()
+    pads: tuple[int, ...] = ()
+    dilations: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, program: Program, reader: Reader) -> Linear:
+        """The geometry of a reader. Errors: `UnsupportedError` for a Conv with auto_pad."""
+        analysis = program.analysis
+        shape, node = analysis.walk.leaves[reader.leaf].shape, analysis.walk.nodes[reader.node]
+        if reader.op != "Conv":
+            return cls(shape, reader.axis)
+        auto = attribute(node, "auto_pad", "NOTSET")
+        if auto not in ("NOTSET", "VALID"):
+            raise UnsupportedError(f"Conv {node.name} has auto_pad {auto}; give it pads.")
+        d = len(shape) - 2
+        pads = (0,) * (2 * d) if auto == "VALID" else tuple(attribute(node, "pads", (0,) * (2 * d)))
+        strides, dilations = attribute(node, "strides", (1,) * d), attribute(node, "dilations", (1,) * d)
+        return cls(shape, reader.axis, shape[2:], tuple(strides), pads, tuple(dilations))
+
+    @property
+    def size(self) -> int:
+        """K, the number of rows of the matrix."""
+        return self.shape[self.axis] * math.prod(self.kernel)
+
+    @property
+    def width(self) -> int:
+        """The number of outputs."""
+        return self.shape[1 - self.axis]
+
+    # ------------------------------------------------------------ rows
+    def positions(self, u: Array) -> int:
+        """How many rows a batch gives for each of its samples (of a MatMul: rows in all)."""
+        if not self.kernel:
+            return u.size // u.shape[-1]
+        return math.prod(self._grid(u))
+
+    def inputs(self, u: Array, places: Labels | None = None) -> Array:
+        """(rows, K): of the values that are read. ``places``: only these positions, the same ones in every sample."""
+        if not self.kernel:
+            flat = u.reshape(-1, u.shape[-1])
+            return flat if places is None else flat[places]
+        d = len(self.kernel)
+        if any(self.pads):
+            u = np.pad(u, [(0, 0), (0, 0), *zip(self.pads[:d], self.pads[d:], strict=True)])
+        grid = self._grid(u, padded=True)
+        where = np.unravel_index(np.arange(math.prod(grid)) if places is None else places, grid)
+        index = []
+        for k in range(d):
+            tap = np.arange(self.kernel[k]) * self.dilations[k]
+            tap = tap.reshape([-1 if j == k else 1 for j in range(d)])
+            index.append(where[k].reshape(-1, *(1,) * d) * self.strides[k] + tap)
+        patches = u[(slice(None), slice(None), *index)]  # N, C, rows, *kernel
+        return np.ascontiguousarray(np.moveaxis(patches, 1, 2)).reshape(-1, self.size)
+
+    def outputs(self, y: Array, places: Labels | None = None) -> Array:
+        """(rows, outputs): of the product, or anything of its shape."""
+        if not self.kernel:
+            flat = y.reshape(-1, y.shape[-1])
+            return flat if places is None else flat[places]
+        flat = y.reshape(*y.shape[:2], -1)
+        if places is not None:
+            flat = flat[:, :, places]
+        return np.ascontiguousarray(np.moveaxis(flat, 1, 2)).reshape(-1, y.shape[1])
+
+    def _grid(self, u: Array, padded: bool = False) -> tuple[int, ...]:
+        d = len(self.kernel)
+        extra = [0] * d if padded else [self.pads[k] + self.pads[d + k] for k in range(d)]
+        sizes = zip(u.shape[2:], extra, self.kernel, self.dilations, self.strides, strict=True)
+        return tuple((n + more - step * (k - 1) - 1) // stride + 1 for n, more, k, step, stride in sizes)
+
+    # ------------------------------------------------------------ weights
+    def matrix(self, weight: Array) -> Array:
+        """(K, outputs) of the weight in its own shape."""
+        moved = np.moveaxis(np.asarray(weight), self.axis, 0)  # summed, outputs, *kernel
+        return np.ascontiguousarray(np.moveaxis(moved, 1, -1)).reshape(self.size, self.width)
+
+    def weight(self, matrix: Array) -> Array:
+        """The weight in its own shape, of a matrix."""
+        full = matrix.reshape(self.shape[self.axis], *self.kernel, self.width)
+        return np.ascontiguousarray(np.moveaxis(np.moveaxis(full, -1, 1), 0, self.axis))
+
+    def rows_of(self, columns: Labels) -> Labels:
+        """(elements, k times taps): the rows of the matrix that belong to each element."""
+        taps = math.prod(self.kernel)
+        return (columns[:, :, None] * taps + np.arange(taps)).reshape(len(columns), -1)
+
+
+def sample_places(count: int, wanted: int | None, rng: np.random.Generator) -> Labels | None:
+    """At most ``wanted`` of ``count`` positions, sorted; None takes all."""
+    if wanted is None or wanted >= count:
+        return None
+    return np.sort(rng.choice(count, wanted, replace=False))
+
+

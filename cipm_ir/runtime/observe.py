@@ -1,0 +1,121 @@
+"""Run a model over data and see its inner values, batch by batch: one batch at a time is in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from cipm_ir.errors import InputError
+from cipm_ir.runtime.inputs import Data, Feeds, batches
+from cipm_ir.runtime.session import Array, Runner
+
+
+def observe(
+    model: ir.Model,
+    names: Sequence[str],
+    data: Data,
+    *,
+    size: int = 64,
+    limit: int | None = None,
+    progress: Callable[[str, float | None], None] | None = None,
+    what: str = "run the model",
+) -> Iterator[tuple[Feeds, dict[str, Array]]]:
+    """Feeds, and the values of these names (inner values or outputs of the graph), for each batch of the data.
+
+    Args:
+        model: not changed; only what the names need is run, with onnxruntime's optimizations.
+        names: values of the main graph.
+        data: as for `cipm_ir.runtime.inputs.batches`.
+        size: samples per batch, where the model does not fix it.
+        limit: at most this many samples.
+        progress: called with ``what`` and the fraction done, where the number of samples is known.
+        what: the word for the progress.
+
+    Raises:
+        InputError: the data does not fit the model, holds no samples, or makes a value NaN or infinite.
+    """
+    seen = 0
+    total = limit if limit is not None else _count(data)
+    with Runner(part(model, None, names), fast=True) as runner:
+        for feeds in batches(data, model, size):
+            if limit is not None and seen >= limit:
+                break
+            values = runner.run({k: v for k, v in feeds.items() if k in runner.inputs}, names)
+            check_values(model, values, seen)
+            seen += samples(feeds)
+            if progress is not None:
+                progress(what, None if not total else min(seen / total, 1.0))
+            yield feeds, values
+    if not seen:
+        raise InputError("The data holds no samples.")
+
+
+def part(model: ir.Model, inputs: Sequence[str] | None, outputs: Sequence[str]) -> ir.Model:
+    """A copy of the nodes between some values; ``inputs`` None starts at the inputs of the model.
+
+    Raises:
+        InputError: there is no value of this name.
+    """
+    copy = model.clone()
+    known = ir.convenience.create_value_mapping(copy.graph, include_subgraphs=False)
+    missing = [name for name in outputs if name not in known]
+    if missing:
+        raise InputError(f"The graph has no value {missing[0]!r} to look at.")
+    if inputs is not None:
+        del copy.graph.inputs[:]
+        for name in inputs:
+            old = known[name]
+            fresh = ir.Value(name=name, shape=old.shape, type=old.type)
+            old.name = f"{name}.before"
+            old.replace_all_uses_with(fresh)
+            known[name] = fresh
+            copy.graph.inputs.append(fresh)
+    del copy.graph.outputs[:]
+    copy.graph.outputs.extend(known[name] for name in outputs)
+    _prune(copy.graph)
+    if inputs is None:
+        wanted = [v for v in copy.graph.inputs if v.uses() or v.is_graph_output()]
+        del copy.graph.inputs[:]
+        copy.graph.inputs.extend(wanted)
+    return copy
+
+
+def _prune(graph: ir.Graph) -> None:
+    """Drop nodes and initializers that no output needs."""
+    for node in reversed(list(graph)):
+        if all(not v.uses() and not v.is_graph_output() for v in node.outputs):
+            graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del graph.initializers[name]
+
+
+def check_values(model: ir.Model, values: dict[str, Array], start: int) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        InputError: naming the value, the node that made it, and the samples.
+    """
+    for name, array in values.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            maker = next((n for n in model.graph if any(v.name == name for v in n.outputs)), None)
+            made = "" if maker is None else f", made by {maker.op_type} {maker.name}"
+            stop = start + (len(array) if array.ndim else 1) - 1
+            raise InputError(
+                f"The value {name!r}{made}, is NaN or infinite on samples {start} to {stop} of the data; "
+                "repair the model, or leave these samples out."
+            )
+
+
+def samples(feeds: Feeds) -> int:
+    """How many samples a batch holds."""
+    return max((len(a) for a in feeds.values() if a.ndim), default=1)
+
+
+def _count(data: Data) -> int | None:
+    """The number of samples, where it can be had without reading them."""
+    if isinstance(data, dict):
+        return max((len(a) for a in data.values() if np.ndim(a)), default=None)
+    return None

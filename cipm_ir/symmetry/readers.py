@@ -1,0 +1,124 @@
+"""What reads the units of a space: products with weights, where a change of the units can be made up for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from cipm_ir.errors import SymmetryError
+from cipm_ir.ir.constants import attribute
+from cipm_ir.ir.labels import Labels
+from cipm_ir.symmetry.analysis import Analysis
+from cipm_ir.symmetry.leaves import Leaf
+from cipm_ir.symmetry.program import Program, Space
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """A Conv (group 1), Gemm or MatMul that sums products of a space's units with a weight of its own.
+
+    Attributes:
+        node: position in the graph.
+        op: the operator.
+        source: name of the value that holds the units.
+        output: name of the product.
+        weight: name of the parameter; it may reach the node through a Transpose.
+        leaf: the same, among the leaves of the walk.
+        axis: the axis of the parameter that is summed.
+        columns: (elements of the space, k): places along ``axis`` that each element owns.
+        bias: name of the parameter that Conv or Gemm adds, None where there is none.
+    """
+
+    node: int
+    op: str
+    source: str
+    output: str
+    weight: str
+    leaf: int
+    axis: int
+    columns: Labels
+    bias: str | None
+
+
+def readers(program: Program, space: Space) -> list[Reader]:
+    """Everything that sums products over the units of a space, in graph order.
+
+    Of a space of blocks, products of activations with activations do not count: they go with their block.
+
+    Errors: `SymmetryError` where something else than a product with a weight of its own sums over units.
+    """
+    analysis = program.analysis
+    raw = analysis.spaces[program.index(space)]
+    whole = raw.kind == "blocks" or raw.table.shape[1] > 1
+    element = np.full(analysis.classes.count, -1, np.int64)
+    element[raw.table] = np.arange(len(raw.table))[:, None]
+    found: dict[int, Reader] = {}
+    for c in analysis.walk.rec.contractions:
+        if c.node in found or not (element[analysis.classes.of[c.a]] >= 0).any():
+            continue
+        made = _reader(analysis, c.node, element, len(raw.table))
+        if made is not None:
+            found[c.node] = made
+        elif not whole:
+            node = analysis.walk.nodes[c.node]
+            raise SymmetryError(
+                f"{node.op_type} {node.name} reads @{space.name} otherwise than as a product with a weight of its own."
+            )
+    if not found:
+        raise SymmetryError(f"No weight reads @{space.name}.")
+    return [found[k] for k in sorted(found)]
+
+
+def _reader(analysis: Analysis, position: int, element: Labels, count: int) -> Reader | None:
+    node = analysis.walk.nodes[position]
+    where = _weight(analysis, position, node)
+    if where is None or node.inputs[0] is None or (position, 0) in analysis.walk.use_leaf:
+        return None
+    leaf, axis = where
+    factor = next((f for f in analysis.walk.leaves[leaf].factors if f.active and f.axes == (axis,)), None)
+    if factor is None or factor.groups:
+        return None
+    owner = element[analysis.classes.of[factor.base : factor.base + factor.size]]
+    columns = np.argsort(owner, kind="stable")[int((owner < 0).sum()) :]
+    if len(columns) % count or (np.bincount(owner[columns], minlength=count) != len(columns) // count).any():
+        return None
+    bias = node.inputs[2] if node.op_type != "MatMul" and len(node.inputs) > 2 else None
+    return Reader(
+        position,
+        node.op_type,
+        node.inputs[0].name or "",
+        node.outputs[0].name or "",
+        analysis.walk.leaves[leaf].name,
+        leaf,
+        axis,
+        columns.reshape(count, -1),
+        None if bias is None else bias.name,
+    )
+
+
+def _weight(analysis: Analysis, position: int, node: ir.Node) -> tuple[int, int] | None:
+    """The parameter that is input 1 of a product, and which of its axes is summed."""
+    if node.domain or node.op_type not in ("Conv", "Gemm", "MatMul") or len(node.inputs) < 2:
+        return None
+    walk = analysis.walk
+    leaf, turned = walk.use_leaf.get((position, 1)), False
+    maker = None if node.inputs[1] is None else node.inputs[1].producer()
+    if leaf is None and maker is not None and maker.op_type == "Transpose" and node.op_type != "Conv":
+        place = walk.nodes.index(maker)
+        leaf, turned = walk.use_leaf.get((place, 0)), list(attribute(maker, "perm", (1, 0))) == [1, 0]
+        if not turned:
+            return None
+    if leaf is None:
+        return None
+    one: Leaf = walk.leaves[leaf]
+    if node.op_type == "Conv":
+        return (leaf, 1) if attribute(node, "group", 1) == 1 else None
+    if len(one.shape) != 2:
+        return None
+    if node.op_type == "Gemm":
+        if attribute(node, "transA", 0) or attribute(node, "alpha", 1.0) != 1.0 or attribute(node, "beta", 1.0) != 1.0:
+            return None
+        return leaf, int(bool(attribute(node, "transB", 0)) != turned)
+    return leaf, int(turned)

@@ -1,0 +1,54 @@
+"""Pictures that a pass gives with its result: plain numbers; `cipm_ir.passes.html` draws them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, eq=False)
+class HeatMap:
+    """One or two matrices side by side, on one colour scale that is symmetric about zero.
+
+    Attributes:
+        title: one line above the picture.
+        before: the matrix, (rows, columns), of finite numbers.
+        after: the same after the pass; None: only one matrix.
+        bounds: positions at which lines are drawn between modules of ``after`` (of ``before`` where that is None).
+        note: a line below.
+    """
+
+    title: str
+    before: npt.ArrayLike
+    after: npt.ArrayLike | None = None
+    bounds: Sequence[int] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Bars:
+    """Bars in groups: one group per label, one bar in it per series, each as long as ``labels``."""
+
+    title: str
+    labels: Sequence[str]
+    series: Mapping[str, npt.ArrayLike]
+    y_label: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Curves:
+    """Lines through points: by name a pair (x, y) of equally long vectors."""
+
+    title: str
+    x_label: str
+    y_label: str
+    lines: Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]]
+    note: str = ""
+
+
+Figure: TypeAlias = HeatMap | Bars | Curves
+"""What `PassResult.figures` holds."""
