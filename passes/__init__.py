@@ -7,6 +7,7 @@ if __name__ == "passes":
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult, Progress, option
 from cipm_ir.passes.canonicalize import Canonicalize
 from cipm_ir.passes.cleanup import CleanUp, FoldBatchNorm
+from cipm_ir.passes.cluster import Cluster
 from cipm_ir.passes.figures import Bars, Curves, Figure, HeatMap
 from cipm_ir.passes.pipeline import Outcome, RolledBack, Witness, run_passes
 from cipm_ir.passes.prune import Prune
@@ -20,6 +21,7 @@ __all__ = [
     "Bars",
     "Canonicalize",
     "CleanUp",
+    "Cluster",
     "Context",
     "Curves",
     "Figure",

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
 import numpy.typing as npt
 
 
@@ -17,14 +18,14 @@ class HeatMap:
         title: one line above the picture.
         before: the matrix, (rows, columns), of finite numbers.
         after: the same after the pass; None: only one matrix.
-        bounds: positions at which lines are drawn between modules of ``after`` (of ``before`` where that is None).
+        bounds: where lines are drawn between the modules of ``after`` (of ``before`` where that is None), 0 to 1.
         note: a line below.
     """
 
     title: str
     before: npt.ArrayLike
     after: npt.ArrayLike | None = None
-    bounds: Sequence[int] = ()
+    bounds: Sequence[float] = ()
     note: str = ""
 
 
@@ -52,3 +53,15 @@ class Curves:
 
 Figure: TypeAlias = HeatMap | Bars | Curves
 """What `PassResult.figures` holds."""
+
+
+def pooled(matrix: npt.ArrayLike, cells: int = 256) -> npt.NDArray[np.float32]:
+    """A matrix of at most ``cells`` rows and columns: means over stretches of equal length, up to one row."""
+    made = np.asarray(matrix, np.float64)
+    for axis in (0, 1):
+        size = made.shape[axis]
+        if size > cells:
+            starts = np.arange(cells) * size // cells
+            width = np.diff(np.r_[starts, size])
+            made = np.add.reduceat(made, starts, axis=axis) / (width if axis else width[:, None])
+    return made.astype(np.float32)

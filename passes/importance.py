@@ -1,12 +1,16 @@
 """How much each hidden unit (head, group) matters: the criteria by which `prune` ranks.
 
-A criterion is an object with `score`; `register_importance` gives it a name for the text form. The one built in needs
-no data: the size of all weights that a unit owns, over all tensors that move with it.
+A criterion is a function of (program, space, context) that gives a number per element, or an object with such a
+``score``; `register_importance` gives it a name for the text form. "magnitude", here, needs no data: the size of all
+weights that a unit owns, over all tensors that move with it. The others stand in ``importance_*.py``.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -34,26 +38,91 @@ class Importance(Protocol):
         """
 
 
+@runtime_checkable
+class ScoreFunction(Protocol):
+    """The same as one plain function."""
+
+    def __call__(self, program: Program, space: Space, ctx: Context, /) -> Scores:
+        """One number for each element of the space, not negative; the larger, the rather it stays."""
+
+
 ImportanceFactory = Callable[[str], Importance]
 """Makes a criterion for a norm, "l1" or "l2"; one that knows no norms ignores it."""
 
-_FACTORIES: dict[str, ImportanceFactory] = {}
+_FAMILIES = ("plain", "gradient", "data")
+_REGISTERED: dict[str, tuple[Any, ImportanceFactory]] = {}
 
 
-def register_importance(name: str, factory: ImportanceFactory) -> None:
-    """Make a criterion known by a name. Errors: `OptionError` for a name that is taken."""
-    if _FACTORIES.get(name, factory) is not factory:
+def register_importance(name: str, criterion: Importance | ScoreFunction | ImportanceFactory) -> None:
+    """Make a criterion known by a name.
+
+    It is a function of (program, space, context), an object with ``score``, or a factory: a class, or a function of one argument, that makes a fresh criterion for each run; do this where
+    ``score`` keeps something between spaces.
+
+    Errors: `OptionError` for a name that is taken.
+    """
+    _load()
+    if name in _REGISTERED and _REGISTERED[name][0] is not criterion:
         raise OptionError(f"A criterion named {name!r} exists already; choose another name.")
-    _FACTORIES[name] = factory
+    _REGISTERED[name] = criterion, _factory(criterion)
 
 
-def make_importance(what: str | Importance, norm: str) -> Importance:
+def registered_importances() -> tuple[str, ...]:
+    """The names of all criteria, sorted."""
+    _load()
+    return tuple(sorted(_REGISTERED))
+
+
+def _load() -> None:
+    """Let the criteria of this package register; they import this module."""
+    for family in _FAMILIES:
+        importlib.import_module(f"cipm_ir.passes.importance_{family}")
+
+
+def make_importance(what: str | Importance | ScoreFunction, norm: str) -> Importance:
     """The criterion of this name, or the one that was given. Errors: `OptionError` for an unknown name."""
     if not isinstance(what, str):
-        return what
-    if what not in _FACTORIES:
-        raise OptionError(f"There is no criterion named {what!r}; there are {', '.join(sorted(_FACTORIES))}.")
-    return _FACTORIES[what](norm)
+        return _factory(what)(norm)
+    _load()
+    if what not in _REGISTERED:
+        raise OptionError(f"There is no criterion named {what!r}; there are {', '.join(registered_importances())}.")
+    return _REGISTERED[what][1](norm)
+
+
+def _factory(criterion: Any) -> ImportanceFactory:
+    if isinstance(criterion, type):
+        takes_norm = _takes(criterion, "l2")
+        return lambda norm: criterion(norm) if takes_norm else criterion()
+    if isinstance(criterion, Importance):
+        return lambda _norm: criterion
+    if not callable(criterion):
+        raise OptionError(f"{criterion!r} is no criterion; give a function of (program, space, context).")
+    if _takes(criterion, None, None, None):
+        return lambda _norm: _Scored(criterion)
+    made: ImportanceFactory = criterion
+    return made
+
+
+def _takes(function: Any, *arguments: Any) -> bool:
+    """Whether a call with these arguments fits the function."""
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError:
+        return False
+    except ValueError:  # built in, with no signature to look at
+        return True
+    return True
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A function as an object."""
+
+    function: ScoreFunction
+
+    def score(self, program: Program, space: Space, ctx: Context) -> Scores:
+        """What the function says."""
+        return self.function(program, space, ctx)
 
 
 class Magnitude:
@@ -82,7 +151,7 @@ class Magnitude:
         return np.asarray(np.sqrt(sums) if self.norm == "l2" else sums, np.float64)
 
 
-register_importance("magnitude", Magnitude)
+_REGISTERED["magnitude"] = Magnitude, _factory(Magnitude)
 
 
 def class_sums(program: Program, norm: str) -> Scores:
@@ -97,7 +166,7 @@ def class_sums(program: Program, norm: str) -> Scores:
         factors = [f for leaf in leaves for f in leaf.factors if f.active]
         if not factors:
             continue
-        sums = _marginals(_array(program, name), factors, norm)
+        sums = _marginals(parameter_array(program, name), factors, norm)
         for f, s in zip(factors, sums, strict=True):
             classes = analysis.classes.of[f.base : f.base + f.size]
             total += np.bincount(classes, weights=s, minlength=len(total))
@@ -109,7 +178,8 @@ def _is_statistic(program: Program, leaf: Leaf) -> bool:
     return program.analysis.walk.nodes[node].op_type == "BatchNormalization" and index in dict(_STATISTICS)
 
 
-def _array(program: Program, name: str) -> npt.NDArray[Any]:
+def parameter_array(program: Program, name: str) -> npt.NDArray[Any]:
+    """The value of a parameter, as floats of 32 bits or more. Errors: `InputError` where it has none."""
     value = program.model.graph.initializers.get(name)
     tensor: ir.TensorProtocol | None = None if value is None else value.const_value
     if tensor is None:

@@ -115,7 +115,7 @@ class Linear:
     def rows_of(self, columns: Labels) -> Labels:
         """(elements, k times taps): the rows of the matrix that belong to each element."""
         taps = math.prod(self.kernel)
-        return (columns[:, :, None] * taps + np.arange(taps)).reshape(len(columns), -1)
+        return (columns[:, :, None] * taps + np.arange(taps)).reshape(len(columns), columns.shape[1] * taps)
 
 
 def sample_places(count: int, wanted: int | None, rng: np.random.Generator) -> Labels | None:

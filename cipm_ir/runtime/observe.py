@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -52,8 +52,10 @@ def observe(
         raise InputError("The data holds no samples.")
 
 
-def part(model: ir.Model, inputs: Sequence[str] | None, outputs: Sequence[str]) -> ir.Model:
+def part(model: ir.Model, inputs: Mapping[str, Array] | None, outputs: Sequence[str]) -> ir.Model:
     """A copy of the nodes between some values; ``inputs`` None starts at the inputs of the model.
+
+    Of ``inputs`` only those that are read are kept; their arrays tell the types.
 
     Raises:
         InputError: there is no value of this name.
@@ -63,22 +65,21 @@ def part(model: ir.Model, inputs: Sequence[str] | None, outputs: Sequence[str]) 
     missing = [name for name in outputs if name not in known]
     if missing:
         raise InputError(f"The graph has no value {missing[0]!r} to look at.")
+    copy.graph.outputs.clear()  # a slice deletion would leave the values marked as outputs
+    starts = list(copy.graph.inputs)
     if inputs is not None:
-        del copy.graph.inputs[:]
-        for name in inputs:
+        starts = [v for v in starts if v.is_initializer()]
+        for name, array in inputs.items():
             old = known[name]
-            fresh = ir.Value(name=name, shape=old.shape, type=old.type)
+            dims = [None if old.shape is None else old.shape[k] for k in range(array.ndim)]
+            fresh = ir.Value(name=name, shape=ir.Shape(dims), type=ir.TensorType(ir.DataType.from_numpy(array.dtype)))
             old.name = f"{name}.before"
             old.replace_all_uses_with(fresh)
-            known[name] = fresh
-            copy.graph.inputs.append(fresh)
-    del copy.graph.outputs[:]
+            starts.append(fresh)
     copy.graph.outputs.extend(known[name] for name in outputs)
     _prune(copy.graph)
-    if inputs is None:
-        wanted = [v for v in copy.graph.inputs if v.uses() or v.is_graph_output()]
-        del copy.graph.inputs[:]
-        copy.graph.inputs.extend(wanted)
+    copy.graph.inputs.clear()
+    copy.graph.inputs.extend(v for v in starts if v.uses() or v.is_graph_output())
     return copy
 
 

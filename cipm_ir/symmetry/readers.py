@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -11,7 +11,7 @@ from cipm_ir.errors import SymmetryError
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Labels
 from cipm_ir.symmetry.analysis import Analysis
-from cipm_ir.symmetry.leaves import Leaf
+from cipm_ir.symmetry.leaves import Leaf, LeafFactor
 from cipm_ir.symmetry.program import Program, Space
 
 
@@ -71,19 +71,44 @@ def readers(program: Program, space: Space) -> list[Reader]:
     return [found[k] for k in sorted(found)]
 
 
+def products(program: Program) -> list[Reader]:
+    """Every Conv (group 1), Gemm and MatMul of a value with a weight, in graph order; ``columns`` are empty."""
+    analysis = program.analysis
+    found = (_product(analysis, k) for k in range(len(analysis.walk.nodes)))
+    return [one for one in found if one is not None]
+
+
+def summed_classes(program: Program, reader: Reader) -> Labels:
+    """The class of each place along the axis of the weight that a reader sums."""
+    factor = _summed(program.analysis, reader.leaf, reader.axis)
+    if factor is None:  # the axis is fixed
+        return np.full(program.analysis.walk.leaves[reader.leaf].shape[reader.axis], -1)
+    return program.analysis.classes.of[factor.base : factor.base + factor.size]
+
+
+def _summed(analysis: Analysis, leaf: int, axis: int) -> LeafFactor | None:
+    factors = analysis.walk.leaves[leaf].factors
+    return next((f for f in factors if f.active and f.axes == (axis,) and not f.groups), None)
+
+
 def _reader(analysis: Analysis, position: int, element: Labels, count: int) -> Reader | None:
-    node = analysis.walk.nodes[position]
-    where = _weight(analysis, position, node)
-    if where is None or node.inputs[0] is None or (position, 0) in analysis.walk.use_leaf:
-        return None
-    leaf, axis = where
-    factor = next((f for f in analysis.walk.leaves[leaf].factors if f.active and f.axes == (axis,)), None)
-    if factor is None or factor.groups:
+    made = _product(analysis, position)
+    factor = None if made is None else _summed(analysis, made.leaf, made.axis)
+    if made is None or factor is None:
         return None
     owner = element[analysis.classes.of[factor.base : factor.base + factor.size]]
     columns = np.argsort(owner, kind="stable")[int((owner < 0).sum()) :]
     if len(columns) % count or (np.bincount(owner[columns], minlength=count) != len(columns) // count).any():
         return None
+    return replace(made, columns=columns.reshape(count, -1))
+
+
+def _product(analysis: Analysis, position: int) -> Reader | None:
+    node = analysis.walk.nodes[position]
+    where = _weight(analysis, position, node)
+    if where is None or node.inputs[0] is None or (position, 0) in analysis.walk.use_leaf:
+        return None
+    leaf, axis = where
     bias = node.inputs[2] if node.op_type != "MatMul" and len(node.inputs) > 2 else None
     return Reader(
         position,
@@ -93,7 +118,7 @@ def _reader(analysis: Analysis, position: int, element: Labels, count: int) -> R
         analysis.walk.leaves[leaf].name,
         leaf,
         axis,
-        columns.reshape(count, -1),
+        np.zeros((0, 0), np.int64),
         None if bias is None else bias.name,
     )
 

@@ -1,0 +1,121 @@
+"""What a model and data are, as a hash: the same content gives the same text, on every run and machine."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from cipm_ir.errors import InputError
+from cipm_ir.runtime.inputs import Data
+
+_CHUNK = 1 << 20
+
+
+def model_hash(model: ir.Model) -> str:
+    """A hash over nodes, names, shapes and every byte of the weights, but not over comments and metadata."""
+    digest = hashlib.sha256()
+    _add(digest, sorted(model.opset_imports.items()))
+    _graph(digest, model.graph)
+    for function in sorted(model.functions.values(), key=lambda f: f.identifier()):
+        _add(digest, "function", function.identifier())
+        _graph(digest, function.graph)
+    return digest.hexdigest()
+
+
+def data_hash(data: Data | None) -> str:
+    """A hash over the bytes of a file, or over names, types, shapes and entries of arrays; "none" without data.
+
+    Raises:
+        InputError: no such file; samples that can be read only once; or something else than data.
+    """
+    if data is None:
+        return "none"
+    digest = hashlib.sha256()
+    if isinstance(data, (str, os.PathLike)):
+        _file(digest, data)
+    elif isinstance(data, Mapping):
+        _arrays(digest, data)
+    elif check_repeatable(data):
+        for one in data:
+            if not isinstance(one, Mapping):
+                raise InputError(f"Data is an iterable of dicts by input name, but holds a {type(one).__name__}.")
+            _arrays(digest, one)
+    return digest.hexdigest()
+
+
+def check_repeatable(data: Any) -> bool:
+    """Whether samples can be gone through more than once.
+
+    Raises:
+        InputError: they cannot.
+    """
+    if not isinstance(data, Iterable) or isinstance(data, np.ndarray):
+        raise InputError(f"Data is a path to .npz, a dict, or an iterable of dicts, not {type(data).__name__}.")
+    if iter(data) is data:
+        raise InputError("The data is an iterator, which can be read only once; give a list, a dict or an .npz file.")
+    return True
+
+
+def _graph(digest: Any, graph: ir.Graph) -> None:
+    for values in (graph.inputs, graph.outputs):
+        _add(digest, [(v.name, str(v.dtype), str(v.shape)) for v in values])
+    for name, value in sorted(graph.initializers.items()):
+        _add(digest, name)
+        if value.const_value is not None:
+            _tensor(digest, value.const_value)
+    for node in graph:
+        _add(digest, node.domain, node.op_type, node.overload)
+        _add(digest, [v.name if v is not None else None for v in node.inputs], [v.name for v in node.outputs])
+        for name, attribute in sorted(node.attributes.items()):
+            _add(digest, name, str(attribute.type))
+            if attribute.is_ref():
+                _add(digest, attribute.ref_attr_name)
+            else:
+                _attribute(digest, attribute.value)
+
+
+def _attribute(digest: Any, value: Any) -> None:
+    if isinstance(value, ir.Graph):
+        _graph(digest, value)
+    elif isinstance(value, ir.TensorProtocol):
+        _tensor(digest, value)
+    elif isinstance(value, list | tuple):
+        _add(digest, len(value))
+        for one in value:
+            _attribute(digest, one)
+    else:
+        _add(digest, value)
+
+
+def _tensor(digest: Any, tensor: ir.TensorProtocol) -> None:
+    _add(digest, str(tensor.dtype), str(tensor.shape))
+    digest.update(tensor.tobytes())
+
+
+def _arrays(digest: Any, arrays: Mapping[str, Any]) -> None:
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        _add(digest, name, str(array.dtype), array.shape)
+        digest.update(repr(array.tolist()).encode() if array.dtype.hasobject else array.tobytes())
+
+
+def _file(digest: Any, path: str | os.PathLike[str]) -> None:
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+    except FileNotFoundError:
+        raise InputError(f"There is no data file {os.fspath(path)!r}.") from None
+    except OSError as error:
+        raise InputError(f"The data file {os.fspath(path)!r} cannot be read: {error.strerror}.") from error
+
+
+def _add(digest: Any, *parts: object) -> None:
+    # The length in front keeps ("ab", "c") and ("a", "bc") apart.
+    text = repr(parts).encode()
+    digest.update(f"{len(text)}:".encode() + text)

@@ -1,0 +1,362 @@
+"""`sweep`: one model for each of several budgets, what each costs and how good it is, and which of them are worth it.
+
+Every finished point is in ``sweep.json`` before the next begins, so a sweep that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from cipm_ir import api
+from cipm_ir.errors import InputError, OptionError, OutputError, SymmetryError, UnsupportedError, VerificationError
+from cipm_ir.passes.base import Progress, ignore_progress
+from cipm_ir.passes.report import Totals
+from cipm_ir.passes.sweep_report import Point, SweepReport, read_record, write_files, write_text
+from cipm_ir.passes.text import parse_passes
+from cipm_ir.runtime.closeness import Closeness, Run, closeness
+from cipm_ir.runtime.content import check_repeatable, data_hash, model_hash
+from cipm_ir.runtime.inputs import Data, Feeds, batches
+from cipm_ir.runtime.session import Runner
+from cipm_ir.runtime.timing import compare_latency, timing_feeds
+from cipm_ir.sources import OnnxOrigin, Source, origin_of
+from cipm_ir.symmetry.program import Program
+from cipm_ir.version import __version__
+
+BUDGETS = ("macs", "params", "latency")
+_COMPARED = 1024
+"""Samples that outputs are compared on, at most."""
+_PLACE = re.compile(r"(?<=[{,])(\s*)(?:\{budget\}|budget)(?=\s*[,}])")
+
+Evaluate = Callable[[Any], float]
+"""Takes a model as the kind that came in (a path for a path), gives a number of which more is better."""
+
+
+def sweep(
+    source: Source,
+    *,
+    output_folder: str | os.PathLike[str],
+    budgets: Sequence[float] = (0.9, 0.8, 0.7, 0.5),
+    budget: str = "macs",
+    passes_template: str = "compress",
+    data: Data | None = None,
+    held_out: Data | None = None,
+    evaluate: Evaluate | None = None,
+    threads: int | None = 1,
+    batch: int = 1,
+    seed: int = 0,
+    verify: bool = True,
+    progress: Progress | None = None,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> SweepReport:
+    """Make a model for each budget, compare it with the dense one, and say which of them nothing else beats.
+
+    Writes into the folder: the models, ``sweep.json`` (the record), ``sweep.csv``, and ``sweep.svg`` where matplotlib
+    is installed. Points that are in the record, made from the same model, data and options by the same version, and
+    whose files are still the same, are not made again. A budget that is out of reach is a point too, with the reason.
+
+    Args:
+        source: see `cipm_ir.sources.Source`; never changed.
+        output_folder: made where it is missing.
+        budgets: fractions of the dense model that may remain.
+        budget: of what: "macs", "params" or "latency"; the passes must have an option of this name.
+        passes_template: passes in text form. The budget goes where ``{budget}`` stands, as in
+            ``"fold-batch-norm, prune{{budget}, round_to=8}"``, or else into the last pass.
+        data: calibration input, see `cipm_ir.optimize`; not an iterator.
+        held_out: inputs on which outputs are compared with the dense model's; None: the calibration data.
+        evaluate: called with each model, as the kind that came in (a path for a path); more is better. Without it the
+            difference of the outputs decides.
+        threads: of onnxruntime, when latency is measured; None: it is not.
+        batch: samples in a run, when latency is measured.
+        seed: of everything random.
+        verify: see `cipm_ir.optimize`.
+        progress: called with what is being done and the fraction done.
+        example_inputs, example_kwargs: how to read a torch program, see `cipm_ir.load`.
+
+    Errors: `OptionError`, `InputError` (also for a damaged record), `OutputError`; those of `cipm_ir.optimize`. What is
+        finished stays, whatever happens.
+    """
+    texts = {value: passes_for(passes_template, budget, value) for value in _checked(budgets, budget)}
+    if data is None and held_out is None and evaluate is None:
+        raise InputError("A sweep compares models: give data= (inputs to compare outputs on) or evaluate=.")
+    if threads is None and budget == "latency":
+        raise OptionError("A sweep over latency measures it: give a number of threads.")
+    for samples in (data, held_out):
+        if samples is not None and not isinstance(samples, (str, os.PathLike, Mapping)):
+            check_repeatable(samples)
+    folder = Path(os.path.abspath(output_folder))
+    _prepare(folder)
+    earlier = read_record(folder / "sweep.json")
+    program = api.load(source, example_inputs, example_kwargs)
+    settings = {
+        "cipm": __version__, "model": model_hash(program.written), "data": data_hash(data),
+        "held_out": data_hash(held_out), "evaluate": _identity(evaluate), "passes": passes_template, "budget": budget,
+        "threads": threads, "batch": batch, "seed": seed, "verify": verify,
+    }  # fmt: skip
+    work = _Work(
+        source, program, folder, budget, settings, data, held_out, evaluate, threads, batch, seed, verify,
+        progress or ignore_progress,
+    )  # fmt: skip
+    return work.run(texts, earlier)
+
+
+def passes_for(template: str, budget: str, value: float) -> str:
+    """The passes for one budget, in text form; see `sweep`.
+
+    Errors: `OptionError` where the result cannot be read, or the last pass has no such option.
+    """
+    given = f"{budget}={value:.10g}"
+    text, count = _PLACE.subn(rf"\g<1>{given}", template)
+    if not count:
+        head = template.rstrip()
+        if not head.endswith("}"):
+            text = f"{head}{{{given}}}"
+        else:
+            inside = head[:-1].rstrip()
+            text = f"{inside}{'' if inside.endswith(('{', ',')) else ', '}{given}}}"
+    parse_passes(text)
+    return text
+
+
+@dataclass
+class _Work:
+    """One sweep: what it needs, and what it found so far."""
+
+    source: Source
+    program: Program
+    folder: Path
+    budget: str
+    settings: Mapping[str, Any]
+    data: Data | None
+    held_out: Data | None
+    evaluate: Evaluate | None
+    threads: int | None
+    batch: int
+    seed: int
+    verify: bool
+    progress: Progress
+    notes: list[str] = field(default_factory=list)
+
+    def run(self, texts: Mapping[float, str], earlier: tuple[Point, list[Point]] | None) -> SweepReport:
+        """All points, each recorded as soon as it is there."""
+        known = {} if earlier is None else {p.key: p for p in (earlier[0], *earlier[1]) if self._intact(p)}
+        dense_key = self._key("")
+        keys = {value: self._key(text) for value, text in texts.items()}
+        again = sum(key in known for key in keys.values())
+        if earlier is not None and not any(p.key == self._key(p.passes) for p in earlier[1]):
+            self.notes.append("The record of an earlier sweep with another model, data or options was replaced.")
+        dense = known.get(dense_key) or self._dense(dense_key)
+        # Budgets of an earlier run that were not asked for again stay on the same curve.
+        points = {p.budget: p for p in known.values() if p.status != "dense" and p.key == self._key(p.passes)}
+        report = SweepReport(self.budget, dense, tuple(points.values()), reused=again)
+        for number, (value, text) in enumerate(texts.items()):
+            if keys[value] not in known:
+                made = self._point(dense, value, text, keys[value], f"{self.budget}={value:g} ({number + 1}/{len(texts)})")
+                points[value] = made
+                report = self._recorded(replace(report, points=tuple(points.values())))
+        return self._recorded(report)
+
+    def _recorded(self, report: SweepReport) -> SweepReport:
+        report = replace(report, notes=(*self._described(report), *self.notes)).flagged()
+        write_files(report, self.folder, self.settings)
+        return report
+
+    def _described(self, report: SweepReport) -> Iterator[str]:
+        if report.dense.difference is not None:
+            where = "the held-out data" if self.held_out is not None else "the calibration data itself"
+            yield f"outputs were compared with the dense model's on {where}, at most {_COMPARED} samples"
+        judge = "score" if self.evaluate is not None else "difference of the outputs"
+        yield f"Pareto: by {self.budget} and {judge}"
+        if self.threads is not None and report.dense.latency is not None:
+            yield (
+                f"latency: onnxruntime on the CPU, threads {self.threads}, batch {self.batch}, the least of interleaved "
+                "runs; in brackets against the dense model in the same measurement"
+            )
+        if not (self.folder / "sweep.svg").exists() and not _has_matplotlib():
+            yield 'no picture: it needs matplotlib, pip install "cipm-ir[html]"'
+
+    # ------------------------------------------------------------ points
+    def _dense(self, key: str) -> Point:
+        self.progress("the dense model", 0.0)
+        result = api.optimize(self.program, [], verify=False)
+        point = Point(1.0, "dense", "", **self._sizes(self.program), key=key)
+        return self._judged(point, result, self._own_path(result))
+
+    def _point(self, dense: Point, value: float, text: str, key: str, what: str) -> Point:
+        def show(doing: str, fraction: float | None) -> None:
+            self.progress(f"{what}: {doing}", fraction)
+
+        show("start", 0.0)
+        start = time.perf_counter()
+        try:
+            result = api.optimize(
+                self.program, text, data=self.data, verify=self.verify, seed=self.seed, progress=show
+            )
+        except SymmetryError as error:
+            return Point(value, "impossible", text, seconds=time.perf_counter() - start, reason=str(error), key=key)
+        except VerificationError as error:
+            return Point(value, "failed", text, seconds=time.perf_counter() - start, reason=str(error), key=key)
+        name = f"{self.budget}-{value:.10g}{self._suffix}"
+        result.save(self.folder / name)
+        summary = "; ".join(step.summary for step in result.report.steps if step.summary)
+        point = Point(
+            value, "done", text, name, **self._sizes(result.program), seconds=time.perf_counter() - start,
+            summary=summary, key=key, digest=_digest(self.folder / name),
+        )  # fmt: skip
+        show("compare", None)
+        return self._judged(point, result, str(self.folder / name))
+
+    def _judged(self, point: Point, result: api.Result, path: str) -> Point:
+        """The point with its latency, its closeness to the dense model and its score."""
+        latency, relative = self._latency(result.program)
+        close = self._closeness(result.program)
+        score = None
+        if self.evaluate is not None:
+            score = float(self.evaluate(path if isinstance(self.source, (str, os.PathLike)) else result.model))
+            if not math.isfinite(score):
+                raise OptionError(f"evaluate must give a finite number; for budget {point.budget:g} it gave {score}.")
+        return replace(
+            point,
+            latency=latency,
+            relative=relative,
+            score=score,
+            difference=None if close is None else close.difference,
+            agreement=None if close is None else close.agreement,
+        )
+
+    def _latency(self, program: Program) -> tuple[float | None, float | None]:
+        if self.threads is None:
+            return None, None
+        samples = self.data if self.data is not None else self.held_out
+        try:
+            models = [self.program.emit(), program.emit()][: 1 if program is self.program else 2]
+            feeds = timing_feeds(models[0], samples, batch=self.batch, seed=self.seed)
+            timings = compare_latency(models, feeds, threads=self.threads, seconds=30.0)
+        except UnsupportedError as error:
+            if self.budget == "latency":
+                raise
+            note = f"latency was not measured: {error}"
+            self.notes += [] if note in self.notes else [note]
+            return None, None
+        return timings.seconds[-1], timings.seconds[-1] / timings.seconds[0]
+
+    def _closeness(self, program: Program) -> Closeness | None:
+        samples = self.held_out if self.held_out is not None else self.data
+        if samples is None:
+            return None
+        seen = 0
+
+        def few(feeds: Feeds) -> bool:
+            nonlocal seen
+            seen += max((len(array) for array in feeds.values() if array.ndim), default=1)
+            return seen <= _COMPARED
+
+        feeds = takewhile(few, batches(samples, self.program.model, 64))
+        with _running(self.program) as first, _running(program) as second:
+            return closeness(first, second, feeds)
+
+    # ------------------------------------------------------------ files and keys
+    @property
+    def _suffix(self) -> str:
+        return ".onnx" if isinstance(origin_of(self.program), OnnxOrigin) else ".pt2"
+
+    def _own_path(self, result: api.Result) -> str:
+        """Where the dense model lies: its own file, or a copy for a source that is none."""
+        if self.evaluate is None or not isinstance(self.source, (str, os.PathLike)):
+            return ""
+        if os.path.exists(self.source):
+            return os.fspath(self.source)
+        path = self.folder / f"dense{self._suffix}"
+        result.save(path)
+        return str(path)
+
+    def _sizes(self, program: Program) -> dict[str, int]:
+        totals = Totals.of(program)
+        return {"macs": totals.macs, "params": totals.parameters, "bytes": totals.bytes}
+
+    def _key(self, passes: str) -> str:
+        return hashlib.sha256(json.dumps([self.settings, passes], sort_keys=True).encode()).hexdigest()
+
+    def _intact(self, point: Point) -> bool:
+        """Whether a recorded point need not be made again: its file is as it was written."""
+        if point.status != "done":
+            return point.status != "failed"
+        return _digest(self.folder / point.file) == point.digest
+
+
+@contextmanager
+def _running(program: Program) -> Iterator[Run]:
+    """A program ready to run: in torch where it came from there."""
+    origin = origin_of(program)
+    if isinstance(origin, OnnxOrigin):
+        with Runner(program.emit()) as runner:
+            yield runner.run
+    else:
+        graph = origin.graph(program.emit())
+        yield lambda feeds: origin.run(graph, feeds)
+
+
+def _checked(budgets: Sequence[float], budget: str) -> list[float]:
+    if budget not in BUDGETS:
+        raise OptionError(f"The budget of a sweep is one of {', '.join(BUDGETS)}, not {budget!r}.")
+    values = [float(value) for value in budgets]
+    bad = next((value for value in values if not 0 < value <= 1), None)
+    if bad is not None:
+        raise OptionError(f"A budget is the fraction that may remain, above 0 and at most 1; {bad:g} is not.")
+    if not values:
+        raise OptionError("A sweep needs at least one budget.")
+    return sorted(set(values), reverse=True)
+
+
+def _prepare(folder: Path) -> None:
+    """Make the folder, and try to write into it before the work, not after it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"The folder {str(folder)!r} cannot be made: {error.strerror}; choose another.") from error
+    trial = folder / ".sweep-trial"
+    write_text(trial, "")
+    trial.unlink(missing_ok=True)
+
+
+def _identity(evaluate: Evaluate | None) -> str:
+    """A name for a function that changes when its code does; data that it holds is not seen."""
+    if evaluate is None:
+        return "none"
+    code = getattr(evaluate, "__code__", None)
+    name = f"{getattr(evaluate, '__module__', '')}.{getattr(evaluate, '__qualname__', type(evaluate).__qualname__)}"
+    if code is None:
+        return name
+    parts = [code.co_code, [c for c in code.co_consts if not hasattr(c, "co_code")], code.co_names]
+    return f"{name} {hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
+
+
+def _digest(path: Path) -> str:
+    """A hash of a model file with its external data; "" where it is missing."""
+    digest = hashlib.sha256()
+    if not path.is_file():
+        return ""
+    for part in (path, path.with_name(path.name + ".data")):
+        if part.is_file():
+            digest.update(str(part.stat().st_size).encode())
+            with open(part, "rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _has_matplotlib() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("matplotlib") is not None

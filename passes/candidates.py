@@ -1,0 +1,144 @@
+"""What may shrink: linked spaces, the numbers that they may keep, and which patterns let them through."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from math import ceil
+
+import numpy as np
+
+from cipm_ir.errors import OptionError, SymmetryError
+from cipm_ir.ir.labels import Labels
+from cipm_ir.passes.budget import Mask, allowed_levels, even, grids_of, link_spaces
+from cipm_ir.passes.contributions import find_sums
+from cipm_ir.passes.liveness import Liveness
+from cipm_ir.runtime.intervals import find_intervals
+from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.readers import Reader, readers
+from cipm_ir.symmetry.restrict import closed_keep
+
+
+def wanted_spaces(
+    program: Program, name: str, include: tuple[str, ...], exclude: tuple[str, ...], blocks: bool
+) -> set[int]:
+    """Spaces that the patterns and ``blocks`` let through; a link with one that is excluded stays as it is.
+
+    Errors: `OptionError` naming the pass, for a pattern that matches nothing.
+    """
+    spaces = program.spaces
+    chosen = {k for k, s in enumerate(spaces) if s.kind != "cells" and (blocks or s.kind != "blocks")}
+    if include:
+        included = _matching(spaces, include, name, "include")
+        chosen &= {k for group in link_spaces(program.analysis).groups if included & set(group) for k in group}
+    excluded = _matching(spaces, exclude, name, "exclude")
+    if excluded:
+        table = [program.analysis.spaces[k].table for k in sorted(excluded)]
+        classes = np.unique(np.concatenate([t.ravel() for t in table]))
+        chosen = {k for k in chosen if not np.isin(program.analysis.spaces[k].table, classes).any()}
+    return chosen
+
+
+def _matching(spaces: Sequence[Space], patterns: Sequence[str], name: str, option_name: str) -> set[int]:
+    """Indices of the spaces whose names match, or else of those with a tensor that does."""
+    found: set[int] = set()
+    for pattern in patterns:
+        hit = {k for k, s in enumerate(spaces) if fnmatchcase(s.name, pattern.removeprefix("@"))}
+        if not hit:
+            tensors = [{m.rpartition("[")[0] for m in s.members} for s in spaces]
+            hit = {k for k, names in enumerate(tensors) if any(fnmatchcase(name, pattern) for name in names)}
+        if not hit:
+            raise OptionError(
+                f"Pass {name!r}: {option_name} pattern {pattern!r} matches no space and no tensor that moves with one."
+            )
+        found |= hit
+    return found
+
+
+def kept_numbers(spaces: Sequence[Space], min_keep: float, round_to: int) -> Labels:
+    """Numbers of elements that linked spaces may keep, ascending; the last is all."""
+    sizes = [s.size for s in spaces]
+    floor = ceil(min_keep * max(sizes)) if min_keep < 1 else int(min_keep)
+    return allowed_levels(min(sizes), max(sizes), floor, round_to if spaces[0].kind == "units" else 1)
+
+
+@dataclass
+class Candidate:
+    """Linked spaces, each with what reads it, that keep one number of elements.
+
+    ``levels``: the numbers that are looked at, ascending, the last all; ``kept[level][i]``: sorted elements of space i.
+    """
+
+    spaces: list[int]
+    readers: list[list[Reader]]
+    levels: Labels
+    kept: list[list[Labels]] = field(default_factory=list)
+
+    @property
+    def first(self) -> int:
+        """The first node that reads a unit."""
+        return min(r.node for found in self.readers for r in found)
+
+
+def find_candidates(
+    program: Program, wanted: set[int], min_keep: float, round_to: int, steps: int
+) -> tuple[list[Candidate], list[str]]:
+    """Spaces that only weights read, so that what goes can be made up for; and why others are left alone."""
+    analysis = program.analysis
+    links, grids = link_spaces(analysis), grids_of(analysis)
+    found = find_intervals(program.model, analysis)
+    liveness = Liveness(analysis)
+    liveness.read(found, find_sums(found))
+    candidates: list[Candidate] = []
+    notes: list[str] = []
+    for group in links.groups:
+        spaces = [program.spaces[k] for k in group]
+        if not all(k in wanted for k in group) or max(s.size for s in spaces) < 2:
+            continue
+        numbers = kept_numbers(spaces, min_keep, round_to)
+        if len(numbers) < 2:
+            continue
+        why = _refusal(program, group, links.frozen, liveness, numbers, grids)
+        if why:
+            notes.append(f"@{spaces[0].name}{f' and {len(group) - 1} alike' if len(group) > 1 else ''}: {why}")
+            continue
+        chosen = np.unique(np.linspace(0, len(numbers) - 1, steps + 1).round().astype(int))
+        candidates.append(Candidate(list(group), [readers(program, s) for s in spaces], numbers[chosen]))
+    return sorted(candidates, key=lambda c: c.first), notes
+
+
+def _refusal(
+    program: Program, group: list[int], frozen: set[int], liveness: Liveness, numbers: Labels, grids: list[Labels]
+) -> str:
+    """Why linked spaces cannot shrink with compensation; empty where they can."""
+    analysis = program.analysis
+    tables = [analysis.spaces[k].table for k in group]
+    if not frozen.isdisjoint(group):
+        return "rows would become uneven"
+    if any(liveness.summed[t.ravel()].any() for t in tables):
+        return "a normalization, softmax or sum runs over its units"
+    uses = {leaf.name: 0 for leaf in analysis.walk.leaves}
+    for leaf in analysis.walk.leaves:
+        uses[leaf.name] += len(leaf.uses)
+    try:
+        for k in group:
+            tied = next((r.weight for r in readers(program, program.spaces[k]) if uses[r.weight] > 1), None)
+            if tied is not None:
+                return f"{tied} is used in several places"
+    except SymmetryError as error:
+        return str(error).rstrip(".")
+    smallest = [np.arange(min(int(numbers[0]), len(t))) for t in tables]
+    if grids and not even(analysis, grids, mask_of(program, zip(group, smallest, strict=True))):
+        return "rows would become uneven"
+    return ""
+
+
+def mask_of(program: Program, kept: Iterable[tuple[int, Labels]]) -> Mask:
+    """Classes that stay, for pairs (space, kept elements); blocks go with their contents."""
+    analysis = program.analysis
+    stays = np.ones(analysis.classes.count, bool)
+    for k, elements in kept:
+        table = analysis.spaces[k].table
+        stays[np.delete(table, elements, axis=0)[:, 0]] = False
+    return closed_keep(analysis, stays)

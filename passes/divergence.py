@@ -1,0 +1,79 @@
+"""How far the outputs of a changed model are from the original's: what allocation minimizes and `max_drop` bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from scipy.special import log_softmax
+
+from cipm_ir.errors import InputError
+
+Array = npt.NDArray[Any]
+Measure = Literal["kl", "error"]
+_PASS = ("Add", "Identity", "Cast", "Squeeze", "Unsqueeze", "Reshape", "Flatten", "BatchNormalization")
+_LARGE = 200.0
+"""Outputs beyond this are not taken for logits."""
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Per output, what compares it: ``kl`` the Kullback-Leibler divergence of the softmax over the last axis, in nats
+    per distribution; ``error`` the mean squared difference over the mean square. Outputs are averaged.
+    """
+
+    measures: Mapping[str, Measure]
+
+    @classmethod
+    def of(cls, model: ir.Model, outputs: Mapping[str, Array], asked: str = "auto") -> Divergence:
+        """What suits the outputs of a model, seen on one batch: logits, or anything else.
+
+        Errors: `InputError` where the model gives out no floating-point value.
+        """
+        found: dict[str, Measure] = {}
+        for value in model.graph.outputs:
+            array = outputs[value.name or ""]
+            if array.dtype.kind != "f":
+                continue
+            logits = asked == "kl" or (asked == "auto" and _is_logits(value, array))
+            found[value.name or ""] = "kl" if logits and array.ndim and array.shape[-1] > 1 else "error"
+        if not found:
+            raise InputError("The model gives out no floating-point value, so a change of it cannot be measured.")
+        return cls(found)
+
+    def batch(self, a: Mapping[str, Array], b: Mapping[str, Array]) -> Array:
+        """Sums for one batch, (outputs, 2): numerator and denominator, to be added over batches."""
+        rows = []
+        for name, measure in self.measures.items():
+            x, y = np.asarray(a[name], np.float64), np.asarray(b[name], np.float64)
+            if measure == "kl":
+                p, q = log_softmax(x, axis=-1), log_softmax(y, axis=-1)
+                rows.append([float((np.exp(p) * (p - q)).sum()), x.size / x.shape[-1]])
+            else:
+                rows.append([float(np.square(x - y).sum()), float(np.square(x).sum())])
+        return np.asarray(rows)
+
+    def total(self, sums: Sequence[Array]) -> float:
+        """The divergence, from the sums of all batches; infinite where a value is NaN."""
+        whole = np.sum(sums, axis=0)
+        ratio = whole[:, 0] / np.maximum(whole[:, 1], 1e-30)
+        return float(ratio.mean()) if np.isfinite(ratio).all() else float("inf")
+
+    def __str__(self) -> str:
+        words = {"kl": "KL divergence in nats", "error": "relative squared error"}
+        return " and ".join(sorted({words[m] for m in self.measures.values()}))
+
+
+def _is_logits(value: ir.Value, array: Array) -> bool:
+    """A product with a weight, of moderate size: what a classifier ends with."""
+    if array.ndim < 2 or array.shape[-1] < 2 or np.abs(array).max(initial=0.0) > _LARGE:
+        return False
+    node = value.producer()
+    while node is not None and node.op_type in _PASS:
+        moving = [v for v in node.inputs if v is not None and v.producer() is not None]
+        node = moving[0].producer() if moving else None
+    return node is not None and node.op_type in ("Gemm", "MatMul", "Conv", "GlobalAveragePool", "ReduceMean")

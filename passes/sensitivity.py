@@ -1,0 +1,160 @@
+"""What it costs to shrink: for each candidate and number of units, which to keep and how far the outputs move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from cipm_ir.ir.labels import Labels
+from cipm_ir.passes.candidates import Candidate
+from cipm_ir.passes.compensation import LARGEST, Layer, Normal, layers_of
+from cipm_ir.passes.divergence import Divergence
+from cipm_ir.passes.selection import Problem, eliminate, improve
+from cipm_ir.runtime.design import Array, sample_places
+from cipm_ir.runtime.frontier import Frontier
+from cipm_ir.runtime.inputs import Data
+from cipm_ir.runtime.observe import observe, samples
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.readers import Reader
+
+Curve = npt.NDArray[np.float64]
+Progress = Callable[[str, float | None], None]
+_ROWS_PER_PLACE = 30
+_LEAST_ROWS = 40_000
+
+
+def gather(
+    program: Program, candidates: Sequence[Candidate], data: Data, *, size: int, limit: int | None, count: int, seed: int,
+    progress: Progress | None = None,
+) -> dict[int, tuple[Layer, Normal]]:
+    """Gram matrices of everything that reads a candidate, by node. ``count``: how many samples there will be."""
+    layers = {layer.reader.node: layer for layer in layers_of(program)}
+    wanted = {r.node for c in candidates for found in c.readers for r in found if r.node in layers}
+    chosen = [layers[k] for k in sorted(wanted) if layers[k].linear.size <= LARGEST]
+    sums = {layer.reader.node: Normal(layer.linear.size, layer.linear.width) for layer in chosen}
+    rng = np.random.default_rng([seed, 1])
+    sources = list(dict.fromkeys(layer.reader.source for layer in chosen))
+    if not sources:
+        return {}
+    for _, values in observe(
+        program.model, sources, data, size=size, limit=limit, progress=progress, what="look at the activations"
+    ):
+        for layer in chosen:
+            linear, u = layer.linear, values[layer.reader.source]
+            share = max(_LEAST_ROWS, _ROWS_PER_PLACE * linear.size) / count
+            wanted_rows = int(np.ceil(share * (1 if linear.kernel else len(u))))
+            sums[layer.reader.node].add(
+                linear.inputs(u, sample_places(linear.positions(u), wanted_rows, rng)), None
+            )
+    return {layer.reader.node: (layer, sums[layer.reader.node]) for layer in chosen}
+
+
+def problem_of(program: Program, layer: Layer, sums: Normal, columns: Labels, damping: float) -> Problem:
+    """The least-squares problem of one reader."""
+    tensor = program.model.graph.initializers[layer.reader.weight].const_value
+    assert tensor is not None
+    weight = layer.linear.matrix(np.asarray(tensor.numpy())).astype(np.float64)
+    gram = sums.gram(centred=layer.bias is not None)
+    energy = float(np.einsum("ko,kl,lo->", weight, gram, weight, optimize=True))
+    return Problem(gram, weight, layer.linear.rows_of(columns), energy, damping)
+
+
+def choose_units(
+    program: Program, candidates: Sequence[Candidate], grams: Mapping[int, tuple[Layer, Normal]], damping: float,
+    progress: Progress | None = None,
+) -> None:
+    """Fill in which elements each candidate keeps at each of its levels."""
+    for number, candidate in enumerate(candidates):
+        if progress is not None:
+            progress("choose units", number / len(candidates))
+        per_space = []
+        for k, found in zip(candidate.spaces, candidate.readers, strict=True):
+            size = program.spaces[k].size
+            problems = _problems(program, found, grams, damping)
+            order = eliminate(problems, size, int(candidate.levels[0])) if problems else np.arange(size)[::-1]
+            per_space.append([_best(problems, order, int(n), size) for n in candidate.levels])
+        candidate.kept = [list(level) for level in zip(*per_space, strict=True)]
+
+
+def _problems(
+    program: Program, found: Sequence[Reader], grams: Mapping[int, tuple[Layer, Normal]], damping: float
+) -> list[Problem]:
+    return [problem_of(program, *grams[r.node], r.columns, damping) for r in found if r.node in grams]
+
+
+def _best(problems: Sequence[Problem], order: Labels, number: int, size: int) -> Labels:
+    """The last elements of an order of elimination, improved by swaps."""
+    kept = order[max(0, len(order) - number) :]
+    return improve(problems, kept, size) if problems and len(kept) < size else np.sort(kept)
+
+
+@dataclass
+class Sensitivity:
+    """Divergence of the outputs, measured, when one candidate alone is brought to one of its levels."""
+
+    curves: list[Curve]
+    divergence: Divergence
+
+    @classmethod
+    def measure(
+        cls, program: Program, candidates: Sequence[Candidate], grams: Mapping[int, tuple[Layer, Normal]], data: Data,
+        *, size: int, limit: int, damping: float, asked: str = "auto", progress: Progress | None = None,
+    ) -> Sensitivity:
+        """Shrink and compensate each candidate in turn, run the rest of the model, compare."""
+        names = [v.name or "" for v in program.model.graph.outputs]
+        curves: list[Curve] = []
+        with Frontier(program.model, data, size=size, limit=limit) as frontier:
+            dense = [dict(out) for out in frontier.tail(program.model, names)]
+            divergence = Divergence.of(program.model, dense[0], asked)
+            for number, candidate in enumerate(candidates):
+                if progress is not None:
+                    progress("measure sensitivity", number / len(candidates))
+                frontier.advance(program.model, candidate.first)
+                curve = np.zeros(len(candidate.levels))
+                for level in range(len(candidate.levels) - 1):
+                    changed = program.refit(shrunk(program, candidate, level, grams, damping))
+                    outs = frontier.tail(changed.model, names)
+                    sums = [divergence.batch(a, b) for a, b in zip(dense, outs, strict=True)]
+                    curve[level] = divergence.total(sums)
+                curves.append(np.minimum.accumulate(curve))  # more units never cost more: the rest is noise
+        return cls(curves, divergence)
+
+
+def shrunk(
+    program: Program, candidate: Candidate, level: int, grams: Mapping[int, tuple[Layer, Normal]], damping: float
+) -> dict[str, Array]:
+    """Weights and biases of the readers of one candidate, which do without what goes at a level."""
+    made: dict[str, Array] = {}
+    by_node: dict[int, list[tuple[Reader, Labels]]] = {}
+    for found, kept in zip(candidate.readers, candidate.kept[level], strict=True):
+        for reader in found:
+            by_node.setdefault(reader.node, []).append((reader, kept))
+    for node, parts in by_node.items():
+        if node not in grams:
+            continue
+        layer, sums = grams[node]
+        gone = np.concatenate([np.delete(r.columns, kept, axis=0).ravel() for r, kept in parts])
+        problem = problem_of(program, layer, sums, gone[:, None], damping)
+        weight = problem.refit(np.zeros(0, np.int64))
+        made[layer.reader.weight] = layer.linear.weight(weight)
+        if layer.bias is not None:
+            tensor = program.model.graph.initializers[layer.bias.name].const_value
+            assert tensor is not None
+            shift = (sums.x / max(sums.rows, 1)) @ (problem.weight - weight)
+            made[layer.bias.name] = np.asarray(tensor.numpy()) + layer.bias.sign * shift.reshape(layer.bias.shape)
+    return made
+
+
+def count_samples(program: Program, data: Data, size: int, limit: int | None) -> int:
+    """How many samples there are, up to a limit."""
+    from cipm_ir.runtime.inputs import batches
+
+    count = 0
+    for feeds in batches(data, program.model, size):
+        count += samples(feeds)
+        if limit is not None and count >= limit:
+            return limit
+    return count
