@@ -119,8 +119,8 @@ def tap_model(model: ir.Model, reads: Sequence[Read]) -> Tapped:
     for position, node in enumerate(model.graph):
         if node not in wanted:
             continue
-        read = {v.name or "": v for v in node.inputs if v is not None}
-        plain = {name: emitter.value(v) for name, v in read.items() if (position, name) in at}
+        given = {v.name or "": v for v in node.inputs if v is not None}
+        plain = {name: emitter.value(v) for name, v in given.items() if (position, name) in at}
         for name, before in plain.items():
             taps.append(Tap(at[position, name]))
             emitter.known[name] = emitter.module(f"tap {len(taps)}", taps[-1], before)

@@ -112,6 +112,9 @@ def optimize(
     report: Annotated[
         str | None, typer.Option("--report", metavar="JSON", help="Write the report to this file too.")
     ] = None,
+    html: Annotated[
+        str | None, typer.Option("--html", metavar="HTML", help="Write it with pictures, one file for a browser.")
+    ] = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not run the model before and after.")] = False,
     annotate: Annotated[bool, typer.Option("--annotate", help="Write the groups into the metadata.")] = False,
     seed: Seed = 0,
@@ -119,12 +122,16 @@ def optimize(
 ) -> None:
     """Run passes, check after each that the model still computes what it should, and write the result."""
     from cipm_ir import api
+    from cipm_ir.passes.html import check_matplotlib, render
     from cipm_ir.sources import check_output
 
     if output is not None:
         check_output(output, model)
-    if report is not None:
-        check_output(report)
+    for place in (report, html):
+        if place is not None:
+            check_output(place)
+    if html is not None:
+        check_matplotlib()
     with _progress(quiet) as progress:
         result = api.optimize(
             model,
@@ -135,7 +142,9 @@ def optimize(
             seed=seed,
             progress=progress,
         )
-    with _written(report, json.dumps(result.report.to_dict(), indent=2, ensure_ascii=False) + "\n"):
+    page = "" if html is None else render(result.report, Path(model).name)
+    as_json = json.dumps(result.report.to_dict(), indent=2, ensure_ascii=False) + "\n"
+    with _written(report, as_json), _written(html, page):
         if output is not None:
             result.save(output)
     if quiet:

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def progress_bar(quiet: bool) -> Iterator[Callable[[str, float | None], None]]:
-    """Gives the function to call with what is being done and the fraction done; shows nothing where stderr is no
-    terminal."""
+    """Gives the function to call with what is being done and the fraction done; silent where stderr is no terminal."""
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn

@@ -154,18 +154,18 @@ class _Work:
         dense_key = self._key("")
         keys = {value: self._key(text) for value, text in texts.items()}
         again = sum(key in known for key in keys.values())
-        if earlier is not None and not any(p.key == self._key(p.passes) for p in earlier[1]):
+        if earlier is not None and earlier[0].key != dense_key:
             self.notes.append("The record of an earlier sweep with another model, data or options was replaced.")
         dense = known.get(dense_key) or self._dense(dense_key)
         # Budgets of an earlier run that were not asked for again stay on the same curve.
         points = {p.budget: p for p in known.values() if p.status != "dense" and p.key == self._key(p.passes)}
         report = SweepReport(self.budget, dense, tuple(points.values()), reused=again)
-        for number, (value, text) in enumerate(texts.items()):
+        report = self._recorded(report)
+        for number, (value, text) in enumerate(texts.items(), 1):
             if keys[value] not in known:
-                made = self._point(dense, value, text, keys[value], f"{self.budget}={value:g} ({number + 1}/{len(texts)})")
-                points[value] = made
+                points[value] = self._point(value, text, f"{self.budget}={value:g} ({number} of {len(texts)})")
                 report = self._recorded(replace(report, points=tuple(points.values())))
-        return self._recorded(report)
+        return report
 
     def _recorded(self, report: SweepReport) -> SweepReport:
         report = replace(report, notes=(*self._described(report), *self.notes)).flagged()
@@ -180,8 +180,8 @@ class _Work:
         yield f"Pareto: by {self.budget} and {judge}"
         if self.threads is not None and report.dense.latency is not None:
             yield (
-                f"latency: onnxruntime on the CPU, threads {self.threads}, batch {self.batch}, the least of interleaved "
-                "runs; in brackets against the dense model in the same measurement"
+                f"latency: onnxruntime on the CPU, threads {self.threads}, batch {self.batch}, the least of "
+                "interleaved runs; in brackets against the dense model in the same measurement"
             )
         if not (self.folder / "sweep.svg").exists() and not _has_matplotlib():
             yield 'no picture: it needs matplotlib, pip install "cipm-ir[html]"'
@@ -190,32 +190,32 @@ class _Work:
     def _dense(self, key: str) -> Point:
         self.progress("the dense model", 0.0)
         result = api.optimize(self.program, [], verify=False)
-        point = Point(1.0, "dense", "", **self._sizes(self.program), key=key)
+        point = self._sized(Point(1.0, "dense", key=key), self.program)
         return self._judged(point, result, self._own_path(result))
 
-    def _point(self, dense: Point, value: float, text: str, key: str, what: str) -> Point:
+    def _point(self, value: float, text: str, what: str) -> Point:
         def show(doing: str, fraction: float | None) -> None:
             self.progress(f"{what}: {doing}", fraction)
 
         show("start", 0.0)
         start = time.perf_counter()
+        point = Point(value, "done", text, key=self._key(text))
         try:
-            result = api.optimize(
-                self.program, text, data=self.data, verify=self.verify, seed=self.seed, progress=show
-            )
-        except SymmetryError as error:
-            return Point(value, "impossible", text, seconds=time.perf_counter() - start, reason=str(error), key=key)
-        except VerificationError as error:
-            return Point(value, "failed", text, seconds=time.perf_counter() - start, reason=str(error), key=key)
-        name = f"{self.budget}-{value:.10g}{self._suffix}"
-        result.save(self.folder / name)
-        summary = "; ".join(step.summary for step in result.report.steps if step.summary)
-        point = Point(
-            value, "done", text, name, **self._sizes(result.program), seconds=time.perf_counter() - start,
-            summary=summary, key=key, digest=_digest(self.folder / name),
-        )  # fmt: skip
+            result = api.optimize(self.program, text, data=self.data, verify=self.verify, seed=self.seed, progress=show)
+        except (SymmetryError, VerificationError) as error:
+            status = "impossible" if isinstance(error, SymmetryError) else "failed"
+            return replace(point, status=status, reason=str(error), seconds=time.perf_counter() - start)
+        path = self.folder / f"{self.budget}-{value:.10g}{self._suffix}"
+        result.save(path)
+        point = replace(
+            self._sized(point, result.program),
+            file=path.name,
+            seconds=time.perf_counter() - start,
+            summary="; ".join(step.summary for step in result.report.steps if step.summary),
+            digest=_digest(path),
+        )
         show("compare", None)
-        return self._judged(point, result, str(self.folder / name))
+        return self._judged(point, result, str(path))
 
     def _judged(self, point: Point, result: api.Result, path: str) -> Point:
         """The point with its latency, its closeness to the dense model and its score."""
@@ -242,7 +242,7 @@ class _Work:
         try:
             models = [self.program.emit(), program.emit()][: 1 if program is self.program else 2]
             feeds = timing_feeds(models[0], samples, batch=self.batch, seed=self.seed)
-            timings = compare_latency(models, feeds, threads=self.threads, seconds=30.0)
+            timings = compare_latency(models, feeds, threads=self.threads, runs=200, seconds=20.0)
         except UnsupportedError as error:
             if self.budget == "latency":
                 raise
@@ -281,9 +281,9 @@ class _Work:
         result.save(path)
         return str(path)
 
-    def _sizes(self, program: Program) -> dict[str, int]:
+    def _sized(self, point: Point, program: Program) -> Point:
         totals = Totals.of(program)
-        return {"macs": totals.macs, "params": totals.parameters, "bytes": totals.bytes}
+        return replace(point, macs=totals.macs, params=totals.parameters, bytes=totals.bytes)
 
     def _key(self, passes: str) -> str:
         return hashlib.sha256(json.dumps([self.settings, passes], sort_keys=True).encode()).hexdigest()
@@ -300,7 +300,7 @@ def _running(program: Program) -> Iterator[Run]:
     """A program ready to run: in torch where it came from there."""
     origin = origin_of(program)
     if isinstance(origin, OnnxOrigin):
-        with Runner(program.emit()) as runner:
+        with Runner(program.emit(), fast=True) as runner:
             yield runner.run
     else:
         graph = origin.graph(program.emit())
@@ -338,8 +338,13 @@ def _identity(evaluate: Evaluate | None) -> str:
     name = f"{getattr(evaluate, '__module__', '')}.{getattr(evaluate, '__qualname__', type(evaluate).__qualname__)}"
     if code is None:
         return name
-    parts = [code.co_code, [c for c in code.co_consts if not hasattr(c, "co_code")], code.co_names]
-    return f"{name} {hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
+    return f"{name} {hashlib.sha256(repr(_code(code)).encode()).hexdigest()[:16]}"
+
+
+def _code(code: Any) -> list[Any]:
+    """What a function does, without where it stands: functions inside it as well."""
+    inner = [_code(c) if hasattr(c, "co_code") else c for c in code.co_consts]
+    return [code.co_code, inner, code.co_names]
 
 
 def _digest(path: Path) -> str:

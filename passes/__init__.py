@@ -8,7 +8,9 @@ from cipm_ir.passes.base import Context, Kind, Pass, PassResult, Progress, optio
 from cipm_ir.passes.canonicalize import Canonicalize
 from cipm_ir.passes.cleanup import CleanUp, FoldBatchNorm
 from cipm_ir.passes.cluster import Cluster
+from cipm_ir.passes.compress import Compress
 from cipm_ir.passes.figures import Bars, Curves, Figure, HeatMap
+from cipm_ir.passes.fold import Fold
 from cipm_ir.passes.pipeline import Outcome, RolledBack, Witness, run_passes
 from cipm_ir.passes.prune import Prune
 from cipm_ir.passes.recover_names import RecoverNames
@@ -22,9 +24,11 @@ __all__ = [
     "Canonicalize",
     "CleanUp",
     "Cluster",
+    "Compress",
     "Context",
     "Curves",
     "Figure",
+    "Fold",
     "FoldBatchNorm",
     "HeatMap",
     "Kind",

@@ -167,7 +167,7 @@ def path_order(affinity: Floats) -> Order:
     """
     far = distances(affinity)
     order = leaf_order(affinity)
-    near = np.argsort(far + np.eye(len(far)), axis=1, kind="stable")[:, : min(_NEAREST, len(far) - 1)]
+    near = np.argsort(far + 9 * np.eye(len(far)), axis=1, kind="stable")[:, : min(_NEAREST, len(far) - 1)]
     for _ in range(_SWEEPS):
         if not _reverse_all(far, near, order):
             break

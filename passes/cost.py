@@ -7,6 +7,7 @@ one pass; the operators' own rules turn shapes into multiply-accumulates.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -117,16 +118,21 @@ class CostModel:
 
     def params(self, stays: Mask) -> int:
         """Entries of floating-point parameters."""
+        return sum(count for _, count in self._entries(stays))
+
+    def bytes(self, stays: Mask) -> int:
+        """Bytes of floating-point parameters."""
+        return sum(int(tensor.leaves[0].dtype.itemsize * count) for tensor, count in self._entries(stays))
+
+    def _entries(self, stays: Mask) -> Iterator[tuple[_Tensor, int]]:
         sizes = self._counter.sizes(stays)
-        total = 0
         for tensor in self._tensors:
             shapes = [_shape(base, slots, sizes) for base, slots in tensor.shapes]
             if len(shapes) == 1:
-                total += math.prod(shapes[0])
+                yield tensor, math.prod(shapes[0])
             else:
                 slices = {self._slice(leaf, stays): shape for leaf, shape in zip(tensor.leaves, shapes, strict=True)}
-                total += sum(math.prod(shape) for shape in slices.values())
-        return total
+                yield tensor, sum(math.prod(shape) for shape in slices.values())
 
     def units(self, stays: Mask) -> int:
         """Hidden units that stay."""

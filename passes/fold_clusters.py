@@ -7,7 +7,9 @@ averaging loses; ZipIt (Stoica et al., ICLR 2024) for merging what is correlated
 from __future__ import annotations
 
 import numpy as np
-from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.cluster.hierarchy import linkage
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import squareform
 
 from cipm_ir.ir.labels import Labels
@@ -82,8 +84,14 @@ def cosine(rows: Floats) -> Floats:
 
 
 def _cut(tree: Floats, count: int) -> Labels:
-    found = np.unique(fcluster(tree, count, "maxclust"), return_inverse=True)[1]
-    return np.asarray(found, np.int64)
+    """Clusters after the first merges of a tree; exactly as many as asked for, also where heights are equal."""
+    n = len(tree) + 1
+    merges = n - count
+    ends = tree[:merges, :2].astype(np.int64).T.ravel()
+    node = np.tile(n + np.arange(merges), 2)
+    graph = coo_array((np.ones(len(ends)), (ends, node)), shape=(2 * n - 1, 2 * n - 1))
+    found = connected_components(graph, directed=False)[1][:n]
+    return np.asarray(np.unique(found, return_inverse=True)[1], np.int64)
 
 
 def _filled(away: Floats, count: int) -> Labels:

@@ -14,7 +14,7 @@ import numpy as np
 from cipm_ir.errors import SymmetryError
 from cipm_ir.ir.labels import Array, Labels
 from cipm_ir.passes.canonical_members import Floats, Member, Members
-from cipm_ir.passes.fold_rows import by_position, from_positions
+from cipm_ir.passes.fold_rows import by_position, from_positions, unit_rows
 from cipm_ir.symmetry.program import Program
 
 
@@ -62,8 +62,6 @@ def mix_units(program: Program, index: int, merge: Merge) -> Program:
 
 def _averaged(program: Program, index: int, merge: Merge) -> Program:
     """Each tensor that makes the units of a space holds the mean over the cluster at each kept unit."""
-    from cipm_ir.passes.fold_rows import unit_rows
-
     assert merge.cluster is not None
     members = Members(program, exact=False)
     rows = unit_rows(members, index)

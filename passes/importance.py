@@ -56,8 +56,8 @@ _REGISTERED: dict[str, tuple[Any, ImportanceFactory]] = {}
 def register_importance(name: str, criterion: Importance | ScoreFunction | ImportanceFactory) -> None:
     """Make a criterion known by a name.
 
-    It is a function of (program, space, context), an object with ``score``, or a factory: a class, or a function of one argument, that makes a fresh criterion for each run; do this where
-    ``score`` keeps something between spaces.
+    It is a function of (program, space, context), an object with ``score``, or a factory: a class or a function of one
+    argument, called once for each run. Take a factory where ``score`` keeps something between spaces.
 
     Errors: `OptionError` for a name that is taken.
     """

@@ -21,7 +21,7 @@ from cipm_ir.symmetry.readers import Reader, readers
 
 Floats = npt.NDArray[np.float64]
 DAMPING = 1e-4
-"""Of the mean diagonal of a Gram matrix, added before it is inverted."""
+"""Added to the diagonal of a Gram matrix, scaled to 1, before it is inverted."""
 _BYTES = 1 << 28
 """Gram matrices that are held at once."""
 
@@ -194,7 +194,7 @@ class BrainSurgeon:
     Attributes:
         limit: at most this many samples.
         positions: at most this many output positions of a convolution, drawn once for all samples.
-        damping: of the mean diagonal of G.
+        damping: of the diagonal of G, added to it.
     """
 
     limit: int = 1024
@@ -226,10 +226,10 @@ class BrainSurgeon:
             inverse = {g.reader.node: g.inverse(self.damping) for g in group}
             for space, reader in todo:
                 if reader.node in inverse:
-                    gram = grams[reader.node]
-                    matrix = gram.linear.matrix(parameter_array(program, reader.weight)).astype(np.float64)
+                    gram, (inside, size) = grams[reader.node], inverse[reader.node]
+                    matrix = gram.linear.matrix(parameter_array(program, reader.weight)).astype(np.float64) * size[:-1, None]
                     rows = gram.linear.rows_of(reader.columns)
-                    costs[space.name] += gram.places * _block_costs(inverse[reader.node], matrix, rows)
+                    costs[space.name] += gram.places * _block_costs(inside, matrix, rows)
             for gram in group:
                 gram.total = None
         return costs
@@ -265,12 +265,18 @@ class _Gram:
         self.rows += len(u)
         self.places = float(each) if conv else each / max(count, 1)
 
-    def inverse(self, damping: float) -> Floats:
-        """Of the mean, damped."""
+    def inverse(self, damping: float) -> tuple[Floats, Floats]:
+        """Of the mean after its diagonal was scaled to 1, damped; and the root of that diagonal.
+
+        Scaled this way the damping means the same for weak and strong inputs, and costs do not depend on the gauge.
+        """
         assert self.total is not None
         mean = self.total / self.rows
-        mean[np.diag_indices_from(mean)] += damping * (np.trace(mean) / len(mean)) + 1e-30
-        return np.asarray(np.linalg.inv(mean))
+        size = np.sqrt(np.diagonal(mean))
+        divisor = np.where(size > 0, size, 1.0)
+        mean = mean / divisor[:, None] / divisor
+        mean[np.diag_indices_from(mean)] = 1.0 + damping
+        return np.asarray(np.linalg.inv(mean)), size
 
 
 def _groups(grams: Sequence[_Gram]) -> list[list[_Gram]]:

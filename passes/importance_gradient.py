@@ -66,8 +66,8 @@ class Taylor:
         stops = () if found.any() else sorted({n.op_type for n in program.model.graph} & _FLAT)
         if stops:
             raise UnsupportedError(
-                f"No gradient comes to @{space.name}, since {' and '.join(stops)} have none, so the criterion "
-                f"{self.name!r} cannot rank it; choose another one, or leave it out with exclude."
+                f"The criterion {self.name!r} cannot rank @{space.name}: no gradient comes there, since that of "
+                f"{' and '.join(stops)} is zero; choose another criterion, or leave the space out with exclude."
             )
         return found
 

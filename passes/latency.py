@@ -31,9 +31,9 @@ Seconds = npt.NDArray[np.float64]
 Places = npt.NDArray[np.int64]
 
 BLOCK = 8
-"""onnxruntime's convolutions work on blocks of 16 channels (AVX-512; 8 on older machines): a width between two multiples
-costs as much as the upper one, or more, where it needs another layout. So widths on and off the multiples get a curve
-each; under a budget of latency, widths are best rounded to it."""
+"""Convolutions of onnxruntime work on blocks of 8 or 16 channels: a width between two multiples costs as much as the
+upper one, or more, where it needs another layout. So widths on and off the multiples get a curve each; under a budget
+of latency, widths are best rounded to it."""
 
 _JOINT = (0.9, 0.75, 0.625, 0.5, 0.375, 0.25)
 """Fractions of all spaces at which models are measured that the rates are fitted to."""
@@ -259,14 +259,14 @@ class CommonMacs:
 def _parts(full: float, curves: Curves, macs: CommonMacs, levels: Sequence[int]) -> tuple[float, float, float]:
     """What is known of the seconds at some levels, the common multiply-accumulates, and the prices that may overlap.
 
-    Prices shrink with the rest of the program; where one choice alone is lowered, the first number is what was measured.
+    Prices shrink with the rest of the program; where only one choice is lowered, the first number is what was measured.
     """
     saved = np.array([curve[level] for curve, level in zip(curves.saved, levels, strict=True)])
     gained = np.array([curve[level] for curve, level in zip(curves.gained, levels, strict=True)])
     prices = gained - saved
     worst = float(prices.max(initial=0.0))
     base = full - float(gained.sum())
-    if np.count_nonzero(gained) + np.count_nonzero(prices) <= 1 or _lowered(levels, macs.last) < 2:
+    if _lowered(levels, macs.last) < 2:
         return base + worst, 0.0, 0.0
     left = max(base, 0.0) / full
     return base + left * worst, float(macs(levels)), left * (float(prices.sum()) - worst)

@@ -67,7 +67,8 @@ class Bench:
             self.full = min(self.full, timings.seconds[0])
             noise += timings.noise
             self.how = str(timings)
-            ratios += [(levels, t / timings.seconds[0]) for (levels, _), t in zip(built, timings.seconds[1:], strict=True)]
+            whole_took, *took = timings.seconds
+            ratios += [(levels, t / whole_took) for (levels, _), t in zip(built, took, strict=True)]
         self.noise = float(np.median(noise))
         return [Measured(levels, ratio * self.full) for levels, ratio in ratios]
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from math import ceil
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -18,12 +16,12 @@ from cipm_ir.passes.budget import (
     Found,
     Scores,
     Search,
-    allowed_levels,
     even,
     grids_of,
     link_spaces,
     make_choice,
 )
+from cipm_ir.passes.candidates import kept_numbers, wanted_spaces
 from cipm_ir.passes.cost import CostModel, Mask
 from cipm_ir.passes.importance import Importance, make_importance
 from cipm_ir.passes.registry import register
@@ -133,7 +131,7 @@ class Prune(Pass):
         """What may be chosen, and notes on what may not."""
         analysis = program.analysis
         links = link_spaces(analysis)
-        wanted = self._wanted(program)
+        wanted = wanted_spaces(program, "prune", self.include, self.exclude, self.blocks)
         criterion = make_importance(self.importance, self.norm)
         choices, stuck = [], []
         grids = grids_of(analysis)
@@ -141,7 +139,7 @@ class Prune(Pass):
             spaces = [program.spaces[k] for k in group]
             if not all(k in wanted for k in group) or max(s.size for s in spaces) < 2:
                 continue
-            levels = self._levels(spaces)
+            levels = kept_numbers(spaces, self.min_keep, self.round_to)
             if len(levels) < 2:
                 continue
             scores = [self._score(criterion, program, s, ctx) for s in spaces]
@@ -157,12 +155,6 @@ class Prune(Pass):
         )
         return choices, notes
 
-    def _levels(self, spaces: Sequence[Space]) -> Labels:
-        sizes = [s.size for s in spaces]
-        floor = ceil(self.min_keep * max(sizes)) if self.min_keep < 1 else int(self.min_keep)
-        round_to = self.round_to if spaces[0].kind == "units" else 1
-        return allowed_levels(min(sizes), max(sizes), floor, round_to)
-
     def _score(self, criterion: Importance, program: Program, space: Space, ctx: Context) -> Scores:
         scores = np.asarray(criterion.score(program, space, ctx), np.float64)
         if scores.shape != (space.size,) or not np.isfinite(scores).all():
@@ -171,20 +163,6 @@ class Prune(Pass):
             )
         mean = float(scores.mean())
         return scores / mean if mean > 0 else scores
-
-    def _wanted(self, program: Program) -> set[int]:
-        """Spaces that the patterns and ``blocks`` let through; a link with one that is excluded stays as it is."""
-        spaces = program.spaces
-        chosen = {k for k, s in enumerate(spaces) if s.kind != "cells" and (self.blocks or s.kind != "blocks")}
-        if self.include:
-            included = _matching(spaces, self.include, "include")
-            chosen &= {k for group in link_spaces(program.analysis).groups if included & set(group) for k in group}
-        excluded = _matching(spaces, self.exclude, "exclude")
-        if excluded:
-            table = [program.analysis.spaces[k].table for k in sorted(excluded)]
-            classes = np.unique(np.concatenate([t.ravel() for t in table]))
-            chosen = {k for k in chosen if not np.isin(program.analysis.spaces[k].table, classes).any()}
-        return chosen
 
     # ------------------------------------------------------------ doing it
     def _applied(self, program: Program, keep: Mapping[Space, Labels], ctx: Context) -> Program:
@@ -224,25 +202,6 @@ class Prune(Pass):
             {"kept": {space.name: kept for space, kept in keep.items()}},
             metrics,
         )
-
-
-def _matching(spaces: Sequence[Space], patterns: Sequence[str], option_name: str) -> set[int]:
-    """Indices of the spaces whose names match, or else of those with a tensor that does.
-
-    Errors: `OptionError` for a pattern that matches nothing.
-    """
-    found: set[int] = set()
-    for pattern in patterns:
-        hit = {k for k, s in enumerate(spaces) if fnmatchcase(s.name, pattern.removeprefix("@"))}
-        if not hit:
-            tensors = [{m.rpartition("[")[0] for m in s.members} for s in spaces]
-            hit = {k for k, names in enumerate(tensors) if any(fnmatchcase(name, pattern) for name in names)}
-        if not hit:
-            raise OptionError(
-                f"Pass 'prune': {option_name} pattern {pattern!r} matches no space and no tensor that moves with one."
-            )
-        found |= hit
-    return found
 
 
 def _fits(program: Program, choice: Choice, grids: Sequence[Labels]) -> bool:

@@ -165,6 +165,15 @@ class Report:
         plain: dict[str, Any] = as_plain(made)
         return plain
 
+    def to_html(self, path: str | os.PathLike[str], title: str = "") -> None:
+        """Write one self-contained HTML file with tables and pictures, whole or not at all.
+
+        Errors: `OutputError`; `UnsupportedError` where there are pictures and matplotlib (extra ``html``) is missing.
+        """
+        from cipm_ir.passes.html import write_html
+
+        write_html(self, path, title)
+
 
 def space_lines(program: Program) -> tuple[SpaceLine, ...]:
     """The spaces of a program as the report shows them."""

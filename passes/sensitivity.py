@@ -27,7 +27,14 @@ _LEAST_ROWS = 40_000
 
 
 def gather(
-    program: Program, candidates: Sequence[Candidate], data: Data, *, size: int, limit: int | None, count: int, seed: int,
+    program: Program,
+    candidates: Sequence[Candidate],
+    data: Data,
+    *,
+    size: int,
+    limit: int | None,
+    count: int,
+    seed: int,
     progress: Progress | None = None,
 ) -> dict[int, tuple[Layer, Normal]]:
     """Gram matrices of everything that reads a candidate, by node. ``count``: how many samples there will be."""
@@ -46,9 +53,7 @@ def gather(
             linear, u = layer.linear, values[layer.reader.source]
             share = max(_LEAST_ROWS, _ROWS_PER_PLACE * linear.size) / count
             wanted_rows = int(np.ceil(share * (1 if linear.kernel else len(u))))
-            sums[layer.reader.node].add(
-                linear.inputs(u, sample_places(linear.positions(u), wanted_rows, rng)), None
-            )
+            sums[layer.reader.node].add(linear.inputs(u, sample_places(linear.positions(u), wanted_rows, rng)), None)
     return {layer.reader.node: (layer, sums[layer.reader.node]) for layer in chosen}
 
 
@@ -63,7 +68,10 @@ def problem_of(program: Program, layer: Layer, sums: Normal, columns: Labels, da
 
 
 def choose_units(
-    program: Program, candidates: Sequence[Candidate], grams: Mapping[int, tuple[Layer, Normal]], damping: float,
+    program: Program,
+    candidates: Sequence[Candidate],
+    grams: Mapping[int, tuple[Layer, Normal]],
+    damping: float,
     progress: Progress | None = None,
 ) -> None:
     """Fill in which elements each candidate keeps at each of its levels."""
@@ -100,8 +108,17 @@ class Sensitivity:
 
     @classmethod
     def measure(
-        cls, program: Program, candidates: Sequence[Candidate], grams: Mapping[int, tuple[Layer, Normal]], data: Data,
-        *, size: int, limit: int, damping: float, asked: str = "auto", progress: Progress | None = None,
+        cls,
+        program: Program,
+        candidates: Sequence[Candidate],
+        grams: Mapping[int, tuple[Layer, Normal]],
+        data: Data,
+        *,
+        size: int,
+        limit: int,
+        damping: float,
+        asked: str = "auto",
+        progress: Progress | None = None,
     ) -> Sensitivity:
         """Shrink and compensate each candidate in turn, run the rest of the model, compare."""
         names = [v.name or "" for v in program.model.graph.outputs]

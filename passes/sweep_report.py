@@ -194,7 +194,15 @@ def _lines(report: SweepReport) -> list[str]:
 
 
 def _against(now: int, first: int) -> str:
-    return f"{now:,} ({now / first:.0%})" if first else f"{now:,}"
+    return f"{_short(now)} ({now / first:.0%})" if first else _short(now)
+
+
+def _short(number: int) -> str:
+    """Three or four digits are enough to compare by; sweep.csv has all."""
+    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= unit:
+            return f"{number / unit:.4g}{name}"
+    return str(number)
 
 
 # ---------------------------------------------------------------- files

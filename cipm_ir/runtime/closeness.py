@@ -50,10 +50,10 @@ def closeness(first: Run, second: Run, feeds: Iterable[Feeds]) -> Closeness:
                 total = squares.setdefault(k, [0.0, 0.0])
                 total[0] += float(np.sum((wide - y.astype(np.float64)) ** 2))
                 total[1] += float(np.sum(wide**2))
-        k = next((k for k, x in enumerate(a) if _is_float(x) and x.ndim == 2 and x.shape[1] > 1), None)
-        if k is not None:
-            same += int(np.sum(a[k].argmax(axis=1) == b[k].argmax(axis=1)))
-            votes += len(a[k])
+        classes = [(x, y) for x, y in zip(a, b, strict=True) if _is_float(x) and x.ndim == 2 and x.shape[1] > 1]
+        for x, y in classes[:1]:
+            same += int(np.sum(x.argmax(axis=1) == y.argmax(axis=1)))
+            votes += len(x)
         samples += max((len(x) for x in one.values() if x.ndim), default=1)
     if not samples:
         raise InputError("The data holds no samples to compare the models on.")

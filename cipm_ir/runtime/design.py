@@ -123,5 +123,3 @@ def sample_places(count: int, wanted: int | None, rng: np.random.Generator) -> L
     if wanted is None or wanted >= count:
         return None
     return np.sort(rng.choice(count, wanted, replace=False))
-
-

@@ -146,5 +146,3 @@ def _live(model: ir.Model, position: int) -> list[str]:
         else:
             needed.update(v.name or "" for v in (*node.inputs, *_captured(node)) if v is not None)
     return [name for name in known if name in before and name in needed]
-
-

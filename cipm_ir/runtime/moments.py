@@ -4,7 +4,7 @@ Rows are samples of a vector of units, shape (rows, size). Every class here is a
 the rows of both would have given, and `state` gives the arrays that it can be restored from. Sums are kept in float64
 about the running mean and merged by the update of Chan, Golub and LeVeque (Algorithms for computing the sample
 variance, 1983), so that a mean that is large against the spread costs no digits. Products of float32 rows are taken in
-float32, centred, a few thousand rows at a time: their rounding averages out to about 1e-7 of the variances.
+float32, centred, a few thousand rows at a time: which rounds by some 1e-6 of the variances.
 """
 
 from __future__ import annotations

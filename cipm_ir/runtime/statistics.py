@@ -116,4 +116,3 @@ def joined(first: Statistics, second: Statistics) -> Statistics:
             one.name, one.kind, one.size, one.samples, {**one.parts, **more.parts}, one.readers
         )
     return Statistics(spaces, first.samples, first.unseen)
-

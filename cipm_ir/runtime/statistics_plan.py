@@ -99,7 +99,9 @@ class Plan:
 def make_plan(program: Program, request: Request, spaces: Iterable[Space | str] | None = None) -> Plan:
     """Find where the units of each space can be seen. Errors: as `cipm_ir.runtime.statistics.collect`."""
     named = spaces is not None
-    chosen = [program.space(s if isinstance(s, str) else s.name) for s in (program.spaces if spaces is None else spaces)]
+    chosen = [
+        program.space(s if isinstance(s, str) else s.name) for s in (program.spaces if spaces is None else spaces)
+    ]
     plans, unseen = [], {}
     for space in dict.fromkeys(chosen):
         try:

@@ -61,7 +61,12 @@ class SpaceStatistics:
 
     def __add__(self, other: SpaceStatistics) -> SpaceStatistics:
         """The statistics of the data of both; exact. Raises: InputError where they are of different kinds."""
-        same = (self.name, self.kind, self.size, set(self.parts)) == (other.name, other.kind, other.size, set(other.parts))
+        same = (self.name, self.kind, self.size, set(self.parts)) == (
+            other.name,
+            other.kind,
+            other.size,
+            set(other.parts),
+        )
         if not same:
             raise InputError(
                 f"Statistics of @{self.name} ({self.size}) and @{other.name} ({other.size}) cannot be added; "
@@ -112,10 +117,16 @@ class SpaceStatistics:
         """The fraction of rows in which a unit is above zero, (size,)."""
         return self.marginals.positive / max(self.marginals.count, 1)
 
-    @property
+    @cached_property
     def constant(self) -> npt.NDArray[np.bool_]:
-        """(size,): units with the same value in every row."""
-        return np.asarray(self.marginals.minimum == self.marginals.maximum)
+        """(size,): units with the same value in every row, up to float32 rounding."""
+        largest = np.maximum(np.abs(self.marginals.minimum), np.abs(self.marginals.maximum))
+        return np.asarray(np.sqrt(self.variance) <= 1e-6 * largest)
+
+    @property
+    def _spread(self) -> Floats:
+        """The variance without what is only rounding."""
+        return np.where(self.constant, 0.0, self.variance)
 
     @property
     def sites(self) -> dict[str, Moments]:
@@ -157,11 +168,11 @@ class SpaceStatistics:
         Pairs that were followed exactly are exact in the estimate, too.
         """
         if self.exact:
-            out = normalized(self.moments.covariance, self.variance)
-            np.fill_diagonal(out, self.variance > 0)
+            out = normalized(self.moments.covariance, self._spread)
+            np.fill_diagonal(out, ~self.constant)
             return out
         sketch = self._part("sketch", Sketch, 'pairs="auto"')
-        out = sketch.correlation(self.mean, self.variance).astype(np.float64)
+        out = sketch.correlation(self.mean, self._spread).astype(np.float64)
         pairs = self.parts.get("pairs")
         if isinstance(pairs, Pairs):
             i, j = pairs.pairs.T
@@ -184,7 +195,7 @@ class SpaceStatistics:
             index = np.stack(np.triu_indices(self.size, 1), 1)
             value, error = self.correlation[index[:, 0], index[:, 1]], self.standard_error
         else:
-            index = self._part("sketch", Sketch, 'pairs="auto"').strongest(self.mean, self.variance, 8)
+            index = self._part("sketch", Sketch, 'pairs="auto"').strongest(self.mean, self._spread, 8)
             value, error = self.correlation[index[:, 0], index[:, 1]], self.standard_error
         order = np.argsort(-np.abs(value), kind="stable")[:count]
         order = order[np.abs(value[order]) >= minimum]
@@ -235,7 +246,7 @@ class SpaceStatistics:
         best = self.lagged(lags[0])
         for one in (m for lag in lags for m in (self.lagged(lag), self.lagged(lag).T)):
             best = np.where(np.abs(one) > np.abs(best), one, best)
-        np.fill_diagonal(best, self.variance > 0)
+        np.fill_diagonal(best, ~self.constant)
         return np.asarray(best)
 
     # ------------------------------------------------------------ readers
@@ -249,12 +260,14 @@ class SpaceStatistics:
     def rank(self) -> int:
         """Rank of the covariance of the units, up to float32 rounding; of the sketch where `exact` is false."""
         if self.exact:
-            matrix: Array = normalized(self.moments.covariance, self.variance)
+            matrix: Array = normalized(self.moments.covariance, self._spread)
         else:
-            white = self._part("sketch", Sketch, 'pairs="auto"').whitened(self.mean, self.variance)
+            white = self._part("sketch", Sketch, 'pairs="auto"').whitened(self.mean, self._spread)
             matrix = (white @ white.T).astype(np.float64)
         values = np.linalg.eigvalsh(matrix)
-        found = int((values > max(values[-1], 0.0) * len(values) * np.finfo(np.float32).eps).sum()) if len(values) else 0
+        found = (
+            int((values > max(values[-1], 0.0) * len(values) * np.finfo(np.float32).eps).sum()) if len(values) else 0
+        )
         return min(found, max(self.count - 1, 0))
 
     @property

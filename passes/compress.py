@@ -1,0 +1,227 @@
+"""Prune and make up for it: half the cost from a trained model and some inputs, without training and without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from cipm_ir.errors import OptionError, SymmetryError, VerificationError
+from cipm_ir.ir.labels import Labels
+from cipm_ir.passes.allocation import Allocation, Levels, allocate
+from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
+from cipm_ir.passes.budget import Mask
+from cipm_ir.passes.candidates import Candidate, find_candidates, mask_of, wanted_spaces
+from cipm_ir.passes.compensation import Compensation, Layer, Normal
+from cipm_ir.passes.compress_cost import BUDGETS, Budget, make_budget
+from cipm_ir.passes.compress_report import figures_of, metrics_of
+from cipm_ir.passes.compress_search import Evaluate, smallest_within
+from cipm_ir.passes.cost import CostModel
+from cipm_ir.passes.registry import register
+from cipm_ir.passes.sensitivity import Sensitivity, choose_units, count_samples, gather
+from cipm_ir.runtime.verify import verify_models
+from cipm_ir.symmetry.program import Program, Space
+
+_SAME = 1e-3
+"""The model in which units only lost their readers, and the one without them, differ by rounding: at most this much."""
+
+
+@register("compress")
+@dataclass(frozen=True)
+class Compress(Pass):
+    """Drop units, heads and channels where the outputs notice least, and refit what reads them.
+
+    Rules: (1) candidates are spaces whose units only weights read; linked ones keep equal numbers. (2) Which units stay
+    at each of some levels: backward elimination by the optimal brain surgeon's cost on the readers' Gram matrices, then
+    swaps. (3) Each candidate alone is brought to each level, its readers refitted, the rest of the model run: the
+    divergence of the outputs. (4) Levels that minimize the sum of the divergences within the budget (Lagrange
+    multipliers). (5) Every product behind the first change is refitted in graph order by least squares: inputs from the
+    model as it is by then, targets from the original one, drift of shortcuts taken up. (6) What nothing reads any more
+    is removed, which changes nothing: checked on real runs.
+    Refused, and said in the summary: units under a normalization, softmax or sum over them, and such as something else
+    than a Conv (group 1), Gemm or MatMul with a weight of its own reads. Sources: He et al. 2017; Hassibi & Stork 1993.
+
+    Errors: `OptionError` without data or for contradictory options; `InputError` for data that does not fit;
+        `SymmetryError` where the budget is out of reach.
+    """
+
+    kind: ClassVar[Kind] = Kind.APPROXIMATE
+
+    macs: float | None = option(None, "fraction of the original multiply-accumulates that may remain", above=0, high=1)
+    params: float | None = option(None, "fraction of the original parameters that may remain", above=0, high=1)
+    bytes: float | None = option(None, "fraction of the original bytes of weights that may remain", above=0, high=1)
+    latency: float | None = option(
+        None, "fraction of the seconds of a run in onnxruntime, on this machine, that may remain", above=0, high=1
+    )
+    max_drop: float | None = option(
+        None, "instead of a budget: the smallest model whose divergence (or drop of evaluate) is at most this", above=0
+    )
+    evaluate: Evaluate | None = option(None, "function of run(feeds) -> outputs that gives a score, for max_drop")  # noqa: RUF009 — a field
+    divergence: Literal["auto", "kl", "error"] = option("auto", "of outputs: KL of logits, or relative squared error")
+    samples: int = option(4096, "calibration samples used at most", low=1)
+    probes: int = option(512, "samples on which sensitivity is measured", low=1)
+    steps: int = option(8, "levels measured per candidate", low=1)
+    damping: float = option(1e-4, "pull of a refitted weight towards its old value", above=0)
+    threads: int = option(1, "threads for latency", low=1)
+    round_to: int = option(1, "widths of shrunken spaces are multiples of this", low=1)
+    include: tuple[str, ...] = option(
+        (), "only spaces whose names match; a pattern that matches none stands for tensors that move with them"
+    )
+    exclude: tuple[str, ...] = option((), "no spaces whose names match; patterns as for include")
+    blocks: bool = option(True, "also drop whole heads and groups")
+    min_keep: float = option(0.1, "what every space keeps: a fraction below 1, or a number of units", low=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [name for name in (*BUDGETS, "max_drop") if getattr(self, name) is not None]
+        if len(given) != 1:
+            what = f"got {' and '.join(given)}" if given else "got none"
+            raise OptionError(f"Pass 'compress' takes exactly one of {', '.join((*BUDGETS, 'max_drop'))}; {what}.")
+        if self.evaluate is not None and self.max_drop is None:
+            raise OptionError("Pass 'compress': evaluate is asked for a drop; give max_drop too.")
+
+    def run(self, program: Program, ctx: Context) -> PassResult:
+        """Look at the data, measure, allocate, compensate, restrict."""
+        if ctx.data is None:
+            raise OptionError("Pass 'compress' looks at activations; give it calibration inputs with data=.")
+        wanted = wanted_spaces(program, "compress", self.include, self.exclude, self.blocks)
+        candidates, notes = find_candidates(program, wanted, self.min_keep, self.round_to, self.steps)
+        if not candidates:
+            raise SymmetryError(f"compress finds no units that it may drop: {'; '.join(notes) or 'no free spaces'}.")
+        plan = self._plan(program, candidates, ctx)
+        notes += plan.notes
+        if self.max_drop is not None:
+            found = smallest_within(plan, self.max_drop, self.evaluate, ctx)
+        else:
+            found = plan.at(self._target(program, plan, ctx), ctx)
+        made, chosen, more = found
+        keep = kept_elements(program, candidates, chosen.levels)
+        if not keep:
+            return PassResult(program, False, "; ".join(["nothing to remove: the model is within the budget", *notes]))
+        ctx.progress("restrict", 0.95)
+        after = made.restrict({made.space(s.name): kept for s, kept in keep.items()})
+        _check(made, after, ctx)
+        metrics = metrics_of(program, plan, chosen)
+        summary = (
+            f"{metrics['units'][0] - metrics['units'][1]} of {metrics['units'][0]} units in {len(keep)} spaces removed; "
+            f"{metrics['macs'][1] / max(metrics['macs'][0], 1):.1%} of the multiply-accumulates and "
+            f"{metrics['params'][1] / max(metrics['params'][0], 1):.1%} of the parameters remain"
+        )
+        witness = {"kept": {space.name: kept for space, kept in keep.items()}}
+        figures = figures_of(program, plan, chosen)
+        return PassResult(after, True, "; ".join([summary, *notes, *more]), witness, metrics, figures=figures)
+
+    def _plan(self, program: Program, candidates: list[Candidate], ctx: Context) -> Plan:
+        assert ctx.data is not None
+        size = 64
+        count = count_samples(program, ctx.data, size, self.samples)
+        grams = gather(
+            program, candidates, ctx.data, size=size, limit=self.samples, count=count, seed=ctx.seed,
+            progress=_share(ctx, 0.0, 0.1),
+        )  # fmt: skip
+        notes = _few(grams.values(), count)
+        choose_units(program, candidates, grams, self.damping, _share(ctx, 0.1, 0.15))
+        measured = Sensitivity.measure(
+            program, candidates, grams, ctx.data, size=size, limit=min(self.probes, self.samples),
+            damping=self.damping, asked=self.divergence, progress=_share(ctx, 0.15, 0.6),
+        )  # fmt: skip
+        costs = CostModel(program)
+        budget = make_budget(self._kind(), program, candidates, costs, ctx, self.threads)
+        compensation = Compensation(ctx.data, size, self.samples, self.damping, ctx.seed, _share(ctx, 0.65, 0.95))
+        return Plan(program, candidates, measured, costs, budget, compensation, notes)
+
+    def _kind(self) -> str:
+        return next((name for name in BUDGETS if getattr(self, name) is not None), "macs")
+
+    def _target(self, program: Program, plan: Plan, ctx: Context) -> float:
+        return float(getattr(self, self._kind())) * plan.budget.original
+
+
+@dataclass
+class Plan:
+    """All that was measured: from here on, each budget costs one compensation."""
+
+    program: Program
+    candidates: list[Candidate]
+    sensitivity: Sensitivity
+    costs: CostModel
+    budget: Budget
+    compensation: Compensation
+    notes: list[str]
+
+    def price(self, levels: Levels) -> float:
+        """Cost of levels, in the units of the budget."""
+        return self.budget.price(levels, self.stays(levels))
+
+    def stays(self, levels: Sequence[int]) -> Mask:
+        """Classes that stay."""
+        pairs = (
+            (k, kept)
+            for candidate, level in zip(self.candidates, levels, strict=True)
+            if level + 1 < len(candidate.levels)
+            for k, kept in zip(candidate.spaces, candidate.kept[level], strict=True)
+        )
+        return mask_of(self.program, pairs)
+
+    def allocation(self, target: float) -> Allocation:
+        """Levels for a budget. Errors: `SymmetryError` where it is out of reach."""
+        found = allocate(self.sensitivity.curves, self.price, target)
+        if found is None:
+            least = self.price([0] * len(self.candidates)) / self.budget.original
+            why = f" ({'; '.join(self.notes)})" if self.notes else ""
+            raise SymmetryError(
+                f"compress cannot come down to {target / self.budget.original:.3g} of the {self.budget.what}: with all "
+                f"spaces that it may touch at their minimum, {least:.3g} remain{why}; ask for less, or lower min_keep, "
+                "round_to or exclude."
+            )
+        return found
+
+    def at(self, target: float, ctx: Context) -> tuple[Program, Allocation, list[str]]:
+        """The compensated program for a budget, at full shapes; what was chosen; notes."""
+        ctx.progress("allocate", 0.62)
+        chosen = self.budget.settle(self, target)
+        made, notes = self.compensation.run(self.program, self.stays(chosen.levels))
+        return made, chosen, notes
+
+
+def kept_elements(program: Program, candidates: Sequence[Candidate], levels: Sequence[int]) -> dict[Space, Labels]:
+    """Kept elements of each space that shrinks, in graph order."""
+    kept: dict[int, Labels] = {}
+    for candidate, level in zip(candidates, levels, strict=True):
+        for k, elements in zip(candidate.spaces, candidate.kept[level], strict=True):
+            if len(elements) < program.spaces[k].size:
+                kept[k] = elements
+    return {program.spaces[k]: kept[k] for k in sorted(kept)}
+
+
+def _check(before: Program, after: Program, ctx: Context) -> None:
+    """What nothing reads may go: the outputs say so, or something is wrong with this program."""
+    if not ctx.verify:
+        return
+    found = verify_models(before.written, after.written, data=ctx.data, seed=ctx.seed, rtol=_SAME, atol=1e-6, cases=1)
+    if found.verified and not found:
+        raise VerificationError(
+            f"Removing units that nothing reads changed the outputs: {found.reason.rstrip('.')}. This is a defect of "
+            "compress; leave out the space with exclude, and please report it."
+        )
+
+
+def _share(ctx: Context, low: float, high: float) -> Callable[[str, float | None], None]:
+    """Progress of a part of the work."""
+
+    def show(what: str, fraction: float | None) -> None:
+        ctx.progress(what, low + (high - low) * (fraction or 0.0))
+
+    return show
+
+
+def _few(grams: Iterable[tuple[Layer, Normal]], count: int) -> list[str]:
+    """A warning where there are fewer rows than unknowns."""
+    worst = max(grams, key=lambda pair: pair[0].linear.size / max(pair[1].rows, 1), default=None)
+    if worst is None or worst[1].rows >= 2 * worst[0].linear.size:
+        return []
+    layer, sums = worst
+    return [
+        f"warning: {count} samples give {sums.rows} rows for the {layer.linear.size} inputs of {layer.reader.weight} "
+        f"(rank at most {min(sums.rows, layer.linear.size)}): refitting leans on damping; give more data"
+    ]

@@ -1,0 +1,119 @@
+"""What a budget of `compress` counts: multiply-accumulates, parameters, bytes, or seconds in onnxruntime."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from cipm_ir.errors import InputError
+from cipm_ir.passes.allocation import Allocation, Levels
+from cipm_ir.passes.base import Context
+from cipm_ir.passes.budget import Choice, Mask
+from cipm_ir.passes.candidates import Candidate
+from cipm_ir.passes.cost import CostModel
+from cipm_ir.passes.latency import LatencyTable
+from cipm_ir.runtime.timing import timing_feeds
+from cipm_ir.symmetry.program import Program
+
+if TYPE_CHECKING:
+    from cipm_ir.passes.compress import Plan
+
+BUDGETS = ("macs", "params", "bytes", "latency")
+_WORDS = {"macs": "multiply-accumulates", "params": "parameters", "bytes": "bytes of weights", "latency": "seconds"}
+_TRIES = 4
+"""So often a budget of seconds is tightened until what was measured meets it."""
+
+
+class Budget(Protocol):
+    """``original``: the cost of the first program of the pipeline; ``what``: a word for it."""
+
+    what: str
+    original: float
+
+    def price(self, levels: Levels, stays: Mask) -> float:
+        """Cost with each candidate at its level."""
+
+    def settle(self, plan: Plan, target: float) -> Allocation:
+        """The allocation for a target."""
+
+
+@dataclass
+class Counted:
+    """Costs that are counted."""
+
+    kind: str
+    what: str
+    original: float
+    costs: CostModel
+
+    def price(self, levels: Levels, stays: Mask) -> float:
+        """Cost with each candidate at its level."""
+        count = {"macs": self.costs.macs, "params": self.costs.params, "bytes": self.costs.bytes}[self.kind]
+        return float(count(stays))
+
+    def settle(self, plan: Plan, target: float) -> Allocation:
+        """The allocation for a target."""
+        return plan.allocation(target)
+
+
+@dataclass
+class Seconds:
+    """Seconds of one batch in onnxruntime: estimated from a table, settled by measuring."""
+
+    what: str
+    original: float
+    table: LatencyTable
+
+    def price(self, levels: Levels, stays: Mask) -> float:
+        """Estimated seconds with each candidate at its level."""
+        return self.table.seconds(levels)
+
+    def settle(self, plan: Plan, target: float) -> Allocation:
+        """The allocation for a target, tightened until the measured seconds meet it; then the fastest that was seen."""
+        asked, seen = target, []
+        for _ in range(_TRIES):
+            found = plan.allocation(asked)
+            seconds = self.table.measured(found.levels)
+            seen.append((seconds, found))
+            if seconds <= target:
+                break
+            least = self.table.seconds([0] * len(plan.candidates))
+            asked = max(asked * 0.98 * target / seconds, least)
+        seconds, found = next((pair for pair in seen if pair[0] <= target), min(seen, key=lambda pair: pair[0]))
+        plan.notes.append(
+            f"measured {seconds / self.table.full:.1%} of the seconds ({self.table.how})"
+            + ("" if seconds <= target else f", more than the {target / self.table.full:.1%} asked for")
+        )
+        return Allocation(found.levels, seconds, found.divergence)
+
+
+def make_budget(
+    kind: str, program: Program, candidates: Sequence[Candidate], costs: CostModel, ctx: Context, threads: int
+) -> Budget:
+    """What one of `BUDGETS` counts. Errors: as `LatencyTable.measure` for latency."""
+    original = ctx.original or program
+    if kind == "latency":
+        if ctx.data is None:
+            raise InputError("Latency is measured on a batch of the data; give data=.")
+        choices = [_choice(program, c) for c in candidates]
+        feeds = timing_feeds(program.model, ctx.data)
+        table = LatencyTable.measure(program, choices, feeds, threads=threads)
+        return Seconds(_WORDS[kind], table.full, table)
+    whole = np.ones(program.analysis.classes.count, bool)
+    if original is program:
+        first = costs
+    else:
+        first = CostModel(original)
+        whole = np.ones(original.analysis.classes.count, bool)
+    total = {"macs": first.macs, "params": first.params, "bytes": first.bytes}[kind](whole)
+    return Counted(kind, _WORDS[kind], float(total), costs)
+
+
+def _choice(program: Program, candidate: Candidate) -> Choice:
+    """The same as a `Choice`; which units go makes no difference to the seconds."""
+    order = [np.arange(program.spaces[k].size) for k in candidate.spaces]
+    ranked = [program.analysis.spaces[k].table for k in candidate.spaces]
+    return Choice(list(candidate.spaces), ranked, np.ones(max(map(len, order))), candidate.levels, order)
