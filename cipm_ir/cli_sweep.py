@@ -30,7 +30,7 @@ def sweep(
     budgets: Annotated[
         str, typer.Option("--budgets", metavar="B,B,...", help="Fractions that may remain, with commas between.")
     ] = ".9,.8,.7,.5",
-    budget: Annotated[str, typer.Option("--budget", help="Of what: macs, params or latency.")] = "macs",
+    budget: Annotated[str, typer.Option("--budget", help="Of what: macs, params, bytes or latency.")] = "macs",
     passes: Annotated[
         str,
         typer.Option(

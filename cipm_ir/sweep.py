@@ -11,20 +11,23 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cipm_ir import api
 from cipm_ir.errors import InputError, OptionError, OutputError, SymmetryError, UnsupportedError, VerificationError
 from cipm_ir.passes.base import Progress, ignore_progress
+from cipm_ir.passes.compress_search import Evaluate, Run
 from cipm_ir.passes.report import Totals
-from cipm_ir.passes.sweep_report import Point, SweepReport, read_record, write_files, write_text
+from cipm_ir.passes.sweep_report import Point, SweepReport, read_record, write_files, write_picture, write_text
 from cipm_ir.passes.text import parse_passes
-from cipm_ir.runtime.closeness import Closeness, Run, closeness
+from cipm_ir.runtime.closeness import Closeness, closeness
 from cipm_ir.runtime.content import check_repeatable, data_hash, model_hash
 from cipm_ir.runtime.inputs import Data, Feeds, batches
 from cipm_ir.runtime.session import Runner
@@ -33,13 +36,10 @@ from cipm_ir.sources import OnnxOrigin, Source, origin_of
 from cipm_ir.symmetry.program import Program
 from cipm_ir.version import __version__
 
-BUDGETS = ("macs", "params", "latency")
+BUDGETS = ("macs", "params", "bytes", "latency")
 _COMPARED = 1024
 """Samples that outputs are compared on, at most."""
 _PLACE = re.compile(r"(?<=[{,])(\s*)(?:\{budget\}|budget)(?=\s*[,}])")
-
-Evaluate = Callable[[Any], float]
-"""Takes a model as the kind that came in (a path for a path), gives a number of which more is better."""
 
 
 def sweep(
@@ -70,13 +70,13 @@ def sweep(
         source: see `cipm_ir.sources.Source`; never changed.
         output_folder: made where it is missing.
         budgets: fractions of the dense model that may remain.
-        budget: of what: "macs", "params" or "latency"; the passes must have an option of this name.
+        budget: of what: "macs", "params", "bytes" or "latency"; the passes must have an option of this name.
         passes_template: passes in text form. The budget goes where ``{budget}`` stands, as in
             ``"fold-batch-norm, prune{{budget}, round_to=8}"``, or else into the last pass.
         data: calibration input, see `cipm_ir.optimize`; not an iterator.
         held_out: inputs on which outputs are compared with the dense model's; None: the calibration data.
-        evaluate: called with each model, as the kind that came in (a path for a path); more is better. Without it the
-            difference of the outputs decides.
+        evaluate: scores a model, more is better; as for `compress` a function of ``run``, which takes arrays by input
+            name and gives arrays by output name. Without it the difference of the outputs decides.
         threads: of onnxruntime, when latency is measured; None: it is not.
         batch: samples in a run, when latency is measured.
         seed: of everything random.
@@ -87,11 +87,12 @@ def sweep(
     Errors: `OptionError`, `InputError` (also for a damaged record), `OutputError`; those of `cipm_ir.optimize`. What is
         finished stays, whatever happens.
     """
-    texts = {value: passes_for(passes_template, budget, value) for value in _checked(budgets, budget)}
+    values = _checked(budgets, budget)
     if data is None and held_out is None and evaluate is None:
         raise InputError("A sweep compares models: give data= (inputs to compare outputs on) or evaluate=.")
     if threads is None and budget == "latency":
         raise OptionError("A sweep over latency measures it: give a number of threads.")
+    texts = {value: passes_for(passes_template, budget, value) for value in values}
     for samples in (data, held_out):
         if samples is not None and not isinstance(samples, (str, os.PathLike, Mapping)):
             check_repeatable(samples)
@@ -105,7 +106,7 @@ def sweep(
         "threads": threads, "batch": batch, "seed": seed, "verify": verify,
     }  # fmt: skip
     work = _Work(
-        source, program, folder, budget, settings, data, held_out, evaluate, threads, batch, seed, verify,
+        program, folder, budget, settings, data, held_out, evaluate, threads, batch, seed, verify,
         progress or ignore_progress,
     )  # fmt: skip
     return work.run(texts, earlier)
@@ -133,7 +134,6 @@ def passes_for(template: str, budget: str, value: float) -> str:
 class _Work:
     """One sweep: what it needs, and what it found so far."""
 
-    source: Source
     program: Program
     folder: Path
     budget: str
@@ -165,6 +165,7 @@ class _Work:
             if keys[value] not in known:
                 points[value] = self._point(value, text, f"{self.budget}={value:g} ({number} of {len(texts)})")
                 report = self._recorded(replace(report, points=tuple(points.values())))
+        write_picture(report, self.folder)
         return report
 
     def _recorded(self, report: SweepReport) -> SweepReport:
@@ -183,15 +184,13 @@ class _Work:
                 f"latency: onnxruntime on the CPU, threads {self.threads}, batch {self.batch}, the least of "
                 "interleaved runs; in brackets against the dense model in the same measurement"
             )
-        if not (self.folder / "sweep.svg").exists() and not _has_matplotlib():
+        if not _has_matplotlib():
             yield 'no picture: it needs matplotlib, pip install "cipm-ir[html]"'
 
     # ------------------------------------------------------------ points
     def _dense(self, key: str) -> Point:
         self.progress("the dense model", 0.0)
-        result = api.optimize(self.program, [], verify=False)
-        point = self._sized(Point(1.0, "dense", key=key), self.program)
-        return self._judged(point, result, self._own_path(result))
+        return self._judged(self._sized(Point(1.0, "dense", key=key), self.program), self.program)
 
     def _point(self, value: float, text: str, what: str) -> Point:
         def show(doing: str, fraction: float | None) -> None:
@@ -215,25 +214,27 @@ class _Work:
             digest=_digest(path),
         )
         show("compare", None)
-        return self._judged(point, result, str(path))
+        return self._judged(point, result.program)
 
-    def _judged(self, point: Point, result: api.Result, path: str) -> Point:
+    def _judged(self, point: Point, program: Program) -> Point:
         """The point with its latency, its closeness to the dense model and its score."""
-        latency, relative = self._latency(result.program)
-        close = self._closeness(result.program)
-        score = None
-        if self.evaluate is not None:
-            score = float(self.evaluate(path if isinstance(self.source, (str, os.PathLike)) else result.model))
-            if not math.isfinite(score):
-                raise OptionError(f"evaluate must give a finite number; for budget {point.budget:g} it gave {score}.")
+        latency, relative = self._latency(program)
+        close = self._closeness(program)
         return replace(
             point,
             latency=latency,
             relative=relative,
-            score=score,
+            score=None if self.evaluate is None else self._score(self.evaluate, program, point.budget),
             difference=None if close is None else close.difference,
             agreement=None if close is None else close.agreement,
         )
+
+    def _score(self, evaluate: Evaluate, program: Program, budget: float) -> float:
+        with _running(program) as run:
+            score = evaluate(run)
+        if not isinstance(score, int | float | np.number) or not math.isfinite(score):
+            raise OptionError(f"evaluate must give a finite number; for budget {budget:g} it gave {score!r}.")
+        return float(score)
 
     def _latency(self, program: Program) -> tuple[float | None, float | None]:
         if self.threads is None:
@@ -242,7 +243,7 @@ class _Work:
         try:
             models = [self.program.emit(), program.emit()][: 1 if program is self.program else 2]
             feeds = timing_feeds(models[0], samples, batch=self.batch, seed=self.seed)
-            timings = compare_latency(models, feeds, threads=self.threads, runs=200, seconds=20.0)
+            timings = compare_latency(models, feeds, threads=self.threads, noise=0.01, seconds=10.0)
         except UnsupportedError as error:
             if self.budget == "latency":
                 raise
@@ -271,16 +272,6 @@ class _Work:
     def _suffix(self) -> str:
         return ".onnx" if isinstance(origin_of(self.program), OnnxOrigin) else ".pt2"
 
-    def _own_path(self, result: api.Result) -> str:
-        """Where the dense model lies: its own file, or a copy for a source that is none."""
-        if self.evaluate is None or not isinstance(self.source, (str, os.PathLike)):
-            return ""
-        if os.path.exists(self.source):
-            return os.fspath(self.source)
-        path = self.folder / f"dense{self._suffix}"
-        result.save(path)
-        return str(path)
-
     def _sized(self, point: Point, program: Program) -> Point:
         totals = Totals.of(program)
         return replace(point, macs=totals.macs, params=totals.parameters, bytes=totals.bytes)
@@ -304,7 +295,7 @@ def _running(program: Program) -> Iterator[Run]:
             yield runner.run
     else:
         graph = origin.graph(program.emit())
-        yield lambda feeds: origin.run(graph, feeds)
+        yield lambda feeds: origin.run(graph, dict(feeds))
 
 
 def _checked(budgets: Sequence[float], budget: str) -> list[float]:

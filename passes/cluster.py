@@ -13,7 +13,7 @@ from cipm_ir.errors import InputError
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
 from cipm_ir.passes.cluster_affinity import MEASURES, Affinities, activation_affinities, weight_affinities
 from cipm_ir.passes.cluster_order import METHODS
-from cipm_ir.passes.cluster_report import Shown, figures_of, measure_all, summary_of
+from cipm_ir.passes.cluster_report import Shown, by_chance, figures_of, measure_all, summary_of
 from cipm_ir.passes.cluster_scales import Arrangement, arrange
 from cipm_ir.passes.cluster_weights import Weights
 from cipm_ir.passes.registry import register
@@ -54,6 +54,7 @@ class Cluster(Pass):
     strength: float = option(0.5, "aligned, network: what weights between spaces count", low=0.0, high=1.0)
     hierarchical: bool | None = option(None, "network: order modules instead of units; none: where there are over 3000")
     smallest: int = option(3, "spaces with fewer units stay", low=2)
+    control: bool = option(False, "also order shuffled matrices: what modularity and mass chance alone gives")
     limit: int = option(2048, "samples of the data at most", low=2)
     kind: ClassVar[Kind] = Kind.EXACT
 
@@ -81,6 +82,8 @@ class Cluster(Pass):
         made.remarks += found.remarks
         shown = Shown(found, made, couplings)
         metrics = {"by": found.by, "measure": self.measure, **measure_all(shown)}
+        if self.control:
+            metrics["chance"] = by_chance(found, self.method, self.resolution, ctx.rng)
         witness = _witness(found.spaces, made)
         elements = _elements(found.spaces, made)
         summary = summary_of(shown, metrics, len(elements))

@@ -18,8 +18,9 @@ from cipm_ir.passes.cluster_metrics import (
     modularity,
     starts_of,
 )
+from cipm_ir.passes.cluster_network import Couplings
 from cipm_ir.passes.cluster_order import checked
-from cipm_ir.passes.cluster_scales import Arrangement, Couplings
+from cipm_ir.passes.cluster_scales import Arrangement, arrange
 from cipm_ir.passes.figures import Bars, Figure, HeatMap, pooled
 from cipm_ir.symmetry.program import Space
 
@@ -53,6 +54,7 @@ def measure_all(shown: Shown) -> dict[str, Any]:
         equal = equal_blocks(len(label), BLOCKS)
         spaces[space.name] = {
             "units": len(label),
+            "inside": None if space.parent is None else space.parent[0].name,
             "modules": len(np.unique(label)),
             "block_mass": [block_mass(before, label), block_mass(after, label)],
             "equal_mass": [block_mass(before, equal), block_mass(after, equal)],
@@ -67,6 +69,20 @@ def measure_all(shown: Shown) -> dict[str, Any]:
     if shown.couplings:
         made["weight_mass"] = [_weight_mass(shown, moved=False), _weight_mass(shown, moved=True)]
     return made | {"flat": shown.made.flat, "remarks": shown.made.remarks, "spaces": spaces}
+
+
+def by_chance(found: Affinities, method: str, resolution: float, rng: np.random.Generator) -> dict[str, Any]:
+    """What the method makes of the same matrices with their entries shuffled: numbers to hold the real ones against."""
+    shuffled = []
+    for matrix in found.affinity:
+        above = np.triu_indices(len(matrix), 1)
+        mixed = np.eye(len(matrix))
+        mixed[above] = rng.permutation(matrix[above])
+        shuffled.append(np.maximum(mixed, mixed.T))
+    made = arrange(shuffled, {}, scale="layer", method=method, resolution=resolution)
+    control = Affinities(found.by, found.spaces, found.signed, shuffled)
+    metrics = measure_all(Shown(control, made, {}))
+    return {key: metrics[key][1] for key in _PAIRS}
 
 
 def _weight_mass(shown: Shown, *, moved: bool) -> float:
@@ -91,6 +107,8 @@ def summary_of(shown: Shown, metrics: Mapping[str, Any], moved: int) -> str:
         f"{moved} of {len(shown.found.spaces)} spaces reordered by {shown.found.by}, {modules} modules; in them "
         f"{after:.0%} of the affinity (as it came {before:.0%}), modularity {low:.2f} -> {high:.2f}"
     )
+    if "chance" in metrics:
+        line += f" (shuffled entries {metrics['chance']['modularity']:.2f})"
     if "weight_mass" in metrics:
         line += f", weights near the diagonal {metrics['weight_mass'][0]:.0%} -> {metrics['weight_mass'][1]:.0%}"
     remarks = shown.made.remarks
@@ -122,7 +140,7 @@ def _hollow(affinity: Floats) -> Floats:
 
 
 def _bars(spaces: Mapping[str, Mapping[str, Any]]) -> Iterator[Figure]:
-    own = {name: entry for name, entry in spaces.items() if "#" not in name}
+    own = {name: entry for name, entry in spaces.items() if entry["inside"] is None} or spaces
     labels = [f"@{name}" for name in own]
     pairs: tuple[tuple[str, str], ...] = (
         ("block_mass", "Affinity inside the modules"),

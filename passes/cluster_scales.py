@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
-from scipy.sparse.linalg import eigsh
 
 from cipm_ir.passes.cluster_metrics import split
+from cipm_ir.passes.cluster_network import Couplings, joint_affinity
 from cipm_ir.passes.cluster_order import Order, checked, forwards, order_units
 from cipm_ir.passes.cluster_weights import normalized
 
 Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
-Couplings = Mapping[tuple[int, int], Floats]
 Tick = Callable[[int, int], None]
 
 _SWEEPS = 2
-_VECTORS = 24
 FLAT_UP_TO = 3000
 """Units of the network that are ordered as one matrix; with more, its modules are."""
 
@@ -178,55 +175,10 @@ def _network(
 ) -> Arrangement:
     """One affinity over all units of all spaces, one order of it, one set of modules."""
     sizes = [len(a) for a in affinities]
-    joint = _joint(affinities, couplings, strength)
+    joint = joint_affinity(affinities, couplings, strength)
     order = forwards(order_units(joint, method))
     label = split(joint[np.ix_(order, order)], resolution)
     return _cut_up(order, label, sizes)
-
-
-def _joint(blocks: Sequence[Floats], couplings: Couplings, strength: float) -> Floats:
-    """Affinity of all units of the network: cosines in the leading eigenvectors of one matrix, what is negative as 0.
-
-    The matrix holds affinities times (1 - strength) and couplings times strength, less what the degrees of the units
-    give. Every layer and every pair of layers has an expectation of its own (Mucha et al. 2010): with a common one the
-    layers themselves would be the modules. Its eigenvectors are those above the noise, that is, above the most negative
-    eigenvalue (spectral modularity, Newman 2006).
-    """
-    start = np.r_[0, np.cumsum([len(b) for b in blocks])]
-    span = [slice(a, b) for a, b in pairwise(start.tolist())]
-    around = np.bincount(np.array(list(couplings), np.int64).ravel(), minlength=len(blocks))
-    joint = np.zeros((start[-1], start[-1]))
-    for k, block in enumerate(blocks):
-        joint[span[k], span[k]] = (1 - strength) * _beyond_degrees(block - np.diag(block.diagonal()))
-    for (i, j), bound in couplings.items():
-        part = strength * _beyond_degrees(bound) / np.sqrt(around[i] * around[j])
-        joint[span[i], span[j]], joint[span[j], span[i]] = part, part.T
-    embedded = normalized(_leading(joint), centred=False)
-    return checked(np.minimum(embedded @ embedded.T, 1.0))
-
-
-def _beyond_degrees(block: Floats) -> Floats:
-    """The block less the product of its row and column sums, in units of its mean row sum."""
-    rows, columns, total = block.sum(axis=1), block.sum(axis=0), float(block.sum())
-    if not total:
-        return block
-    return np.asarray((block - np.outer(rows, columns) / total) * np.sqrt(len(rows) * len(columns)) / total)
-
-
-def _leading(matrix: Floats) -> Floats:
-    """Eigenvectors times the roots of their eigenvalues: (n, between 2 and `_VECTORS`)."""
-    n = len(matrix)
-    if n <= 4 * _VECTORS:
-        values, vectors = np.linalg.eigh(matrix)
-        low = float(values[0])
-    else:
-        first = np.random.default_rng(0).standard_normal(n)
-        values, vectors = eigsh(matrix, k=_VECTORS, which="LA", v0=first, tol=1e-8)
-        low = float(eigsh(matrix, k=1, which="SA", v0=first, return_eigenvectors=False, tol=1e-8)[0])
-    order = np.argsort(-values)[:_VECTORS]
-    count = max(2, int((values[order] > -low).sum()))
-    kept = order[:count]
-    return np.asarray(vectors[:, kept] * np.sqrt(np.maximum(values[kept], 0.0)), np.float64)
 
 
 def _cut_up(order: Order, label: Labels, sizes: Sequence[int]) -> Arrangement:
@@ -248,18 +200,15 @@ def _network_of_modules(
 ) -> Arrangement:
     """The same with the modules of each layer in place of its units; the order inside a module is that of its layer."""
     made = _alone(affinities, method, resolution, tick)
-    hot = []
+    labels = []
     for order, label in zip(made.orders, made.modules, strict=True):
         of = np.empty(len(order), np.int64)
         of[order] = label
-        one = np.eye(int(label.max()) + 1)[of]
-        hot.append(one / one.sum(axis=0))
-    means = [h.T @ a @ h for h, a in zip(hot, affinities, strict=True)]
-    bound = {(i, j): hot[i].T @ c @ hot[j] for (i, j), c in couplings.items()}
-    joint = _joint([checked(m) for m in means], bound, strength)
-    over = order_units(joint, method)
+        labels.append(of)
+    joint = joint_affinity(affinities, couplings, strength, labels)
+    over = forwards(order_units(joint, method))
     whole = split(joint[np.ix_(over, over)], resolution)
-    of_modules = _cut_up(over, whole, [len(m) for m in means])
+    of_modules = _cut_up(over, whole, [int(label.max()) + 1 for label in labels])
     orders, modules = [], []
     for k, inner in enumerate(made.orders):
         rank = np.argsort(of_modules.orders[k])

@@ -1,7 +1,8 @@
 """What the weights say about units: how alike two units of a space are, and how strongly two spaces are coupled.
 
 Both are read from every floating-point weight that moves with the units: producers, consumers, embeddings. Everything
-here is the same for all models of one orbit: rows have norm 1, couplings are balanced, heads are compared by energies.
+here is the same for all models of one orbit: what units may be rescaled by is balanced first (`evened`), rows have norm
+1, and heads are compared by the norms of what they hold.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from cipm_ir.symmetry.leaves import Leaf, LeafFactor
 from cipm_ir.symmetry.program import Program, Space
 
 Floats = npt.NDArray[np.float64]
-_BALANCING = 20
+_BALANCING = 50
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Weights:
             hit = inside[self._classes(f)]
             if not hit.any():
                 continue
-            rows = rows_of(self._array(leaf), f)
+            rows = rows_of(self._evened(leaf, f), f)
             if blocks:
                 yield self._energies(rows, f, table)
             else:
@@ -145,6 +146,29 @@ class Weights:
         leaves = [leaf for leaf in walk.leaves if leaf.dtype.is_floating_point() and not leaf.filled]
         return [(leaf, f) for leaf in leaves for f in leaf.factors if f.active]
 
+    @cached_property
+    def _scaled(self) -> npt.NDArray[np.bool_]:
+        """Classes that some space rescales."""
+        scaled = np.zeros(self.analysis.classes.count, bool)
+        for space, raw in zip(self.program.spaces, self.analysis.spaces, strict=True):
+            if space.group.scales:
+                scaled[raw.table[:, 0]] = True
+        return scaled
+
+    def _evened(self, leaf: Leaf, f: LeafFactor) -> Array:
+        """The weight, where the units along another axis may be rescaled with these evened out."""
+        array = self._array(leaf)
+        plain = [one for _, one in self._factors if one.leaf == f.leaf and not one.groups and len(one.axes) == 1]
+        free = {one.axes[0]: self._scaled[self._classes(one)] for one in plain}
+        mine = f.axes[0] if len(f.axes) == 1 and not f.groups else None
+        other = next((axis for axis, hit in free.items() if axis != mine and hit.any()), None)
+        if mine is None or other is None or not np.issubdtype(array.dtype, np.floating):
+            return array
+        columns = evened(_energy(array, mine, other), free.get(mine), free[other])
+        shape = [1] * array.ndim
+        shape[other] = -1
+        return np.asarray(array * columns.reshape(shape).astype(array.dtype))
+
     def _classes(self, f: LeafFactor) -> Labels:
         return np.asarray(self.analysis.classes.of[f.base : f.base + f.size])
 
@@ -191,6 +215,27 @@ def _energy(array: Array, one: int, two: int) -> Floats:
     others = tuple(a for a in range(array.ndim) if a not in (one, two))
     energy: Floats = np.square(array, dtype=np.float64).sum(axis=others)
     return energy if one < two else energy.T
+
+
+def evened(energy: Floats, rows: npt.NDArray[np.bool_] | None, columns: npt.NDArray[np.bool_]) -> Floats:
+    """Factors of the columns that make a weight the same for all scales of the rows and columns that are free.
+
+    Args:
+        energy: squares of the weight, (n, m).
+        rows, columns: which may be rescaled; with the factors their sums of squares are m and n.
+
+    Returns: factors of the columns, (m,); 1 where fixed or zero.
+    """
+    up, across = np.ones(len(energy)), np.ones(energy.shape[1])
+    for _ in range(_BALANCING):
+        if rows is not None and rows.any():
+            up = _factors(energy @ across, rows, len(across))
+        across = _factors(energy.T @ up, columns, len(up))
+    return np.sqrt(across)
+
+
+def _factors(sums: Floats, free: npt.NDArray[np.bool_], target: int) -> Floats:
+    return np.where(free & (sums > 0), target / np.where(sums > 0, sums, 1.0), 1.0)
 
 
 def balanced(energy: Floats) -> Floats:

@@ -6,8 +6,8 @@ the product is added to a shortcut, the target takes up the shortcut's drift: ``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import numpy as np
@@ -25,11 +25,16 @@ from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.readers import Reader, products, summed_classes
 
 Matrix = npt.NDArray[np.float64]
+_SMALL = 1e-3
+"""Factors of outputs that hardly count."""
 _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "Attention", "LSTM", "GRU", "RNN")
 LARGEST = 6000
 """Products of more summed places than this are not refitted: the matrix would take too much memory."""
 _ROWS_PER_PLACE = 40
 _LEAST_ROWS = 60_000
+_ENTRIES = 1 << 28
+"""Rows times places of one product that are held at a time, 1 GiB."""
+_RECTIFIED_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -42,11 +47,18 @@ class Bias:
 
 
 @dataclass(frozen=True)
-class Drift:
-    """What a product is added to, and the factor of each output on the way there."""
+class Way:
+    """Where a product goes: times a factor per output, plus a shortcut, perhaps into Relu alone.
 
-    shortcut: str
+    Attributes:
+        factor: (outputs,).
+        shortcut: name of what is added; None where nothing is, or where it may still change.
+        rectified: name of the sum, where nothing but Relu reads it: what is below zero there makes no difference.
+    """
+
     factor: Array
+    shortcut: str | None = None
+    rectified: str | None = None
 
 
 class Normal:
@@ -56,7 +68,7 @@ class Normal:
         self.rows = 0
         self.xx = np.zeros((size, size))
         self.xy = np.zeros((size, width))
-        self.x, self.y, self.yy = np.zeros(size), np.zeros(width), np.zeros(width)
+        self.x, self.y = np.zeros(size), np.zeros(width)
 
     def add(self, x: Array, y: Array | None) -> None:
         """Rows of inputs (rows, K) and targets (rows, outputs); without targets only the inputs are counted."""
@@ -68,7 +80,11 @@ class Normal:
             y = y.astype(x.dtype, copy=False)
             self.xy += x.T @ y
             self.y += y.sum(axis=0, dtype=np.float64)
-            self.yy += np.square(y).sum(axis=0, dtype=np.float64)
+
+    def retarget(self, x: Array, y: Array) -> None:
+        """Other targets for the same rows."""
+        self.xy = (x.T @ y.astype(x.dtype, copy=False)).astype(np.float64)
+        self.y = y.sum(axis=0, dtype=np.float64)
 
     def gram(self, *, centred: bool) -> Matrix:
         """Mean of x xᵀ."""
@@ -88,7 +104,7 @@ class Layer:
     reader: Reader
     linear: Linear
     bias: Bias | None
-    drift: Drift | None
+    way: Way
 
 
 def layers_of(program: Program) -> list[Layer]:
@@ -108,40 +124,40 @@ def layers_of(program: Program) -> list[Layer]:
         if attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
             continue
         linear = Linear.of(program, reader)
-        bias, drift = _surroundings(program, node, linear.width, uses, live, place)
-        made.append(Layer(reader, linear, bias, drift))
+        made.append(Layer(reader, linear, *_surroundings(program, node, linear.width, uses, live, place)))
     return made
 
 
 def _surroundings(
     program: Program, node: ir.Node, width: int, uses: dict[str, int], live: set[str], place: dict[int, int]
-) -> tuple[Bias | None, Drift | None]:
+) -> tuple[Bias | None, Way]:
     """Follow a product through what adds and scales to the sum with a shortcut."""
     own = node.inputs[2] if node.op_type != "MatMul" and len(node.inputs) > 2 else None
     bias = _bias(program, own, 1.0, width, uses)
     channel = -1 if node.op_type != "Conv" else 1
-    factor, value, start = np.ones(width), node.outputs[0], place[id(node)]
+    factor, shortcut, value = np.ones(width), None, node.outputs[0]
     while len(value.uses()) == 1 and not value.is_graph_output():
-        after, index = value.uses()[0]
-        if after.op_type == "Identity" or (after.op_type == "Dropout" and len(after.inputs) < 3):
-            value = after.outputs[0]
-        elif after.op_type == "BatchNormalization" and index == 0 and channel == 1:
+        after, index = next(iter(value.uses()))
+        if after.op_type == "BatchNormalization" and index == 0 and channel == 1 and shortcut is None:
             arrays = [_constant(v) for v in after.inputs[1:]]
             if any(a is None for a in arrays):
                 break
             scale, _, _, variance = (np.asarray(a, np.float64) for a in arrays)
             bias = bias or _bias(program, after.inputs[3], -1.0, width, uses)
             factor = factor * scale / np.sqrt(variance + attribute(after, "epsilon", 1e-5))
-            value = after.outputs[0]
-        elif after.op_type in ("Add", "Sum") and len(after.inputs) == 2:
+        elif after.op_type == "Add" and shortcut is None:
             other = after.inputs[1 - index]
             if other is not None and other.name in live:
-                return bias, Drift(other.name or "", factor) if _ready(other, start, place) else None
-            bias = bias or _bias(program, other, 1.0, width, uses)
-            value = after.outputs[0]
-        else:
+                if not _ready(other, place[id(node)], place):
+                    return bias, Way(factor)
+                shortcut = other.name
+            else:
+                bias = bias or _bias(program, other, 1.0, width, uses)
+        elif after.op_type != "Identity":
             break
-    return bias, None
+        value = after.outputs[0]
+    shut = not value.is_graph_output() and {n.op_type for n, _ in value.uses()} == {"Relu"}
+    return bias, Way(factor, shortcut, value.name if shut and (np.abs(factor) > _SMALL).all() else None)
 
 
 def _ready(value: ir.Value, start: int, place: dict[int, int]) -> bool:
@@ -191,92 +207,126 @@ class Compensation:
     seed: int = 0
     progress: Callable[[str, float | None], None] | None = None
 
-    def run(self, program: Program, stays: Mask) -> tuple[Program, list[str]]:
-        """The program with weights that read nothing of the classes that go, and notes on products left alone."""
+    def run(self, program: Program, stays: Mask) -> Compensated:
+        """Refit every product from the first one that loses inputs on."""
         layers = layers_of(program)
         gone = {layer.reader.node: gone_places(program, layer.reader, stays) for layer in layers}
         first = next((k for k, layer in enumerate(layers) if len(gone[layer.reader.node])), None)
+        made = Compensated(program, {}, [])
         if first is None:
-            return program, []
-        notes = []
+            return made
         groups = [list(g) for _, g in groupby(layers[first:], key=lambda layer: layer.reader.source)]
-        current = program
         with Frontier(program.model, self.data, size=self.size, limit=self.limit) as dense:
             dense.advance(program.model, groups[0][0].reader.node)
             with dense.fork() as now:
                 for number, group in enumerate(groups):
                     if self.progress is not None:
                         self.progress("compensate", number / len(groups))
-                    weights = {}
                     start, stop = group[0].reader.node, group[-1].reader.node + 1
-                    now.advance(current.model, start, _shortcuts(group))
-                    dense.advance(program.model, stop, [layer.reader.output for layer in group] + _shortcuts(group))
-                    small = [x for x in group if x.linear.size <= LARGEST]
-                    for layer, sums in self._sums(small, now, dense):
-                        weights.update(refitted(current, layer, sums, gone[layer.reader.node], self.damping))
-                    for layer in group:
-                        if layer.linear.size > LARGEST and len(gone[layer.reader.node]):
-                            weights.update(emptied(current, layer, gone[layer.reader.node]))
-                            notes.append(f"{layer.reader.weight} is too large to refit")
-                    current = current.refit(weights)
-        return current, notes
+                    shortcuts = [x.way.shortcut for x in group if x.way.shortcut]
+                    sums = [x.way.rectified for x in group if x.way.rectified]
+                    now.advance(made.program.model, start, shortcuts)
+                    dense.advance(program.model, stop, [*(x.reader.output for x in group), *shortcuts, *sums])
+                    self._group(made, group, now, dense, gone)
+        return made
 
-    def _sums(self, group: list[Layer], now: Frontier, dense: Frontier) -> Iterator[tuple[Layer, Normal]]:
-        """Normal equations of products that read one value."""
-        if not group:
-            return
-        rng = np.random.default_rng([self.seed, group[0].reader.node])
-        sums = [Normal(layer.linear.size, layer.linear.width) for layer in group]
-        for u, y, places in self._batches(group, now, dense, rng):
-            x: Array | None = None
-            for k, layer in enumerate(group):
-                same = k > 0 and _geometry(layer.linear) == _geometry(group[k - 1].linear)
-                x = x if same else layer.linear.inputs(u, places)
-                assert x is not None
-                sums[k].add(x, layer.linear.outputs(y[k], places))
-        yield from zip(group, sums, strict=True)
+    def _group(
+        self, made: Compensated, group: list[Layer], now: Frontier, dense: Frontier, gone: dict[int, Labels]
+    ) -> None:
+        """Refit products that read one value."""
+        weights: dict[str, Array] = {}
+        rows = _Rows(now, dense, self.seed)
+        for layer in group:
+            node = layer.reader.node
+            if layer.linear.size > LARGEST:
+                if len(gone[node]):
+                    weights.update(emptied(made.program, layer, gone[node]))
+                    made.notes.append(f"{layer.reader.weight} is too large to refit")
+                continue
+            x = rows.inputs(layer)
+            target, total = rows.targets(layer)
+            sums = Normal(layer.linear.size, layer.linear.width)
+            sums.add(x, target)
+            fitted = refitted(made.program, layer, sums, gone[node], self.damping)
+            if total is not None and layer.bias is not None:
+                for _ in range(_RECTIFIED_ROUNDS):
+                    sums.retarget(x, _below_zero(layer, fitted, sums, x, target, total))
+                    fitted = refitted(made.program, layer, sums, gone[node], self.damping)
+            weights.update(fitted)
+            made.sums[node] = (layer, sums)
+        made.program = made.program.refit(weights)
 
-    def _batches(
-        self, group: list[Layer], now: Frontier, dense: Frontier, rng: np.random.Generator
-    ) -> Iterator[tuple[Array, list[Array], Labels | None]]:
-        source = group[0].reader.source
-        total = sum(now.samples)
-        for a, b, count in zip(now.values, dense.values, now.samples, strict=True):
-            u = np.asarray(a[source])
-            linear = group[0].linear
-            rows = linear.positions(u)
-            share = max(_LEAST_ROWS, _ROWS_PER_PLACE * linear.size) / total
-            wanted = int(np.ceil(share * (1 if linear.kernel else count)))
-            places = sample_places(rows, wanted, rng) if _alike(group) else None
-            targets = []
-            for layer in group:
-                y = np.asarray(b[layer.reader.output])
-                drift = layer.drift
-                if drift is not None and drift.shortcut in a and drift.shortcut in b:
-                    gap = np.asarray(b[drift.shortcut]) - np.asarray(a[drift.shortcut])
-                    if gap.shape == y.shape:
-                        y = y + _unscaled(gap, drift.factor, 1 if linear.kernel else -1)
-                targets.append(y)
-            yield u, targets, places
+
+@dataclass
+class Compensated:
+    """A program that reads nothing of what goes, the sums behind its weights by node, and notes."""
+
+    program: Program
+    sums: dict[int, tuple[Layer, Normal]]
+    notes: list[str]
+
+
+@dataclass
+class _Rows:
+    """Rows of inputs and targets of products that read one value, at positions that are drawn once per geometry."""
+
+    now: Frontier
+    dense: Frontier
+    seed: int
+    _known: dict[tuple[object, ...], tuple[Array, list[Labels | None]]] = field(default_factory=dict)
+
+    def inputs(self, layer: Layer) -> Array:
+        """(rows, K), from the network as it is by now."""
+        linear, source = layer.linear, layer.reader.source
+        key = _geometry(linear)
+        if key not in self._known:
+            self._known.clear()
+            rng = np.random.default_rng([self.seed, layer.reader.node])
+            most = max(_ENTRIES // max(linear.size, 1), 2 * linear.size)
+            share = min(max(_LEAST_ROWS, _ROWS_PER_PLACE * linear.size), most) / sum(self.now.samples)
+            xs, places = [], []
+            for values, count in zip(self.now.values, self.now.samples, strict=True):
+                u = np.asarray(values[source])
+                wanted = int(np.ceil(share * (1 if linear.kernel else count)))
+                places.append(sample_places(linear.positions(u), wanted, rng))
+                xs.append(linear.inputs(u, places[-1]))
+            self._known[key] = np.concatenate(xs), places
+        return self._known[key][0]
+
+    def targets(self, layer: Layer) -> tuple[Array, Array | None]:
+        """(rows, outputs): the dense product, its shortcut's drift taken up; and the dense sum before a Relu."""
+        ys, zs = [], []
+        way, linear = layer.way, layer.linear
+        places = self._known[_geometry(linear)][1]
+        for a, b, where in zip(self.now.values, self.dense.values, places, strict=True):
+            y = linear.outputs(np.asarray(b[layer.reader.output]), where)
+            if way.shortcut is not None:
+                gap = np.asarray(b[way.shortcut]) - np.asarray(a[way.shortcut])
+                if gap.shape == b[layer.reader.output].shape:
+                    safe = np.abs(way.factor) > _SMALL
+                    inverse = np.where(safe, 1.0 / np.where(safe, way.factor, 1.0), 0.0).astype(y.dtype)
+                    y = y + linear.outputs(gap, where) * inverse
+            ys.append(y)
+            if way.rectified is not None:
+                zs.append(linear.outputs(np.asarray(b[way.rectified]), where))
+        return np.concatenate(ys), np.concatenate(zs) if zs else None
+
+
+def _below_zero(layer: Layer, fitted: dict[str, Array], sums: Normal, x: Array, target: Array, total: Array) -> Array:
+    """Targets that ask for nothing where both the dense sum and the one of now are shut off by the Relu behind them.
+
+    The alternation of Zhang et al. (Accelerating Very Deep Convolutional Networks, 2015) for nonlinear responses.
+    """
+    left = x @ layer.linear.matrix(fitted[layer.reader.weight]).astype(x.dtype)
+    left += (sums.y / sums.rows - left.mean(axis=0, dtype=np.float64)).astype(x.dtype)  # what the bias does
+    left -= target
+    factor = layer.way.factor.astype(x.dtype)
+    shut = (np.minimum(total + factor * left, 0.0) - total) / factor
+    return np.asarray(target + np.where(total > 0, 0.0, shut).astype(x.dtype))
 
 
 def _geometry(linear: Linear) -> tuple[object, ...]:
     return (linear.kernel, linear.strides, linear.pads, linear.dilations)
-
-
-def _alike(group: list[Layer]) -> bool:
-    return len({_geometry(x.linear) for x in group}) == 1
-
-
-def _shortcuts(group: list[Layer]) -> list[str]:
-    return [x.drift.shortcut for x in group if x.drift is not None]
-
-
-def _unscaled(gap: Array, factor: Array, axis: int) -> Array:
-    """The drift in the units of the product; outputs that hardly count take none."""
-    safe = np.abs(factor) > 1e-3
-    inverse = np.where(safe, 1.0 / np.where(safe, factor, 1.0), 0.0).astype(gap.dtype)
-    return gap * inverse.reshape([-1 if k == axis % gap.ndim else 1 for k in range(gap.ndim)])
 
 
 def gone_places(program: Program, reader: Reader, stays: Mask) -> Labels:

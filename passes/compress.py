@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from cipm_ir.errors import OptionError, SymmetryError, VerificationError
 from cipm_ir.ir.labels import Labels
 from cipm_ir.passes.allocation import Allocation, Levels, allocate
-from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
+from cipm_ir.passes.base import Context, Kind, Pass, PassResult, Progress, option
 from cipm_ir.passes.budget import Mask
 from cipm_ir.passes.candidates import Candidate, find_candidates, mask_of, wanted_spaces
-from cipm_ir.passes.compensation import Compensation, Layer, Normal
+from cipm_ir.passes.compensation import Compensated, Compensation, Layer, Normal
 from cipm_ir.passes.compress_cost import BUDGETS, Budget, make_budget
 from cipm_ir.passes.compress_report import figures_of, metrics_of
 from cipm_ir.passes.compress_search import Evaluate, smallest_within
 from cipm_ir.passes.cost import CostModel
 from cipm_ir.passes.registry import register
-from cipm_ir.passes.sensitivity import Sensitivity, choose_units, count_samples, gather
+from cipm_ir.passes.sensitivity import Curve, Probe, choose_units, count_samples, gather
 from cipm_ir.runtime.verify import verify_models
 from cipm_ir.symmetry.program import Program, Space
 
@@ -60,6 +60,7 @@ class Compress(Pass):
     divergence: Literal["auto", "kl", "error"] = option("auto", "of outputs: KL of logits, or relative squared error")
     samples: int = option(4096, "calibration samples used at most", low=1)
     probes: int = option(512, "samples on which sensitivity is measured", low=1)
+    rounds: int = option(1, "how often sensitivity is measured again around what was chosen", low=0)
     steps: int = option(8, "levels measured per candidate", low=1)
     damping: float = option(1e-4, "pull of a refitted weight towards its old value", above=0)
     threads: int = option(1, "threads for latency", low=1)
@@ -91,25 +92,26 @@ class Compress(Pass):
         plan = self._plan(program, candidates, ctx)
         notes += plan.notes
         if self.max_drop is not None:
-            found = smallest_within(plan, self.max_drop, self.evaluate, ctx)
+            made = smallest_within(plan, self.max_drop, self.evaluate, ctx)
         else:
-            found = plan.at(self._target(program, plan, ctx), ctx)
-        made, chosen, more = found
-        keep = kept_elements(program, candidates, chosen.levels)
+            made = plan.at(float(getattr(self, self._kind())) * plan.budget.original, ctx)
+        keep = kept_elements(program, candidates, made.levels)
         if not keep:
             return PassResult(program, False, "; ".join(["nothing to remove: the model is within the budget", *notes]))
         ctx.progress("restrict", 0.95)
-        after = made.restrict({made.space(s.name): kept for s, kept in keep.items()})
-        _check(made, after, ctx)
-        metrics = metrics_of(program, plan, chosen)
+        full = made.compensated.program
+        after = full.restrict({full.space(s.name): kept for s, kept in keep.items()})
+        _check(full, after, ctx)
+        metrics = metrics_of(program, plan, made)
+        units = metrics["units"]
         summary = (
-            f"{metrics['units'][0] - metrics['units'][1]} of {metrics['units'][0]} units in {len(keep)} spaces removed; "
+            f"{units[0] - units[1]} of {units[0]} units in {len(keep)} spaces removed; "
             f"{metrics['macs'][1] / max(metrics['macs'][0], 1):.1%} of the multiply-accumulates and "
             f"{metrics['params'][1] / max(metrics['params'][0], 1):.1%} of the parameters remain"
         )
         witness = {"kept": {space.name: kept for space, kept in keep.items()}}
-        figures = figures_of(program, plan, chosen)
-        return PassResult(after, True, "; ".join([summary, *notes, *more]), witness, metrics, figures=figures)
+        figures = figures_of(program, plan, made)
+        return PassResult(after, True, "; ".join([summary, *notes, *made.notes]), witness, metrics, figures=figures)
 
     def _plan(self, program: Program, candidates: list[Candidate], ctx: Context) -> Plan:
         assert ctx.data is not None
@@ -121,20 +123,18 @@ class Compress(Pass):
         )  # fmt: skip
         notes = _few(grams.values(), count)
         choose_units(program, candidates, grams, self.damping, _share(ctx, 0.1, 0.15))
-        measured = Sensitivity.measure(
-            program, candidates, grams, ctx.data, size=size, limit=min(self.probes, self.samples),
-            damping=self.damping, asked=self.divergence, progress=_share(ctx, 0.15, 0.6),
+        probe = Probe.of(
+            program, ctx.data, size=size, limit=min(self.probes, self.samples), damping=self.damping,
+            asked=self.divergence,
         )  # fmt: skip
+        curves = probe.curves(candidates, grams, _share(ctx, 0.15, 0.5))
         costs = CostModel(program)
         budget = make_budget(self._kind(), program, candidates, costs, ctx, self.threads)
-        compensation = Compensation(ctx.data, size, self.samples, self.damping, ctx.seed, _share(ctx, 0.65, 0.95))
-        return Plan(program, candidates, measured, costs, budget, compensation, notes)
+        compensation = Compensation(ctx.data, size, self.samples, self.damping, ctx.seed)
+        return Plan(program, candidates, probe, curves, costs, budget, compensation, self.rounds, notes)
 
     def _kind(self) -> str:
         return next((name for name in BUDGETS if getattr(self, name) is not None), "macs")
-
-    def _target(self, program: Program, plan: Plan, ctx: Context) -> float:
-        return float(getattr(self, self._kind())) * plan.budget.original
 
 
 @dataclass
@@ -143,10 +143,12 @@ class Plan:
 
     program: Program
     candidates: list[Candidate]
-    sensitivity: Sensitivity
+    probe: Probe
+    curves: list[Curve]
     costs: CostModel
     budget: Budget
     compensation: Compensation
+    rounds: int
     notes: list[str]
 
     def price(self, levels: Levels) -> float:
@@ -163,9 +165,9 @@ class Plan:
         )
         return mask_of(self.program, pairs)
 
-    def allocation(self, target: float) -> Allocation:
+    def allocation(self, target: float, curves: Sequence[Curve] | None = None) -> Allocation:
         """Levels for a budget. Errors: `SymmetryError` where it is out of reach."""
-        found = allocate(self.sensitivity.curves, self.price, target)
+        found = allocate(curves or self.curves, self.price, target)
         if found is None:
             least = self.price([0] * len(self.candidates)) / self.budget.original
             why = f" ({'; '.join(self.notes)})" if self.notes else ""
@@ -176,12 +178,42 @@ class Plan:
             )
         return found
 
-    def at(self, target: float, ctx: Context) -> tuple[Program, Allocation, list[str]]:
-        """The compensated program for a budget, at full shapes; what was chosen; notes."""
-        ctx.progress("allocate", 0.62)
-        chosen = self.budget.settle(self, target)
-        made, notes = self.compensation.run(self.program, self.stays(chosen.levels))
-        return made, chosen, notes
+    def at(self, target: float, ctx: Context) -> Made:
+        """The compensated program for a budget, at full shapes; measured again around the choice while that helps."""
+        ctx.progress("allocate", 0.5)
+        levels, cost, notes = self.budget.settle(self, target, None)
+        best = self._made(levels, cost, notes, _share(ctx, 0.5, 0.6))
+        for number in range(self.rounds):
+            low = 0.6 + 0.35 * number / self.rounds
+            middle, high = low + 0.2 / self.rounds, low + 0.35 / self.rounds
+            again = self.probe.around(
+                best.compensated, self.candidates, best.levels, self.curves, self.stays, _share(ctx, low, middle)
+            )
+            levels, cost, notes = self.budget.settle(self, target, again)
+            if levels == best.levels:
+                break
+            made = self._made(levels, cost, notes, _share(ctx, middle, high))
+            if made.divergence >= best.divergence:
+                break
+            best = made
+        return best
+
+    def _made(self, levels: Levels, cost: float, notes: list[str], progress: Progress) -> Made:
+        self.compensation.progress = progress
+        compensated = self.compensation.run(self.program, self.stays(levels))
+        divergence = self.probe.whole(compensated.program)
+        return Made(compensated, levels, cost, divergence, [*notes, *compensated.notes])
+
+
+@dataclass
+class Made:
+    """A compensated program at full shapes, the levels, their cost, and the divergence of its outputs, measured."""
+
+    compensated: Compensated
+    levels: Levels
+    cost: float
+    divergence: float
+    notes: list[str]
 
 
 def kept_elements(program: Program, candidates: Sequence[Candidate], levels: Sequence[int]) -> dict[Space, Labels]:
@@ -206,7 +238,7 @@ def _check(before: Program, after: Program, ctx: Context) -> None:
         )
 
 
-def _share(ctx: Context, low: float, high: float) -> Callable[[str, float | None], None]:
+def _share(ctx: Context, low: float, high: float) -> Progress:
     """Progress of a part of the work."""
 
     def show(what: str, fraction: float | None) -> None:

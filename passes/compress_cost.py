@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from cipm_ir.errors import InputError
-from cipm_ir.passes.allocation import Allocation, Levels
+from cipm_ir.passes.allocation import Levels
 from cipm_ir.passes.base import Context
 from cipm_ir.passes.budget import Choice, Mask
 from cipm_ir.passes.candidates import Candidate
@@ -21,6 +22,8 @@ from cipm_ir.symmetry.program import Program
 if TYPE_CHECKING:
     from cipm_ir.passes.compress import Plan
 
+Curve: TypeAlias = npt.NDArray[np.float64]
+Settled: TypeAlias = tuple[Levels, float, list[str]]
 BUDGETS = ("macs", "params", "bytes", "latency")
 _WORDS = {"macs": "multiply-accumulates", "params": "parameters", "bytes": "bytes of weights", "latency": "seconds"}
 _TRIES = 4
@@ -36,8 +39,8 @@ class Budget(Protocol):
     def price(self, levels: Levels, stays: Mask) -> float:
         """Cost with each candidate at its level."""
 
-    def settle(self, plan: Plan, target: float) -> Allocation:
-        """The allocation for a target."""
+    def settle(self, plan: Plan, target: float, curves: Sequence[Curve] | None) -> Settled:
+        """Levels for a target, their cost, and notes; ``curves`` None: as they were measured first."""
 
 
 @dataclass
@@ -54,9 +57,10 @@ class Counted:
         count = {"macs": self.costs.macs, "params": self.costs.params, "bytes": self.costs.bytes}[self.kind]
         return float(count(stays))
 
-    def settle(self, plan: Plan, target: float) -> Allocation:
+    def settle(self, plan: Plan, target: float, curves: Sequence[Curve] | None) -> Settled:
         """The allocation for a target."""
-        return plan.allocation(target)
+        found = plan.allocation(target, curves)
+        return found.levels, found.cost, []
 
 
 @dataclass
@@ -71,23 +75,23 @@ class Seconds:
         """Estimated seconds with each candidate at its level."""
         return self.table.seconds(levels)
 
-    def settle(self, plan: Plan, target: float) -> Allocation:
-        """The allocation for a target, tightened until the measured seconds meet it; then the fastest that was seen."""
-        asked, seen = target, []
+    def settle(self, plan: Plan, target: float, curves: Sequence[Curve] | None) -> Settled:
+        """The allocation for a target, tightened until the measured seconds meet it; else the fastest that was seen."""
+        asked = target
+        seen: list[tuple[float, Levels]] = []
+        least = self.table.seconds([0] * len(plan.candidates))
         for _ in range(_TRIES):
-            found = plan.allocation(asked)
-            seconds = self.table.measured(found.levels)
-            seen.append((seconds, found))
+            levels = plan.allocation(max(asked, least), curves).levels
+            seconds = self.table.measured(levels)
+            seen.append((seconds, levels))
             if seconds <= target:
                 break
-            least = self.table.seconds([0] * len(plan.candidates))
-            asked = max(asked * 0.98 * target / seconds, least)
-        seconds, found = next((pair for pair in seen if pair[0] <= target), min(seen, key=lambda pair: pair[0]))
-        plan.notes.append(
-            f"measured {seconds / self.table.full:.1%} of the seconds ({self.table.how})"
-            + ("" if seconds <= target else f", more than the {target / self.table.full:.1%} asked for")
-        )
-        return Allocation(found.levels, seconds, found.divergence)
+            asked = asked * 0.98 * target / seconds
+        seconds, levels = min(seen, key=lambda pair: (pair[0] > target, pair[0]))
+        note = f"measured {seconds / self.table.full:.1%} of the seconds ({self.table.how})"
+        if seconds > target:
+            note += f", more than the {target / self.table.full:.1%} asked for"
+        return levels, seconds, [note]
 
 
 def make_budget(

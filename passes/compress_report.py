@@ -7,50 +7,49 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cipm_ir.passes.allocation import Allocation
 from cipm_ir.passes.figures import Bars, Curves, Figure
 from cipm_ir.symmetry.program import Program
 
 if TYPE_CHECKING:
     from cipm_ir.passes.candidates import Candidate
-    from cipm_ir.passes.compress import Plan
+    from cipm_ir.passes.compress import Made, Plan
 
 _LINES = 12
 """So many curves in one picture are still told apart."""
 
 
-def metrics_of(program: Program, plan: Plan, chosen: Allocation) -> dict[str, Any]:
+def metrics_of(program: Program, plan: Plan, made: Made) -> dict[str, Any]:
     """Costs before and after, widths, predicted divergence, and the measured curves."""
     whole = np.ones(program.analysis.classes.count, bool)
-    stays = plan.stays(chosen.levels)
+    stays = plan.stays(made.levels)
     costs = plan.costs
     names = names_of(program, plan.candidates)
     metrics: dict[str, Any] = {
         kind: [getattr(costs, kind)(whole), getattr(costs, kind)(stays)]
         for kind in ("macs", "params", "bytes", "units")
     }
-    metrics["divergence"] = {"measure": str(plan.sensitivity.divergence), "predicted": chosen.divergence}
+    metrics["divergence"] = {"measure": str(plan.probe.divergence), "measured": made.divergence}
     metrics["widths"] = {
         name: [int(c.levels[-1]), int(c.levels[level])]
-        for name, c, level in zip(names, plan.candidates, chosen.levels, strict=True)
+        for name, c, level in zip(names, plan.candidates, made.levels, strict=True)
     }
     metrics["sensitivity"] = {
         name: {"kept": c.levels.tolist(), "divergence": curve.tolist()}
-        for name, c, curve in zip(names, plan.candidates, plan.sensitivity.curves, strict=True)
+        for name, c, curve in zip(names, plan.candidates, plan.curves, strict=True)
     }
     return metrics
 
 
-def figures_of(program: Program, plan: Plan, chosen: Allocation) -> tuple[Figure, ...]:
+def figures_of(program: Program, plan: Plan, made: Made) -> tuple[Figure, ...]:
     """Widths before and after, and how the divergence grows with what goes."""
     names = names_of(program, plan.candidates)
     before = [int(c.levels[-1]) for c in plan.candidates]
-    after = [int(c.levels[level]) for c, level in zip(plan.candidates, chosen.levels, strict=True)]
-    steepest = sorted(range(len(names)), key=lambda k: -float(plan.sensitivity.curves[k][0]))[:_LINES]
+    after = [int(c.levels[level]) for c, level in zip(plan.candidates, made.levels, strict=True)]
+    steepest = sorted(range(len(names)), key=lambda k: -float(plan.curves[k][0]))[:_LINES]
     lines = {
         names[k]: (
             (1 - plan.candidates[k].levels / plan.candidates[k].levels[-1]).tolist(),
-            plan.sensitivity.curves[k].tolist(),
+            plan.curves[k].tolist(),
         )
         for k in sorted(steepest)
     }
@@ -60,7 +59,7 @@ def figures_of(program: Program, plan: Plan, chosen: Allocation) -> tuple[Figure
         Curves(
             "Sensitivity: one space shrunk and compensated alone",
             "fraction of units removed",
-            str(plan.sensitivity.divergence),
+            str(plan.probe.divergence),
             lines,
             note,
         ),

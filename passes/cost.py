@@ -6,6 +6,7 @@ one pass; the operators' own rules turn shapes into multiply-accumulates.
 
 from __future__ import annotations
 
+import builtins
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -192,7 +193,7 @@ class CostModel:
             tensor.shapes.append(self._leaf(leaf))
         return list(by_name.values())
 
-    def _slice(self, leaf: Leaf, stays: Mask) -> bytes:
+    def _slice(self, leaf: Leaf, stays: Mask) -> builtins.bytes:
         of = self.program.analysis.classes.of
         return b"".join(stays[of[f.base : f.base + f.size]].tobytes() for f in leaf.factors if f.active)
 

@@ -59,6 +59,7 @@ class Fold(Pass):
     method: Literal["least-squares", "k-means", "correlation"] = option("least-squares", "how a budget is met")
     tolerance: float = option(1e-6, "how far rows of exact duplicates may differ, relative to their norm", low=0)
     correct: bool = option(True, "make up for the variance that merging takes away")
+    streams: bool = option(False, "with a budget, also merge residual streams, where several values are added up")
     round_to: int = option(1, "with a budget, widths of merged spaces are multiples of this", low=1)
     include: tuple[str, ...] = option((), "only spaces whose names match")
     exclude: tuple[str, ...] = option((), "no spaces whose names match")
@@ -123,7 +124,7 @@ class Fold(Pass):
     # ------------------------------------------------------------ down to a budget
     def _approximate(self, program: Program, tally: _Tally, ctx: Context, budget: str) -> Program:
         rows, members = self._readable(program, tally)
-        planner = Planner(program, members, METHODS[self.method], self.correct, ctx)
+        planner = Planner(program, members, METHODS[self.method], ctx, self.correct, self.streams)
         able = planner.able(rows, tally.refuse)
         choices = self._choices(program, able, tally, ctx)
         costs = CostModel(program)
@@ -182,7 +183,8 @@ class Fold(Pass):
             return costs.params, (self.params or 0.0) * original.parameters, original.parameters
         tables = [program.analysis.spaces[k].table[:, 0] for choice in choices for k in choice.spaces]
         classes = np.concatenate([np.zeros(0, np.int64), *tables])
-        return lambda stays: float(stays[classes].sum()), (1.0 - (self.ratio or 0.0)) * len(classes) + 1e-9, len(classes)
+        limit = (1.0 - (self.ratio or 0.0)) * len(classes) + 1e-9
+        return lambda stays: float(stays[classes].sum()), limit, len(classes)
 
     def _out_of_reach(self, budget: str, least: float, tally: _Tally) -> str:
         asked = getattr(self, budget) if budget != "ratio" else 1.0 - (self.ratio or 0.0)
@@ -308,10 +310,11 @@ class _Tally:
             for count, what in ((self.duplicates, "duplicates"), (self.merged, f"by {self.method}"))
             if count
         ]
+        summary = f"units merged: {', '.join(parts)}, in {len(self.kept)} spaces" if parts else "nothing to merge"
         refused = self.refusals()
+        summary = f"{summary}; {refused}" if refused else summary
         if not parts:
-            return PassResult(self.program, False, "; ".join(["nothing to merge", refused][: 1 + bool(refused)]), metrics=metrics)
-        summary = f"units merged: {', '.join(parts)}, in {len(self.kept)} spaces"
+            return PassResult(self.program, False, summary, metrics=metrics)
         kind = Kind.APPROXIMATE if self.merged else Kind.EXACT
         witness = {"kept": self.kept, "mixing": self.mixing}
-        return PassResult(program, True, "; ".join([summary, refused][: 1 + bool(refused)]), witness, metrics, kind)
+        return PassResult(program, True, summary, witness, metrics, kind)

@@ -103,4 +103,4 @@ def _filled(away: Floats, count: int) -> Labels:
         row = int(own.argmax())
         sizes[labels[row]] -= 1
         labels[row], sizes[empty] = empty, 1
-    return labels
+    return np.asarray(labels, np.int64)

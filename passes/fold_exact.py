@@ -99,9 +99,7 @@ def _solve_signs(parities: Labels, negative: Floats) -> Labels:
     return flips
 
 
-def _candidates(
-    fixed: Sequence[Floats], units: Labels, tolerance: float, rng: np.random.Generator
-) -> Iterator[Labels]:
+def _candidates(fixed: Sequence[Floats], units: Labels, tolerance: float, rng: np.random.Generator) -> Iterator[Labels]:
     """Sets of units of which no two from different sets can be duplicates: gaps in a random projection."""
     key = np.zeros(len(units))
     for rows in fixed:

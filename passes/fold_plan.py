@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -15,6 +15,7 @@ from cipm_ir.passes.canonical_members import Floats, Members
 from cipm_ir.passes.fold_clusters import by_correlation, cosine, indicator, k_means, leaders, variance_gain
 from cipm_ir.passes.fold_merge import Merge, is_norm_scale
 from cipm_ir.passes.fold_moments import Moments, estimated_moments, measured_moments, observation_sites
+from cipm_ir.passes.fold_origin import is_stream
 from cipm_ir.passes.fold_rows import UnitRows
 from cipm_ir.symmetry.program import Program, Space
 
@@ -39,17 +40,27 @@ METHODS: dict[str, MethodFacts] = {
 }
 
 
+@dataclass
 class Planner:
-    """Plans the merges of one program."""
+    """Plans the merges of one program. ``correct``: make up for lost variance. ``streams``: also residual streams."""
 
-    def __init__(self, program: Program, members: Members, method: MethodFacts, correct: bool, ctx: Context) -> None:
-        self.program, self.members, self.method, self.correct, self.ctx = program, members, method, correct, ctx
-        self._moments: dict[int, Moments] = {}
+    program: Program
+    members: Members
+    method: MethodFacts
+    ctx: Context
+    correct: bool = True
+    streams: bool = False
+    _moments: dict[int, Moments] = field(default_factory=dict)
 
     def able(self, rows: Mapping[int, UnitRows], refuse: Callable[[Space, str], None]) -> dict[int, UnitRows]:
         """Spaces that the method can merge; for the others, says why not."""
+        rows = dict(rows)
+        for k, one in list(rows.items()):
+            if not self.streams and is_stream(self.program, self.program.analysis.spaces[k].table[:, 0]):
+                refuse(one.space, "several values are added up there; streams=true merges such spaces, too")
+                del rows[k]
         if not self.method.moments:
-            return dict(rows)
+            return rows
         if self.ctx.data is not None:
             return self._measured(rows, refuse)
         out = {}
@@ -123,4 +134,4 @@ def least_squares(moments: Moments, kept: Labels, reading: Floats, correct: bool
         after = float((covariance[np.ix_(kept, kept)] * (mixing.T @ read @ mixing)).sum())
         if before > 0 and after > 0:
             mixing = mixing * np.sqrt(before / after)
-    return Merge(kept, mixing)
+    return Merge(kept, np.asarray(mixing, np.float64))

@@ -66,7 +66,8 @@ def unit_rows(members: Members, index: int) -> UnitRows:
     n = space.size
     edits, _ = absorb_edits(analysis, program.model, index, np.arange(n), np.eye(n), None)
     reading = {(leaf, axis) for leaf, edit in edits.items() for axis in edit.mix}
-    producers, consumers = [], []
+    producers: list[Row] = []
+    consumers: list[Row] = []
     inside = np.zeros(analysis.classes.count, bool)
     inside[classes] = True
     for m in members.all:

@@ -227,7 +227,9 @@ class BrainSurgeon:
             for space, reader in todo:
                 if reader.node in inverse:
                     gram, (inside, size) = grams[reader.node], inverse[reader.node]
-                    matrix = gram.linear.matrix(parameter_array(program, reader.weight)).astype(np.float64) * size[:-1, None]
+                    matrix = (
+                        gram.linear.matrix(parameter_array(program, reader.weight)).astype(np.float64) * size[:-1, None]
+                    )
                     rows = gram.linear.rows_of(reader.columns)
                     costs[space.name] += gram.places * _block_costs(inside, matrix, rows)
             for gram in group:

@@ -48,7 +48,7 @@ class Taylor:
     order: Order = 2
     loss: Loss = "prediction"
     limit: int = 1024
-    draws: int = 1
+    draws: int = 2
     size: int = 16
     _known: tuple[Program, Reads, Scores] | None = field(default=None, repr=False, compare=False)
 

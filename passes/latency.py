@@ -10,7 +10,8 @@ what was chosen (`LatencyTable.measured`) before relying on it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,14 +19,13 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import isotonic_regression, nnls
 
-from cipm_ir.errors import OptionError
+from cipm_ir.errors import OptionError, SymmetryError
 from cipm_ir.passes.base import Progress, ignore_progress
-from cipm_ir.passes.budget import Choice
+from cipm_ir.passes.budget import Choice, Search
 from cipm_ir.passes.cost import CostModel
 from cipm_ir.passes.latency_bench import Bench, Measured
 from cipm_ir.runtime.session import Array
 from cipm_ir.symmetry.program import Program
-from cipm_ir.symmetry.restrict import closed_keep
 
 Seconds = npt.NDArray[np.float64]
 Places = npt.NDArray[np.int64]
@@ -37,6 +37,8 @@ of latency, widths are best rounded to it."""
 
 _JOINT = (0.9, 0.75, 0.625, 0.5, 0.375, 0.25)
 """Fractions of all spaces at which models are measured that the rates are fitted to."""
+_DRAWN = 6
+"""So many more have a fraction of its own for each choice."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class LatencyTable:
         full: seconds of one run of the whole program.
         curves: what each choice saves alone.
         rate: seconds per multiply-accumulate that choices save in common.
-        overlap: which part of a slower choice's price is paid beside that of the slowest.
+        overlap: which part of an odd width's price is paid beside the highest such price.
+        bonus: what is saved beyond the sum, as a part of what all but the most useful choice save.
         error: the median relative error on the models in which all choices shrink together.
         noise: the median relative noise of a measurement, see `cipm_ir.runtime.timing.Timings`.
         how: in words, what was measured.
@@ -74,6 +77,7 @@ class LatencyTable:
     curves: Curves
     rate: float
     overlap: float
+    bonus: float
     error: float
     noise: float
     how: str
@@ -129,16 +133,16 @@ class LatencyTable:
             at = {one.levels[k]: bench.full - one.seconds for one in single if one.levels[k] != macs.last[k]}
             pairs.append(_curves_of(choice, places[k], at, macs.blocked[k]))
         curves = Curves(tuple(saved for saved, _ in pairs), tuple(gained for _, gained in pairs))
-        rate, overlap, errors = _fitted(bench.full, curves, macs, joint)
+        rates, errors = _fitted(bench.full, curves, macs, joint)
         return cls(
-            tuple(choices), bench.full, curves, rate, overlap, float(np.median(errors)) if joint else 0.0,
+            tuple(choices), bench.full, curves, *rates, float(np.median(errors)) if joint else 0.0,
             bench.noise, bench.how, len(found) + 1, dict(bench.refused), macs, bench,
         )  # fmt: skip
 
     def seconds(self, levels: Sequence[int]) -> float:
         """Estimated seconds of one run with each choice at its level, an index into ``choice.levels``."""
-        base, common, extra = _parts(self.full, self.curves, self._macs, levels)
-        return max(base + self.rate * common + self.overlap * extra, 0.0)
+        base, *parts = _parts(self.full, self.curves, self._macs, levels)
+        return max(base + self.rate * parts[0] + self.overlap * parts[1] - self.bonus * parts[2], 0.0)
 
     def fraction(self, levels: Sequence[int]) -> float:
         """The same as a fraction of the whole program's."""
@@ -157,7 +161,7 @@ class LatencyTable:
             self._macs.names[k]: {int(self.choices[k].levels[i]): float(alone[i]) for i in _few(len(alone))}
             for k, alone in enumerate(self.curves.saved)
         }
-        names = ("how", "models", "noise", "error", "rate", "overlap")
+        names = ("how", "models", "noise", "error", "rate", "overlap", "bonus")
         return {
             "seconds": self.full,
             **{name: getattr(self, name) for name in names},
@@ -170,6 +174,55 @@ class LatencyTable:
             f"{self.full * 1e3:.3g} ms ({self.how}); estimates from {self.models} models, "
             f"noise {self.noise:.1%}, error where all spaces shrink {self.error:.1%}"
         )
+
+
+def meet(
+    table: LatencyTable,
+    choose: Callable[[float], Sequence[int]],
+    budget: float,
+    *,
+    rounds: int = 5,
+    close: float = 0.03,
+) -> tuple[tuple[int, ...], float]:
+    """Levels whose measured seconds are within a budget, and these seconds: estimates are put right by measuring.
+
+    What was chosen is measured, and where it misses, the next choice is made for a budget that is off by as much.
+
+    Args:
+        table: of the program.
+        choose: gives the best levels whose estimated seconds (`LatencyTable.seconds`) are at most its argument.
+        budget: seconds, on the scale of ``table.full``.
+        rounds: how often to choose and measure, at most.
+        close: stop where less than this fraction of the budget is left.
+
+    Errors: `SymmetryError` where no choice came down to the budget, and what ``choose`` raises before one did.
+    """
+    target, best, fastest = budget, None, math.inf
+    tried: set[tuple[int, ...]] = set()
+    for _ in range(rounds):
+        try:
+            levels = tuple(int(level) for level in choose(target))
+        except SymmetryError:
+            if best is None:
+                raise
+            break
+        if levels in tried:
+            break
+        tried.add(levels)
+        took = table.measured(levels)
+        fastest = min(fastest, took)
+        if took <= budget and (best is None or took > best[1]):
+            best = levels, took
+        if budget * (1.0 - close) <= took <= budget:
+            break
+        # A little below, so that it is not missed again by noise.
+        target *= (1.0 - close / 2.0) * budget / took
+    if best is None:
+        raise SymmetryError(
+            f"The latency cannot be brought down to {budget / table.full:.1%}: the fastest model that was measured has "
+            f"{fastest / table.full:.1%}; ask for less, or for widths in multiples of {BLOCK}."
+        )
+    return best
 
 
 # ---------------------------------------------------------------- what to measure
@@ -197,12 +250,14 @@ def _curves(program: Program, choice: Choice) -> list[Places]:
 
 
 def _joint(choices: Sequence[Choice], last: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Levels at which every choice keeps the same fraction, as it is and on the next block of channels."""
+    """Levels at which every choice keeps the same or some fraction, as it is and on the next block of channels."""
     if len(choices) < 2:
         return []
     made: set[tuple[int, ...]] = set()
-    for share in _JOINT:
-        wanted = [share * int(c.levels[-1]) for c in choices]
+    sizes = np.array([int(c.levels[-1]) for c in choices])
+    drawn = np.random.default_rng(0).uniform(0.3, 1.0, (_DRAWN, len(choices)))
+    for share in [*np.array(_JOINT)[:, None], *drawn]:
+        wanted = (share * sizes).tolist()
         made.add(tuple(_nearest(c, number) for c, number in zip(choices, wanted, strict=True)))
         made.add(tuple(_nearest(c, -(-number // BLOCK) * BLOCK) for c, number in zip(choices, wanted, strict=True)))
     return sorted(levels for levels in made if _lowered(levels, last) > 1)
@@ -223,12 +278,13 @@ def _few(count: int) -> list[int]:
 
 # ---------------------------------------------------------------- what follows from it
 class CommonMacs:
-    """The multiply-accumulates that choices save in common, widths rounded up to whole blocks of channels."""
+    """The multiply-accumulates that choices save in common."""
 
     def __init__(self, program: Program, choices: Sequence[Choice]) -> None:
         self.names = [program.spaces[c.spaces[0]].name for c in choices]
         self.last = tuple(len(c.levels) - 1 for c in choices)
-        self._analysis, self._model, self._choices = program.analysis, CostModel(program), choices
+        self._model = CostModel(program)
+        self._search = Search(program.analysis, list(choices), self._model.macs)
         self.blocked = [program.spaces[c.spaces[0]].kind == "units" for c in choices]
         self._whole = self._macs(self.last)
         self._saved: dict[tuple[int, int], int] = {}
@@ -241,13 +297,7 @@ class CommonMacs:
         return self._macs(levels) - self._whole + sum(self._saved_alone(k, levels[k]) for k in lower)
 
     def _macs(self, levels: Sequence[int]) -> int:
-        stays = np.ones(self._analysis.classes.count, bool)
-        for choice, level, blocked in zip(self._choices, levels, self.blocked, strict=True):
-            number = int(choice.levels[level])
-            number = -(-number // BLOCK) * BLOCK if blocked else number
-            for ranked in choice.ranked:
-                stays[ranked[number:]] = False
-        return int(self._model.macs(np.asarray(closed_keep(self._analysis, stays), bool)))
+        return int(self._model.macs(self._search.mask(levels)))
 
     def _saved_alone(self, k: int, level: int) -> int:
         known = self._saved.get((k, level))
@@ -256,10 +306,11 @@ class CommonMacs:
         return known
 
 
-def _parts(full: float, curves: Curves, macs: CommonMacs, levels: Sequence[int]) -> tuple[float, float, float]:
-    """What is known of the seconds at some levels, the common multiply-accumulates, and the prices that may overlap.
+def _parts(full: float, curves: Curves, macs: CommonMacs, levels: Sequence[int]) -> tuple[float, float, float, float]:
+    """What is known of the seconds at some levels; the common multiply-accumulates; the prices of odd widths that
+    neighbours may share; and what all but the most useful choice save.
 
-    Prices shrink with the rest of the program; where only one choice is lowered, the first number is what was measured.
+    Where only one choice is lowered, the first number is what was measured, and the others are zero.
     """
     saved = np.array([curve[level] for curve, level in zip(curves.saved, levels, strict=True)])
     gained = np.array([curve[level] for curve, level in zip(curves.gained, levels, strict=True)])
@@ -267,24 +318,25 @@ def _parts(full: float, curves: Curves, macs: CommonMacs, levels: Sequence[int])
     worst = float(prices.max(initial=0.0))
     base = full - float(gained.sum())
     if _lowered(levels, macs.last) < 2:
-        return base + worst, 0.0, 0.0
-    left = max(base, 0.0) / full
-    return base + left * worst, float(macs(levels)), left * (float(prices.sum()) - worst)
+        return base + worst, 0.0, 0.0, 0.0
+    left = max(base, 0.0) / full  # prices shrink with the rest of the program
+    others = float(gained.sum() - gained.max(initial=0.0))
+    return base + left * worst, float(macs(levels)), left * (float(prices.sum()) - worst), others
 
 
 def _fitted(
     full: float, curves: Curves, macs: CommonMacs, joint: Sequence[Measured]
-) -> tuple[float, float, list[float]]:
-    """The two rates, by least squares of relative errors with neither negative, and the errors that remain."""
+) -> tuple[tuple[float, float, float], list[float]]:
+    """The three rates, by least squares of relative errors with none negative, and the errors that remain."""
     if not joint:
-        return 0.0, 0.0, []
-    parts = np.array([_parts(full, curves, macs, one.levels) for one in joint])
+        return (0.0, 0.0, 0.0), []
+    parts = np.array([_parts(full, curves, macs, one.levels) for one in joint]) * [1.0, 1.0, 1.0, -1.0]
     seconds = np.array([one.seconds for one in joint])
     scale = np.maximum(np.abs(parts[:, 1:]).max(axis=0), 1e-12)
     fit, _ = nnls(parts[:, 1:] / scale / seconds[:, None], (seconds - parts[:, 0]) / seconds)
-    rate, overlap = fit / scale
-    errors = np.abs(parts @ np.array([1.0, rate, overlap]) / seconds - 1.0)
-    return float(rate), float(overlap), errors.tolist()
+    rates = fit / scale
+    errors = np.abs((parts[:, 0] + parts[:, 1:] @ rates) / seconds - 1.0)
+    return (float(rates[0]), float(rates[1]), float(rates[2])), errors.tolist()
 
 
 def _curves_of(

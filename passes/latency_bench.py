@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,8 @@ from cipm_ir.symmetry.program import Program, Space
 _GROUP = 8
 """Models in memory at once, beside the whole one: few enough that all of them run within a moment."""
 _GROUP_BYTES = 512 << 20
+_NOISE = 0.015
+"""Runs go on until the numbers are this steady, or the time is up: on a busy machine minima need many runs."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,14 @@ class Bench:
         groups = [wanted[start : start + size] for start in range(0, len(wanted), size)] or [[]]
         ratios: list[tuple[tuple[int, ...], float]] = []
         noise: list[float] = []
+        runs = sys.maxsize
         for number, group in enumerate(groups):
             built = [(levels, model) for levels in group if (model := self._built(levels)) is not None]
             timings = self._timed([whole, *(model for _, model in built)], number, len(groups))
             self.full = min(self.full, timings.seconds[0])
             noise += timings.noise
-            self.how = str(timings)
+            runs = min(runs, timings.runs)
+            self.how = str(replace(timings, runs=runs))
             whole_took, *took = timings.seconds
             ratios += [(levels, t / whole_took) for (levels, _), t in zip(built, took, strict=True)]
         self.noise = float(np.median(noise))
@@ -79,7 +84,12 @@ class Bench:
         """
         model = self.program.restrict(kept(self.program, self.choices, levels)).emit()
         timings = compare_latency(
-            [self.program.emit(), model], self.feeds, threads=self.threads, runs=3 * self.runs, seconds=self.limit
+            [self.program.emit(), model],
+            self.feeds,
+            threads=self.threads,
+            runs=3 * self.runs,
+            noise=_NOISE,
+            seconds=self.limit,
         )
         return timings.seconds[1] / timings.seconds[0] * full
 
@@ -89,6 +99,7 @@ class Bench:
             self.feeds,
             threads=self.threads,
             runs=self.runs,
+            noise=_NOISE,
             seconds=None if self.limit is None else self.limit / groups,
             progress=lambda done: self.progress("measure the latency", (number + done) / groups),
         )

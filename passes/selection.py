@@ -117,7 +117,7 @@ def _within(states: Sequence[_State], pool: Labels, number: int) -> Labels:
             s.remove(np.asarray([first]))
         gone.append(int(first))
         inside = inside[inside != first]
-    return pool[np.asarray(gone)]
+    return np.asarray(pool[np.asarray(gone)])
 
 
 @dataclass

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cipm_ir.ir.labels import Labels
+from cipm_ir.passes.budget import Mask
 from cipm_ir.passes.candidates import Candidate
-from cipm_ir.passes.compensation import LARGEST, Layer, Normal, layers_of
+from cipm_ir.passes.compensation import LARGEST, Compensated, Layer, Normal, gone_places, layers_of, refitted
 from cipm_ir.passes.divergence import Divergence
 from cipm_ir.passes.selection import Problem, eliminate, improve
 from cipm_ir.runtime.design import Array, sample_places
@@ -24,6 +25,8 @@ Curve = npt.NDArray[np.float64]
 Progress = Callable[[str, float | None], None]
 _ROWS_PER_PLACE = 30
 _LEAST_ROWS = 40_000
+_REACH = 2
+"""So many levels up and down are measured again around a choice."""
 
 
 def gather(
@@ -100,44 +103,93 @@ def _best(problems: Sequence[Problem], order: Labels, number: int, size: int) ->
 
 
 @dataclass
-class Sensitivity:
-    """Divergence of the outputs, measured, when one candidate alone is brought to one of its levels."""
+class Probe:
+    """The outputs of the original model on some samples, to compare others with."""
 
-    curves: list[Curve]
+    program: Program
+    data: Data
+    size: int
+    limit: int
+    damping: float
     divergence: Divergence
+    dense: list[dict[str, Array]]
 
     @classmethod
-    def measure(
-        cls,
-        program: Program,
+    def of(cls, program: Program, data: Data, *, size: int, limit: int, damping: float, asked: str = "auto") -> Probe:
+        """Run the original model. Errors: `InputError` where its outputs cannot be compared."""
+        names = [v.name or "" for v in program.model.graph.outputs]
+        dense = [dict(out) for _, out in observe(program.model, names, data, size=size, limit=limit)]
+        return cls(program, data, size, limit, damping, Divergence.of(program.model, dense[0], asked), dense)
+
+    def frontier(self, program: Program) -> Frontier:
+        """The same samples, to run another program on."""
+        return Frontier(program.model, self.data, size=self.size, limit=self.limit)
+
+    def compare(self, program: Program, frontier: Frontier) -> float:
+        """Divergence of a program from the original; it is run from where the frontier is."""
+        outs = frontier.tail(program.model, list(self.divergence.measures))
+        return self.divergence.total([self.divergence.batch(a, b) for a, b in zip(self.dense, outs, strict=True)])
+
+    def whole(self, program: Program) -> float:
+        """Divergence of a program from the original."""
+        with self.frontier(program) as frontier:
+            return self.compare(program, frontier)
+
+    def curves(
+        self,
         candidates: Sequence[Candidate],
         grams: Mapping[int, tuple[Layer, Normal]],
-        data: Data,
-        *,
-        size: int,
-        limit: int,
-        damping: float,
-        asked: str = "auto",
         progress: Progress | None = None,
-    ) -> Sensitivity:
-        """Shrink and compensate each candidate in turn, run the rest of the model, compare."""
-        names = [v.name or "" for v in program.model.graph.outputs]
-        curves: list[Curve] = []
-        with Frontier(program.model, data, size=size, limit=limit) as frontier:
-            dense = [dict(out) for out in frontier.tail(program.model, names)]
-            divergence = Divergence.of(program.model, dense[0], asked)
+    ) -> list[Curve]:
+        """Divergence when one candidate alone is brought to each of its levels and its readers are refitted."""
+        found: list[Curve] = []
+        with self.frontier(self.program) as frontier:
             for number, candidate in enumerate(candidates):
                 if progress is not None:
                     progress("measure sensitivity", number / len(candidates))
-                frontier.advance(program.model, candidate.first)
+                frontier.advance(self.program.model, candidate.first)
                 curve = np.zeros(len(candidate.levels))
                 for level in range(len(candidate.levels) - 1):
-                    changed = program.refit(shrunk(program, candidate, level, grams, damping))
-                    outs = frontier.tail(changed.model, names)
-                    sums = [divergence.batch(a, b) for a, b in zip(dense, outs, strict=True)]
-                    curve[level] = divergence.total(sums)
-                curves.append(np.minimum.accumulate(curve))  # more units never cost more: the rest is noise
-        return cls(curves, divergence)
+                    weights = shrunk(self.program, candidate, level, grams, self.damping)
+                    curve[level] = self.compare(self.program.refit(weights), frontier)
+                found.append(np.minimum.accumulate(curve))  # more units never cost more: the rest is noise
+        return found
+
+    def around(
+        self,
+        made: Compensated,
+        candidates: Sequence[Candidate],
+        levels: Sequence[int],
+        curves: Sequence[Curve],
+        stays: Callable[[Sequence[int]], Mask],
+        progress: Progress | None = None,
+    ) -> list[Curve]:
+        """The same with all others as they were chosen and compensated: measured near, continued by ``curves``."""
+        found: list[Curve] = []
+        with self.frontier(made.program) as frontier:
+            start = self.compare(made.program, frontier)
+            for number, (candidate, now, old) in enumerate(zip(candidates, levels, curves, strict=True)):
+                if progress is not None:
+                    progress("measure sensitivity again", number / len(candidates))
+                frontier.advance(made.program.model, candidate.first)
+                low, high = max(0, now - _REACH), min(len(old) - 1, now + _REACH)
+                curve = np.full(len(old), start)
+                nodes = [r.node for readers in candidate.readers for r in readers if r.node in made.sums]
+                for level in range(low, high + 1):
+                    if level == now or not nodes:
+                        continue
+                    left = stays([*levels[:number], level, *levels[number + 1 :]])
+                    weights: dict[str, Array] = {}
+                    for node in nodes:
+                        layer, sums = made.sums[node]
+                        gone = gone_places(self.program, layer.reader, left)
+                        weights.update(refitted(self.program, layer, sums, gone, self.damping))
+                    curve[level] = self.compare(made.program.refit(weights), frontier)
+                curve[:low] = curve[low] + old[:low] - old[low]
+                curve[high + 1 :] = curve[high] + old[high + 1 :] - old[high]
+                curve = np.minimum.accumulate(curve)
+                found.append(curve - curve[-1])
+        return found
 
 
 def shrunk(

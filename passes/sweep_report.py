@@ -76,10 +76,10 @@ class Point:
         return self.status in ("dense", "done")
 
     def cost(self, budget: str) -> float:
-        """What the budget of this name counts: multiply-accumulates, parameters, or latency relative to the dense."""
+        """What the budget of this name counts; latency is relative to the dense model's."""
         if budget == "latency":
             return math.nan if self.relative is None else self.relative
-        return float(self.macs if budget == "macs" else self.params)
+        return float({"macs": self.macs, "params": self.params, "bytes": self.bytes}[budget])
 
     @property
     def quality(self) -> float:
@@ -94,7 +94,7 @@ class SweepReport:
     """The points of a sweep, smallest budget last; `str` gives a table. Iterating gives the points without the dense.
 
     Attributes:
-        budget: what the budgets are fractions of: "macs", "params" or "latency".
+        budget: what the budgets are fractions of: "macs", "params", "bytes" or "latency".
         dense: the model that came in.
         points: one per budget.
         notes: how it was measured and compared, and what else the user should know.
@@ -163,6 +163,7 @@ def pareto(costs: Sequence[float], qualities: Sequence[float], made: Sequence[bo
 _COLUMNS: tuple[tuple[str, Callable[[Point, Point], str]], ...] = (
     ("MACs", lambda p, d: _against(p.macs, d.macs)),
     ("parameters", lambda p, d: _against(p.params, d.params)),
+    ("bytes", lambda p, d: _against(p.bytes, d.bytes)),
     ("ms", lambda p, d: "" if p.latency is None else f"{p.latency * 1e3:.3g} ({p.relative or 1.0:.0%})"),
     ("score", lambda p, d: "" if p.score is None else f"{p.score:.4g}"),
     ("agreement", lambda p, d: "" if p.agreement is None else f"{p.agreement:.1%}"),
@@ -175,7 +176,9 @@ _COLUMNS: tuple[tuple[str, Callable[[Point, Point], str]], ...] = (
 
 def _table(report: SweepReport) -> Table:
     rows = [[show(p, report.dense) if p.made else "" for _, show in _COLUMNS] for p in (report.dense, *report.points)]
-    shown = [k for k in range(len(_COLUMNS)) if any(row[k] for row in rows)]
+    # Bytes follow the parameters, unless types are mixed: they are shown where they are what counts.
+    hidden = {"bytes"} if report.budget != "bytes" else {"parameters"}
+    shown = [k for k, (name, _) in enumerate(_COLUMNS) if name not in hidden and any(row[k] for row in rows)]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(report.budget)
     for k in shown:
@@ -207,13 +210,20 @@ def _short(number: int) -> str:
 
 # ---------------------------------------------------------------- files
 def write_files(report: SweepReport, folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write ``sweep.json``, ``sweep.csv`` and, where matplotlib is installed, ``sweep.svg``.
+    """Write ``sweep.json`` and ``sweep.csv``.
 
     Errors: `OutputError`.
     """
     record = {**report.to_dict(), "settings": as_plain(settings)}
     write_text(folder / "sweep.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     write_text(folder / "sweep.csv", _csv(report))
+
+
+def write_picture(report: SweepReport, folder: Path) -> None:
+    """Write ``sweep.svg`` where matplotlib is installed.
+
+    Errors: `OutputError`.
+    """
     picture = svg(report)
     if picture is not None:
         write_text(folder / "sweep.svg", picture)
@@ -306,7 +316,7 @@ _PANELS = (
     ("agreement", "same top class as the dense model, %"),
     ("difference", "relative difference of the outputs"),
 )
-_COSTS = {"macs": "multiply-accumulates", "params": "parameters", "latency": "latency"}
+_COSTS = {"macs": "multiply-accumulates", "params": "parameters", "bytes": "bytes of weights", "latency": "latency"}
 
 
 def _draw(axes: Any, every: Sequence[Point], report: SweepReport, name: str) -> None:

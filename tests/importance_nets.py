@@ -37,7 +37,7 @@ def rescaled(model: onnx.ModelProto, scales: dict[str, tuple[int, NDArray[Any]]]
 
 
 def planted() -> Program:
-    """Conv, batch norm, relu, conv, relu, classifier: of the first 12 channels, `FAINT` are faint on their whole way."""
+    """Conv, batch norm, relu, conv, relu, classifier: of the first 12 channels, `FAINT` are faint all along."""
     net = Net("planted", opset=20)
     hidden = net.conv(net.image(3, 6), 3, 12, bias=False)
     normed = net.batch_norm(hidden, 12)
@@ -92,7 +92,9 @@ def samples(program: Program, count: int, seed: int = 0) -> dict[str, NDArray[An
     found = {}
     for value in program.model.graph.inputs:
         assert value.shape is not None
-        found[value.name or ""] = rng.standard_normal((count, *map(int, list(value.shape)[1:]))).astype(np.float32)
+        found[value.name or ""] = rng.standard_normal((count, *(int(str(d)) for d in list(value.shape)[1:]))).astype(
+            np.float32
+        )
     return found
 
 
@@ -110,7 +112,7 @@ def scaled_readers(program: Program, space: Space, element: int, scale: float) -
         assert tensor is not None
         array = weights.get(reader.weight, np.asarray(tensor.numpy(), np.float64)).copy()
         index = [slice(None)] * array.ndim
-        index[reader.axis] = reader.columns[element]  # type: ignore[call-overload]
+        index[reader.axis] = reader.columns[element]
         array[tuple(index)] *= scale
         weights[reader.weight] = array
     return program.refit(weights)

@@ -1,4 +1,4 @@
-"""Numbers on ordered matrices: against brute force, networkx and eigenvalues, and their value where nothing is there."""
+"""Numbers on ordered matrices: against brute force, networkx and eigenvalues, and on matrices that hold nothing."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_modularity_is_that_of_networkx(resolution: float) -> None:
 
 def test_effective_dimension_is_the_participation_ratio() -> None:
     rng = np.random.default_rng(0)
-    matrix = np.corrcoef(rng.standard_normal((7, 4)) @ rng.standard_normal((4, 30)))
+    matrix = np.asarray(np.corrcoef(rng.standard_normal((7, 4)) @ rng.standard_normal((4, 30))))
     values = np.linalg.eigvalsh(matrix)
     assert effective_dimension(matrix) == pytest.approx(values.sum() ** 2 / (values**2).sum())
     assert effective_dimension(np.eye(7)) == pytest.approx(7.0)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import itertools
+from typing import Literal
 
 import numpy as np
 import pytest
+from scipy.cluster.hierarchy import linkage
+from scipy.spatial.distance import squareform
 from tests.planted import same_partition
 
 from cipm_ir.errors import OptionError
 from cipm_ir.passes import cluster_order
+from cipm_ir.passes.cluster_leaves import optimal_leaf_order
 from cipm_ir.passes.cluster_metrics import split
 from cipm_ir.passes.cluster_order import (
     METHODS,
     checked,
     community_labels,
+    distances,
     forwards,
     grouped_order,
     leaf_order,
@@ -60,14 +65,14 @@ def test_the_check_of_partitions_can_fail() -> None:
 
 @EVERY
 def test_order_does_not_depend_on_how_units_come(method: str) -> None:
-    affinity, _ = planted_matrix(40, 4, 0.4, seed=3)
+    affinity = random_affinity(40, 3)
     perm = np.random.default_rng(1).permutation(40)
     one = order_units(affinity, method)
     two = perm[order_units(affinity[np.ix_(perm, perm)], method)]
-    if method == "communities":  # Louvain visits nodes in the order in which they come
-        assert abs(path_length(affinity, one) - path_length(affinity, two)) < 0.05 * path_length(affinity, one)
-    else:
+    if method in ("leaf-order", "spectral"):
         assert np.array_equal(one, two) or np.array_equal(one, two[::-1])
+    else:  # Louvain visits nodes as they come, and reversals start from an order or from its reverse
+        assert path_length(affinity, one) == pytest.approx(path_length(affinity, two), rel=0.1)
 
 
 @EVERY
@@ -84,12 +89,8 @@ def test_degenerate_matrices_give_an_order(method: str, n: int, kind: str) -> No
     assert np.array_equal(np.sort(order), np.arange(n))
 
 
-def test_equal_units_keep_their_order() -> None:
-    assert np.array_equal(order_units(np.ones((8, 8)), "leaf-order"), np.arange(8))
-
-
 def test_unknown_method_is_named() -> None:
-    with pytest.raises(OptionError, match="no method 'magic'.*leaf-order"):
+    with pytest.raises(OptionError, match=r"no method 'magic'.*leaf-order"):
         order_units(np.eye(4), "magic")
 
 
@@ -150,3 +151,26 @@ def test_communities_are_sparse_and_exact() -> None:
     assert same_partition(community_labels(affinity), label)
     order = grouped_order(affinity, label)
     assert (np.diff(label[order]) != 0).sum() == 3
+
+
+def allowed_orders(tree: np.ndarray, n: int) -> list[list[int]]:
+    """Every order of the leaves of a tree in which each subtree is one stretch."""
+    chains = {k: [[k]] for k in range(n)}
+    for step, (one, two) in enumerate(tree[:, :2].astype(int).tolist()):
+        pairs = list(itertools.product(chains[one], chains[two]))
+        chains[n + step] = [a + b for a, b in pairs] + [b + a for a, b in pairs]
+    return chains[2 * n - 2]
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 8, 10])
+@pytest.mark.parametrize("linking", ["average", "single"])
+def test_optimal_leaf_order_is_the_shortest_that_the_tree_allows(n: int, linking: Literal["average", "single"]) -> None:
+    for seed in range(5):
+        affinity = random_affinity(n, seed)
+        far = distances(affinity)
+        tree = linkage(squareform(far, checks=False), linking)
+        every = allowed_orders(tree, n)
+        found = optimal_leaf_order(tree, far)
+        assert found.tolist() in every
+        best = min(path_length(affinity, np.array(one)) for one in every)
+        assert path_length(affinity, found) == pytest.approx(best)

@@ -115,7 +115,9 @@ def test_a_unit_that_never_fires_is_useless_by_data_though_its_weights_are_large
             array[dead] = -500.0
             tensor.CopyFrom(onnx.numpy_helper.from_array(array, bias))
     made = rescaled(model, {weight: (0, np.where(dead, 30.0, 1.0))})
-    found = {name: scores(name, made, on(made))[made.spaces[0].name] for name in WITHOUT_GRADIENTS if "norm" not in name}
+    found = {
+        name: scores(name, made, on(made))[made.spaces[0].name] for name in WITHOUT_GRADIENTS if "norm" not in name
+    }
     assert found["magnitude"].argmax() == 2  # the control: weights alone do not tell
     for name in ("activation-variance", "wanda", "obs"):
         assert found[name].argmin() == 2 and found[name][2] < 1e-6 * np.delete(found[name], 2).min(), name
@@ -267,7 +269,7 @@ def test_without_an_engine_they_say_so(name: str) -> None:
 
 def test_no_batch_norm() -> None:
     made = one_hidden_layer()
-    with pytest.raises(SymmetryError, match="No batch normalization scales @.*leave it out with exclude"):
+    with pytest.raises(SymmetryError, match=r"No batch normalization scales @.*leave it out with exclude"):
         Prune(ratio=0.5, importance="batch-norm-scale").run(made, Context())
 
 

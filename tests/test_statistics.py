@@ -82,7 +82,7 @@ def test_numbers_of_a_perceptron(rng: np.random.Generator) -> None:
     assert one.rank == 12
     assert not found.warnings
     pairs, value, error = one.strongest(3)
-    best = np.sort(np.abs(np.corrcoef(h.T)[np.triu_indices(12, 1)]))[::-1]
+    best = np.sort(np.abs(np.asarray(np.corrcoef(h.T))[np.triu_indices(12, 1)]))[::-1]
     np.testing.assert_allclose(np.abs(value), best[:3], atol=1e-5)
     assert pairs.shape == (3, 2)
     assert not error.any()
@@ -151,12 +151,25 @@ def test_statistics_move_with_the_units(name: str, rng: np.random.Generator) -> 
         if space.kind == "cells" or space.name not in before:
             continue
         perm = rng.permutation(space.size)
-        element = Element(perm, np.ones((space.group.scales, space.size)), np.ones((space.group.signs, space.size)))
+        still = space.identity()
+        element = Element(perm, still.scale, still.sign)
         after = collect(program.act({space: element}), data, spaces=None)
         one, other = before[space.name], after[space.name]
         scale = np.abs(one.second).max() + 1e-6
         np.testing.assert_allclose(other.mean, one.mean[perm], atol=2e-4 * scale**0.5)
         np.testing.assert_allclose(other.covariance, one.covariance[np.ix_(perm, perm)], atol=2e-4 * scale)
+
+
+def test_a_wrong_relabelling_is_noticed(rng: np.random.Generator) -> None:
+    """Negative control of the test above."""
+    program, data = mlp(), drawn(rng, 50, 5)
+    space = program.spaces[0]
+    still, perm = space.identity(), np.roll(np.arange(12), 1)
+    before = collect(program, data)[space.name]
+    after = collect(program.act({space: Element(perm, still.scale, still.sign)}), data)[space.name]
+    np.testing.assert_allclose(after.mean, before.mean[perm], rtol=1e-4)
+    assert np.abs(after.mean - before.mean[np.argsort(perm)]).max() > 0.01
+    assert np.abs(after.mean - before.mean).max() > 0.01
 
 
 def cipm_ir_inputs(program: Program, rng: np.random.Generator) -> dict[str, Array]:
@@ -169,7 +182,7 @@ def cipm_ir_inputs(program: Program, rng: np.random.Generator) -> dict[str, Arra
 def test_a_wide_space_is_sketched_and_its_strongest_pairs_are_exact(rng: np.random.Generator) -> None:
     program, data = wide_mlp(300), drawn(rng, 2000, 16)
     name = program.spaces[0].name
-    truth = np.corrcoef(hidden(program, data).astype(np.float64).T)
+    truth = np.asarray(np.corrcoef(hidden(program, data).astype(np.float64).T))
     words = []
     one = collect(program, data, pairs="sketch", progress=lambda what, _: words.append(what))[name]
     assert not one.exact
@@ -179,13 +192,27 @@ def test_a_wide_space_is_sketched_and_its_strongest_pairs_are_exact(rng: np.rand
     assert {(2 * k, 2 * k + 1) for k in range(150)} <= set(map(tuple, pairs.tolist()))
     np.testing.assert_allclose(value, truth[pairs[:, 0], pairs[:, 1]], atol=1e-4)
     assert not error.any()
-    off = np.abs(one.correlation - truth)[np.triu_indices(300, 1)]
+    off = np.abs(one.correlation - np.asarray(truth))[np.triu_indices(300, 1)]
     assert np.sqrt((off**2).mean()) < one.standard_error < 0.05
     once = collect(program, iter([data]), pairs="sketch")[name]  # cannot be read again
     assert "pairs" not in once.parts
     assert (once.strongest(150)[2] == one.standard_error).all()
     exact = collect(program, data)[name]
     assert np.abs(one.covariance - exact.covariance).max() < 6 * one.standard_error * exact.variance.max()
+
+
+def test_shards_of_a_sketched_space_add_up(rng: np.random.Generator) -> None:
+    program, data = wide_mlp(60), drawn(rng, 400, 16)
+    name = program.spaces[0].name
+    halves: list[Any] = [{"x": data["x"][:250]}, {"x": data["x"][250:]}]
+    total = (collect(program, halves[0], pairs="sketch") + collect(program, halves[1], pairs="sketch"))[name]
+    pairs, value, error = total.strongest(30)
+    assert {(2 * k, 2 * k + 1) for k in range(30)} == set(map(tuple, pairs.tolist()))
+    truth = collect(program, data)[name].correlation
+    np.testing.assert_allclose(value, truth[pairs[:, 0], pairs[:, 1]], atol=1e-5)
+    assert not error.any()
+    once = collect(program, iter(halves[1:]), pairs="sketch")
+    assert "pairs" not in (collect(program, halves[0], pairs="sketch") + once)[name].parts
 
 
 def test_without_pairs(rng: np.random.Generator) -> None:

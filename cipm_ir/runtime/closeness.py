@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -13,7 +13,7 @@ from cipm_ir.errors import InputError
 from cipm_ir.runtime.inputs import Feeds
 from cipm_ir.runtime.session import Array
 
-Run: TypeAlias = Callable[[Feeds], dict[str, Array]]
+Run: TypeAlias = Callable[[Mapping[str, Array]], dict[str, Array]]
 """Runs a model on one batch; outputs in the model's order."""
 
 

@@ -23,7 +23,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Linear:
-    """The geometry of a `Reader`. For Conv ``kernel``, ``strides``, ``pads`` (begins, then ends), ``dilations`` are set.
+    """The geometry of a `Reader`; of a Conv also ``kernel``, ``strides``, ``pads`` (begins, then ends), ``dilations``.
 
     ``axis``: which axis of the weight is summed. The matrix has shape (K, outputs), K = summed channels times taps.
     """
@@ -64,7 +64,7 @@ class Linear:
     def positions(self, u: Array) -> int:
         """How many rows a batch gives for each of its samples (of a MatMul: rows in all)."""
         if not self.kernel:
-            return u.size // u.shape[-1]
+            return int(u.size // u.shape[-1])
         return math.prod(self._grid(u))
 
     def inputs(self, u: Array, places: Labels | None = None) -> Array:
@@ -82,8 +82,9 @@ class Linear:
             tap = np.arange(self.kernel[k]) * self.dilations[k]
             tap = tap.reshape([-1 if j == k else 1 for j in range(d)])
             index.append(where[k].reshape(-1, *(1,) * d) * self.strides[k] + tap)
-        patches = u[(slice(None), slice(None), *index)]  # N, C, rows, *kernel
-        return np.ascontiguousarray(np.moveaxis(patches, 1, 2)).reshape(-1, self.size)
+        where_all: Any = (slice(None), slice(None), *index)
+        patches = np.moveaxis(u[where_all], 1, 2)  # N, rows, C, *kernel
+        return np.ascontiguousarray(patches).reshape(-1, self.size)
 
     def outputs(self, y: Array, places: Labels | None = None) -> Array:
         """(rows, outputs): of the product, or anything of its shape."""

@@ -39,6 +39,7 @@ Progress = Callable[[str, float | None], None]
 SHARD = 1024
 """Default number of samples in a shard."""
 _LARGE = 1 << 16
+_LISTS = frozenset({"lags", "measures"})
 
 
 @runtime_checkable
@@ -220,7 +221,8 @@ def collect(
     if shard < 1:
         raise OptionError(f"shard is {shard}; it must be at least 1.")
     try:
-        request = Request(**{k: tuple(v) if k in ("lags", "measures") else v for k, v in options.items()})
+        chosen: dict[str, Any] = {name: tuple(v) if name in _LISTS else v for name, v in options.items()}
+        request = Request(**chosen)
     except TypeError as error:
         raise OptionError(f"An unknown option: {error}.") from error
     plan = make_plan(program, request, spaces)
@@ -336,7 +338,7 @@ def pack(model: ir.Model) -> Packed:
 
 def unpack(packed: Packed) -> ir.Model:
     """The model that was packed."""
-    model = ir.from_proto(onnx.ModelProto.FromString(packed.structure))
+    model: ir.Model = ir.from_proto(onnx.ModelProto.FromString(packed.structure))
     for name, array in packed.arrays.items():
         value = model.graph.initializers[name]
         assert value.const_value is not None

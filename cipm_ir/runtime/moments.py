@@ -1,7 +1,7 @@
 """Sums over rows that can be taken batch by batch and added: moments, extremes, joint firing, lagged products.
 
-Rows are samples of a vector of units, shape (rows, size). Every class here is a *part*: it takes rows, ``a + b`` is what
-the rows of both would have given, and `state` gives the arrays that it can be restored from. Sums are kept in float64
+Rows are samples of a vector of units, (rows, size). Every class here is a *part*: it takes rows, ``a + b`` is what the
+rows of both would have given, and `state` gives the arrays that it can be restored from. Sums are kept in float64
 about the running mean and merged by the update of Chan, Golub and LeVeque (Algorithms for computing the sample
 variance, 1983), so that a mean that is large against the spread costs no digits. Products of float32 rows are taken in
 float32, centred, a few thousand rows at a time: which rounds by some 1e-6 of the variances.

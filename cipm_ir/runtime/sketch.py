@@ -61,7 +61,7 @@ class Sketch:
     @property
     def size(self) -> int:
         """How many units."""
-        return self.sums.shape[1]
+        return int(self.sums.shape[1])
 
     def update(self, rows: Array, numbers: Hashes) -> None:
         """Take in rows, (rows, size), each with a number of its own, which no other row of the data has."""
@@ -101,12 +101,12 @@ class Sketch:
         """(k, size): the sketch of the rows in units of standard deviations; its Gram matrix estimates correlations."""
         around = self.sums - np.multiply.outer(self.signs, mean)
         root = np.sqrt(np.maximum(variance, 0.0) * max(self.count, 1))
-        return (around * np.divide(1.0, root, out=np.zeros_like(root), where=root > 0)).astype(np.float32)
+        return np.asarray(around * np.divide(1.0, root, out=np.zeros_like(root), where=root > 0), np.float32)
 
     def correlation(self, mean: Floats, variance: Floats) -> npt.NDArray[np.float32]:
         """(size, size): estimates, clipped to [-1, 1]; the diagonal is 1, or 0 for constant units."""
         white = self.whitened(mean, variance)
-        out = np.clip(white.T @ white, -1.0, 1.0)
+        out = np.asarray(np.clip(white.T @ white, -1.0, 1.0), np.float32)
         np.fill_diagonal(out, variance > 0)
         return out
 
@@ -189,18 +189,23 @@ class Pairs:
         self.moments = self.moments + moments
 
     def __add__(self, other: Pairs) -> Pairs:
-        if not np.array_equal(self.pairs, other.pairs):
-            raise InputError("Statistics of different chosen pairs of units cannot be added.")
-        out = Pairs(self.pairs, self.moments, self.products)
-        out._join(other.moments, other.products)
+        """Of the pairs that were followed in both."""
+        one, two = self._among(other.pairs), other._among(self.pairs)
+        out = Pairs(self.pairs[one], self.moments, self.products[one])
+        out._join(other.moments, other.products[two])
         return out
+
+    def _among(self, pairs: Index) -> npt.NDArray[np.bool_]:
+        key = [p[:, 0] * self.moments.size + p[:, 1] for p in (self.pairs, pairs)]
+        return np.isin(key[0], key[1])
 
     @property
     def correlation(self) -> Floats:
         """(m,): 0 where a unit is constant."""
         root = np.sqrt(self.moments.variance)
         below = root[self.pairs[:, 0]] * root[self.pairs[:, 1]] * max(self.moments.count, 1)
-        return np.clip(np.divide(self.products, below, out=np.zeros_like(below), where=below > 0), -1.0, 1.0)
+        quotient = np.divide(self.products, below, out=np.zeros_like(below), where=below > 0)
+        return np.asarray(np.clip(quotient, -1.0, 1.0))
 
     def state(self) -> dict[str, Array]:
         """Plain arrays."""

@@ -43,7 +43,7 @@ def collect(
 
     Args:
         program: what to run; not changed.
-        data: as for `cipm_ir.runtime.inputs.batches`.
+        data: as for `cipm_ir.runtime.inputs.batches`. Every token is a row, also padding: best give none.
         spaces: which, or their names; None takes all that can be seen.
         gram: also, for each reader of a space, E[u u^T] of what it reads, convolution patches unfolded, 1 appended.
         pairs: products of all pairs of units: "exact"; "sketch"; "auto": exact up to `EXACT_SIZE` units; "none".

@@ -1,4 +1,4 @@
-"""What to collect and how: a plan that needs no symmetry analysis, so that it can be sent anywhere, and its execution."""
+"""What to collect and how: a plan, which needs no symmetry analysis and can be sent anywhere, and its execution."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cipm_ir.runtime.moments import Array, Cofiring, Marginals, Moments, Part
 from cipm_ir.runtime.moments_lagged import Lagged
 from cipm_ir.runtime.sketch import Index, Pairs, Sketch
 from cipm_ir.runtime.statistics_rows import RowSample
-from cipm_ir.runtime.statistics_sites import Site, find_sites
+from cipm_ir.runtime.statistics_sites import Site, computed_values, find_sites
 from cipm_ir.runtime.statistics_store import MEASURES, SpaceStatistics, Statistics
 from cipm_ir.symmetry.program import Program, Space
 from cipm_ir.symmetry.readers import readers
@@ -27,7 +27,8 @@ GRAM_SIZE = 16384
 """The largest Gram matrix of a reader's inputs: 2 GiB."""
 
 _PAIRS = ("auto", "exact", "sketch", "none")
-_BUFFERED = 4096
+_BUFFERED = (4096, 1 << 22)
+"""Rows, and entries, that are gathered before they are multiplied."""
 _PATCHES = 1 << 23
 
 
@@ -102,10 +103,11 @@ def make_plan(program: Program, request: Request, spaces: Iterable[Space | str] 
     chosen = [
         program.space(s if isinstance(s, str) else s.name) for s in (program.spaces if spaces is None else spaces)
     ]
+    computed = computed_values(program.model)
     plans, unseen = [], {}
     for space in dict.fromkeys(chosen):
         try:
-            plans.append(_space_plan(program, space, request, strict=named))
+            plans.append(_space_plan(program, space, request, find_sites(program, space, computed), strict=named))
         except CipmError as error:
             if named:
                 raise
@@ -113,8 +115,9 @@ def make_plan(program: Program, request: Request, spaces: Iterable[Space | str] 
     return Plan(request, tuple(plans), unseen)
 
 
-def _space_plan(program: Program, space: Space, request: Request, *, strict: bool) -> SpacePlan:
-    sites = find_sites(program, space)
+def _space_plan(
+    program: Program, space: Space, request: Request, sites: tuple[Site, ...], *, strict: bool
+) -> SpacePlan:
     form = request.pairs
     if form == "auto":
         form = "exact" if space.size <= EXACT_SIZE else "sketch"
@@ -190,6 +193,7 @@ class _SpaceCollector:
         self._waiting: list[Array] = []
         self._numbers: list[npt.NDArray[np.uint64]] = []
         self._rows = 0
+        self._most = min(_BUFFERED[0], max(_BUFFERED[1] // max(plan.size, 1), 256))
 
     def _prepare(self, request: Request) -> None:
         plan, size = self.plan, self.plan.size
@@ -220,7 +224,7 @@ class _SpaceCollector:
             self._waiting.append(rows)
             self._numbers.append(mix(row_numbers(start, samples, len(rows)), salt=100 + k))
             self._rows += len(rows)
-            if self._rows >= _BUFFERED:
+            if self._rows >= self._most:
                 self._flush()
         done: set[str] = set()
         for one in self.plan.patches:

@@ -1,8 +1,8 @@
-"""Where the units of a space can be seen: the values that are contracted over them, and how to cut rows out of these."""
+"""Where the units of a space can be seen: the values that are contracted over them, and how to cut rows out of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,18 +22,24 @@ class Site:
     Attributes:
         value: its name.
         axes: the axes along which the units lie.
-        positions: (elements, occurrences): flat positions over these axes that each element owns.
+        box: the part of each of these axes, (start, stop), in which they do.
+        positions: (elements, occurrences): flat positions in the box that each element owns.
         whole: the elements are blocks; a block's number is the root mean square of what it holds, which no change of
             gauge inside the block alters but scaling.
     """
 
     value: str
     axes: tuple[int, ...]
+    box: tuple[tuple[int, int], ...]
     positions: Labels
     whole: bool = False
 
     def read(self, array: Array) -> Array:
         """(..., elements): the axes before it are what is sampled over, with samples first."""
+        cut = [slice(None)] * array.ndim
+        for axis, (start, stop) in zip(self.axes, self.box, strict=True):
+            cut[axis] = slice(start, stop)
+        array = array[tuple(cut)]
         rest = [a for a in range(array.ndim) if a not in self.axes]
         moved = array.transpose(*rest, *self.axes)
         shape = tuple(array.shape[a] for a in rest)
@@ -48,12 +54,12 @@ class Site:
         return np.asarray(flat[..., self.positions.T.ravel()].reshape(*shape, occurrences, count))
 
 
-def find_sites(program: Program, space: Space) -> tuple[Site, ...]:
+def find_sites(program: Program, space: Space, computed: Mapping[str, None] | None = None) -> tuple[Site, ...]:
     """The values that products sum over the units of a space, in graph order.
 
     Products with weights are preferred: their inputs are what the sources of `readers` are, too. A space that is only
     read by products of activations (queries and keys) is seen there; one that nothing contracts, in the last value that
-    holds it whole.
+    holds it whole. ``computed``: what `computed_values` gives, where it is at hand.
 
     Errors: `SymmetryError` where no value depends on the inputs and holds every element equally often.
     """
@@ -62,9 +68,10 @@ def find_sites(program: Program, space: Space) -> tuple[Site, ...]:
     element = np.full(analysis.classes.count, -1, np.int64)
     element[raw.table] = np.arange(len(raw.table))[:, None]
     whole = raw.kind == "blocks" or raw.table.shape[1] > 1
-    computed = _computed(program.model)
+    computed = computed_values(program.model) if computed is None else computed
     nodes = sorted({c.node for c in analysis.walk.rec.contractions if (element[analysis.classes.of[c.a]] >= 0).any()})
-    strong, weak = [], []
+    strong: list[Site] = []
+    weak: list[Site] = []
     for position in nodes:
         node = analysis.walk.nodes[position]
         names = [v.name or "" for v in node.inputs if v is not None]
@@ -77,7 +84,7 @@ def find_sites(program: Program, space: Space) -> tuple[Site, ...]:
     return tuple({site.value: site for site in found}.values())
 
 
-def _computed(model: ir.Model) -> dict[str, None]:
+def computed_values(model: ir.Model) -> dict[str, None]:
     """Names of the values that depend on the inputs, in graph order."""
     found = {value.name or "": None for value in true_inputs(model)}
     for node in model.graph:
@@ -86,8 +93,8 @@ def _computed(model: ir.Model) -> dict[str, None]:
     return found
 
 
-def _last(program: Program, computed: dict[str, None], element: Labels, whole: bool) -> Iterator[Site]:
-    for name in reversed(computed):
+def _last(program: Program, computed: Mapping[str, None], element: Labels, whole: bool) -> Iterator[Site]:
+    for name in reversed(list(computed)):
         site = _site(program, name, element, whole)
         if site is not None:
             yield site
@@ -106,4 +113,7 @@ def _site(program: Program, name: str, element: Labels, whole: bool) -> Site | N
     if (times != times[0]).any():
         return None
     positions = np.argsort(owner, kind="stable")[int((owner < 0).sum()) :].reshape(len(times), -1)
-    return Site(name, factor.axes, positions, whole)
+    where = np.unravel_index(positions, factor.labels.shape)
+    box = tuple((int(at.min()), int(at.max()) + 1) for at in where)
+    inside = tuple(at - start for at, (start, _) in zip(where, box, strict=True))
+    return Site(name, factor.axes, box, np.ravel_multi_index(inside, [stop - start for start, stop in box]), whole)

@@ -42,8 +42,8 @@ class Grams(Mapping[str, Floats]):
 class SpaceStatistics:
     """What was seen of one space, at all values that are contracted over its units.
 
-    All (size,) and (size, size) arrays are in the order of the space's elements. A row is one sample, token or pixel. An
-    element of a space of blocks is seen as the root mean square of what it holds.
+    All (size,) and (size, size) arrays are in the order of the space's elements. A row is one sample, token or pixel.
+    An element of a space of blocks is seen as the root mean square of what it holds.
 
     Attributes:
         name, kind, size: of the space.
@@ -61,19 +61,15 @@ class SpaceStatistics:
 
     def __add__(self, other: SpaceStatistics) -> SpaceStatistics:
         """The statistics of the data of both; exact. Raises: InputError where they are of different kinds."""
-        same = (self.name, self.kind, self.size, set(self.parts)) == (
-            other.name,
-            other.kind,
-            other.size,
-            set(other.parts),
-        )
-        if not same:
+        # Pairs that were followed depend on the data, and data that can be read once has none: what both have is added.
+        parts = [one.parts.keys() - {"pairs"} for one in (self, other)]
+        if (self.name, self.kind, self.size, parts[0]) != (other.name, other.kind, other.size, parts[1]):
             raise InputError(
                 f"Statistics of @{self.name} ({self.size}) and @{other.name} ({other.size}) cannot be added; "
                 "collect both from the same model with the same options."
             )
-        parts = {name: part + other.parts[name] for name, part in self.parts.items()}
-        return replace(self, samples=self.samples + other.samples, parts=parts)
+        added = {name: part + other.parts[name] for name, part in self.parts.items() if name in other.parts}
+        return replace(self, samples=self.samples + other.samples, parts=added)
 
     def _part(self, name: str, kind: type[_Kind], ask: str) -> _Kind:
         part = self.parts.get(name)
@@ -274,15 +270,17 @@ class SpaceStatistics:
     def warning(self) -> str:
         """What there is too little data for, in one sentence; empty where there is enough."""
         if self.count <= self.size:
+            # An eigenvalue problem is worth its time for a small space; for a large one the bound says enough.
+            rank = str(self.rank) if self.size <= 1024 else f"at most {max(self.count - 1, 0)}"
             return (
-                f"@{self.name}: {self.count} rows of {self.samples} samples for {self.size} units; their covariance has "
-                f"rank {min(self.rank, self.size)}, so give more data, or damping decides."
+                f"@{self.name}: {self.count} rows of {self.samples} samples for {self.size} units; their covariance "
+                f"has rank {rank}, so give more data, or damping decides."
             )
         for output, moments in self.gram.moments.items():
             if moments.count <= moments.size:
                 return (
-                    f"@{self.name}: {moments.count} rows for the {moments.size} inputs of {output!r}; their Gram matrix "
-                    f"has at most rank {moments.count}, so give more data, or damping decides."
+                    f"@{self.name}: {moments.count} rows for the {moments.size} inputs of {output!r}; their Gram "
+                    f"matrix has at most rank {moments.count}, so give more data, or damping decides."
                 )
         return ""
 

@@ -106,6 +106,7 @@ def compare_latency(
     *,
     threads: int = 1,
     runs: int = 30,
+    noise: float | None = None,
     seconds: float | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Timings:
@@ -116,6 +117,7 @@ def compare_latency(
         feeds: one batch, for all of them.
         threads: of onnxruntime within an operator.
         runs: rounds; in each, every model has one turn of at least 2 ms (several runs, where one is shorter).
+        noise: go on, at most twenty times as long, until `Timings.noise` is at most this for every model; None: do not.
         seconds: stop after this time, but not before the fourth round; None: no limit.
         progress: called with the fraction done.
 
@@ -130,20 +132,21 @@ def compare_latency(
         for runner in opened:  # the first runs allocate and page in: not timed
             runner.run(feeds)
             runner.turn(feeds, _ROUND)
-        halves, rounds = _rounds(opened, feeds, runs, seconds, progress)
+        halves, rounds = _rounds(opened, feeds, runs, noise, seconds, progress)
     finally:
         for runner in opened:
             runner.close()
     least = halves.min(axis=0)
-    noise = np.abs(halves[0] - halves[1]) / least
     samples = max((len(array) for array in feeds.values() if array.ndim), default=1)
-    return Timings(tuple(least.tolist()), tuple(noise.tolist()), rounds, threads, samples, str(ort.__version__))
+    apart = tuple(_noise(halves).tolist())
+    return Timings(tuple(least.tolist()), apart, rounds, threads, samples, str(ort.__version__))
 
 
 def _rounds(
     opened: Sequence[TimedRunner],
     feeds: Mapping[str, Array],
     runs: int,
+    noise: float | None,
     seconds: float | None,
     progress: Callable[[float], None] | None,
 ) -> tuple[Array, int]:
@@ -151,17 +154,24 @@ def _rounds(
     halves = np.full((2, len(opened)), np.inf)
     rng = np.random.default_rng(0)
     begin = time.perf_counter()
-    done = 0
-    for done in range(1, max(runs, 2) + 1):
+    most = max(runs, 2) if noise is None else 20 * max(runs, 2)
+    for done in range(1, most + 1):
         half = halves[done % 2]
         for k in rng.permutation(len(opened)):
             half[k] = min(half[k], *opened[k].turn(feeds, _ROUND))
         spent = time.perf_counter() - begin
         if progress is not None:
-            progress(max(done / runs, 0.0 if seconds is None else min(spent / seconds, 1.0)))
-        if seconds is not None and spent > seconds and done >= 4:
+            progress(min(max(done / most, 0.0 if seconds is None else spent / max(seconds, 1e-9)), 1.0))
+        late = seconds is not None and spent > seconds and done >= 4
+        if late or (noise is not None and done >= max(runs, 2) and _noise(halves).max() <= noise):
             break
+    if progress is not None:
+        progress(1.0)
     return halves, done
+
+
+def _noise(halves: Array) -> Array:
+    return np.asarray(np.abs(halves[0] - halves[1]) / halves.min(axis=0))
 
 
 def _check(threads: int, runs: int) -> None:
