@@ -148,7 +148,13 @@ def optimize(
     if todo is None:
         todo = parse_passes(DEFAULT_PASSES if isinstance(origin_of(program), OnnxOrigin) else DEFAULT_TORCH_PASSES)
     outcome: Outcome = run_passes(
-        program, todo, data=data, seed=seed, verify=verify, progress=progress or ignore_progress
+        program,
+        todo,
+        data=data,
+        seed=seed,
+        verify=verify,
+        progress=progress or ignore_progress,
+        options={"gradients": _gradients},
     )
     result = _noted(Result(outcome.program, outcome.report, outcome.witness, annotate))
     if output is not None:
@@ -263,6 +269,11 @@ def torch_backend(
     load_torch = torch_module("frontends.from_torch").load_torch
     made: Callable[..., Any] = torch_module("backends.to_torch_compile").backend(rewrite, then, load_torch, verify)
     return made
+
+
+def _gradients(*args: Any, **kwargs: Any) -> Any:
+    """Gradients for criteria that ask for them; see `cipm_ir.runtime.gradients`."""
+    return torch_module("backends.to_torch_gradients").products(*args, **kwargs)
 
 
 def _noted(result: Result) -> Result:

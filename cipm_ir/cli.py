@@ -1,4 +1,4 @@
-"""The command line: `cipm inspect`, `cipm optimize`, `cipm verify`, `cipm passes`.
+"""The command line: `cipm inspect`, `cipm optimize`, `cipm verify`, `cipm sweep`, `cipm passes`.
 
 Exit codes: 0 done, 1 `verify` found a difference, 2 bad input, option or output (one sentence on stderr), 3 a defect of
 this program, 130 stopped by the user, 141 the reader of the output went away.
@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.main import get_command
 
+from cipm_ir.cli_sweep import sweep as sweep_command
 from cipm_ir.errors import CipmError, OutputError
+from cipm_ir.progress_bar import progress_bar
 from cipm_ir.version import __version__
 
 if TYPE_CHECKING:
@@ -132,7 +134,7 @@ def optimize(
             check_output(place)
     if html is not None:
         check_matplotlib()
-    with _progress(quiet) as progress:
+    with progress_bar(quiet) as progress:
         result = api.optimize(
             model,
             passes or None,
@@ -171,6 +173,9 @@ def verify(
         raise CipmError(f"The models could not be compared: {found.reason.rstrip('.')}.")
     print(found)
     raise typer.Exit(0 if found else 1)
+
+
+app.command("sweep")(sweep_command)
 
 
 @app.command("passes")
@@ -234,24 +239,6 @@ def _print_spaces(program: Program) -> None:
     print(f"{len(program.spaces)} spaces, {units} free units")
     for node in program.opaque:
         print(f"opaque: {node}")
-
-
-@contextlib.contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[str, float | None], None]]:
-    """A bar on stderr, where that is a terminal."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task("read", total=1.0)
-
-        def show(what: str, fraction: float | None) -> None:
-            bar.update(task, description=escape(what), completed=fraction)
-
-        yield show
 
 
 @contextlib.contextmanager

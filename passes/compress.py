@@ -17,6 +17,7 @@ from cipm_ir.passes.compress_cost import BUDGETS, Budget, make_budget
 from cipm_ir.passes.compress_report import figures_of, metrics_of
 from cipm_ir.passes.compress_search import Evaluate, smallest_within
 from cipm_ir.passes.cost import CostModel
+from cipm_ir.passes.latency import BLOCK
 from cipm_ir.passes.registry import register
 from cipm_ir.passes.sensitivity import Curve, Probe, choose_units, count_samples, gather
 from cipm_ir.runtime.verify import verify_models
@@ -64,7 +65,9 @@ class Compress(Pass):
     steps: int = option(8, "levels measured per candidate", low=1)
     damping: float = option(1e-4, "pull of a refitted weight towards its old value", above=0)
     threads: int = option(1, "threads for latency", low=1)
-    round_to: int = option(1, "widths of shrunken spaces are multiples of this", low=1)
+    round_to: int | None = option(
+        None, "widths of shrunken spaces are multiples of this; default: 8 for latency, else 1", low=1
+    )
     include: tuple[str, ...] = option(
         (), "only spaces whose names match; a pattern that matches none stands for tensors that move with them"
     )
@@ -86,7 +89,7 @@ class Compress(Pass):
         if ctx.data is None:
             raise OptionError("Pass 'compress' looks at activations; give it calibration inputs with data=.")
         wanted = wanted_spaces(program, "compress", self.include, self.exclude, self.blocks)
-        candidates, notes = find_candidates(program, wanted, self.min_keep, self.round_to, self.steps)
+        candidates, notes = find_candidates(program, wanted, self.min_keep, self._multiple(), self.steps)
         if not candidates:
             raise SymmetryError(f"compress finds no units that it may drop: {'; '.join(notes) or 'no free spaces'}.")
         plan = self._plan(program, candidates, ctx)
@@ -127,11 +130,14 @@ class Compress(Pass):
             program, ctx.data, size=size, limit=min(self.probes, self.samples), damping=self.damping,
             asked=self.divergence,
         )  # fmt: skip
-        curves = probe.curves(candidates, grams, _share(ctx, 0.15, 0.5))
+        curves = probe.curves(candidates, grams, _share(ctx, 0.15, 0.45))
         costs = CostModel(program)
-        budget = make_budget(self._kind(), program, candidates, costs, ctx, self.threads)
+        budget = make_budget(self._kind(), program, candidates, costs, ctx, self.threads, _share(ctx, 0.45, 0.5))
         compensation = Compensation(ctx.data, size, self.samples, self.damping, ctx.seed)
         return Plan(program, candidates, probe, curves, costs, budget, compensation, self.rounds, notes)
+
+    def _multiple(self) -> int:
+        return self.round_to or (BLOCK if self.latency is not None else 1)
 
     def _kind(self) -> str:
         return next((name for name in BUDGETS if getattr(self, name) is not None), "macs")

@@ -11,11 +11,11 @@ import numpy.typing as npt
 
 from cipm_ir.errors import InputError
 from cipm_ir.passes.allocation import Levels
-from cipm_ir.passes.base import Context
+from cipm_ir.passes.base import Context, Progress
 from cipm_ir.passes.budget import Choice, Mask
 from cipm_ir.passes.candidates import Candidate
 from cipm_ir.passes.cost import CostModel
-from cipm_ir.passes.latency import LatencyTable
+from cipm_ir.passes.latency import LatencyTable, meet
 from cipm_ir.runtime.timing import timing_feeds
 from cipm_ir.symmetry.program import Program
 
@@ -26,8 +26,6 @@ Curve: TypeAlias = npt.NDArray[np.float64]
 Settled: TypeAlias = tuple[Levels, float, list[str]]
 BUDGETS = ("macs", "params", "bytes", "latency")
 _WORDS = {"macs": "multiply-accumulates", "params": "parameters", "bytes": "bytes of weights", "latency": "seconds"}
-_TRIES = 4
-"""So often a budget of seconds is tightened until what was measured meets it."""
 
 
 class Budget(Protocol):
@@ -76,26 +74,19 @@ class Seconds:
         return self.table.seconds(levels)
 
     def settle(self, plan: Plan, target: float, curves: Sequence[Curve] | None) -> Settled:
-        """The allocation for a target, tightened until the measured seconds meet it; else the fastest that was seen."""
-        asked = target
-        seen: list[tuple[float, Levels]] = []
-        least = self.table.seconds([0] * len(plan.candidates))
-        for _ in range(_TRIES):
-            levels = plan.allocation(max(asked, least), curves).levels
-            seconds = self.table.measured(levels)
-            seen.append((seconds, levels))
-            if seconds <= target:
-                break
-            asked = asked * 0.98 * target / seconds
-        seconds, levels = min(seen, key=lambda pair: (pair[0] > target, pair[0]))
-        note = f"measured {seconds / self.table.full:.1%} of the seconds ({self.table.how})"
-        if seconds > target:
-            note += f", more than the {target / self.table.full:.1%} asked for"
-        return levels, seconds, [note]
+        """The allocation for a target, put right by measuring."""
+        levels, seconds = meet(self.table, lambda t: plan.allocation(t, curves).levels, target)
+        return list(levels), seconds, [f"measured {seconds / self.table.full:.1%} of the seconds ({self.table.how})"]
 
 
 def make_budget(
-    kind: str, program: Program, candidates: Sequence[Candidate], costs: CostModel, ctx: Context, threads: int
+    kind: str,
+    program: Program,
+    candidates: Sequence[Candidate],
+    costs: CostModel,
+    ctx: Context,
+    threads: int,
+    progress: Progress,
 ) -> Budget:
     """What one of `BUDGETS` counts. Errors: as `LatencyTable.measure` for latency."""
     original = ctx.original or program
@@ -104,7 +95,7 @@ def make_budget(
             raise InputError("Latency is measured on a batch of the data; give data=.")
         choices = [_choice(program, c) for c in candidates]
         feeds = timing_feeds(program.model, ctx.data)
-        table = LatencyTable.measure(program, choices, feeds, threads=threads)
+        table = LatencyTable.measure(program, choices, feeds, threads=threads, progress=progress)
         return Seconds(_WORDS[kind], table.full, table)
     whole = np.ones(program.analysis.classes.count, bool)
     if original is program:

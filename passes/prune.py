@@ -23,7 +23,7 @@ from cipm_ir.passes.budget import (
 )
 from cipm_ir.passes.candidates import kept_numbers, wanted_spaces
 from cipm_ir.passes.cost import CostModel, Mask
-from cipm_ir.passes.importance import Importance, make_importance
+from cipm_ir.passes.importance import Importance, ScoreFunction, make_importance
 from cipm_ir.passes.registry import register
 from cipm_ir.symmetry.program import Program, Space
 
@@ -69,7 +69,7 @@ class Prune(Pass):
     exclude: tuple[str, ...] = option((), "no spaces whose names match; patterns as for include")
     blocks: bool = option(True, "also drop whole heads and groups")
     min_keep: float = option(0.1, "what every space keeps: a fraction below 1, or a number of units", low=0)
-    importance: str | Importance = option("magnitude", "criterion: a name, or an object with score()")  # noqa: RUF009 — a field
+    importance: str | Importance | ScoreFunction = option("magnitude", "criterion: a name, or an object with score()")  # noqa: RUF009 — a field
     reconstruction: Reconstruction | None = option(None, "object with compensate() for what goes")  # noqa: RUF009 — a field
 
     def __post_init__(self) -> None:

@@ -1,6 +1,6 @@
 """The dependency order of the package, read off its import statements.
 
-errors < algebra < ir < rules < symmetry < runtime < passes, frontends, backends < sources < api < cli
+errors < algebra < ir < rules < symmetry < runtime < passes, frontends, backends < sources < api < sweep < cli
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 RANKS = {
     "errors": 0,
     "version": 0,
+    "progress_bar": 1,
     "algebra": 1,
     "ir": 2,
     "rules": 3,
@@ -31,8 +32,10 @@ RANKS = {
     "backends": 6,
     "sources": 7,
     "api": 8,
-    "cli": 9,
-    "__main__": 10,
+    "sweep": 9,
+    "cli_sweep": 10,
+    "cli": 11,
+    "__main__": 12,
 }
 ALLOWED: frozenset[tuple[str, str]] = frozenset()
 TORCH_MODULES = ("cipm_ir.frontends.from_torch", "cipm_ir.backends.to_torch", "cipm_ir.runtime.torch_")
