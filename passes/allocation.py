@@ -79,7 +79,7 @@ def _descend(curves: Sequence[npt.NDArray[np.float64]], price: Price, rate: floa
 
 
 def _fill(curves: Sequence[npt.NDArray[np.float64]], price: Price, budget: float, levels: Levels) -> Levels:
-    """Raise levels while the budget allows, the one that gains most for what it costs first; then try exchanges."""
+    """Raise levels while the budget allows, the one that gains most for what it costs first."""
     levels = list(levels)
     while True:
         cost = price(levels)

@@ -118,9 +118,7 @@ def _refusal(
         return "rows would become uneven"
     if any(liveness.summed[t.ravel()].any() for t in tables):
         return "a normalization, softmax or sum runs over its units"
-    uses = {leaf.name: 0 for leaf in analysis.walk.leaves}
-    for leaf in analysis.walk.leaves:
-        uses[leaf.name] += len(leaf.uses)
+    uses = weight_uses(program)
     try:
         for k in group:
             tied = next((r.weight for r in readers(program, program.spaces[k]) if uses[r.weight] > 1), None)
@@ -132,6 +130,18 @@ def _refusal(
     if grids and not even(analysis, grids, mask_of(program, zip(group, smallest, strict=True))):
         return "rows would become uneven"
     return ""
+
+
+def weight_uses(program: Program) -> dict[str, int]:
+    """How many things read each parameter; through a Transpose, everything that reads that."""
+    walk = program.analysis.walk
+    uses: dict[str, int] = {}
+    for leaf in walk.leaves:
+        nodes = [walk.nodes[position] for position, _ in leaf.uses]
+        turned = [node.outputs[0] for node in nodes if node.op_type == "Transpose"]
+        more = sum(len(value.uses()) + value.is_graph_output() - 1 for value in turned)
+        uses[leaf.name] = uses.get(leaf.name, 0) + len(nodes) + more
+    return uses
 
 
 def mask_of(program: Program, kept: Iterable[tuple[int, Labels]]) -> Mask:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +16,11 @@ import onnx_ir as ir
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Labels
 from cipm_ir.passes.budget import Mask
+from cipm_ir.passes.candidates import weight_uses
+from cipm_ir.passes.logits import refit_logits
 from cipm_ir.passes.selection import solve
 from cipm_ir.runtime.design import Array, Linear, sample_places
+from cipm_ir.runtime.design import Normal as Normal
 from cipm_ir.runtime.frontier import Frontier, moving
 from cipm_ir.runtime.inputs import Data
 from cipm_ir.symmetry.program import Program
@@ -39,10 +41,13 @@ _RECTIFIED_ROUNDS = 3
 
 @dataclass(frozen=True)
 class Bias:
-    """A parameter that is added to a product, or (``sign`` -1) subtracted: the running mean behind it."""
+    """A parameter that shifts a product: one that is added, or the running mean behind it, which is subtracted.
+
+    ``gain``: (outputs,), how far the parameter goes for a product that goes up by one.
+    """
 
     name: str
-    sign: float
+    gain: Array
     shape: tuple[int, ...]
 
 
@@ -54,47 +59,13 @@ class Way:
         factor: (outputs,).
         shortcut: name of what is added; None where nothing is, or where it may still change.
         rectified: name of the sum, where nothing but Relu reads it: what is below zero there makes no difference.
+        output: name of the output of the graph that the product is, bias included.
     """
 
     factor: Array
     shortcut: str | None = None
     rectified: str | None = None
-
-
-class Normal:
-    """Sums for ``min |Y - X W - b|²``, batch by batch, in float64."""
-
-    def __init__(self, size: int, width: int) -> None:
-        self.rows = 0
-        self.xx = np.zeros((size, size))
-        self.xy = np.zeros((size, width))
-        self.x, self.y = np.zeros(size), np.zeros(width)
-
-    def add(self, x: Array, y: Array | None) -> None:
-        """Rows of inputs (rows, K) and targets (rows, outputs); without targets only the inputs are counted."""
-        x = x if x.dtype == np.float64 else x.astype(np.float32, copy=False)
-        self.rows += len(x)
-        self.xx += x.T @ x
-        self.x += x.sum(axis=0, dtype=np.float64)
-        if y is not None:
-            y = y.astype(x.dtype, copy=False)
-            self.xy += x.T @ y
-            self.y += y.sum(axis=0, dtype=np.float64)
-
-    def retarget(self, x: Array, y: Array) -> None:
-        """Other targets for the same rows."""
-        self.xy = (x.T @ y.astype(x.dtype, copy=False)).astype(np.float64)
-        self.y = y.sum(axis=0, dtype=np.float64)
-
-    def gram(self, *, centred: bool) -> Matrix:
-        """Mean of x xᵀ."""
-        mean = self.x / max(self.rows, 1)
-        return self.xx / max(self.rows, 1) - (np.outer(mean, mean) if centred else 0.0)
-
-    def cross(self, *, centred: bool) -> Matrix:
-        """Mean of x yᵀ."""
-        mean = np.outer(self.x, self.y) / max(self.rows, 1) ** 2
-        return self.xy / max(self.rows, 1) - (mean if centred else 0.0)
+    output: str | None = None
 
 
 @dataclass(frozen=True)
@@ -109,9 +80,7 @@ class Layer:
 
 def layers_of(program: Program) -> list[Layer]:
     """Products whose weights may be refitted, in graph order."""
-    uses: dict[str, int] = {}
-    for leaf in program.analysis.walk.leaves:
-        uses[leaf.name] = uses.get(leaf.name, 0) + len(leaf.uses)
+    uses = weight_uses(program)
     live = moving(program.model)
     nodes = list(program.model.graph)
     place = {id(n): k for k, n in enumerate(nodes)}
@@ -124,26 +93,27 @@ def layers_of(program: Program) -> list[Layer]:
         if attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
             continue
         linear = Linear.of(program, reader)
-        made.append(Layer(reader, linear, *_surroundings(program, node, linear.width, uses, live, place)))
+        made.append(Layer(reader, linear, *_surroundings(program, node, linear, uses, live, place)))
     return made
 
 
 def _surroundings(
-    program: Program, node: ir.Node, width: int, uses: dict[str, int], live: set[str], place: dict[int, int]
+    program: Program, node: ir.Node, linear: Linear, uses: dict[str, int], live: set[str], place: dict[int, int]
 ) -> tuple[Bias | None, Way]:
     """Follow a product through what adds and scales to the sum with a shortcut."""
+    width = linear.width
     own = node.inputs[2] if node.op_type != "MatMul" and len(node.inputs) > 2 else None
-    bias = _bias(program, own, 1.0, width, uses)
-    channel = -1 if node.op_type != "Conv" else 1
+    bias = _bias(program, own, np.ones(width), uses)
+    spatial = len(linear.kernel)
     factor, shortcut, value = np.ones(width), None, node.outputs[0]
     while len(value.uses()) == 1 and not value.is_graph_output():
         after, index = next(iter(value.uses()))
-        if after.op_type == "BatchNormalization" and index == 0 and channel == 1 and shortcut is None:
+        if after.op_type == "BatchNormalization" and index == 0 and node.op_type == "Conv" and shortcut is None:
             arrays = [_constant(v) for v in after.inputs[1:]]
             if any(a is None for a in arrays):
                 break
             scale, _, _, variance = (np.asarray(a, np.float64) for a in arrays)
-            bias = bias or _bias(program, after.inputs[3], -1.0, width, uses)
+            bias = bias or _bias(program, after.inputs[3], -factor, uses)
             factor = factor * scale / np.sqrt(variance + attribute(after, "epsilon", 1e-5))
         elif after.op_type == "Add" and shortcut is None:
             other = after.inputs[1 - index]
@@ -152,12 +122,18 @@ def _surroundings(
                     return bias, Way(factor)
                 shortcut = other.name
             else:
-                bias = bias or _bias(program, other, 1.0, width, uses)
+                bias = bias or _bias(program, other, factor, uses, spatial)
         elif after.op_type != "Identity":
             break
         value = after.outputs[0]
     shut = not value.is_graph_output() and {n.op_type for n, _ in value.uses()} == {"Relu"}
-    return bias, Way(factor, shortcut, value.name if shut and (np.abs(factor) > _SMALL).all() else None)
+    plain = shortcut is None and bool((factor == 1.0).all())
+    return bias, Way(
+        factor,
+        shortcut,
+        value.name if shut and (np.abs(factor) > _SMALL).all() else None,
+        value.name if value.is_graph_output() and plain else None,
+    )
 
 
 def _ready(value: ir.Value, start: int, place: dict[int, int]) -> bool:
@@ -174,18 +150,37 @@ def _ready(value: ir.Value, start: int, place: dict[int, int]) -> bool:
     return True
 
 
+def _groups(program: Program, layers: list[Layer]) -> list[list[Layer]]:
+    """Products in a row that read one value; one that is added to another of them comes after it, in a group alone."""
+    nodes = list(program.model.graph)
+    place = {id(n): k for k, n in enumerate(nodes)}
+    made = {v.name: v for n in nodes for v in n.outputs}
+    groups: list[list[Layer]] = []
+    for layer in layers:
+        first = groups[-1][0].reader if groups else None
+        shortcut = made.get(layer.way.shortcut)
+        if first is None or first.source != layer.reader.source:
+            groups.append([layer])
+        elif shortcut is not None and not _ready(shortcut, first.node, place):
+            groups.append([layer])
+        else:
+            groups[-1].append(layer)
+    return groups
+
+
 def _constant(value: ir.Value | None) -> Array | None:
     return None if value is None or value.const_value is None else np.asarray(value.const_value.numpy())
 
 
-def _bias(program: Program, value: ir.Value | None, sign: float, width: int, uses: dict[str, int]) -> Bias | None:
-    """A parameter of one entry for each output that nothing else uses."""
+def _bias(
+    program: Program, value: ir.Value | None, gain: Array, uses: dict[str, int], spatial: int = 0
+) -> Bias | None:
+    """A parameter with one entry for each output, ``spatial`` axes before its last, that nothing else uses."""
     if value is None or value.const_value is None or not value.is_initializer() or uses.get(value.name or "") != 1:
         return None
     shape = tuple(value.const_value.shape.numpy())
-    if int(np.prod(shape)) != width or max(shape, default=0) != width:
-        return None
-    return Bias(value.name or "", sign, shape)
+    lined_up = len(shape) > spatial and shape[len(shape) - 1 - spatial] == len(gain)
+    return Bias(value.name or "", gain, shape) if lined_up and int(np.prod(shape)) == len(gain) else None
 
 
 @dataclass
@@ -198,6 +193,7 @@ class Compensation:
         limit: at most this many samples.
         damping: pull towards the old weights, as a fraction of the mean variance of the inputs.
         seed: of the positions that are looked at where there are more than needed.
+        logits: outputs that are logits of classes.
     """
 
     data: Data
@@ -205,6 +201,7 @@ class Compensation:
     limit: int | None = None
     damping: float = 1e-4
     seed: int = 0
+    logits: frozenset[str] = frozenset()
     progress: Callable[[str, float | None], None] | None = None
 
     def run(self, program: Program, stays: Mask) -> Compensated:
@@ -215,7 +212,7 @@ class Compensation:
         made = Compensated(program, {}, [])
         if first is None:
             return made
-        groups = [list(g) for _, g in groupby(layers[first:], key=lambda layer: layer.reader.source)]
+        groups = _groups(program, layers[first:])
         with Frontier(program.model, self.data, size=self.size, limit=self.limit) as dense:
             dense.advance(program.model, groups[0][0].reader.node)
             with dense.fork() as now:
@@ -252,9 +249,26 @@ class Compensation:
                 for _ in range(_RECTIFIED_ROUNDS):
                     sums.retarget(x, _below_zero(layer, fitted, sums, x, target, total))
                     fitted = refitted(made.program, layer, sums, gone[node], self.damping)
+            if layer.way.output in self.logits and layer.bias is not None:
+                self._sharpen(made.program, layer, fitted, sums, x, target)
             weights.update(fitted)
             made.sums[node] = (layer, sums)
         made.program = made.program.refit(weights)
+
+    def _sharpen(
+        self, program: Program, layer: Layer, fitted: dict[str, Array], sums: Normal, x: Array, target: Array
+    ) -> None:
+        """Refit a product that gives logits by the divergence of the classes."""
+        assert layer.bias is not None
+        # what is added behind the product belongs to the logits, but its rows may be one class each
+        added = 0.0
+        if layer.reader.bias != layer.bias.name:
+            added = _parameter(program, layer.bias.name).astype(np.float64).ravel()
+        weight = layer.linear.matrix(fitted[layer.reader.weight]).astype(np.float64)
+        start = np.asarray(fitted[layer.bias.name], np.float64).ravel()
+        weight, bias = refit_logits(x, target + added, weight, start, self.seed)
+        fitted[layer.reader.weight] = layer.linear.weight(weight)
+        fitted[layer.bias.name] = bias.reshape(layer.bias.shape)
 
 
 @dataclass
@@ -307,7 +321,7 @@ class _Rows:
                     inverse = np.where(safe, 1.0 / np.where(safe, way.factor, 1.0), 0.0).astype(y.dtype)
                     y = y + linear.outputs(gap, where) * inverse
             ys.append(y)
-            if way.rectified is not None:
+            if way.rectified is not None and b[way.rectified].shape == b[layer.reader.output].shape:
                 zs.append(linear.outputs(np.asarray(b[way.rectified]), where))
         return np.concatenate(ys), np.concatenate(zs) if zs else None
 
@@ -366,7 +380,7 @@ def _shifted(program: Program, layer: Layer, sums: Normal, weight: Matrix) -> Ar
     own = 0.0 if layer.reader.bias is None else _parameter(program, layer.reader.bias).astype(np.float64).ravel()
     # the target is the product without what is added behind it: only what the weight leaves over goes there
     old = _parameter(program, layer.bias.name).astype(np.float64)
-    return old + (layer.bias.sign * (mean - own)).reshape(layer.bias.shape)
+    return old + (layer.bias.gain * (mean - own)).reshape(layer.bias.shape)
 
 
 def emptied(program: Program, layer: Layer, gone: Labels) -> dict[str, Array]:

@@ -133,7 +133,9 @@ class Compress(Pass):
         curves = probe.curves(candidates, grams, _share(ctx, 0.15, 0.45))
         costs = CostModel(program)
         budget = make_budget(self._kind(), program, candidates, costs, ctx, self.threads, _share(ctx, 0.45, 0.5))
-        compensation = Compensation(ctx.data, size, self.samples, self.damping, ctx.seed)
+        compensation = Compensation(
+            ctx.data, size, self.samples, self.damping, ctx.seed, probe.divergence.logits
+        )
         return Plan(program, candidates, probe, curves, costs, budget, compensation, self.rounds, notes)
 
     def _multiple(self) -> int:

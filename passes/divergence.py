@@ -45,6 +45,11 @@ class Divergence:
             raise InputError("The model gives out no floating-point value, so a change of it cannot be measured.")
         return cls(found)
 
+    @property
+    def logits(self) -> frozenset[str]:
+        """Outputs that are logits of classes."""
+        return frozenset(name for name, measure in self.measures.items() if measure == "kl")
+
     def batch(self, a: Mapping[str, Array], b: Mapping[str, Array]) -> Array:
         """Sums for one batch, (outputs, 2): numerator and denominator, to be added over batches."""
         rows = []
@@ -61,7 +66,7 @@ class Divergence:
         """The divergence, from the sums of all batches; infinite where a value is NaN."""
         whole = np.sum(sums, axis=0)
         ratio = whole[:, 0] / np.maximum(whole[:, 1], 1e-30)
-        return float(ratio.mean()) if np.isfinite(ratio).all() else float("inf")
+        return max(float(ratio.mean()), 0.0) if np.isfinite(ratio).all() else float("inf")
 
     def __str__(self) -> str:
         words = {"kl": "KL divergence in nats", "error": "relative squared error"}
@@ -76,4 +81,6 @@ def _is_logits(value: ir.Value, array: Array) -> bool:
     while node is not None and node.op_type in _PASS:
         moving = [v for v in node.inputs if v is not None and v.producer() is not None]
         node = moving[0].producer() if moving else None
-    return node is not None and node.op_type in ("Gemm", "MatMul", "Conv", "GlobalAveragePool", "ReduceMean")
+    if node is not None and node.op_type in ("Conv", "GlobalAveragePool"):
+        return array.ndim == 2  # with places, the classes are not on the last axis
+    return node is not None and node.op_type in ("Gemm", "MatMul", "ReduceMean")

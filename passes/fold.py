@@ -9,6 +9,7 @@ from math import ceil
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+from scipy.sparse import csr_array
 
 from cipm_ir.errors import OptionError, SymmetryError
 from cipm_ir.ir.labels import Labels
@@ -147,6 +148,7 @@ class Fold(Pass):
             made, failed = _all_merged(program, merges)
             if not failed:
                 tally.note_merges(program, merges, self.method)
+                tally.warnings += planner.warnings
                 return made
             for k, why in failed.items():
                 tally.refuse(program.spaces[k], why)
@@ -259,6 +261,7 @@ class _Tally:
     duplicates: int = 0
     merged: int = 0
     method: str = ""
+    warnings: list[str] = field(default_factory=list)
 
     def refuse(self, space: Space, why: str) -> None:
         """Note why a space stays as it is."""
@@ -284,7 +287,7 @@ class _Tally:
         before = self.kept.get(space.name, np.arange(space.size))
         earlier = self.mixing.get(space.name)
         self.kept[space.name] = before[kept]
-        self.mixing[space.name] = mixing if earlier is None else earlier @ mixing
+        self.mixing[space.name] = mixing if earlier is None else np.asarray(csr_array(earlier) @ mixing)
 
     def refusals(self) -> str:
         """The refused spaces, by reason."""
@@ -304,6 +307,7 @@ class _Tally:
         metrics: dict[str, Any] = {
             "duplicates": self.duplicates, "merged": self.merged, "method": self.method,
             "widths": {name: [sizes[name], len(kept)] for name, kept in self.kept.items()}, "refused": self.refused,
+            "warnings": self.warnings,
         }  # fmt: skip
         parts = [
             f"{count} {what}"
@@ -311,8 +315,7 @@ class _Tally:
             if count
         ]
         summary = f"units merged: {', '.join(parts)}, in {len(self.kept)} spaces" if parts else "nothing to merge"
-        refused = self.refusals()
-        summary = f"{summary}; {refused}" if refused else summary
+        summary = "; ".join(part for part in (summary, *self.warnings, self.refusals()) if part)
         if not parts:
             return PassResult(self.program, False, summary, metrics=metrics)
         kind = Kind.APPROXIMATE if self.merged else Kind.EXACT

@@ -33,10 +33,11 @@ _SAMPLES = 4096
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """``second`` (units, units): E[h_i h_j]. ``mean`` (units,): E[h_i]."""
+    """``second`` (units, units): E[h_i h_j]. ``mean`` (units,): E[h_i]. ``count``: measured values of each unit."""
 
     second: Floats
     mean: Floats
+    count: int | None = None
 
     @property
     def covariance(self) -> Floats:
@@ -92,7 +93,7 @@ def measured_moments(program: Program, sites: Mapping[int, list[Site]], ctx: Con
                     second[k] += h.T @ h
                     total[k] += h.sum(axis=0)
                     count[k] += len(h)
-    return {k: Moments(second[k] / count[k], total[k] / count[k]) for k in sites}
+    return {k: Moments(second[k] / count[k], total[k] / count[k], count[k]) for k in sites}
 
 
 # ---------------------------------------------------------------- from weights
@@ -138,8 +139,8 @@ def _dual(program: Program, origin: Origin, classes: Labels) -> Moments:
         raise SymmetryError("the units overflow on normal inputs")
     second, power = np.zeros_like(rho), np.ones_like(rho)
     for coefficient in a.T:
-        second += np.outer(coefficient, coefficient) * power
-        power = power * rho
+        second += coefficient[:, None] * power * coefficient
+        power *= rho
     return Moments(second, a[:, 0])
 
 

@@ -50,6 +50,7 @@ class Planner:
     ctx: Context
     correct: bool = True
     streams: bool = False
+    warnings: list[str] = field(default_factory=list)
     _moments: dict[int, Moments] = field(default_factory=dict)
 
     def able(self, rows: Mapping[int, UnitRows], refuse: Callable[[Space, str], None]) -> dict[int, UnitRows]:
@@ -81,6 +82,14 @@ class Planner:
             except SymmetryError as refusal:
                 refuse(one.space, str(refusal))
         self._moments = measured_moments(self.program, sites, self.ctx)
+        few = {rows[k].space.name: m.count for k, m in self._moments.items() if m.count and m.count < len(m.mean)}
+        if few:
+            name, count = next(iter(few.items()))
+            size = self.program.space(name).size
+            self.warnings.append(
+                f"too few data: {count} values for the {size} units of @{name}, so their moments have rank {count} "
+                f"at most and the rest is damping (and so of {len(few) - 1} more spaces); give more samples"
+            )
         return {k: rows[k] for k in sites}
 
     def merges(

@@ -16,7 +16,7 @@ from cipm_ir.passes.divergence import Divergence
 from cipm_ir.passes.selection import Problem, eliminate, improve
 from cipm_ir.runtime.design import Array, sample_places
 from cipm_ir.runtime.frontier import Frontier
-from cipm_ir.runtime.inputs import Data
+from cipm_ir.runtime.inputs import Data, batches, sample_count
 from cipm_ir.runtime.observe import observe, samples
 from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.readers import Reader
@@ -25,6 +25,8 @@ Curve = npt.NDArray[np.float64]
 Progress = Callable[[str, float | None], None]
 _ROWS_PER_PLACE = 30
 _LEAST_ROWS = 40_000
+_CONSTANT = 1e-10
+"""An output whose variance is at most this share of its mean square is constant up to rounding."""
 _REACH = 2
 """So many levels up and down are measured again around a choice."""
 
@@ -66,7 +68,10 @@ def problem_of(program: Program, layer: Layer, sums: Normal, columns: Labels, da
     assert tensor is not None
     weight = layer.linear.matrix(np.asarray(tensor.numpy())).astype(np.float64)
     gram = sums.gram(centred=layer.bias is not None)
-    energy = float(np.einsum("ko,kl,lo->", weight, gram, weight, optimize=True))
+    energy = float(np.einsum("ko,ko->", weight, gram @ weight))
+    whole = float(np.einsum("ko,ko->", weight, sums.gram(centred=False) @ weight))
+    if energy <= _CONSTANT * whole:
+        energy = float("inf")  # an output that does not vary: nothing that happens to its inputs counts
     return Problem(gram, weight, layer.linear.rows_of(columns), energy, damping)
 
 
@@ -213,17 +218,13 @@ def shrunk(
             tensor = program.model.graph.initializers[layer.bias.name].const_value
             assert tensor is not None
             shift = (sums.x / max(sums.rows, 1)) @ (problem.weight - weight)
-            made[layer.bias.name] = np.asarray(tensor.numpy()) + layer.bias.sign * shift.reshape(layer.bias.shape)
+            made[layer.bias.name] = np.asarray(tensor.numpy()) + (layer.bias.gain * shift).reshape(layer.bias.shape)
     return made
 
 
 def count_samples(program: Program, data: Data, size: int, limit: int | None) -> int:
-    """How many samples there are, up to a limit."""
-    from cipm_ir.runtime.inputs import batches
-
-    count = 0
-    for feeds in batches(data, program.model, size):
-        count += samples(feeds)
-        if limit is not None and count >= limit:
-            return limit
-    return count
+    """How many samples there are, up to a limit; counted without reading them, but for an iterable's."""
+    known = sample_count(data, program.model, limit=limit)
+    if known is not None:
+        return known
+    return sum(samples(feeds) for feeds in batches(data, program.model, size, limit=limit))

@@ -189,7 +189,7 @@ def test_budgets_are_met(name: str, method: str) -> None:
     program = program_of(name)
     data = None
     if method == "correlation":
-        shapes = {v.name: [d if isinstance(d, int) else 4 for d in v.shape] for v in program.model.graph.inputs}
+        shapes = {v.name: [d if isinstance(d, int) else 4 for d in v.shape or ()] for v in program.model.graph.inputs}
         rng = np.random.default_rng(0)
         data = {k: rng.standard_normal([64, *s[1:]]).astype(np.float32) for k, s in shapes.items()}
     one = Fold(params=0.85, method=method)  # type: ignore[arg-type]
@@ -235,6 +235,25 @@ def test_correlation_needs_data() -> None:
         Fold(ratio=0.5, method="correlation").run(program_of("mlp_relu"), Context())
 
 
+def test_too_few_data_are_said_to_be() -> None:
+    program = program_of("mlp_relu")
+    few, many = (np.random.default_rng(0).standard_normal((n, 5)).astype(np.float32) for n in (3, 50))
+    result = Fold(ratio=0.5).run(program, Context(data={"x": few}))
+    assert "3 values for the 8 units of @w_1" in result.summary and result.metrics["warnings"]
+    assert all(np.isfinite(x).all() for x in outputs(result.program, "mlp_relu"))
+    assert not Fold(ratio=0.5).run(program, Context(data={"x": many})).metrics["warnings"]
+    constant = Fold(ratio=0.5).run(program, Context(data={"x": np.zeros((50, 5), np.float32)}))
+    assert all(np.isfinite(x).all() for x in outputs(constant.program, "mlp_relu"))
+
+
+def test_streams_by_least_squares_need_data() -> None:
+    program = program_of("residual_blocks")
+    feeds = random_inputs(program.model, np.random.default_rng(0), 64)
+    without = Fold(ratio=0.3, streams=True).run(program, Context())
+    assert "several places" in without.metrics["refused"]["w_1"]
+    assert "w_1" in widths(Fold(ratio=0.3, streams=True).run(program, Context(data=feeds)))
+
+
 def test_out_of_reach() -> None:
     with pytest.raises(SymmetryError, match=r"fold cannot come down to 0\.01 of the parameters: .*0\.\d+ remain"):
         Fold(params=0.01).run(program_of("mlp_relu"), Context())
@@ -244,6 +263,23 @@ def test_text_form() -> None:
     made = Fold(params=0.75, method="k-means", exclude=("head*",))
     assert list(parse_passes(str(made))) == [made]
     assert str(Fold()) == "fold"
+
+
+@pytest.mark.parametrize("correct", [True, False])
+def test_where_the_variance_is_corrected(correct: bool) -> None:
+    """On the scale of a batch normalization; else on the readers, where the group has scales; else nowhere."""
+    one = Fold(ratio=0.5, method="k-means", correct=correct)
+    program = program_of("batch_norm_relu")
+    result = one.run(program, Context())
+    mixing = result.witness["mixing"]["w_1"]
+    assert set(np.unique(mixing)) == {0.0, 1.0}
+    mean = mixing.T @ array_of(program, "s_5").astype(np.float64) / mixing.sum(axis=0)
+    gain = array_of(result.program, "s_5") / mean
+    alone = mixing.sum(axis=0) == 1
+    assert np.allclose(gain[alone], 1.0) and (gain[~alone] > 1.01).all() == correct
+    for name, scaled in (("mlp_relu", True), ("mlp_gelu", False), ("mlp_tanh", False)):
+        factors = np.unique(one.run(program_of(name), Context()).witness["mixing"]["w_1"])
+        assert (factors > 1.01).any() == (scaled and correct)
 
 
 # ---------------------------------------------------------------- quality

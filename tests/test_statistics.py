@@ -347,12 +347,23 @@ def test_bad_options(rng: np.random.Generator) -> None:
             one.similarity(measure)
 
 
-def test_a_space_that_no_weight_reads_is_seen_but_has_no_gram(rng: np.random.Generator) -> None:
+def test_a_space_that_no_weight_reads_is_seen_but_has_no_gram(rng: np.random.Generator, tmp_path: Path) -> None:
     program = cipm_ir.load(zoo.build("attention_separate"))
     data = cipm_ir_inputs(program, rng)
     found = collect(program, data, gram=True)
     without = [s for s in program.spaces if s.name in found and not found[s.name].gram]
     assert without
+    for space in program.spaces:
+        if space.name in found:
+            said = [text for text in found.warnings if f"@{space.name}: no Gram matrices." in text]
+            assert len(said) == (space in without)
+    one = found[without[0].name]
+    assert one.gramless
+    with pytest.raises(KeyError, match="no Gram matrices"):
+        one.gram["anything"]
+    found.save(tmp_path / "statistics.npz")
+    assert Statistics.load(tmp_path / "statistics.npz").warnings == found.warnings == (found + found).warnings
+    assert not any(text.gramless for text in collect(program, data).values())
     with pytest.raises(CipmError, match=r"reads @|No weight"):
         collect(program, data, gram=True, spaces=[without[0]])
     blocks = [s for s in program.spaces if s.kind == "blocks"]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests import zoo
+from tests.test_observe import noted
 from tests.test_statistics import drawn, mlp, wide_mlp
 
 import cipm_ir
@@ -73,6 +74,9 @@ def test_shards_give_the_numbers_of_one_process(rng: np.random.Generator) -> Non
     assert_same(found, collect(program, data, engine="local", shard=100, **FULL), bits=True)
     part = collect(program, data, engine="local", shard=40, size=20, limit=100)
     assert_same(part, collect_here(program, {"x": data["x"][:100]}))
+    part = collect(program, data, engine=Wire(), shard=40, size=15, limit=97)
+    assert_same(part, collect_here(program, data, size=31, limit=97))
+    assert part.samples == 97
 
 
 def test_data_in_any_form(rng: np.random.Generator, tmp_path: Path) -> None:
@@ -83,6 +87,10 @@ def test_data_in_any_form(rng: np.random.Generator, tmp_path: Path) -> None:
     wire = Wire()
     assert_same(collect(program, iter([{"x": x} for x in np.split(data["x"], 12)]), engine=wire, shard=10), whole)
     assert wire.calls == 6
+    for given in (data, tmp_path / "data.npz"):
+        shown: list[float | None] = []
+        collect(program, given, engine="local", shard=25, progress=noted(shown))
+        assert shown == [25 / 60, 50 / 60, 1]
 
 
 def test_sketches_and_the_second_run(rng: np.random.Generator) -> None:
@@ -105,7 +113,7 @@ def test_a_convolutional_model_with_blocks(rng: np.random.Generator) -> None:
 def test_errors_of_workers_arrive(rng: np.random.Generator) -> None:
     data = drawn(rng, 50, 5)
     data["x"][33, 2] = np.nan
-    with pytest.raises(InputError, match="NaN or infinite"):
+    with pytest.raises(InputError, match="NaN or infinite on samples 30 to 39 of the data"):
         collect(mlp(), data, engine=Wire(), shard=10)
     with pytest.raises(InputError, match="no samples"):
         collect(mlp(), iter([]), engine=Wire())

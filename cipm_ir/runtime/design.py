@@ -6,6 +6,7 @@ A convolution's rows are its unfolded patches, zeros of the padding included, on
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.readers import Reader
 
 Array = npt.NDArray[Any]
+FloatArray = npt.NDArray[np.float64]
+_ROWS_AT_ONCE = 1 << 13
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,76 @@ class Linear:
         """(elements, k times taps): the rows of the matrix that belong to each element."""
         taps = math.prod(self.kernel)
         return (columns[:, :, None] * taps + np.arange(taps)).reshape(len(columns), columns.shape[1] * taps)
+
+
+class Normal:
+    """Sums for ``min |Y - X W - b|²``, batch by batch.
+
+    Rows are taken relative to the mean of the first batch, so that large means cost no digits; products of a few
+    thousand rows are in the rows' own precision, everything else is in float64. ``x`` and ``y``: sums of the rows.
+    """
+
+    def __init__(self, size: int, width: int) -> None:
+        self.rows = 0
+        self.x, self.y = np.zeros(size), np.zeros(width)
+        self._xx, self._xy = np.zeros((size, size)), np.zeros((size, width))
+        self._origin: tuple[Array, Array] | None = None
+
+    def add(self, x: Array, y: Array | None) -> None:
+        """Rows of inputs (rows, K) and targets (rows, outputs); without targets only the inputs are counted."""
+        if not len(x):
+            return
+        x = x if x.dtype == np.float64 else x.astype(np.float32, copy=False)
+        if self._origin is None:
+            about = self.y if y is None else y.mean(axis=0, dtype=np.float64)
+            # as the rows' own type holds them, so that what is subtracted is what is added again
+            self._origin = x.mean(axis=0, dtype=np.float64).astype(x.dtype), about.astype(x.dtype)
+        self.rows += len(x)
+        self.x += x.sum(axis=0, dtype=np.float64)
+        if y is not None:
+            y = y.astype(x.dtype, copy=False)
+            self.y += y.sum(axis=0, dtype=np.float64)
+            self._xy += self._products(x, y)
+        for part in self._parts(x, self._origin[0]):
+            self._xx += part.T @ part
+
+    def retarget(self, x: Array, y: Array) -> None:
+        """Other targets for the same rows."""
+        self.y = y.sum(axis=0, dtype=np.float64)
+        self._xy = self._products(x, y)
+
+    def gram(self, *, centred: bool) -> FloatArray:
+        """Mean of x xᵀ."""
+        mean, (off, _) = self.x / max(self.rows, 1), self._offsets()
+        inner = self._xx / max(self.rows, 1) - np.outer(off, off)
+        return inner if centred else inner + np.outer(mean, mean)
+
+    def cross(self, *, centred: bool) -> FloatArray:
+        """Mean of x yᵀ."""
+        inner = self._xy / max(self.rows, 1) - np.outer(*self._offsets())
+        return inner if centred else inner + np.outer(self.x, self.y) / max(self.rows, 1) ** 2
+
+    def _offsets(self) -> tuple[Array, Array]:
+        """Means relative to the origin."""
+        if self._origin is None:
+            return self.x, self.y
+        a, b = self._origin
+        return self.x / self.rows - a, self.y / self.rows - b
+
+    def _products(self, x: Array, y: Array) -> FloatArray:
+        assert self._origin is not None
+        total = np.zeros_like(self._xy)
+        y = y.astype(x.dtype, copy=False)
+        for a, b in zip(self._parts(x, self._origin[0]), self._parts(y, self._origin[1]), strict=True):
+            total += a.T @ b
+        return total
+
+    @staticmethod
+    def _parts(rows: Array, origin: Array) -> Iterator[Array]:
+        """A few rows at a time, relative to the origin."""
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            part = rows[start : start + _ROWS_AT_ONCE]
+            yield part - origin
 
 
 def sample_places(count: int, wanted: int | None, rng: np.random.Generator) -> Labels | None:

@@ -26,7 +26,7 @@ import onnx_ir as ir
 
 from cipm_ir.errors import CipmError, InputError, OptionError, UnsupportedError
 from cipm_ir.runtime.graphs import named
-from cipm_ir.runtime.inputs import Data, Feeds, batches
+from cipm_ir.runtime.inputs import Data, Feeds, batches, sample_count
 from cipm_ir.runtime.moments import Array
 from cipm_ir.runtime.observe import samples
 from cipm_ir.runtime.statistics import gather, joined, readable_again
@@ -252,7 +252,8 @@ class _Job:
         waiting: deque[tuple[Any, int]] = deque()
         total: Statistics | None = None
         done = 0
-        known = _length(self.data, self.limit)
+        known = sample_count(self.data, self.model, limit=self.limit) if self.progress is not None else None
+        known = self.limit if known is None else known
         source = _shards(self.data, self.model, self.shard, self.limit)
         more = True
         while more or waiting:
@@ -261,8 +262,7 @@ class _Job:
                 more = piece is not None
                 if piece is not None:
                     start, feeds = piece
-                    left = None if self.limit is None else self.limit - start
-                    handle = self.engine.submit(work, packed, shared, feeds, self.size, start, left)
+                    handle = self.engine.submit(work, packed, shared, feeds, self.size, start)
                     waiting.append((handle, samples(feeds)))
             if not waiting:
                 break
@@ -277,24 +277,15 @@ class _Job:
         return total
 
 
-def work(packed: Packed, plan: Plan, feeds: Feeds, size: int, start: int, limit: int | None) -> Statistics:
+def work(packed: Packed, plan: Plan, feeds: Feeds, size: int, start: int) -> Statistics:
     """What a worker does with one shard; ``start`` is the number of its first sample."""
-    return gather(unpack(packed), plan, feeds, size=size, start=start, limit=limit)
-
-
-def _length(data: Data, limit: int | None) -> int | None:
-    if not isinstance(data, Mapping):
-        return limit
-    count = max((len(a) for a in data.values() if np.ndim(a)), default=0)
-    return count if limit is None else min(count, limit)
+    return gather(unpack(packed), plan, feeds, size=size, start=start)
 
 
 def _shards(data: Data, model: ir.Model, shard: int, limit: int | None) -> Iterator[tuple[int, Feeds]]:
     """(number of the first sample, feeds) of pieces of about ``shard`` samples."""
     start, waiting, held = 0, list[Feeds](), 0
-    for feeds in batches(data, model, shard):
-        if limit is not None and start + held >= limit:
-            break
+    for feeds in batches(data, model, shard, limit=limit):
         waiting.append(feeds)
         held += samples(feeds)
         if held >= shard:

@@ -33,9 +33,7 @@ class Frontier:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._written = 0
         names = {v.name for v in model.graph.inputs}
-        for feeds in batches(data, model, size):
-            if limit is not None and sum(self.samples) >= limit:
-                break
+        for feeds in batches(data, model, size, limit=limit):
             self.samples.append(samples(feeds))
             self.values.append({k: v for k, v in feeds.items() if k in names})
         if not self.values:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from cipm_ir.errors import InputError, UnsupportedError
+from cipm_ir.runtime.npz import Archive, Rows
 
 Array: TypeAlias = npt.NDArray[Any]
 Feeds: TypeAlias = dict[str, Array]
@@ -174,77 +176,135 @@ def _mask(shape: tuple[int, ...], rng: np.random.Generator) -> Array:
     return np.asarray(np.arange(shape[-1]) < np.maximum(lengths, 1)[..., None])
 
 
-def batches(data: Data, model: ir.Model, size: int = 8) -> Iterator[Feeds]:
-    """Cut given samples into feeds for the model; one feed at a time is in memory (a .npz is read array by array).
+def batches(data: Data, model: ir.Model, size: int = 8, *, limit: int | None = None) -> Iterator[Feeds]:
+    """Cut given samples into feeds for the model; one feed at a time is in memory (a .npz is read row by row).
 
     Args:
         data: a path to `.npz` (arrays by input name, first axis samples), a mapping of arrays, or an iterable of these.
-            Arrays that the model has no input for are ignored.
+            Arrays that the model has no input for are ignored. An array that was saved in Fortran order is read whole.
         model: the model to feed; where an input has a literal first size, batches have it and a rest is dropped.
         size: samples per batch otherwise.
+        limit: at most this many samples, rounded up to whole batches where the model fixes their size; of an iterable,
+            no more is taken than that needs.
 
     Raises:
         InputError: no such file, an input without data, the wrong shape or type, different numbers of samples.
     """
+    left = limit
+    for piece in _pieces(data):
+        cut = _Cut.of(piece, model, size, left)
+        yield from cut.feeds()
+        if left is not None:
+            left -= cut.count
+            if left <= 0:
+                return
+
+
+def sample_count(data: Data, model: ir.Model, *, limit: int | None = None) -> int | None:
+    """How many samples `batches` gives, from shapes and the headers of a file; None where only reading them tells.
+
+    Errors: as `batches`, where the data does not fit the model.
+    """
+    if not isinstance(data, (str, os.PathLike, Mapping, list, tuple)):
+        return None
+    count = 0
+    for piece in _pieces(data):
+        count += _Cut.of(piece, model, 1, None if limit is None else limit - count).count
+        if limit is not None and count >= limit:
+            break
+    return count
+
+
+def _pieces(data: Data) -> Iterator[Mapping[str, Any]]:
+    """Mappings of arrays, or of `Rows`."""
     if isinstance(data, (str, os.PathLike)):
-        yield from _cut(_read_npz(data), model, size)
+        with Archive(data) as archive:
+            yield archive
     elif isinstance(data, Mapping):
-        yield from _cut(data, model, size)
+        yield data
     elif isinstance(data, Iterable) and not isinstance(data, np.ndarray):
         for sample in data:
             if not isinstance(sample, Mapping):
                 raise InputError(f"Data is an iterable of dicts by input name, but holds a {type(sample).__name__}.")
-            yield from _cut(sample, model, size)
+            yield sample
     else:
         raise InputError(f"Data is a path to .npz, a dict, or an iterable of dicts, not {type(data).__name__}.")
 
 
-def _read_npz(path: str | os.PathLike[str]) -> dict[str, Array]:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except FileNotFoundError:
-        raise InputError(f"There is no data file {os.fspath(path)!r}.") from None
-    except Exception as error:
-        raise InputError(f"{os.fspath(path)!r} is not an .npz file of plain arrays: {error}.") from error
+class _Held:
+    """An array in memory, taken from its beginning to its end, as `Rows` are."""
+
+    def __init__(self, array: Array) -> None:
+        self._array, self._taken = array, 0
+        self.shape, self.dtype = array.shape, array.dtype
+
+    def take(self, count: int) -> Array:
+        if not self.shape:
+            return self._array
+        self._taken += count
+        return self._array[self._taken - count : self._taken]
 
 
-def _cut(data: Mapping[str, Any], model: ir.Model, size: int) -> Iterator[Feeds]:
-    inputs = true_inputs(model)
-    arrays = {value.name or "": _fitting(data, value) for value in inputs}
-    counts = {name: len(array) for name, array in arrays.items() if array.ndim}
-    if len(set(counts.values())) > 1:
-        raise InputError(f"The data holds different numbers of samples: {counts}.")
-    count = next(iter(counts.values()), 1)
-    literals = {dim for dim in (value.shape[0] for value in inputs if value.shape) if isinstance(dim, int) and dim > 0}
-    if len(literals) > 1:
-        raise InputError(
-            f"The inputs have different fixed first sizes {sorted(literals)}; data cannot be cut for them."
-        )
-    step = min(literals, default=size)
-    if literals and count < step:
-        raise InputError(f"The model takes batches of exactly {step} samples, but the data holds {count}.")
-    for start in range(0, count - step + 1 if literals else count, step):
-        yield {name: array[start : start + step] if array.ndim else array for name, array in arrays.items()}
+@dataclass(frozen=True)
+class _Column:
+    """What one input is fed: rows, and the type that they are converted to, batch by batch."""
+
+    rows: Rows | _Held
+    dtype: np.dtype[Any]
+
+    def take(self, count: int) -> Array:
+        return self.rows.take(count).astype(self.dtype, copy=False)
 
 
-def _fitting(data: Mapping[str, Any], value: ir.Value) -> Array:
+@dataclass(frozen=True)
+class _Cut:
+    """Arrays that fit a model: ``count`` samples of them, in batches of ``step``."""
+
+    columns: dict[str, _Column]
+    count: int
+    step: int
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any], model: ir.Model, size: int, limit: int | None) -> _Cut:
+        inputs = true_inputs(model)
+        columns = {value.name or "": _fitting(data, value) for value in inputs}
+        counts = {name: column.rows.shape[0] for name, column in columns.items() if column.rows.shape}
+        if len(set(counts.values())) > 1:
+            raise InputError(f"The data holds different numbers of samples: {counts}.")
+        count = next(iter(counts.values()), 1)
+        literals = {dim for dim in (v.shape[0] for v in inputs if v.shape) if isinstance(dim, int) and dim > 0}
+        if len(literals) > 1:
+            raise InputError(
+                f"The inputs have different fixed first sizes {sorted(literals)}; data cannot be cut for them."
+            )
+        step = min(literals, default=size)
+        if literals and count < step:
+            raise InputError(f"The model takes batches of exactly {step} samples, but the data holds {count}.")
+        if limit is not None:
+            count = min(count, max(-(-limit // step) * step if literals else limit, 0))
+        return cls(columns, count // step * step if literals else count, step)
+
+    def feeds(self) -> Iterator[Feeds]:
+        for start in range(0, self.count, self.step):
+            number = min(self.step, self.count - start)
+            yield {name: column.take(number) for name, column in self.columns.items()}
+
+
+def _fitting(data: Mapping[str, Any], value: ir.Value) -> _Column:
     name = value.name or ""
     if name not in data:
         raise InputError(
             f"The data has no array for input {name!r}; it holds {', '.join(map(repr, data)) or 'nothing'}."
         )
-    array = np.asarray(data[name])
-    dtype = value.dtype.numpy() if value.dtype is not None and value.dtype != ir.DataType.STRING else array.dtype
-    if array.dtype != dtype:
-        if not np.can_cast(array.dtype, dtype, casting="same_kind"):
-            raise InputError(f"Input {name!r} takes {dtype}, but the data is {array.dtype}; convert it first.")
-        array = array.astype(dtype)
-    if value.shape is None:
-        return array
-    wanted = [dim if isinstance(dim, int) and dim > 0 else None for dim in value.shape]
-    bad = len(wanted) != array.ndim
-    bad = bad or any(want is not None and want != got for want, got in zip(wanted[1:], array.shape[1:], strict=True))
-    if bad:
-        raise InputError(f"Input {name!r} has shape {value.shape}, but the data has shape {list(array.shape)}.")
-    return array
+    found = data[name]
+    rows = found if isinstance(found, Rows) else _Held(np.asarray(found))
+    dtype = value.dtype.numpy() if value.dtype is not None and value.dtype != ir.DataType.STRING else rows.dtype
+    if rows.dtype != dtype and not np.can_cast(rows.dtype, dtype, casting="same_kind"):
+        raise InputError(f"Input {name!r} takes {dtype}, but the data is {rows.dtype}; convert it first.")
+    if value.shape is not None:
+        wanted = [dim if isinstance(dim, int) and dim > 0 else None for dim in value.shape]
+        bad = len(wanted) != len(rows.shape)
+        bad = bad or any(want not in (None, got) for want, got in zip(wanted[1:], rows.shape[1:], strict=True))
+        if bad:
+            raise InputError(f"Input {name!r} has shape {value.shape}, but the data has shape {list(rows.shape)}.")
+    return _Column(rows, dtype)

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from cipm_ir.errors import InputError
-from cipm_ir.runtime.inputs import Data, Feeds, batches
+from cipm_ir.runtime.inputs import Data, Feeds, batches, sample_count
 from cipm_ir.runtime.session import Array, Runner
 
 
@@ -19,6 +19,7 @@ def observe(
     *,
     size: int = 64,
     limit: int | None = None,
+    start: int = 0,
     progress: Callable[[str, float | None], None] | None = None,
     what: str = "run the model",
 ) -> Iterator[tuple[Feeds, dict[str, Array]]]:
@@ -29,7 +30,8 @@ def observe(
         names: values of the main graph.
         data: as for `cipm_ir.runtime.inputs.batches`.
         size: samples per batch, where the model does not fix it.
-        limit: at most this many samples.
+        limit: at most this many samples; a model that fixes its batches gets whole ones.
+        start: the number of the first sample, where the data is a part of something larger; errors count from there.
         progress: called with ``what`` and the fraction done, where the number of samples is known.
         what: the word for the progress.
 
@@ -37,13 +39,12 @@ def observe(
         InputError: the data does not fit the model, holds no samples, or makes a value NaN or infinite.
     """
     seen = 0
-    total = limit if limit is not None else _count(data)
+    known = None if progress is None else sample_count(data, model, limit=limit)
+    total = limit if known is None else known
     with Runner(part(model, None, names), fast=True) as runner:
-        for feeds in batches(data, model, size):
-            if limit is not None and seen >= limit:
-                break
+        for feeds in batches(data, model, size, limit=limit):
             values = runner.run({k: v for k, v in feeds.items() if k in runner.inputs}, names)
-            check_values(model, values, seen)
+            check_values(model, values, start + seen)
             seen += samples(feeds)
             if progress is not None:
                 progress(what, None if not total else min(seen / total, 1.0))
@@ -113,10 +114,3 @@ def check_values(model: ir.Model, values: dict[str, Array], start: int) -> None:
 def samples(feeds: Feeds) -> int:
     """How many samples a batch holds."""
     return max((len(a) for a in feeds.values() if a.ndim), default=1)
-
-
-def _count(data: Data) -> int | None:
-    """The number of samples, where it can be had without reading them."""
-    if isinstance(data, dict):
-        return max((len(a) for a in data.values() if np.ndim(a)), default=None)
-    return None

@@ -6,7 +6,8 @@ and by the statistics themselves, whatever the size of the data.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from cipm_ir.errors import InputError
@@ -61,7 +62,8 @@ def collect(
         InputError: the data does not fit the model, holds no samples, or makes a value NaN or infinite.
         OptionError: an option that there is none of.
         SymmetryError: a space that was named cannot be seen, or (with ``gram``) is read by something else than products
-            with weights. Without names such spaces are left out; `Statistics.unseen` says why.
+            with weights. Without names `Statistics.unseen` says of what cannot be seen why; what is read otherwise
+            has no Gram matrices, and `Statistics.warnings` say so.
     """
     request = Request(gram, pairs, tuple(lags), tuple(measures), buckets, partners, rows)
     plan = make_plan(program, request, spaces)
@@ -89,8 +91,9 @@ def gather(
     if not plan.values:
         return collector.result(0)
     seen = 0
-    run: Iterator[Any] = observe(model, plan.values, data, size=size, limit=limit, progress=progress, what=what)
-    for feeds, values in run:
+    for feeds, values in observe(
+        model, plan.values, data, size=size, limit=limit, start=start, progress=progress, what=what
+    ):
         count = samples(feeds)
         collector.update(values, count, start + seen)
         seen += count
@@ -112,7 +115,5 @@ def joined(first: Statistics, second: Statistics) -> Statistics:
     spaces = dict(first.spaces)
     for name, more in second.spaces.items():
         one = spaces[name]
-        spaces[name] = SpaceStatistics(
-            one.name, one.kind, one.size, one.samples, {**one.parts, **more.parts}, one.readers
-        )
+        spaces[name] = replace(one, parts={**one.parts, **more.parts})
     return Statistics(spaces, first.samples, first.unseen)

@@ -5,35 +5,42 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from cipm_ir.errors import InputError, OutputError
-from cipm_ir.runtime.moments import Cofiring, Marginals, Moments
+from cipm_ir.runtime.moments import Cofiring, Marginals, Moments, Part
 from cipm_ir.runtime.moments_lagged import Lagged
 from cipm_ir.runtime.sketch import Pairs, Sketch
 from cipm_ir.runtime.statistics_rows import RowSample
-from cipm_ir.runtime.statistics_store import SpaceStatistics, Statistics
+
+_Built = TypeVar("_Built")
 
 _FORMAT = "cipm-ir statistics"
 _VERSION = 1
 _PARTS = {kind.__name__: kind for kind in (Moments, Marginals, Cofiring, Lagged, Sketch, Pairs, RowSample)}
 
 
-def write(statistics: Statistics, path: str | os.PathLike[str]) -> None:
-    """Write beside, then rename. Errors: `OutputError`; nothing is left behind."""
-    header: dict[str, Any] = {"format": _FORMAT, "version": _VERSION, "samples": statistics.samples}
-    header |= {"unseen": statistics.unseen, "spaces": []}
+def write(path: str | os.PathLike[str], facts: Mapping[str, Any], parts: Sequence[Mapping[str, Part]]) -> None:
+    """Write beside, then rename.
+
+    Args:
+        path: of the file.
+        facts: what JSON can hold.
+        parts: of each space, by name.
+
+    Errors: `OutputError`; nothing is left behind.
+    """
     arrays: dict[str, Any] = {}
-    for k, (name, one) in enumerate(statistics.items()):
-        parts = {}
-        for j, (part_name, part) in enumerate(one.parts.items()):
-            parts[part_name] = type(part).__name__
+    kinds = []
+    for k, own in enumerate(parts):
+        kinds.append({name: type(part).__name__ for name, part in own.items()})
+        for j, part in enumerate(own.values()):
             arrays |= {f"{k}.{j}.{field}": array for field, array in part.state().items()}
-        entry = {"name": name, "kind": one.kind, "size": one.size, "samples": one.samples}
-        header["spaces"].append(entry | {"parts": parts, "readers": dict(one.readers)})
+    header = {"format": _FORMAT, "version": _VERSION, "parts": kinds, **facts}
     arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
     target = Path(path)
     try:
@@ -49,8 +56,10 @@ def write(statistics: Statistics, path: str | os.PathLike[str]) -> None:
         raise OutputError(f"The statistics could not be written to {os.fspath(path)!r}: {error.strerror}.") from error
 
 
-def read(path: str | os.PathLike[str]) -> Statistics:
-    """Read what `write` wrote. Errors: `InputError`."""
+def read(
+    path: str | os.PathLike[str], build: Callable[[Mapping[str, Any], Sequence[Mapping[str, Part]]], _Built]
+) -> _Built:
+    """Read what `write` wrote; ``build`` makes the result of facts and parts. Errors: `InputError`."""
     shown = repr(os.fspath(path))
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -60,8 +69,7 @@ def read(path: str | os.PathLike[str]) -> Statistics:
             raise ValueError("another format")
         if header["version"] > _VERSION:
             raise InputError(f"{shown} was written by a newer version of cipm-ir; update this one to read it.")
-        spaces = {entry["name"]: _space(entry, k, arrays) for k, entry in enumerate(header["spaces"])}
-        return Statistics(spaces, int(header["samples"]), header["unseen"])
+        return build(header, [_parts(kinds, k, arrays) for k, kinds in enumerate(header["parts"])])
     except FileNotFoundError:
         raise InputError(f"There is no file {shown} with statistics.") from None
     except InputError:
@@ -70,10 +78,10 @@ def read(path: str | os.PathLike[str]) -> Statistics:
         raise InputError(f"{shown} is not a file of statistics, or is damaged; collect them again.") from error
 
 
-def _space(entry: dict[str, Any], number: int, arrays: dict[str, Any]) -> SpaceStatistics:
-    parts = {}
-    for j, (name, kind) in enumerate(entry["parts"].items()):
+def _parts(kinds: Mapping[str, str], number: int, arrays: Mapping[str, Any]) -> dict[str, Part]:
+    parts: dict[str, Part] = {}
+    for j, (name, kind) in enumerate(kinds.items()):
         prefix = f"{number}.{j}."
         state = {key[len(prefix) :]: array for key, array in arrays.items() if key.startswith(prefix)}
         parts[name] = _PARTS[kind].restore(state)
-    return SpaceStatistics(entry["name"], entry["kind"], entry["size"], entry["samples"], parts, entry["readers"])
+    return parts

@@ -79,6 +79,8 @@ class SpacePlan:
     form: str
     patches: tuple[Patches, ...] = ()
     pairs: Index | None = None
+    gramless: str = ""
+    """Why there are no patches, although they were asked for."""
 
 
 @dataclass(frozen=True)
@@ -122,13 +124,15 @@ def _space_plan(
     if form == "auto":
         form = "exact" if space.size <= EXACT_SIZE else "sketch"
     patches: tuple[Patches, ...] = ()
+    why = ""
     if request.gram:
         try:
             patches = tuple(_patches(program, space, sites, form))
-        except CipmError:
+        except CipmError as error:
             if strict:
                 raise
-    return SpacePlan(space.name, space.kind, space.size, sites, form, patches)
+            why = f"@{space.name}: no Gram matrices. {error}"
+    return SpacePlan(space.name, space.kind, space.size, sites, form, patches, gramless=why)
 
 
 def _patches(program: Program, space: Space, sites: tuple[Site, ...], form: str) -> Iterator[Patches]:
@@ -273,7 +277,8 @@ class _SpaceCollector:
         self._flush()
         plan = self.plan
         aliases = {one.output: one.part for one in plan.patches}
-        return SpaceStatistics(plan.name, plan.kind, plan.size, samples, dict(self.parts), aliases)
+        parts = dict(self.parts)
+        return SpaceStatistics(plan.name, plan.kind, plan.size, samples, parts, aliases, plan.gramless)
 
 
 def row_numbers(start: int, samples: int, rows: int) -> npt.NDArray[np.uint64]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -11,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cipm_ir.errors import InputError, OptionError
-from cipm_ir.runtime.moments import Array, Cofiring, Floats, Marginals, Moments, normalized
+from cipm_ir.runtime import statistics_files
+from cipm_ir.runtime.moments import Array, Cofiring, Floats, Marginals, Moments, Part, normalized
 from cipm_ir.runtime.moments_lagged import Lagged
 from cipm_ir.runtime.sketch import Index, Pairs, Sketch
 from cipm_ir.runtime.statistics_rows import RowSample
@@ -20,15 +22,23 @@ _Kind = TypeVar("_Kind")
 
 MEASURES = ("correlation", "cosine", "cofiring", "spearman", "information", "lagged")
 """How alike two units are, see `SpaceStatistics.similarity`; the last four only where they were asked for."""
+_FACTS = ("name", "kind", "size", "samples", "gramless")
+"""What of `SpaceStatistics` is written beside its parts and readers."""
 
 
 class Grams(Mapping[str, Floats]):
-    """E[u u^T] by the output of a reader: u is what it reads, patches of a convolution unfolded, and a 1 appended."""
+    """E[u u^T] by the output of a reader: u is what it reads, patches of a convolution unfolded, and a 1 appended.
 
-    def __init__(self, moments: Mapping[str, Moments]) -> None:
+    ``why``: what a `KeyError` says where there is none.
+    """
+
+    def __init__(self, moments: Mapping[str, Moments], why: str = "") -> None:
         self.moments = dict(moments)
+        self._why = why
 
     def __getitem__(self, output: str) -> Floats:
+        if output not in self.moments:
+            raise KeyError(self._why or f"There is no Gram matrix of what {output!r} reads.")
         return self.moments[output].bordered
 
     def __iter__(self) -> Iterator[str]:
@@ -50,6 +60,7 @@ class SpaceStatistics:
         samples: how many samples of the data.
         parts: the sums, by name; ``a + b`` adds those of the same name.
         readers: by output of a reader, the part that holds the moments of what it reads.
+        gramless: why there are none, although they were asked for; a sentence.
     """
 
     name: str
@@ -58,6 +69,7 @@ class SpaceStatistics:
     samples: int
     parts: Mapping[str, Any] = field(repr=False)
     readers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    gramless: str = ""
 
     def __add__(self, other: SpaceStatistics) -> SpaceStatistics:
         """The statistics of the data of both; exact. Raises: InputError where they are of different kinds."""
@@ -249,7 +261,7 @@ class SpaceStatistics:
     @property
     def gram(self) -> Grams:
         """E[u u^T] by output of a reader, (K + 1, K + 1), the last for the appended 1; empty unless ``gram=True``."""
-        return Grams({output: self.parts[part] for output, part in self.readers.items()})
+        return Grams({output: self.parts[part] for output, part in self.readers.items()}, self.gramless)
 
     # ------------------------------------------------------------ enough data?
     @cached_property
@@ -326,18 +338,24 @@ class Statistics(Mapping[str, SpaceStatistics]):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What there is too little data for, one sentence for each space concerned."""
-        return tuple(text for one in self.spaces.values() if (text := one.warning))
+        """What there is too little data for, and Gram matrices that cannot be had; a sentence for each."""
+        return tuple(text for one in self.spaces.values() for text in (one.warning, one.gramless) if text)
 
-    def save(self, path: str) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write an ``.npz`` file, whole or not at all; `load` reads it. Errors: `OutputError`."""
-        from cipm_ir.runtime.statistics_files import write
-
-        write(self, path)
+        spaces = [{key: getattr(one, key) for key in _FACTS} | {"readers": dict(one.readers)} for one in self.values()]
+        facts = {"samples": self.samples, "unseen": self.unseen, "spaces": spaces}
+        statistics_files.write(path, facts, [one.parts for one in self.values()])
 
     @classmethod
-    def load(cls, path: str) -> Statistics:
+    def load(cls, path: str | os.PathLike[str]) -> Statistics:
         """Read what `save` wrote. Errors: `InputError`: no such file, or not one of these."""
-        from cipm_ir.runtime.statistics_files import read
+        return statistics_files.read(path, cls._restored)
 
-        return read(path)
+    @classmethod
+    def _restored(cls, facts: Mapping[str, Any], parts: Sequence[Mapping[str, Part]]) -> Statistics:
+        spaces = {}
+        for known, own in zip(facts["spaces"], parts, strict=True):
+            plain = {key: known[key] for key in _FACTS if key in known}  # older files have fewer
+            spaces[known["name"]] = SpaceStatistics(parts=own, readers=known["readers"], **plain)
+        return cls(spaces, int(facts["samples"]), facts["unseen"])
