@@ -121,6 +121,7 @@ def optimize(
     example_kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
     method: str = "auto",
+    options: Mapping[str, Any] | None = None,
 ) -> Result:
     """Run passes on a model and check after each that it still computes what it should.
 
@@ -136,6 +137,7 @@ def optimize(
         seed: of random inputs and of passes that draw numbers.
         progress: called with what is being done and the fraction done (None: unknown).
         example_inputs, example_kwargs, dynamic_shapes, method: how to read a torch program, see `load`.
+        options: settings that all passes of the run see, see `cipm_ir.passes.Context`.
 
     Errors: `InputError`, `UnsupportedError`, `OptionError`, `OutputError`, and `VerificationError` naming the pass that
         broke the model; then nothing is written.
@@ -154,7 +156,7 @@ def optimize(
         seed=seed,
         verify=verify,
         progress=progress or ignore_progress,
-        options={"gradients": _gradients},
+        options={"gradients": _gradients, **(options or {})},
     )
     result = _noted(Result(outcome.program, outcome.report, outcome.witness, annotate))
     if output is not None:

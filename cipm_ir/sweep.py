@@ -147,6 +147,7 @@ class _Work:
     verify: bool
     progress: Progress
     notes: list[str] = field(default_factory=list)
+    plans: dict[Any, Any] = field(default_factory=dict)
 
     def run(self, texts: Mapping[float, str], earlier: tuple[Point, list[Point]] | None) -> SweepReport:
         """All points, each recorded as soon as it is there."""
@@ -200,7 +201,15 @@ class _Work:
         start = time.perf_counter()
         point = Point(value, "done", text, key=self._key(text))
         try:
-            result = api.optimize(self.program, text, data=self.data, verify=self.verify, seed=self.seed, progress=show)
+            result = api.optimize(
+                self.program,
+                text,
+                data=self.data,
+                verify=self.verify,
+                seed=self.seed,
+                progress=show,
+                options={"plans": self.plans},
+            )
         except (SymmetryError, VerificationError) as error:
             status = "impossible" if isinstance(error, SymmetryError) else "failed"
             return replace(point, status=status, reason=str(error), seconds=time.perf_counter() - start)

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 from cipm_ir.errors import OptionError, SymmetryError, VerificationError
-from cipm_ir.ir.labels import Labels
-from cipm_ir.passes.allocation import Allocation, Levels, allocate
-from cipm_ir.passes.base import Context, Kind, Pass, PassResult, Progress, option
-from cipm_ir.passes.budget import Mask
-from cipm_ir.passes.candidates import Candidate, find_candidates, mask_of, wanted_spaces
-from cipm_ir.passes.compensation import Compensated, Compensation, Layer, Normal
-from cipm_ir.passes.compress_cost import BUDGETS, Budget, make_budget
+from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
+from cipm_ir.passes.candidates import find_candidates, wanted_spaces
+from cipm_ir.passes.compress_cost import BUDGETS
+from cipm_ir.passes.compress_plan import Plan, Settings, kept_elements, make_plan
 from cipm_ir.passes.compress_report import figures_of, metrics_of
 from cipm_ir.passes.compress_search import Evaluate, smallest_within
-from cipm_ir.passes.cost import CostModel
 from cipm_ir.passes.latency import BLOCK
 from cipm_ir.passes.registry import register
-from cipm_ir.passes.sensitivity import Curve, Probe, choose_units, count_samples, gather
 from cipm_ir.runtime.verify import verify_models
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
 
 _SAME = 1e-3
 """The model in which units only lost their readers, and the one without them, differ by rounding: at most this much."""
@@ -88,19 +82,16 @@ class Compress(Pass):
         """Look at the data, measure, allocate, compensate, restrict."""
         if ctx.data is None:
             raise OptionError("Pass 'compress' looks at activations; give it calibration inputs with data=.")
-        wanted = wanted_spaces(program, "compress", self.include, self.exclude, self.blocks)
-        candidates, notes = find_candidates(program, wanted, self.min_keep, self._multiple(), self.steps)
-        if not candidates:
-            raise SymmetryError(f"compress finds no units that it may drop: {'; '.join(notes) or 'no free spaces'}.")
-        plan = self._plan(program, candidates, ctx)
-        notes += plan.notes
+        plan = self._plan(program, ctx)
         if self.max_drop is not None:
             made = smallest_within(plan, self.max_drop, self.evaluate, ctx)
         else:
             made = plan.at(float(getattr(self, self._kind())) * plan.budget.original, ctx)
-        keep = kept_elements(program, candidates, made.levels)
+        keep = kept_elements(program, plan.candidates, made.levels)
         if not keep:
-            return PassResult(program, False, "; ".join(["nothing to remove: the model is within the budget", *notes]))
+            return PassResult(
+                program, False, "; ".join(["nothing to remove: the model is within the budget", *plan.notes])
+            )
         ctx.progress("restrict", 0.95)
         full = made.compensated.program
         after = full.restrict({full.space(s.name): kept for s, kept in keep.items()})
@@ -114,124 +105,35 @@ class Compress(Pass):
         )
         witness = {"kept": {space.name: kept for space, kept in keep.items()}}
         figures = figures_of(program, plan, made)
-        return PassResult(after, True, "; ".join([summary, *notes, *made.notes]), witness, metrics, figures=figures)
-
-    def _plan(self, program: Program, candidates: list[Candidate], ctx: Context) -> Plan:
-        assert ctx.data is not None
-        size = 64
-        count = count_samples(program, ctx.data, size, self.samples)
-        grams = gather(
-            program, candidates, ctx.data, size=size, limit=self.samples, count=count, seed=ctx.seed,
-            progress=_share(ctx, 0.0, 0.1),
-        )  # fmt: skip
-        notes = _few(grams.values(), count)
-        choose_units(program, candidates, grams, self.damping, _share(ctx, 0.1, 0.15))
-        probe = Probe.of(
-            program, ctx.data, size=size, limit=min(self.probes, self.samples), damping=self.damping,
-            asked=self.divergence,
-        )  # fmt: skip
-        curves = probe.curves(candidates, grams, _share(ctx, 0.15, 0.45))
-        costs = CostModel(program)
-        budget = make_budget(self._kind(), program, candidates, costs, ctx, self.threads, _share(ctx, 0.45, 0.5))
-        compensation = Compensation(
-            ctx.data, size, self.samples, self.damping, ctx.seed, probe.divergence.logits
+        return PassResult(
+            after, True, "; ".join([summary, *plan.notes, *made.notes]), witness, metrics, figures=figures
         )
-        return Plan(program, candidates, probe, curves, costs, budget, compensation, self.rounds, notes)
+
+    def _plan(self, program: Program, ctx: Context) -> Plan:
+        """What is measured before the budget matters: taken from an earlier run of a sweep, where there is one.
+
+        ``ctx.options["plans"]``: a dictionary that the runs share.
+        """
+        plans = ctx.options.get("plans", {})
+        other = (f.name for f in fields(self) if f.name not in (*BUDGETS, "max_drop", "evaluate"))
+        key = (id(program), id(ctx.data), ctx.seed, self._kind(), *(getattr(self, name) for name in other))
+        if key not in plans:
+            wanted = wanted_spaces(program, "compress", self.include, self.exclude, self.blocks)
+            candidates, notes = find_candidates(program, wanted, self.min_keep, self._multiple(), self.steps)
+            if not candidates:
+                raise SymmetryError(
+                    f"compress finds no units that it may drop: {'; '.join(notes) or 'no free spaces'}."
+                )
+            settings = Settings(self.samples, self.probes, self.rounds, self.damping, self.divergence, self.threads)
+            plans[key] = make_plan(program, candidates, notes, settings, self._kind(), ctx)
+        plan: Plan = plans[key]
+        return plan
 
     def _multiple(self) -> int:
         return self.round_to or (BLOCK if self.latency is not None else 1)
 
     def _kind(self) -> str:
         return next((name for name in BUDGETS if getattr(self, name) is not None), "macs")
-
-
-@dataclass
-class Plan:
-    """All that was measured: from here on, each budget costs one compensation."""
-
-    program: Program
-    candidates: list[Candidate]
-    probe: Probe
-    curves: list[Curve]
-    costs: CostModel
-    budget: Budget
-    compensation: Compensation
-    rounds: int
-    notes: list[str]
-
-    def price(self, levels: Levels) -> float:
-        """Cost of levels, in the units of the budget."""
-        return self.budget.price(levels, self.stays(levels))
-
-    def stays(self, levels: Sequence[int]) -> Mask:
-        """Classes that stay."""
-        pairs = (
-            (k, kept)
-            for candidate, level in zip(self.candidates, levels, strict=True)
-            if level + 1 < len(candidate.levels)
-            for k, kept in zip(candidate.spaces, candidate.kept[level], strict=True)
-        )
-        return mask_of(self.program, pairs)
-
-    def allocation(self, target: float, curves: Sequence[Curve] | None = None) -> Allocation:
-        """Levels for a budget. Errors: `SymmetryError` where it is out of reach."""
-        found = allocate(curves or self.curves, self.price, target)
-        if found is None:
-            least = self.price([0] * len(self.candidates)) / self.budget.original
-            why = f" ({'; '.join(self.notes)})" if self.notes else ""
-            raise SymmetryError(
-                f"compress cannot come down to {target / self.budget.original:.3g} of the {self.budget.what}: with all "
-                f"spaces that it may touch at their minimum, {least:.3g} remain{why}; ask for less, or lower min_keep, "
-                "round_to or exclude."
-            )
-        return found
-
-    def at(self, target: float, ctx: Context) -> Made:
-        """The compensated program for a budget, at full shapes; measured again around the choice while that helps."""
-        ctx.progress("allocate", 0.5)
-        levels, cost, notes = self.budget.settle(self, target, None)
-        best = self._made(levels, cost, notes, _share(ctx, 0.5, 0.6))
-        for number in range(self.rounds):
-            low = 0.6 + 0.35 * number / self.rounds
-            middle, high = low + 0.2 / self.rounds, low + 0.35 / self.rounds
-            again = self.probe.around(
-                best.compensated, self.candidates, best.levels, self.curves, self.stays, _share(ctx, low, middle)
-            )
-            levels, cost, notes = self.budget.settle(self, target, again)
-            if levels == best.levels:
-                break
-            made = self._made(levels, cost, notes, _share(ctx, middle, high))
-            if made.divergence >= best.divergence:
-                break
-            best = made
-        return best
-
-    def _made(self, levels: Levels, cost: float, notes: list[str], progress: Progress) -> Made:
-        self.compensation.progress = progress
-        compensated = self.compensation.run(self.program, self.stays(levels))
-        divergence = self.probe.whole(compensated.program)
-        return Made(compensated, levels, cost, divergence, [*notes, *compensated.notes])
-
-
-@dataclass
-class Made:
-    """A compensated program at full shapes, the levels, their cost, and the divergence of its outputs, measured."""
-
-    compensated: Compensated
-    levels: Levels
-    cost: float
-    divergence: float
-    notes: list[str]
-
-
-def kept_elements(program: Program, candidates: Sequence[Candidate], levels: Sequence[int]) -> dict[Space, Labels]:
-    """Kept elements of each space that shrinks, in graph order."""
-    kept: dict[int, Labels] = {}
-    for candidate, level in zip(candidates, levels, strict=True):
-        for k, elements in zip(candidate.spaces, candidate.kept[level], strict=True):
-            if len(elements) < program.spaces[k].size:
-                kept[k] = elements
-    return {program.spaces[k]: kept[k] for k in sorted(kept)}
 
 
 def _check(before: Program, after: Program, ctx: Context) -> None:
@@ -244,24 +146,3 @@ def _check(before: Program, after: Program, ctx: Context) -> None:
             f"Removing units that nothing reads changed the outputs: {found.reason.rstrip('.')}. This is a defect of "
             "compress; leave out the space with exclude, and please report it."
         )
-
-
-def _share(ctx: Context, low: float, high: float) -> Progress:
-    """Progress of a part of the work."""
-
-    def show(what: str, fraction: float | None) -> None:
-        ctx.progress(what, low + (high - low) * (fraction or 0.0))
-
-    return show
-
-
-def _few(grams: Iterable[tuple[Layer, Normal]], count: int) -> list[str]:
-    """A warning where there are fewer rows than unknowns."""
-    worst = max(grams, key=lambda pair: pair[0].linear.size / max(pair[1].rows, 1), default=None)
-    if worst is None or worst[1].rows >= 2 * worst[0].linear.size:
-        return []
-    layer, sums = worst
-    return [
-        f"warning: {count} samples give {sums.rows} rows for the {layer.linear.size} inputs of {layer.reader.weight} "
-        f"(rank at most {min(sums.rows, layer.linear.size)}): refitting leans on damping; give more data"
-    ]

@@ -20,7 +20,7 @@ from cipm_ir.runtime.timing import timing_feeds
 from cipm_ir.symmetry.program import Program
 
 if TYPE_CHECKING:
-    from cipm_ir.passes.compress import Plan
+    from cipm_ir.passes.compress_plan import Plan
 
 Curve: TypeAlias = npt.NDArray[np.float64]
 Settled: TypeAlias = tuple[Levels, float, list[str]]

@@ -12,7 +12,7 @@ from cipm_ir.symmetry.program import Program
 
 if TYPE_CHECKING:
     from cipm_ir.passes.candidates import Candidate
-    from cipm_ir.passes.compress import Made, Plan
+    from cipm_ir.passes.compress_plan import Made, Plan
 
 _LINES = 12
 """So many curves in one picture are still told apart."""

@@ -14,7 +14,7 @@ from cipm_ir.runtime.session import Runner
 from cipm_ir.symmetry.program import Program
 
 if TYPE_CHECKING:
-    from cipm_ir.passes.compress import Made, Plan
+    from cipm_ir.passes.compress_plan import Made, Plan
 
 Array = npt.NDArray[Any]
 Run: TypeAlias = Callable[[Mapping[str, Array]], dict[str, Array]]
@@ -53,7 +53,8 @@ def smallest_within(plan: Plan, max_drop: float, evaluate: Evaluate | None, ctx:
     if best is None:
         raise SymmetryError(
             f"compress finds no smaller model within max_drop {max_drop:.4g}: already with "
-            f"{low / plan.budget.original:.1%} of the {plan.budget.what} the {what} is {seen:.4g}; allow more, or give more data."
+            f"{low / plan.budget.original:.1%} of the {plan.budget.what} the {what} is {seen:.4g}; "
+            "allow more, or give more data."
         )
     return best
 

@@ -154,8 +154,10 @@ class Normal:
             self._xx += part.T @ part
 
     def retarget(self, x: Array, y: Array) -> None:
-        """Other targets for the same rows."""
-        self.y = y.sum(axis=0, dtype=np.float64)
+        """Other targets for the same rows, all of them at once."""
+        assert self._origin is not None
+        self.y = y.astype(x.dtype, copy=False).sum(axis=0, dtype=np.float64)
+        self._origin = self._origin[0], (self.y / self.rows).astype(x.dtype)
         self._xy = self._products(x, y)
 
     def gram(self, *, centred: bool) -> FloatArray:

@@ -113,7 +113,8 @@ def _write(model: ir.Model, analysis: Analysis, sizes: Sizes, edits: dict[int, E
         for value in node.outputs:
             _reshape_value(value, analysis, new_shapes)
     for value in model.graph.inputs:
-        _reshape_value(value, analysis, new_shapes)
+        if not value.is_initializer():  # those have been cut
+            _reshape_value(value, analysis, new_shapes)
     editor.sweep()
 
 

@@ -1,0 +1,167 @@
+"""What `compress` measures before the budget matters, and what it makes of it for each budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from cipm_ir.errors import SymmetryError
+from cipm_ir.ir.labels import Labels
+from cipm_ir.passes.allocation import Allocation, Levels, allocate
+from cipm_ir.passes.base import Context, Progress
+from cipm_ir.passes.budget import Mask
+from cipm_ir.passes.candidates import Candidate, mask_of
+from cipm_ir.passes.compensation import Compensated, Compensation, Layer, Normal
+from cipm_ir.passes.compress_cost import Budget, make_budget
+from cipm_ir.passes.cost import CostModel
+from cipm_ir.passes.sensitivity import Curve, Probe, choose_units, count_samples, gather
+from cipm_ir.symmetry.program import Program, Space
+
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options of `compress` that say how to measure; see there."""
+
+    samples: int
+    probes: int
+    rounds: int
+    damping: float
+    divergence: str
+    threads: int
+
+
+@dataclass
+class Plan:
+    """All that was measured: from here on, each budget costs one compensation."""
+
+    program: Program
+    candidates: list[Candidate]
+    probe: Probe
+    curves: list[Curve]
+    costs: CostModel
+    budget: Budget
+    compensation: Compensation
+    rounds: int
+    notes: list[str]
+
+    def price(self, levels: Levels) -> float:
+        """Cost of levels, in the units of the budget."""
+        return self.budget.price(levels, self.stays(levels))
+
+    def stays(self, levels: Sequence[int]) -> Mask:
+        """Classes that stay."""
+        pairs = (
+            (k, kept)
+            for candidate, level in zip(self.candidates, levels, strict=True)
+            if level + 1 < len(candidate.levels)
+            for k, kept in zip(candidate.spaces, candidate.kept[level], strict=True)
+        )
+        return mask_of(self.program, pairs)
+
+    def allocation(self, target: float, curves: Sequence[Curve] | None = None) -> Allocation:
+        """Levels for a budget. Errors: `SymmetryError` where it is out of reach."""
+        found = allocate(curves or self.curves, self.price, target)
+        if found is None:
+            least = self.price([0] * len(self.candidates)) / self.budget.original
+            why = f" ({'; '.join(self.notes)})" if self.notes else ""
+            raise SymmetryError(
+                f"compress cannot come down to {target / self.budget.original:.3g} of the {self.budget.what}: with all "
+                f"spaces that it may touch at their minimum, {least:.3g} remain{why}; ask for less, or lower min_keep, "
+                "round_to or exclude."
+            )
+        return found
+
+    def at(self, target: float, ctx: Context) -> Made:
+        """The compensated program for a budget, at full shapes; measured again around the choice while that helps."""
+        ctx.progress("allocate", 0.5)
+        levels, cost, notes = self.budget.settle(self, target, None)
+        best = self._made(levels, cost, notes, share(ctx, 0.5, 0.6))
+        for number in range(self.rounds):
+            low = 0.6 + 0.35 * number / self.rounds
+            middle, high = low + 0.2 / self.rounds, low + 0.35 / self.rounds
+            again = self.probe.around(
+                best.compensated, self.candidates, best.levels, self.curves, self.stays, share(ctx, low, middle)
+            )
+            levels, cost, notes = self.budget.settle(self, target, again)
+            if levels == best.levels:
+                break
+            made = self._made(levels, cost, notes, share(ctx, middle, high))
+            if made.divergence >= best.divergence:
+                break
+            best = made
+        return best
+
+    def _made(self, levels: Levels, cost: float, notes: list[str], progress: Progress) -> Made:
+        self.compensation.progress = progress
+        compensated = self.compensation.run(self.program, self.stays(levels))
+        divergence = self.probe.whole(compensated.program)
+        return Made(compensated, levels, cost, divergence, [*notes, *compensated.notes])
+
+
+@dataclass
+class Made:
+    """A compensated program at full shapes, the levels, their cost, and the divergence of its outputs, measured."""
+
+    compensated: Compensated
+    levels: Levels
+    cost: float
+    divergence: float
+    notes: list[str]
+
+
+def make_plan(
+    program: Program, candidates: list[Candidate], notes: list[str], settings: Settings, kind: str, ctx: Context
+) -> Plan:
+    """Look at the data, choose units for each level, measure how sensitive the outputs are.
+
+    Errors: `InputError` for data that does not fit; as `LatencyTable.measure` for a budget of seconds.
+    """
+    assert ctx.data is not None
+    samples, damping = settings.samples, settings.damping
+    count = count_samples(program, ctx.data, _BATCH, samples)
+    grams = gather(
+        program, candidates, ctx.data, size=_BATCH, limit=samples, count=count, seed=ctx.seed,
+        progress=share(ctx, 0.0, 0.1),
+    )  # fmt: skip
+    choose_units(program, candidates, grams, damping, share(ctx, 0.1, 0.15))
+    probes = min(settings.probes, samples)
+    probe = Probe.of(program, ctx.data, size=_BATCH, limit=probes, damping=damping, asked=settings.divergence)
+    curves = probe.curves(candidates, grams, share(ctx, 0.15, 0.45))
+    costs = CostModel(program)
+    budget = make_budget(kind, program, candidates, costs, ctx, settings.threads, share(ctx, 0.45, 0.5))
+    compensation = Compensation(ctx.data, _BATCH, samples, damping, ctx.seed, probe.divergence.logits)
+    warnings = [*notes, *_few(grams.values(), count)]
+    return Plan(program, candidates, probe, curves, costs, budget, compensation, settings.rounds, warnings)
+
+
+def kept_elements(program: Program, candidates: Sequence[Candidate], levels: Sequence[int]) -> dict[Space, Labels]:
+    """Kept elements of each space that shrinks, in graph order."""
+    kept: dict[int, Labels] = {}
+    for candidate, level in zip(candidates, levels, strict=True):
+        for k, elements in zip(candidate.spaces, candidate.kept[level], strict=True):
+            if len(elements) < program.spaces[k].size:
+                kept[k] = elements
+    return {program.spaces[k]: kept[k] for k in sorted(kept)}
+
+
+def share(ctx: Context, low: float, high: float) -> Progress:
+    """Progress of a part of the work."""
+
+    def show(what: str, fraction: float | None) -> None:
+        ctx.progress(what, low + (high - low) * (fraction or 0.0))
+
+    return show
+
+
+def _few(grams: Iterable[tuple[Layer, Normal]], count: int) -> list[str]:
+    """A warning where there are fewer rows than unknowns."""
+    worst = max(grams, key=lambda pair: pair[0].linear.size / max(pair[1].rows, 1), default=None)
+    if worst is None or worst[1].rows >= 2 * worst[0].linear.size:
+        return []
+    layer, sums = worst
+    return [
+        f"warning: {count} samples give {sums.rows} rows for the {layer.linear.size} inputs of {layer.reader.weight} "
+        f"(rank at most {min(sums.rows, layer.linear.size)}): refitting leans on damping; give more data"
+    ]
