@@ -249,25 +249,28 @@ class Compensation:
                 for _ in range(_RECTIFIED_ROUNDS):
                     sums.retarget(x, _below_zero(layer, fitted, sums, x, target, total))
                     fitted = refitted(made.program, layer, sums, gone[node], self.damping)
-            if layer.way.output in self.logits and layer.bias is not None:
-                self._sharpen(made.program, layer, fitted, sums, x, target)
+            if layer.way.output in self.logits and layer.bias is not None and (layer.bias.gain == 1).all():
+                self._sharpen(made.program, layer, fitted, gone[node], x, target)
             weights.update(fitted)
             made.sums[node] = (layer, sums)
         made.program = made.program.refit(weights)
 
     def _sharpen(
-        self, program: Program, layer: Layer, fitted: dict[str, Array], sums: Normal, x: Array, target: Array
+        self, program: Program, layer: Layer, fitted: dict[str, Array], gone: Labels, x: Array, target: Array
     ) -> None:
-        """Refit a product that gives logits by the divergence of the classes."""
+        """Refit a product that gives logits by the divergence of the classes; it still does without what goes."""
         assert layer.bias is not None
-        # what is added behind the product belongs to the logits, but its rows may be one class each
-        added = 0.0
-        if layer.reader.bias != layer.bias.name:
-            added = _parameter(program, layer.bias.name).astype(np.float64).ravel()
-        weight = layer.linear.matrix(fitted[layer.reader.weight]).astype(np.float64)
+        logits = target
+        if layer.reader.bias != layer.bias.name:  # what is added behind the product; a bias of its own stays
+            logits = logits + parameter(program, layer.bias.name).astype(np.float64).ravel()
+            if layer.reader.bias is not None:
+                logits = logits - parameter(program, layer.reader.bias).astype(np.float64).ravel()
+        matrix = layer.linear.matrix(fitted[layer.reader.weight]).astype(np.float64)
+        stays = np.ones(len(matrix), bool)
+        stays[layer.linear.rows_of(gone[:, None]).ravel()] = False
         start = np.asarray(fitted[layer.bias.name], np.float64).ravel()
-        weight, bias = refit_logits(x, target + added, weight, start, self.seed)
-        fitted[layer.reader.weight] = layer.linear.weight(weight)
+        matrix[stays], bias = refit_logits(x[:, stays], logits, matrix[stays], start, self.seed)
+        fitted[layer.reader.weight] = layer.linear.weight(matrix)
         fitted[layer.bias.name] = bias.reshape(layer.bias.shape)
 
 
@@ -351,7 +354,7 @@ def gone_places(program: Program, reader: Reader, stays: Mask) -> Labels:
 
 def refitted(program: Program, layer: Layer, sums: Normal, gone: Labels, damping: float) -> dict[str, Array]:
     """The best weight and bias without some places of the summed axis: ridge regression around the old weight."""
-    old = layer.linear.matrix(_parameter(program, layer.reader.weight)).astype(np.float64)
+    old = layer.linear.matrix(parameter(program, layer.reader.weight)).astype(np.float64)
     out = np.zeros_like(old)
     mask = np.ones(len(old), bool)
     mask[layer.linear.rows_of(gone[:, None]).ravel()] = False
@@ -359,7 +362,7 @@ def refitted(program: Program, layer: Layer, sums: Normal, gone: Labels, damping
     centred = layer.bias is not None
     gram, cross = sums.gram(centred=centred), sums.cross(centred=centred)
     if not centred and layer.reader.bias is not None:  # a bias that others use stays as it is
-        fixed = _parameter(program, layer.reader.bias).astype(np.float64).ravel()
+        fixed = parameter(program, layer.reader.bias).astype(np.float64).ravel()
         cross -= np.outer(sums.x / max(sums.rows, 1), fixed)
     inner = gram[np.ix_(stays, stays)]
     pull = max(damping * float(np.trace(gram)) / max(len(gram), 1), 1e-12)
@@ -377,20 +380,21 @@ def _shifted(program: Program, layer: Layer, sums: Normal, weight: Matrix) -> Ar
     mean = (sums.y - sums.x @ weight) / max(sums.rows, 1)
     if layer.reader.bias == layer.bias.name:
         return mean.reshape(layer.bias.shape)
-    own = 0.0 if layer.reader.bias is None else _parameter(program, layer.reader.bias).astype(np.float64).ravel()
+    own = 0.0 if layer.reader.bias is None else parameter(program, layer.reader.bias).astype(np.float64).ravel()
     # the target is the product without what is added behind it: only what the weight leaves over goes there
-    old = _parameter(program, layer.bias.name).astype(np.float64)
+    old = parameter(program, layer.bias.name).astype(np.float64)
     return old + (layer.bias.gain * (mean - own)).reshape(layer.bias.shape)
 
 
 def emptied(program: Program, layer: Layer, gone: Labels) -> dict[str, Array]:
     """The weight with zeros in some places of the summed axis."""
-    matrix = layer.linear.matrix(_parameter(program, layer.reader.weight)).copy()
+    matrix = layer.linear.matrix(parameter(program, layer.reader.weight)).copy()
     matrix[layer.linear.rows_of(gone[:, None]).ravel()] = 0.0
     return {layer.reader.weight: layer.linear.weight(matrix)}
 
 
-def _parameter(program: Program, name: str) -> Array:
+def parameter(program: Program, name: str) -> Array:
+    """The value of a parameter."""
     tensor = program.model.graph.initializers[name].const_value
     assert tensor is not None
     return np.asarray(tensor.numpy())

@@ -25,8 +25,8 @@ _POOL = 4
 _SWAPS = 24
 _TRIED = 3
 """So many absent elements, those that would help most, are tried in each round of swaps."""
-_SWAP_SIZE = 1200
-"""Up to this many rows of a reader swaps are tried: each costs a factorization."""
+_SWAP_SIZE = 4096
+"""Up to this many rows of all readers together swaps are tried: each costs a few passes over as large a matrix."""
 
 
 @dataclass
@@ -55,6 +55,15 @@ class Problem:
             mean = float(np.trace(self.gram)) / max(len(self.gram), 1)
             self._damped = self.gram + np.eye(len(self.gram)) * max(self.damping * mean, 1e-12)
         return self._damped
+
+    def seen_by(self, root: Matrix | None) -> Problem:
+        """The same problem with errors ``e`` of the outputs measured as ``|root e|²``; None leaves it as it is."""
+        if root is None or not np.isfinite(self.energy):
+            return self
+        weight = self.weight @ root
+        return Problem(
+            self.gram, weight, self.rows, float(np.einsum("ko,ko->", weight, self.gram @ weight)), self.damping
+        )
 
     def stays(self, keep: Labels) -> Labels:
         """Rows that stay when these elements do."""
@@ -174,51 +183,127 @@ class _State:
         self.rows, self.gone = place[self.rows], np.zeros(len(left), bool)
 
 
+@dataclass
+class Swaps:
+    """Finds better sets of kept elements by exchanging one for another, from set to set without factorizing anew."""
+
+    problems: Sequence[Problem]
+    count: int
+    _swept: list[_Swept] | None = field(default=None, repr=False)
+
+    def improve(self, keep: Labels) -> Labels:
+        """Swap a kept element for one that is gone while that lowers the error; gives the kept elements, sorted."""
+        kept = np.sort(keep)
+        if sum(len(p.gram) for p in self.problems) > _SWAP_SIZE or not 0 < len(kept) < self.count:
+            return kept
+        self._swept = self._swept or [_Swept.of(p) for p in self.problems]
+        for s in self._swept:
+            s.move(kept)
+        for _ in range(_SWAPS):
+            gone = np.setdiff1d(np.arange(self.count), kept, assume_unique=True)
+            gain = np.sum([s.gains(gone) for s in self._swept], axis=0)
+            best = max((self._exchange(kept, gone[k], gain[k]) for k in np.argsort(-gain)[:_TRIED]), default=None)
+            if best is None or best[0] <= 0.0:
+                break
+            _, enters, leaves = best
+            for s in self._swept:
+                s.pivot(np.asarray([enters]), enter=True)
+                s.pivot(np.asarray([leaves]), enter=False)
+            kept = np.sort(np.append(kept[kept != leaves], enters))
+        return kept
+
+    def _exchange(self, kept: Labels, enters: int, gain: float) -> tuple[float, int, int]:
+        """What is saved when an element comes and the one that is missed least then goes; 0 where that is rounding."""
+        assert self._swept is not None
+        cost = np.sum([s.drops(kept, enters) for s in self._swept], axis=0)
+        worst = int(np.argmin(cost))
+        saved = float(gain - cost[worst])
+        return (saved if saved > 1e-6 * abs(gain) else 0.0), int(enters), int(kept[worst])
+
+
 def improve(problems: Sequence[Problem], keep: Labels, count: int) -> Labels:
-    """Swap a kept element for one that is gone while that lowers the error; gives the kept elements, sorted."""
-    if sum(len(p.gram) for p in problems) > _SWAP_SIZE * 2 or not 0 < len(keep) < count:
-        return np.sort(keep)
-    kept = np.sort(keep)
-    for _ in range(_SWAPS):
-        gone = np.setdiff1d(np.arange(count), kept, assume_unique=True)
-        gain = np.sum([_gains(p, kept, gone) for p in problems], axis=0)
-        best: tuple[float, Labels] | None = None
-        for k in np.argsort(-gain)[:_TRIED]:
-            wider = np.sort(np.append(kept, gone[k]))
-            cost = np.sum([_drops(p, wider) for p in problems], axis=0)
-            worst = int(np.argmin(cost))
-            saved = float(gain[k] - cost[worst])
-            if saved > 1e-6 * abs(gain[k]) and (best is None or saved > best[0]):
-                best = saved, np.delete(wider, worst)
-        if best is None:
-            break
-        kept = best[1]
-    return kept
+    """The kept elements, sorted, after swaps that lower the error; see `Swaps`."""
+    return Swaps(problems, count).improve(keep)
+
+
+@dataclass
+class _Swept:
+    """A least-squares problem under the sweep operator, which takes rows in and out at the cost of one update.
+
+    With s the rows that stay and g the others, ``matrix`` holds ``-(G_ss)⁻¹``, ``(G_ss)⁻¹ G_sg`` and the Schur
+    complement of g; ``target`` holds the fitted weights, and what they leave over of ``G W``. Source: Goodnight 1979.
+    """
+
+    matrix: Matrix
+    target: Matrix
+    rows: Labels
+    energy: float
+    stays: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, problem: Problem) -> _Swept:
+        """With all rows in."""
+        inverse = solve(problem.damped, np.eye(len(problem.gram)))
+        stays = np.ones(len(problem.rows), bool)
+        matrix = np.ascontiguousarray(-(inverse + inverse.T) / 2)
+        return cls(matrix, problem.weight.copy(), problem.rows, max(problem.energy, 1e-30), stays)
+
+    def move(self, kept: Labels) -> None:
+        """Take elements in and out until these are in."""
+        wanted = np.zeros(len(self.stays), bool)
+        wanted[kept] = True
+        for enter, change in ((True, wanted & ~self.stays), (False, self.stays & ~wanted)):
+            if change.any():
+                self.pivot(np.flatnonzero(change), enter=enter)
+
+    def pivot(self, elements: Labels, *, enter: bool) -> None:
+        """Take elements in or out."""
+        rows = self.rows[elements].ravel()
+        side, block, aim = self.matrix[rows], self.matrix[np.ix_(rows, rows)], self.target[rows]
+        sign = 1.0 if enter else -1.0
+        flat = sign * solve(sign * block, np.concatenate([side, aim, np.eye(len(rows))], axis=1))
+        half, fitted, inverse = np.split(flat, [side.shape[1], side.shape[1] + aim.shape[1]], axis=1)
+        # in place: the matrix is symmetric, so its transpose is the same one in Fortran's order
+        dgemm(-1.0, side.T, half.T, 1.0, self.matrix.T, trans_b=True, overwrite_c=True)
+        self.target -= side.T @ fitted
+        self.matrix[rows], self.matrix[:, rows] = sign * half, sign * half.T
+        self.matrix[np.ix_(rows, rows)], self.target[rows] = -inverse, sign * fitted
+        self.stays[elements] = enter
+
+    def gains(self, gone: Labels) -> Matrix:
+        """How much each absent element would lower the error."""
+        return self._worth(self.matrix[self._blocks(gone)], self.target[self.rows[gone]])
+
+    def drops(self, kept: Labels, enters: int | None = None) -> Matrix:
+        """How much the error would grow without each kept element, once another one has entered."""
+        block, aim = self.matrix[self._blocks(kept)], self.target[self.rows[kept]]
+        if enters is not None:
+            rows = self.rows[enters]
+            side = self.matrix[self.rows[kept][:, :, None], rows]  # elements, k, k of the one that enters
+            own = self.matrix[np.ix_(rows, rows)]
+            block = block - side @ np.linalg.solve(own, side.transpose(0, 2, 1))
+            aim = aim - side @ np.linalg.solve(own, self.target[rows])
+        return self._worth(-block, aim)
+
+    def _blocks(self, elements: Labels) -> tuple[Labels, Labels]:
+        rows = self.rows[elements]
+        return rows[:, :, None], rows[:, None, :]
+
+    def _worth(self, blocks: Matrix, aim: Matrix) -> Matrix:
+        if blocks.shape[1] == 1:
+            return np.asarray((aim[:, 0] ** 2).sum(axis=1) / blocks[:, 0, 0]) / self.energy
+        return np.asarray((aim * np.linalg.solve(blocks, aim)).sum(axis=(1, 2))) / self.energy
 
 
 def _gains(p: Problem, kept: Labels, gone: Labels) -> Matrix:
     """How much each absent element would lower the error."""
-    stays, gram = p.stays(kept), p.damped
-    inner = gram[np.ix_(stays, stays)]
-    flat = p.rows[gone]
-    side = gram[np.ix_(stays, flat.ravel())]
-    # target cross terms that the kept rows leave over
-    target = gram @ p.weight
-    both = solve(inner, np.concatenate([side, target[stays]], axis=1))
-    half, fitted = both[:, : side.shape[1]], both[:, side.shape[1] :]
-    left = (target[flat.ravel()] - side.T @ fitted).reshape(*flat.shape, -1)
-    schur = gram[flat[:, :, None], flat[:, None, :]]
-    cut = side.reshape(len(stays), *flat.shape), half.reshape(len(stays), *flat.shape)
-    schur = schur - np.einsum("rea,reb->eab", *cut, optimize=True)
-    return np.asarray((left * np.linalg.solve(schur, left)).sum(axis=(1, 2))) / max(p.energy, 1e-30)
+    swept = _Swept.of(p)
+    swept.move(kept)
+    return swept.gains(gone)
 
 
 def _drops(p: Problem, kept: Labels) -> Matrix:
     """How much the error would grow without each kept element."""
-    stays, gram = p.stays(kept), p.damped
-    inverse = solve(gram[np.ix_(stays, stays)], np.eye(len(stays)))
-    weight = inverse @ (gram[stays] @ p.weight)
-    place = np.full(len(gram), -1)
-    place[stays] = np.arange(len(stays))
-    state = _State(inverse, weight, place[p.rows], max(p.energy, 1e-30))
-    return state.costs(kept)
+    swept = _Swept.of(p)
+    swept.move(kept)
+    return swept.drops(kept)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,10 +14,11 @@ from cipm_ir.passes.budget import Mask
 from cipm_ir.passes.candidates import Candidate
 from cipm_ir.passes.compensation import LARGEST, Compensated, Layer, Normal, gone_places, layers_of, refitted
 from cipm_ir.passes.divergence import Divergence
-from cipm_ir.passes.selection import Problem, eliminate, improve
+from cipm_ir.passes.reading import Reading
+from cipm_ir.passes.selection import Problem, Swaps, eliminate
 from cipm_ir.runtime.design import Array, sample_places
 from cipm_ir.runtime.frontier import Frontier
-from cipm_ir.runtime.inputs import Data, batches, sample_count
+from cipm_ir.runtime.inputs import Data, Feeds, batches, sample_count, true_inputs
 from cipm_ir.runtime.observe import observe, samples
 from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.readers import Reader
@@ -27,6 +29,10 @@ _ROWS_PER_PLACE = 30
 _LEAST_ROWS = 40_000
 _CONSTANT = 1e-10
 """An output whose variance is at most this share of its mean square is constant up to rounding."""
+_SPREAD = 8
+"""Probes are taken from so many times as many samples: data may be sorted, by class or by length."""
+_ROWS = 4096
+"""Rows that are collected before they are multiplied: batches may be small, and each product fills a whole matrix."""
 _REACH = 2
 """So many levels up and down are measured again around a choice."""
 
@@ -47,6 +53,7 @@ def gather(
     wanted = {r.node for c in candidates for found in c.readers for r in found if r.node in layers}
     chosen = [layers[k] for k in sorted(wanted) if layers[k].linear.size <= LARGEST]
     sums = {layer.reader.node: Normal(layer.linear.size, layer.linear.width) for layer in chosen}
+    held: defaultdict[int, list[Array]] = defaultdict(list)
     rng = np.random.default_rng([seed, 1])
     sources = list(dict.fromkeys(layer.reader.source for layer in chosen))
     if not sources:
@@ -58,7 +65,13 @@ def gather(
             linear, u = layer.linear, values[layer.reader.source]
             share = max(_LEAST_ROWS, _ROWS_PER_PLACE * linear.size) / count
             wanted_rows = int(np.ceil(share * (1 if linear.kernel else len(u))))
-            sums[layer.reader.node].add(linear.inputs(u, sample_places(linear.positions(u), wanted_rows, rng)), None)
+            rows = linear.inputs(u, sample_places(linear.positions(u), wanted_rows, rng))
+            held[layer.reader.node].append(rows)
+            if sum(map(len, held[layer.reader.node])) >= _ROWS:
+                sums[layer.reader.node].add(np.concatenate(held.pop(layer.reader.node)), None)
+    for node, rest in held.items():
+        if rest:
+            sums[node].add(np.concatenate(rest), None)
     return {layer.reader.node: (layer, sums[layer.reader.node]) for layer in chosen}
 
 
@@ -83,28 +96,34 @@ def choose_units(
     progress: Progress | None = None,
 ) -> None:
     """Fill in which elements each candidate keeps at each of its levels."""
+    reading = Reading(program, layers_of(program))
     for number, candidate in enumerate(candidates):
         if progress is not None:
             progress("choose units", number / len(candidates))
         per_space = []
         for k, found in zip(candidate.spaces, candidate.readers, strict=True):
             size = program.spaces[k].size
-            problems = _problems(program, found, grams, damping)
+            problems = _problems(program, found, grams, reading, damping)
             order = eliminate(problems, size, int(candidate.levels[0])) if problems else np.arange(size)[::-1]
-            per_space.append([_best(problems, order, int(n), size) for n in candidate.levels])
+            swaps = Swaps(problems, size)
+            per_space.append([swaps.improve(order[max(0, size - int(n)) :]) for n in candidate.levels[::-1]][::-1])
         candidate.kept = [list(level) for level in zip(*per_space, strict=True)]
 
 
 def _problems(
-    program: Program, found: Sequence[Reader], grams: Mapping[int, tuple[Layer, Normal]], damping: float
+    program: Program,
+    found: Sequence[Reader],
+    grams: Mapping[int, tuple[Layer, Normal]],
+    reading: Reading,
+    damping: float,
 ) -> list[Problem]:
-    return [problem_of(program, *grams[r.node], r.columns, damping) for r in found if r.node in grams]
-
-
-def _best(problems: Sequence[Problem], order: Labels, number: int, size: int) -> Labels:
-    """The last elements of an order of elimination, improved by swaps."""
-    kept = order[max(0, len(order) - number) :]
-    return improve(problems, kept, size) if problems and len(kept) < size else np.sort(kept)
+    """One for each reader, in which errors of the outputs count as they are read further on."""
+    made = []
+    for reader in found:
+        if reader.node in grams:
+            layer, sums = grams[reader.node]
+            made.append(problem_of(program, layer, sums, reader.columns, damping).seen_by(reading.root(layer)))
+    return made
 
 
 @dataclass
@@ -123,6 +142,7 @@ class Probe:
     def of(cls, program: Program, data: Data, *, size: int, limit: int, damping: float, asked: str = "auto") -> Probe:
         """Run the original model. Errors: `InputError` where its outputs cannot be compared."""
         names = [v.name or "" for v in program.model.graph.outputs]
+        data = list(spread(program, data, size, limit))
         dense = [dict(out) for _, out in observe(program.model, names, data, size=size, limit=limit)]
         return cls(program, data, size, limit, damping, Divergence.of(program.model, dense[0], asked), dense)
 
@@ -220,6 +240,21 @@ def shrunk(
             shift = (sums.x / max(sums.rows, 1)) @ (problem.weight - weight)
             made[layer.bias.name] = np.asarray(tensor.numpy()) + (layer.bias.gain * shift).reshape(layer.bias.shape)
     return made
+
+
+def spread(program: Program, data: Data, size: int, wanted: int) -> Iterator[Feeds]:
+    """About ``wanted`` samples from all over the data (its first part, of much); whole batches, where those are fixed."""
+    fixed = any(v.shape and isinstance(v.shape[0], int) for v in true_inputs(program.model))
+    count = count_samples(program, data, size, _SPREAD * wanted)
+    share = min(wanted / max(count, 1), 1.0)
+    seen = given = 0
+    for feeds in batches(data, program.model, size, limit=_SPREAD * wanted):
+        number = samples(feeds)
+        marks = np.floor((seen + np.arange(number + 1)) * share)
+        places = np.flatnonzero(np.diff(marks)) if not fixed else np.arange(number if seen * share >= given else 0)
+        seen, given = seen + number, given + len(places)
+        if len(places):
+            yield {name: a[places] if a.ndim and len(a) == number else a for name, a in feeds.items()}
 
 
 def count_samples(program: Program, data: Data, size: int, limit: int | None) -> int:

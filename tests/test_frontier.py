@@ -147,8 +147,7 @@ def test_forks_go_their_own_way() -> None:
         with one.fork() as other:
             other.advance(made.model, 8)
             assert (one.position, other.position) == (3, 8)
-        for frontier in (one,):
-            np.testing.assert_allclose(whole(frontier, made)[0], wanted, atol=1e-5)
+        np.testing.assert_allclose(whole(one, made)[0], wanted, atol=1e-5)
 
 
 def test_kept_names_stay_for_one_step() -> None:
@@ -182,8 +181,7 @@ def test_nan_in_a_step() -> None:
 def test_large_values_go_to_files_that_are_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(frontier_module, "_IN_MEMORY", 1000)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    made, data = program(residual(width=16)), images(64, size=8)
-    net = Net("residual8")
+    data, net = images(64, size=8), Net("residual8")
     stream = net.relu(net.conv(net.image(3, 8), 3, 16))
     net.classify(net.relu(net.op("Add", stream, net.conv(stream, 16, 16))), 16)
     made = program(net)

@@ -48,7 +48,7 @@ def without_padding(ids: Sequence[Sequence[int]]) -> list[dict[str, Array]]:
     by_length: dict[int, list[Sequence[int]]] = {}
     for one in ids:
         by_length.setdefault(len(one), []).append(one)
-    arrays = [np.asarray(by_length[n], np.int64) for n in sorted(by_length)]
+    arrays = [np.asarray(by_length[n], np.int64) for n in by_length]
     return [{"input_ids": a, "attention_mask": np.ones_like(a)} for a in arrays]
 
 
