@@ -18,7 +18,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
-demo: $(VENV)/.installed-base ## Inspect, canonicalize and prune a digit classifier (installs the base only)
+demo: $(VENV)/.installed-base ## Inspect, prune and compress a digit classifier (installs the base and matplotlib)
 	$(BIN)/python examples/digits/demo.py
 
 test: $(VENV)/.installed-dev ## Run the tests, models and torch included
@@ -45,7 +45,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed-base: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP_INSTALL) --editable . scikit-learn
+	$(PIP_INSTALL) --editable '.[html]' scikit-learn
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python

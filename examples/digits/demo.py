@@ -1,4 +1,4 @@
-"""Inspect, canonicalize, fold and prune a small digit classifier, and measure what each step does to it.
+"""Inspect, canonicalize, prune and compress a small digit classifier, and measure what each step does to it.
 
     python examples/digits/demo.py [folder for the results, default: out]
 
@@ -23,6 +23,7 @@ MODEL = Path(__file__).with_name("digits.onnx")
 CANONICAL = ["canonicalize"]
 SMALLER = ["fold-batch-norm", "remove-dead"]
 PRUNED = {"pruned-80": "prune{macs=0.8}", "pruned-50": "prune{macs=0.5}"}
+COMPRESSED = {"compressed-50": "compress{macs=0.5}", "compressed-25": "compress{macs=0.25}"}
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,12 @@ class Row:
     error: float | None
 
 
-def test_split() -> tuple[np.ndarray, np.ndarray]:
-    """The images that train.py kept aside, float32 [N, 1, 8, 8] in 0..1, and their labels."""
+def splits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Training images, and the images that train.py kept aside with their labels; float32 [N, 1, 8, 8] in 0..1."""
     images, labels = load_digits(return_X_y=True)
     scaled = (images / 16.0).astype(np.float32).reshape(-1, 1, 8, 8)
-    _, test_x, _, test_y = train_test_split(scaled, labels, test_size=0.25, random_state=0, stratify=labels)
-    return test_x, test_y
+    train_x, test_x, _, test_y = train_test_split(scaled, labels, test_size=0.25, random_state=0, stratify=labels)
+    return train_x, test_x, test_y
 
 
 def accuracy(path: Path, images: np.ndarray, labels: np.ndarray) -> float:
@@ -71,7 +72,7 @@ def show_symmetry() -> None:
     print("fingerprints:", cipm_ir.fingerprint(program)[:16], "and", cipm_ir.fingerprint(moved)[:16])
 
 
-def write_models(folder: Path) -> dict[Path, cipm_ir.Result]:
+def write_models(folder: Path, calibration: np.ndarray) -> dict[Path, cipm_ir.Result]:
     """Run the pipelines; each one writes its model."""
     made: dict[Path, cipm_ir.Result] = {}
     title("3. Exact passes: canonical form; batch normalizations folded, dead units removed")
@@ -85,6 +86,17 @@ def write_models(folder: Path) -> dict[Path, cipm_ir.Result]:
         # Pruned first: the size of a weight means most in the scales that training chose, before anything is folded.
         made[path] = cipm_ir.optimize(MODEL, [prune, *SMALLER], output=path)
         print(made[path].report)
+    title(f"5. Compression: the same sizes, made up for by least squares on {len(calibration)} images without labels")
+    for name, compress in COMPRESSED.items():
+        path = folder / f"digits-{name}.onnx"
+        made[path] = cipm_ir.optimize(MODEL, [*SMALLER, compress], data={"images": calibration}, output=path)
+        print(made[path].report)
+    page = folder / "report.html"
+    last = cipm_ir.optimize(
+        MODEL, [*SMALLER, "cluster", COMPRESSED["compressed-50"]], data={"images": calibration}, verify=False
+    )
+    last.report.to_html(page, title="digits: clustered and compressed to half the multiply-accumulates")
+    print(f"the last steps, with pictures of every space: {page}")
     return made
 
 
@@ -105,10 +117,10 @@ def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "out")
     folder.mkdir(parents=True, exist_ok=True)
     show_symmetry()
-    made = write_models(folder)
+    calibration, images, labels = splits()
+    made = write_models(folder, calibration)
 
-    images, labels = test_split()
-    title(f"5. Test accuracy through onnxruntime, {len(labels)} images that were not trained on")
+    title(f"6. Test accuracy through onnxruntime, {len(labels)} images that were not trained on")
     first = next(iter(made.values())).report.before
     rows = [Row(MODEL, first.parameters, first.macs, accuracy(MODEL, images, labels), None)]
     for path, result in made.items():
