@@ -15,6 +15,8 @@ Levels = list[int]
 Price = Callable[[Levels], float]
 _SWEEPS = 8
 _HALVINGS = 32
+_AHEAD = 8
+"""So many levels at once may be taken where one alone gains nothing."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,7 @@ def allocate(curves: Sequence[npt.NDArray[np.float64]], price: Price, budget: fl
             high, best = middle, levels if _worth(curves, levels) <= _worth(curves, best) else best
         else:
             low = middle
-    best = _fill(curves, price, budget, best)
-    return Allocation(best, price(best), _worth(curves, best))
+    return fill(curves, price, budget, best)
 
 
 def _worth(curves: Sequence[npt.NDArray[np.float64]], levels: Levels) -> float:
@@ -78,14 +79,14 @@ def _descend(curves: Sequence[npt.NDArray[np.float64]], price: Price, rate: floa
     return levels
 
 
-def _fill(curves: Sequence[npt.NDArray[np.float64]], price: Price, budget: float, levels: Levels) -> Levels:
-    """Raise levels while the budget allows, the one that gains most for what it costs first."""
+def fill(curves: Sequence[npt.NDArray[np.float64]], price: Price, budget: float, levels: Levels) -> Allocation:
+    """Raise levels step by step while the budget allows, the one that gains most for what it costs first."""
     levels = list(levels)
     while True:
         cost = price(levels)
         best: tuple[float, Levels] | None = None
         for k, curve in enumerate(curves):
-            for up in range(levels[k] + 1, len(curve)):
+            for up in range(levels[k] + 1, min(levels[k] + 1 + _AHEAD, len(curve))):
                 trial = [*levels[:k], up, *levels[k + 1 :]]
                 more = price(trial) - cost
                 if cost + more <= budget:
@@ -93,5 +94,5 @@ def _fill(curves: Sequence[npt.NDArray[np.float64]], price: Price, budget: float
                     if best is None or gain > best[0]:
                         best = gain, trial
         if best is None:
-            return levels
+            return Allocation(levels, cost, _worth(curves, levels))
         levels = best[1]

@@ -63,22 +63,53 @@ def kept_numbers(spaces: Sequence[Space], min_keep: float, round_to: int) -> Lab
     return allowed_levels(min(sizes), max(sizes), floor, round_to if spaces[0].kind == "units" else 1)
 
 
+_FINE = 33
+"""About so many levels of a candidate are told apart in the end."""
+
+
 @dataclass
 class Candidate:
     """Linked spaces, each with what reads it, that keep one number of elements.
 
     ``levels``: the numbers that are looked at, ascending, the last all; ``kept[level][i]``: sorted elements of space i.
+    ``numbers``: those that it may keep. ``order[i]``: the elements of space i, those to go first first. ``measured``:
+    which levels divergence is measured at.
     """
 
     spaces: list[int]
     readers: list[list[Reader]]
     levels: Labels
+    numbers: Labels
     kept: list[list[Labels]] = field(default_factory=list)
+    order: list[Labels] = field(default_factory=list)
+    measured: Labels = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.measured = np.arange(len(self.levels))
 
     @property
     def first(self) -> int:
         """The first node that reads a unit."""
         return min(r.node for found in self.readers for r in found)
+
+    def finer(self) -> Candidate:
+        """The same with more of the allowed numbers as levels; what they keep lies between what was chosen."""
+        chosen = np.unique(np.linspace(0, len(self.numbers) - 1, _FINE).round().astype(int))
+        levels = np.union1d(self.numbers[chosen], self.levels)
+        made = Candidate(self.spaces, self.readers, levels, self.numbers, [], self.order)
+        made.measured = np.searchsorted(levels, self.levels)
+        for number in levels.tolist():
+            above = int(np.searchsorted(self.levels, number))
+            if self.levels[above] == number:
+                made.kept.append(self.kept[above])
+                continue
+            made.kept.append([])
+            for low, high, order in zip(self.kept[above - 1], self.kept[above], self.order, strict=True):
+                rank = np.argsort(order)
+                between = np.setdiff1d(high, low)
+                between = between[np.argsort(rank[between])]
+                made.kept[-1].append(np.setdiff1d(high, between[: max(0, len(high) - number)]))
+        return made
 
 
 def find_candidates(
@@ -104,7 +135,7 @@ def find_candidates(
             notes.append(f"@{spaces[0].name}{f' and {len(group) - 1} alike' if len(group) > 1 else ''}: {why}")
             continue
         chosen = np.unique(np.linspace(0, len(numbers) - 1, steps + 1).round().astype(int))
-        candidates.append(Candidate(list(group), [readers(program, s) for s in spaces], numbers[chosen]))
+        candidates.append(Candidate(list(group), [readers(program, s) for s in spaces], numbers[chosen], numbers))
     return sorted(candidates, key=lambda c: c.first), notes
 
 

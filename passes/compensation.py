@@ -159,12 +159,11 @@ def _groups(program: Program, layers: list[Layer]) -> list[list[Layer]]:
     for layer in layers:
         first = groups[-1][0].reader if groups else None
         shortcut = made.get(layer.way.shortcut)
-        if first is None or first.source != layer.reader.source:
-            groups.append([layer])
-        elif shortcut is not None and not _ready(shortcut, first.node, place):
-            groups.append([layer])
-        else:
+        together = first is not None and first.source == layer.reader.source
+        if first is not None and together and (shortcut is None or _ready(shortcut, first.node, place)):
             groups[-1].append(layer)
+        else:
+            groups.append([layer])
     return groups
 
 
@@ -172,9 +171,7 @@ def _constant(value: ir.Value | None) -> Array | None:
     return None if value is None or value.const_value is None else np.asarray(value.const_value.numpy())
 
 
-def _bias(
-    program: Program, value: ir.Value | None, gain: Array, uses: dict[str, int], spatial: int = 0
-) -> Bias | None:
+def _bias(program: Program, value: ir.Value | None, gain: Array, uses: dict[str, int], spatial: int = 0) -> Bias | None:
     """A parameter with one entry for each output, ``spatial`` axes before its last, that nothing else uses."""
     if value is None or value.const_value is None or not value.is_initializer() or uses.get(value.name or "") != 1:
         return None

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from cipm_ir.errors import SymmetryError
 from cipm_ir.ir.labels import Labels
-from cipm_ir.passes.allocation import Allocation, Levels, allocate
+from cipm_ir.passes.allocation import Allocation, Levels, allocate, fill
 from cipm_ir.passes.base import Context, Progress
 from cipm_ir.passes.budget import Mask
 from cipm_ir.passes.candidates import Candidate, mask_of
@@ -62,7 +64,13 @@ class Plan:
 
     def allocation(self, target: float, curves: Sequence[Curve] | None = None) -> Allocation:
         """Levels for a budget. Errors: `SymmetryError` where it is out of reach."""
-        found = allocate(curves or self.curves, self.price, target)
+        fine = curves or self.curves
+        places = [c.measured for c in self.candidates]
+        found = allocate(
+            [curve[at] for curve, at in zip(fine, places, strict=True)],
+            lambda levels: self.price([int(at[k]) for at, k in zip(places, levels, strict=True)]),
+            target,
+        )
         if found is None:
             least = self.price([0] * len(self.candidates)) / self.budget.original
             why = f" ({'; '.join(self.notes)})" if self.notes else ""
@@ -71,7 +79,8 @@ class Plan:
                 f"spaces that it may touch at their minimum, {least:.3g} remain{why}; ask for less, or lower min_keep, "
                 "round_to or exclude."
             )
-        return found
+        levels = [int(at[k]) for at, k in zip(places, found.levels, strict=True)]
+        return fill(fine, self.price, target, levels)
 
     def at(self, target: float, ctx: Context) -> Made:
         """The compensated program for a budget, at full shapes; measured again around the choice while that helps."""
@@ -128,7 +137,10 @@ def make_plan(
     choose_units(program, candidates, grams, damping, share(ctx, 0.1, 0.15))
     probes = min(settings.probes, samples)
     probe = Probe.of(program, ctx.data, size=_BATCH, limit=probes, damping=damping, asked=settings.divergence)
-    curves = probe.curves(candidates, grams, share(ctx, 0.15, 0.45))
+    coarse = probe.curves(candidates, grams, share(ctx, 0.15, 0.45))
+    fine = [c.finer() for c in candidates]
+    curves = [np.interp(f.levels, c.levels, curve) for f, c, curve in zip(fine, candidates, coarse, strict=True)]
+    candidates = fine
     costs = CostModel(program)
     budget = make_budget(kind, program, candidates, costs, ctx, settings.threads, share(ctx, 0.45, 0.5))
     compensation = Compensation(ctx.data, _BATCH, samples, damping, ctx.seed, probe.divergence.logits)

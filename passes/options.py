@@ -7,7 +7,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,8 @@ def describe_type(annotation: Any) -> str:
     if annotation in simple:
         return simple[annotation]
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Callable:
+        return "a function"
     if origin is typing.Literal:
         return "one of " + ", ".join(map(str, args))
     if origin in (typing.Union, types.UnionType):
@@ -119,6 +121,10 @@ def _convert(value: Any, annotation: Any) -> Any:
         return _one_of(value, args)
     if origin in (typing.Union, types.UnionType):
         return _first_that_fits(value, args)
+    if origin is Callable:
+        if not callable(value):
+            raise _Unfit
+        return value
     if origin in (tuple, list, Sequence) or annotation in (tuple, list):
         return _convert_list(value, origin or annotation, args)
     return _convert_scalar(value, annotation)

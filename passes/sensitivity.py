@@ -100,11 +100,12 @@ def choose_units(
     for number, candidate in enumerate(candidates):
         if progress is not None:
             progress("choose units", number / len(candidates))
-        per_space = []
+        per_space, candidate.order = [], []
         for k, found in zip(candidate.spaces, candidate.readers, strict=True):
             size = program.spaces[k].size
             problems = _problems(program, found, grams, reading, damping)
             order = eliminate(problems, size, int(candidate.levels[0])) if problems else np.arange(size)[::-1]
+            candidate.order.append(order)
             swaps = Swaps(problems, size)
             per_space.append([swaps.improve(order[max(0, size - int(n)) :]) for n in candidate.levels[::-1]][::-1])
         candidate.kept = [list(level) for level in zip(*per_space, strict=True)]
@@ -189,7 +190,10 @@ class Probe:
         stays: Callable[[Sequence[int]], Mask],
         progress: Progress | None = None,
     ) -> list[Curve]:
-        """The same with all others as they were chosen and compensated: measured near, continued by ``curves``."""
+        """The same with all others as they were chosen and compensated: measured near, continued by ``curves``.
+
+        ``candidates`` may have more levels than are measured; between these the curves are interpolated.
+        """
         found: list[Curve] = []
         with self.frontier(made.program) as frontier:
             start = self.compare(made.program, frontier)
@@ -197,10 +201,10 @@ class Probe:
                 if progress is not None:
                     progress("measure sensitivity again", number / len(candidates))
                 frontier.advance(made.program.model, candidate.first)
-                low, high = max(0, now - _REACH), min(len(old) - 1, now + _REACH)
-                curve = np.full(len(old), start)
                 nodes = [r.node for readers in candidate.readers for r in readers if r.node in made.sums]
-                for level in range(low, high + 1):
+                near = np.sort(candidate.measured[np.argsort(np.abs(candidate.measured - now))[: 2 * _REACH + 1]])
+                seen = {now: start}
+                for level in near.tolist():
                     if level == now or not nodes:
                         continue
                     left = stays([*levels[:number], level, *levels[number + 1 :]])
@@ -209,12 +213,20 @@ class Probe:
                         layer, sums = made.sums[node]
                         gone = gone_places(self.program, layer.reader, left)
                         weights.update(refitted(self.program, layer, sums, gone, self.damping))
-                    curve[level] = self.compare(made.program.refit(weights), frontier)
-                curve[:low] = curve[low] + old[:low] - old[low]
-                curve[high + 1 :] = curve[high] + old[high + 1 :] - old[high]
-                curve = np.minimum.accumulate(curve)
-                found.append(curve - curve[-1])
+                    seen[level] = self.compare(made.program.refit(weights), frontier)
+                found.append(_continued(candidate, seen, old))
         return found
+
+
+def _continued(candidate: Candidate, seen: Mapping[int, float], old: Curve) -> Curve:
+    """A curve through what was measured, with the differences of an old one beyond; zero at the last level."""
+    places = sorted(seen)
+    low, high = places[0], places[-1]
+    curve = np.interp(candidate.levels, candidate.levels[places], [seen[k] for k in places])
+    curve[:low] += old[:low] - old[low]
+    curve[high + 1 :] += old[high + 1 :] - old[high]
+    curve = np.minimum.accumulate(curve)
+    return np.asarray(curve - curve[-1])
 
 
 def shrunk(

@@ -9,7 +9,6 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from tests.zoo.net import Net
 
-from cipm_ir.passes.compensation import Layer, layers_of
 from cipm_ir.runtime.session import run
 from cipm_ir.symmetry.program import Program
 
@@ -48,6 +47,11 @@ def values(made: Program, data: Feeds, *names: str) -> list[Array]:
     return [np.asarray(found[name], np.float64) for name in wanted]
 
 
+def names_in(node: ir.Node) -> list[str]:
+    """Names of what a node reads."""
+    return [v.name or "" for v in node.inputs if v is not None]
+
+
 def gap(a: Array, b: Array) -> float:
     """Mean squared difference, relative to the variance of ``a``."""
     return float(np.square(a - b).mean() / a.var())
@@ -56,11 +60,6 @@ def gap(a: Array, b: Array) -> float:
 def furthest(a: list[Array], b: list[Array]) -> float:
     """Largest difference, in units of the largest output."""
     return float(max(np.abs(x - y).max() / np.abs(x).max() for x, y in zip(a, b, strict=True)))
-
-
-def layer_of(made: Program, weight: str) -> Layer:
-    """The layer with this weight."""
-    return next(layer for layer in layers_of(made) if layer.reader.weight == weight)
 
 
 def two_convs(batch: int | str = "N", hidden: int = 10) -> Net:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -104,4 +104,4 @@ def test_more_budget_is_never_worse() -> None:
         made = [allocate(curves, price, f * full) for f in np.linspace(0.3, 1.0, 8)]
         worth = [m.divergence for m in made if m is not None]
         assert worth and worth[-1] == 0.0 and worth[0] >= worth[-1]
-        assert sum(b > a + 0.2 for a, b in zip(worth, worth[1:], strict=False)) == 0
+        assert sum(b > a + 0.2 for a, b in pairwise(worth)) == 0

@@ -9,12 +9,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from tests import zoo
-from tests.compress_nets import Array, Feeds, array_of, furthest, gap, images, mlp, program, residual, rows, values
+from tests.compress_nets import Feeds, array_of, furthest, gap, images, mlp, program, residual, rows, values
 from tests.dead_units import program_of
 from tests.zoo.net import Net
 
 import cipm_ir
-from cipm_ir.errors import OptionError, SymmetryError
+from cipm_ir.errors import InputError, OptionError, SymmetryError
 from cipm_ir.passes.base import Context, PassResult
 from cipm_ir.passes.compress import Compress
 from cipm_ir.passes.prune import Prune
@@ -22,6 +22,10 @@ from cipm_ir.passes.text import parse_passes
 from cipm_ir.runtime.inputs import random_inputs
 from cipm_ir.symmetry.program import Program
 
+STRUCTURES = [
+    "batch_norm_relu", "batch_norm_linear", "attention_rope_table", "unet_concat_skip", "loop_capture",
+    "tied_embedding", "shared_zero_bias", "siamese", "depthwise", "mlp_float16",
+]  # fmt: skip
 FAST: dict[str, Any] = {"steps": 3, "min_keep": 1, "rounds": 0}
 
 
@@ -74,7 +78,8 @@ def test_scaled_copies_behind_a_relu_go_first() -> None:
     weight, bias = net.normal((6, 3, 3, 3), 0.3), net.normal((6,), 0.3)
     factor = net.rng.uniform(0.5, 2.0, 6).astype(np.float32)
     both = np.concatenate([weight, weight * factor[:, None, None, None]])
-    hidden = net.op("Conv", net.image(3, 6), net.const(both), net.const(np.concatenate([bias, bias * factor])), pads=[1] * 4)
+    biases = np.concatenate([bias, bias * factor])
+    hidden = net.op("Conv", net.image(3, 6), net.const(both), net.const(biases), pads=[1] * 4)
     net.output(net.conv(net.relu(hidden), 12, 5), ["N", 5, 6, 6])
     made = program(net)
     result = compress(made, images(60), macs=0.5, steps=12)
@@ -162,12 +167,6 @@ def test_evaluate_bounds_the_drop() -> None:
     assert "drop of the score" in result.summary
 
 
-def test_latency_budget_says_what_was_measured() -> None:
-    made = program(mlp(widths=(64, 64)))
-    result = compress(made, rows(64), latency=0.99, steps=2)
-    assert "of the seconds" in result.summary
-
-
 # ---------------------------------------------------------------- heads and other links
 def graph(data_dir: Path, name: str, batches: int) -> tuple[Program, Feeds]:
     made = cipm_ir.load(str(data_dir / "graphs" / f"{name}.onnx"))
@@ -190,8 +189,8 @@ def test_heads_go_as_wholes(data_dir: Path) -> None:
     changed = [(before[n], after[n]) for n in before if before[n] != after[n]]
     widths = {b for old, new in changed for a, b in zip(old, new, strict=True) if a != b}
     assert changed and widths <= {24 * n for n in kept.values()}
-    assert list(result.program.model.graph.inputs[0].shape or ())[0] == 2
-    assert furthest(values(made, {k: v[:2] for k, v in data.items()}), values(result.program, {k: v[:2] for k, v in data.items()})) < 0.2
+    few = {k: v[:2] for k, v in data.items()}
+    assert furthest(values(made, few), values(result.program, few)) < 0.2
 
 
 def test_a_shared_bias_is_not_corrupted(data_dir: Path) -> None:
@@ -231,7 +230,7 @@ def test_siblings_keep_equal_numbers() -> None:
     assert len({len(k) for name, k in result.witness["kept"].items()}) <= 2
 
 
-@pytest.mark.parametrize("name", ["batch_norm_relu", "batch_norm_linear", "attention_rope_table", "unet_concat_skip", "loop_capture", "tied_embedding", "shared_zero_bias", "siamese", "depthwise", "mlp_float16"])  # fmt: skip
+@pytest.mark.parametrize("name", STRUCTURES)
 def test_structures_of_the_zoo(name: str) -> None:
     """Unfolded batch norm, rotary heads, skips, loops, ties: smaller, within the budget, and near."""
     model = zoo.build(name)
@@ -250,7 +249,9 @@ def test_fixed_and_free_batches_choose_alike() -> None:
     assert free.metrics["widths"] == fixed.metrics["widths"]
     for name, kept in free.witness["kept"].items():
         assert kept.tolist() == fixed.witness["kept"][name].tolist()
-    assert list(fixed.program.model.graph.inputs[0].shape or ())[0] == 8
+    assert len(values(fixed.program, rows(8))[0]) == 8
+    with pytest.raises(InputError):
+        values(fixed.program, rows(7))
 
 
 def test_same_seed_same_model() -> None:
@@ -262,7 +263,7 @@ def test_same_seed_same_model() -> None:
 
 def test_data_in_every_form(tmp_path: Path) -> None:
     made, data = program(mlp()), rows(64)
-    np.savez(tmp_path / "data.npz", **data)
+    np.savez(tmp_path / "data.npz", x=data["x"])
     forms: list[Any] = [data, str(tmp_path / "data.npz"), [{"x": data["x"][k : k + 16]} for k in range(0, 64, 16)]]
     widths = [compress(made, form, params=0.6).metrics["widths"] for form in forms]
     assert widths[0] == widths[1] == widths[2]
@@ -270,7 +271,8 @@ def test_data_in_every_form(tmp_path: Path) -> None:
 
 def test_a_generator_is_read_once_by_the_pipeline() -> None:
     made, data = program(mlp()), rows(64)
-    result = cipm_ir.optimize(ir.to_proto(made.emit()), ["compress{params=0.6}"], data=({"x": r[None]} for r in data["x"]))
+    pieces = ({"x": data["x"][k : k + 8]} for k in range(0, 64, 8))
+    result = cipm_ir.optimize(ir.to_proto(made.emit()), ["compress{params=0.6}"], data=pieces)
     assert result.program.parameters <= 0.6 * made.parameters
 
 

@@ -1,4 +1,4 @@
-"""What goes wrong around `compress`: data, budgets, scores, interruptions. Each says what and why, and leaves nothing."""
+"""What goes wrong around `compress`: data, budgets, scores, interruptions. Each says why, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -92,12 +92,12 @@ def test_an_input_that_never_moves_among_others() -> None:
     """Dead units (their inputs are constant) go before live ones, and without numerical warnings."""
     net = Net("dead")
     first = net.relu(net.gemm(net.input("x", ["N", 6]), 6, 10))
-    dead = net.relu(net.op("Gemm", net.op("Mul", first, net.const(np.zeros(10))), net.weight((8, 10), 10), net.bias(8), transB=1))
+    dead = net.relu(net.gemm(net.op("Mul", first, net.const(np.zeros(10))), 10, 8))
     net.output(net.gemm(net.op("Concat", first, dead, axis=1), 18, 3), ["N", 3])
     made = program(net)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        result = compress(made, rows(300), params=0.55)
+        result = compress(made, rows(300), params=0.65)
     assert float(result.metrics["divergence"]["measured"]) < 1e-6
 
 
@@ -129,7 +129,7 @@ def test_out_of_reach_says_what_can_be_reached(kind: str) -> None:
     made = program(mlp())
     with pytest.raises(SymmetryError, match=r"cannot come down to 0\.01 of the .*, 0\.\d+ remain.*lower min_keep"):
         compress(made, rows(60), **{kind: 0.01})
-    with pytest.raises(SymmetryError, match=r"0\.5\d* remain"):
+    with pytest.raises(SymmetryError, match=r"0\.6\d* remain"):
         compress(made, rows(60), params=0.2, min_keep=0.7)
 
 
@@ -139,12 +139,15 @@ def test_nothing_that_could_go() -> None:
     net.output(net.gemm(h, 10, 3), ["N", 3])
     with pytest.raises(SymmetryError, match="finds no units that it may drop: @w_1: a normalization, softmax or sum"):
         compress(program(net), rows(30), macs=0.5)
-    with pytest.raises(OptionError, match="pattern 'nothing.' matches no space"):
+    with pytest.raises(OptionError, match=r"pattern 'nothing.' matches no space"):
         compress(program(mlp()), rows(30), macs=0.5, include=("nothing*",))
 
 
 def test_a_drop_that_no_step_meets() -> None:
-    made = program(mlp())
+    net = Net("tanh")  # behind a Relu some unit might be dead, and go for nothing
+    h = net.op("Tanh", net.gemm(net.input("x", ["N", 6]), 6, 8))
+    net.output(net.gemm(h, 8, 3), ["N", 3])
+    made = program(net)
     with pytest.raises(SymmetryError, match=r"no smaller model within max_drop 1e-12: already with .* divergence is"):
         compress(made, rows(60), max_drop=1e-12)
 
@@ -240,6 +243,6 @@ def test_only_so_many_samples_are_read() -> None:
 
     made = program(mlp())
     result = compress(made, Endless(), params=0.7, samples=128, probes=64)
-    assert result.changed and Endless.most <= 8
+    assert result.changed and Endless.most <= 40
     dense = values(made, rows(100, seed=3))[0]
     assert gap(dense, values(result.program, rows(100, seed=3))[0]) < 0.5

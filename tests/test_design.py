@@ -93,7 +93,7 @@ def test_control_mirrored_pads_are_seen(rng: np.random.Generator) -> None:
     assert gap(y, turned.inputs(x) @ linear.matrix(weight) + bias) > 1e-2
 
 
-MATRICES = [(kind, (4,)) for kind in ("gemm0", "gemm1", "gemm-turned")]
+MATRICES: list[tuple[str, tuple[int, ...]]] = [(kind, (4,)) for kind in ("gemm0", "gemm1", "gemm-turned")]
 MATRICES += [(kind, lead) for kind in ("matmul", "matmul-turned") for lead in ((4,), (4, 5), (2, 3, 4))]
 
 
@@ -195,4 +195,5 @@ def test_sums_without_targets_and_of_nothing() -> None:
 def test_rows_of_half_precision_are_summed_in_single() -> None:
     sums = Normal(1, 1)
     sums.add(np.full((70_000, 1), 300.0, np.float16), np.full((70_000, 1), 2.0, np.float16))
-    assert sums.gram(centred=False)[0, 0] == pytest.approx(9e4) and sums.cross(centred=False)[0, 0] == pytest.approx(600)
+    assert sums.gram(centred=False)[0, 0] == pytest.approx(9e4)
+    assert sums.cross(centred=False)[0, 0] == pytest.approx(600)

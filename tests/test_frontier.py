@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 from tests import zoo
-from tests.compress_nets import array_of, images, mlp, program, residual, rows, values
+from tests.compress_nets import array_of, images, mlp, names_in, program, residual, rows, values
 from tests.zoo.net import Net
 
 from cipm_ir.errors import InputError
@@ -114,7 +114,7 @@ def test_in_steps_as_at_once(name: str) -> None:
 def test_control_what_is_kept_is_not_run_again() -> None:
     """Weights that change before the frontier change nothing behind it; those after it do."""
     made, data = program(residual()), images(8)
-    weights = [node.inputs[1].name or "" for node in made.model.graph if node.op_type == "Conv"]
+    weights = [names_in(node)[1] for node in made.model.graph if node.op_type == "Conv"]
     early, late = (made.refit({w: 2.0 * array_of(made, w)}) for w in (weights[0], weights[-1]))
     with Frontier(made.model, data) as frontier:
         frontier.advance(made.model, 5)
@@ -132,7 +132,7 @@ def test_weights_that_are_computed_are_those_of_the_model_that_runs() -> None:
     computed = {v.name for n in made.model.graph for v in n.outputs} - moving(made.model)
     assert computed
     first = next(k for k, n in enumerate(made.model.graph) if n.outputs[0].name in moving(made.model))
-    wanted = list(run(other.model, data, finals(made)).values())[0]
+    wanted = next(iter(run(other.model, data, finals(made)).values()))
     with Frontier(made.model, data) as frontier:
         frontier.advance(made.model, first)
         assert not computed & set(frontier.values[0])

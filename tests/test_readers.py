@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tests.compress_nets import array_of, mlp, program
+from tests.compress_nets import array_of, mlp, names_in, program
 from tests.dead_units import distance, outputs, program_of
 from tests.zoo.net import Net
 
@@ -27,7 +27,7 @@ NETS = [
 
 
 def cut(program: Program, space: Space, kept: Array, leave_out: int = 0) -> Program:
-    """The program in which readers do without the other elements; ``leave_out``: so many of the last ones still read."""
+    """The program in which readers do without the other elements; ``leave_out``: so many of the last still read."""
     weights: dict[str, Array] = {}
     found = readers(program, space)
     for reader in found[: len(found) - leave_out]:
@@ -95,8 +95,7 @@ def test_what_a_reader_tells() -> None:
     (reader,) = readers(made, first)
     node = list(made.model.graph)[reader.node]
     assert (reader.op, node.op_type, reader.axis, reader.columns.shape) == ("Gemm", "Gemm", 1, (12, 1))
-    assert reader.source == node.inputs[0].name and reader.output == node.outputs[0].name
-    assert (reader.weight, reader.bias) == (node.inputs[1].name, node.inputs[2].name)
+    assert [reader.source, reader.weight, reader.bias] == names_in(node) and reader.output == node.outputs[0].name
     assert [r.node for r in (*readers(made, first), *readers(made, second))] == sorted(
         r.node for r in products(made)[1:]
     )

@@ -88,10 +88,20 @@ def _prune(graph: ir.Graph) -> None:
     """Drop nodes and initializers that no output needs."""
     for node in reversed(list(graph)):
         if all(not v.uses() and not v.is_graph_output() for v in node.outputs):
+            _let_go(node)
             graph.remove(node, safe=True)
     for name, value in list(graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
             del graph.initializers[name]
+
+
+def _let_go(node: ir.Node) -> None:
+    """Make the subgraphs of a node read nothing: removing it would leave the values around marked as read there."""
+    for attribute in node.attributes.values():
+        if not attribute.is_ref() and attribute.type == ir.AttributeType.GRAPH:
+            for inner in attribute.as_graph().all_nodes():
+                for k in range(len(inner.inputs)):
+                    inner.replace_input_with(k, None)
 
 
 def check_values(model: ir.Model, values: dict[str, Array], start: int) -> None:
