@@ -17,8 +17,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from cipm_ir.ir.labels import Labels
-from cipm_ir.passes.compensation import Layer, layers_of
-from cipm_ir.runtime.design import Array, Normal, sample_places
+from cipm_ir.passes.budget import Mask
+from cipm_ir.passes.refit_layers import Layer, layers_of
+from cipm_ir.passes.sensitivity import count_samples
+from cipm_ir.runtime.design import Normal, sample_places
 from cipm_ir.runtime.inputs import Data
 from cipm_ir.runtime.observe import observe
 from cipm_ir.symmetry.program import Program
@@ -31,7 +33,20 @@ _FLOOR = 1e-6
 _SAME = 1e-6
 """The outputs may change by this relative squared error, which is rounding; else the basis stays as it is."""
 _ROWS = 20_000
-_PASSED = {"Add", "Sub", "Mul", "Div", "Where", "Reshape", "Transpose", "Identity", "Cast", "Softmax", "Squeeze", "Unsqueeze"}
+_PASSED = {
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+    "Where",
+    "Reshape",
+    "Transpose",
+    "Identity",
+    "Cast",
+    "Softmax",
+    "Squeeze",
+    "Unsqueeze",
+}
 
 
 @dataclass(frozen=True)
@@ -156,7 +171,31 @@ def _softmax_follows(node: ir.Node) -> bool:
             return False
 
 
+def muted(program: Program, pairs: Mapping[int, Pair], stays: Mask) -> dict[int, Labels]:
+    """Outputs of products that must be zero for units to be without effect, by node; not those of blocks that go."""
+    found: defaultdict[int, list[Labels]] = defaultdict(list)
+    for pair in pairs.values():
+        raw = program.analysis.spaces[pair.space]
+        gone = ~stays[raw.table[:, 0]]
+        if not pair.chain and gone.any() and (raw.parent_class < 0 or stays[raw.parent_class]):
+            found[pair.first.reader.node].append(pair.left[gone])
+            found[pair.second.reader.node].append(pair.right[gone])
+    return {node: np.concatenate(places) for node, places in found.items()}
+
+
 # ---------------------------------------------------------------- change of basis
+def prepared(
+    program: Program, wanted: set[int], data: Data, *, size: int, limit: int, seed: int
+) -> tuple[Program, dict[int, Pair]]:
+    """The same function in the basis in which units of pairs may go, and the pairs; none where rounding forbids it."""
+    pairs = {k: pair for k, pair in find_pairs(program).items() if k in wanted}
+    if not pairs:
+        return program, {}
+    count = count_samples(program, data, size, limit)
+    made = sorted_basis(program, pairs, data, size=size, limit=limit, count=count, seed=seed)
+    return (program, {}) if made is None else (made, pairs)
+
+
 def sorted_basis(
     program: Program, pairs: Mapping[int, Pair], data: Data, *, size: int, limit: int | None, count: int, seed: int
 ) -> Program | None:

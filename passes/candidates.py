@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from math import ceil
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,6 +19,9 @@ from cipm_ir.runtime.intervals import find_intervals
 from cipm_ir.symmetry.program import Program, Space
 from cipm_ir.symmetry.readers import Reader, readers
 from cipm_ir.symmetry.restrict import closed_keep
+
+if TYPE_CHECKING:
+    from cipm_ir.passes.bilinear import Pair
 
 
 def wanted_spaces(
@@ -73,7 +77,7 @@ class Candidate:
 
     ``levels``: the numbers that are looked at, ascending, the last all; ``kept[level][i]``: sorted elements of space i.
     ``numbers``: those that it may keep. ``order[i]``: the elements of space i, those to go first first. ``measured``:
-    which levels divergence is measured at.
+    which levels divergence is measured at. ``pairs[i]``: of spaces that only activations read, what makes space i.
     """
 
     spaces: list[int]
@@ -82,6 +86,7 @@ class Candidate:
     numbers: Labels
     kept: list[list[Labels]] = field(default_factory=list)
     order: list[Labels] = field(default_factory=list)
+    pairs: list[Pair] = field(default_factory=list)
     measured: Labels = field(init=False)
 
     def __post_init__(self) -> None:
@@ -89,14 +94,15 @@ class Candidate:
 
     @property
     def first(self) -> int:
-        """The first node that reads a unit."""
-        return min(r.node for found in self.readers for r in found)
+        """The first node that reads a unit, or makes one of a pair."""
+        made = [pair.first.reader.node for pair in self.pairs]
+        return min([*made, *(r.node for found in self.readers for r in found)])
 
     def finer(self) -> Candidate:
         """The same with more of the allowed numbers as levels; what they keep lies between what was chosen."""
         chosen = np.unique(np.linspace(0, len(self.numbers) - 1, _FINE).round().astype(int))
         levels = np.union1d(self.numbers[chosen], self.levels)
-        made = Candidate(self.spaces, self.readers, levels, self.numbers, [], self.order)
+        made = Candidate(self.spaces, self.readers, levels, self.numbers, [], self.order, self.pairs)
         made.measured = np.searchsorted(levels, self.levels)
         for number in levels.tolist():
             above = int(np.searchsorted(self.levels, number))
@@ -113,9 +119,17 @@ class Candidate:
 
 
 def find_candidates(
-    program: Program, wanted: set[int], min_keep: float, round_to: int, steps: int
+    program: Program,
+    wanted: set[int],
+    min_keep: float,
+    round_to: int,
+    steps: int,
+    pairs: Mapping[int, Pair] | None = None,
 ) -> tuple[list[Candidate], list[str]]:
-    """Spaces that only weights read, so that what goes can be made up for; and why others are left alone."""
+    """Spaces that only weights read, so that what goes can be made up for; and why others are left alone.
+
+    ``pairs``: spaces that activations may read too: their units are in the order of what they matter.
+    """
     analysis = program.analysis
     links, grids = link_spaces(analysis), grids_of(analysis)
     found = find_intervals(program.model, analysis)
@@ -130,19 +144,30 @@ def find_candidates(
         numbers = kept_numbers(spaces, min_keep, round_to)
         if len(numbers) < 2:
             continue
-        why = _refusal(program, group, links.frozen, liveness, numbers, grids)
+        made = [pairs[k] for k in group if k in pairs and not pairs[k].chain] if pairs else []
+        found_readers = [] if len(made) == len(group) else group
+        why = _refusal(program, group, found_readers, links.frozen, liveness, numbers, grids)
         if why:
             notes.append(f"@{spaces[0].name}{f' and {len(group) - 1} alike' if len(group) > 1 else ''}: {why}")
             continue
         chosen = np.unique(np.linspace(0, len(numbers) - 1, steps + 1).round().astype(int))
-        candidates.append(Candidate(list(group), [readers(program, s) for s in spaces], numbers[chosen], numbers))
+        by_space = [readers(program, program.spaces[k]) for k in found_readers] or [[] for _ in group]
+        candidates.append(
+            Candidate(list(group), by_space, numbers[chosen], numbers, pairs=[] if found_readers else made)
+        )
     return sorted(candidates, key=lambda c: c.first), notes
 
 
 def _refusal(
-    program: Program, group: list[int], frozen: set[int], liveness: Liveness, numbers: Labels, grids: list[Labels]
+    program: Program,
+    group: list[int],
+    read: list[int],
+    frozen: set[int],
+    liveness: Liveness,
+    numbers: Labels,
+    grids: list[Labels],
 ) -> str:
-    """Why linked spaces cannot shrink with compensation; empty where they can."""
+    """Why linked spaces cannot shrink with compensation; empty where they can. ``read``: by weights alone."""
     analysis = program.analysis
     tables = [analysis.spaces[k].table for k in group]
     if not frozen.isdisjoint(group):
@@ -151,7 +176,7 @@ def _refusal(
         return "a normalization, softmax or sum runs over its units"
     uses = weight_uses(program)
     try:
-        for k in group:
+        for k in read:
             tied = next((r.weight for r in readers(program, program.spaces[k]) if uses[r.weight] > 1), None)
             if tied is not None:
                 return f"{tied} is used in several places"

@@ -11,25 +11,19 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 
-from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Labels
 from cipm_ir.passes.budget import Mask
-from cipm_ir.passes.candidates import weight_uses
 from cipm_ir.passes.logits import refit_logits
+from cipm_ir.passes.re_estimate import Norm, norms_of, re_estimated
+from cipm_ir.passes.refit_layers import SMALL, Layer, gone_places, grouped, layers_of, parameter, silence
 from cipm_ir.passes.selection import solve
-from cipm_ir.runtime.design import Array, Linear, sample_places
-from cipm_ir.runtime.design import Normal as Normal
-from cipm_ir.runtime.frontier import Frontier, moving
+from cipm_ir.runtime.design import Array, Linear, Normal, sample_places
+from cipm_ir.runtime.frontier import Frontier
 from cipm_ir.runtime.inputs import Data
 from cipm_ir.symmetry.program import Program
-from cipm_ir.symmetry.readers import Reader, products, summed_classes
 
 Matrix = npt.NDArray[np.float64]
-_SMALL = 1e-3
-"""Factors of outputs that hardly count."""
-_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "Attention", "LSTM", "GRU", "RNN")
 LARGEST = 6000
 """Products of more summed places than this are not refitted: the matrix would take too much memory."""
 _ROWS_PER_PLACE = 40
@@ -37,147 +31,6 @@ _LEAST_ROWS = 60_000
 _ENTRIES = 1 << 28
 """Rows times places of one product that are held at a time, 1 GiB."""
 _RECTIFIED_ROUNDS = 3
-
-
-@dataclass(frozen=True)
-class Bias:
-    """A parameter that shifts a product: one that is added, or the running mean behind it, which is subtracted.
-
-    ``gain``: (outputs,), how far the parameter goes for a product that goes up by one.
-    """
-
-    name: str
-    gain: Array
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Way:
-    """Where a product goes: times a factor per output, plus a shortcut, perhaps into Relu alone.
-
-    Attributes:
-        factor: (outputs,).
-        shortcut: name of what is added; None where nothing is, or where it may still change.
-        rectified: name of the sum, where nothing but Relu reads it: what is below zero there makes no difference.
-        output: name of the output of the graph that the product is, bias included.
-    """
-
-    factor: Array
-    shortcut: str | None = None
-    rectified: str | None = None
-    output: str | None = None
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A product with a weight that is used once, what is added to it, and where it goes."""
-
-    reader: Reader
-    linear: Linear
-    bias: Bias | None
-    way: Way
-
-
-def layers_of(program: Program) -> list[Layer]:
-    """Products whose weights may be refitted, in graph order."""
-    uses = weight_uses(program)
-    live = moving(program.model)
-    nodes = list(program.model.graph)
-    place = {id(n): k for k, n in enumerate(nodes)}
-    made = []
-    for reader in products(program):
-        node = nodes[reader.node]
-        tensor = program.model.graph.initializers.get(reader.weight)
-        if uses.get(reader.weight) != 1 or tensor is None or reader.source not in live:
-            continue
-        if attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
-            continue
-        linear = Linear.of(program, reader)
-        made.append(Layer(reader, linear, *_surroundings(program, node, linear, uses, live, place)))
-    return made
-
-
-def _surroundings(
-    program: Program, node: ir.Node, linear: Linear, uses: dict[str, int], live: set[str], place: dict[int, int]
-) -> tuple[Bias | None, Way]:
-    """Follow a product through what adds and scales to the sum with a shortcut."""
-    width = linear.width
-    own = node.inputs[2] if node.op_type != "MatMul" and len(node.inputs) > 2 else None
-    bias = _bias(program, own, np.ones(width), uses)
-    spatial = len(linear.kernel)
-    factor, shortcut, value = np.ones(width), None, node.outputs[0]
-    while len(value.uses()) == 1 and not value.is_graph_output():
-        after, index = next(iter(value.uses()))
-        if after.op_type == "BatchNormalization" and index == 0 and node.op_type == "Conv" and shortcut is None:
-            arrays = [_constant(v) for v in after.inputs[1:]]
-            if any(a is None for a in arrays):
-                break
-            scale, _, _, variance = (np.asarray(a, np.float64) for a in arrays)
-            bias = bias or _bias(program, after.inputs[3], -factor, uses)
-            factor = factor * scale / np.sqrt(variance + attribute(after, "epsilon", 1e-5))
-        elif after.op_type == "Add" and shortcut is None:
-            other = after.inputs[1 - index]
-            if other is not None and other.name in live:
-                if not _ready(other, place[id(node)], place):
-                    return bias, Way(factor)
-                shortcut = other.name
-            else:
-                bias = bias or _bias(program, other, factor, uses, spatial)
-        elif after.op_type != "Identity":
-            break
-        value = after.outputs[0]
-    shut = not value.is_graph_output() and {n.op_type for n, _ in value.uses()} == {"Relu"}
-    plain = shortcut is None and bool((factor == 1.0).all())
-    return bias, Way(
-        factor,
-        shortcut,
-        value.name if shut and (np.abs(factor) > _SMALL).all() else None,
-        value.name if value.is_graph_output() and plain else None,
-    )
-
-
-def _ready(value: ir.Value, start: int, place: dict[int, int]) -> bool:
-    """Whether a value is made without products from this node on: those may still change."""
-    todo, seen = [value.producer()], set[int]()
-    while todo:
-        node = todo.pop()
-        if node is None or place[id(node)] < start or id(node) in seen:
-            continue
-        if place[id(node)] == start or node.op_type in _PRODUCTS:
-            return False
-        seen.add(id(node))
-        todo.extend(v.producer() for v in node.inputs if v is not None)
-    return True
-
-
-def _groups(program: Program, layers: list[Layer]) -> list[list[Layer]]:
-    """Products in a row that read one value; one that is added to another of them comes after it, in a group alone."""
-    nodes = list(program.model.graph)
-    place = {id(n): k for k, n in enumerate(nodes)}
-    made = {v.name: v for n in nodes for v in n.outputs}
-    groups: list[list[Layer]] = []
-    for layer in layers:
-        first = groups[-1][0].reader if groups else None
-        shortcut = made.get(layer.way.shortcut)
-        together = first is not None and first.source == layer.reader.source
-        if first is not None and together and (shortcut is None or _ready(shortcut, first.node, place)):
-            groups[-1].append(layer)
-        else:
-            groups.append([layer])
-    return groups
-
-
-def _constant(value: ir.Value | None) -> Array | None:
-    return None if value is None or value.const_value is None else np.asarray(value.const_value.numpy())
-
-
-def _bias(program: Program, value: ir.Value | None, gain: Array, uses: dict[str, int], spatial: int = 0) -> Bias | None:
-    """A parameter with one entry for each output, ``spatial`` axes before its last, that nothing else uses."""
-    if value is None or value.const_value is None or not value.is_initializer() or uses.get(value.name or "") != 1:
-        return None
-    shape = tuple(value.const_value.shape.numpy())
-    lined_up = len(shape) > spatial and shape[len(shape) - 1 - spatial] == len(gain)
-    return Bias(value.name or "", gain, shape) if lined_up and int(np.prod(shape)) == len(gain) else None
 
 
 @dataclass
@@ -191,6 +44,7 @@ class Compensation:
         damping: pull towards the old weights, as a fraction of the mean variance of the inputs.
         seed: of the positions that are looked at where there are more than needed.
         logits: outputs that are logits of classes.
+        mute: which outputs of products must be zero, by node: units that activations read.
     """
 
     data: Data
@@ -199,17 +53,21 @@ class Compensation:
     damping: float = 1e-4
     seed: int = 0
     logits: frozenset[str] = frozenset()
+    mute: Callable[[Mask], dict[int, Labels]] | None = None
     progress: Callable[[str, float | None], None] | None = None
 
     def run(self, program: Program, stays: Mask) -> Compensated:
-        """Refit every product from the first one that loses inputs on."""
+        """Refit every product, and move the statistics of every batch normalization, behind the first change."""
         layers = layers_of(program)
         gone = {layer.reader.node: gone_places(program, layer.reader, stays) for layer in layers}
-        first = next((k for k, layer in enumerate(layers) if len(gone[layer.reader.node])), None)
-        made = Compensated(program, {}, [])
+        quiet = self.mute(stays) if self.mute is not None else {}
+        nodes = [layer.reader.node for layer in layers]
+        first = next((k for k, node in enumerate(nodes) if len(gone[node]) or node in quiet), None)
+        made = Compensated(program, program, {}, [])
         if first is None:
             return made
-        groups = _groups(program, layers[first:])
+        groups = grouped(program, layers[first:])
+        norms = [n for n in norms_of(program, layers) if n.node > groups[0][0].reader.node]
         with Frontier(program.model, self.data, size=self.size, limit=self.limit) as dense:
             dense.advance(program.model, groups[0][0].reader.node)
             with dense.fork() as now:
@@ -217,15 +75,32 @@ class Compensation:
                     if self.progress is not None:
                         self.progress("compensate", number / len(groups))
                     start, stop = group[0].reader.node, group[-1].reader.node + 1
+                    while norms and norms[0].node < start:
+                        self._norm(made, norms.pop(0), now, dense)
                     shortcuts = [x.way.shortcut for x in group if x.way.shortcut]
                     sums = [x.way.rectified for x in group if x.way.rectified]
                     now.advance(made.program.model, start, shortcuts)
                     dense.advance(program.model, stop, [*(x.reader.output for x in group), *shortcuts, *sums])
-                    self._group(made, group, now, dense, gone)
+                    self._group(made, group, now, dense, gone, quiet)
+                for norm in norms:
+                    self._norm(made, norm, now, dense)
         return made
 
+    def _norm(self, made: Compensated, norm: Norm, now: Frontier, dense: Frontier) -> None:
+        """Move the statistics of a batch normalization."""
+        now.advance(made.program.model, norm.node)
+        dense.advance(made.dense.model, norm.node)
+        if norm.source in dense.values[0]:  # else it lies between products of one group
+            made.program = made.program.refit(re_estimated(made.program, norm, now, dense))
+
     def _group(
-        self, made: Compensated, group: list[Layer], now: Frontier, dense: Frontier, gone: dict[int, Labels]
+        self,
+        made: Compensated,
+        group: list[Layer],
+        now: Frontier,
+        dense: Frontier,
+        gone: dict[int, Labels],
+        quiet: dict[int, Labels],
     ) -> None:
         """Refit products that read one value."""
         weights: dict[str, Array] = {}
@@ -250,6 +125,9 @@ class Compensation:
                 self._sharpen(made.program, layer, fitted, gone[node], x, target)
             weights.update(fitted)
             made.sums[node] = (layer, sums)
+        for layer in group:
+            if layer.reader.node in quiet:
+                silence(made.program, layer, quiet[layer.reader.node], weights)
         made.program = made.program.refit(weights)
 
     def _sharpen(
@@ -273,9 +151,10 @@ class Compensation:
 
 @dataclass
 class Compensated:
-    """A program that reads nothing of what goes, the sums behind its weights by node, and notes."""
+    """A program that reads nothing of what goes, the one it was made of, the sums behind its weights by node, notes."""
 
     program: Program
+    dense: Program
     sums: dict[int, tuple[Layer, Normal]]
     notes: list[str]
 
@@ -317,7 +196,7 @@ class _Rows:
             if way.shortcut is not None:
                 gap = np.asarray(b[way.shortcut]) - np.asarray(a[way.shortcut])
                 if gap.shape == b[layer.reader.output].shape:
-                    safe = np.abs(way.factor) > _SMALL
+                    safe = np.abs(way.factor) > SMALL
                     inverse = np.where(safe, 1.0 / np.where(safe, way.factor, 1.0), 0.0).astype(y.dtype)
                     y = y + linear.outputs(gap, where) * inverse
             ys.append(y)
@@ -341,12 +220,6 @@ def _below_zero(layer: Layer, fitted: dict[str, Array], sums: Normal, x: Array, 
 
 def _geometry(linear: Linear) -> tuple[object, ...]:
     return (linear.kernel, linear.strides, linear.pads, linear.dilations)
-
-
-def gone_places(program: Program, reader: Reader, stays: Mask) -> Labels:
-    """Places along the summed axis of a weight whose units go."""
-    classes = summed_classes(program, reader)
-    return np.flatnonzero((classes >= 0) & ~stays[classes])
 
 
 def refitted(program: Program, layer: Layer, sums: Normal, gone: Labels, damping: float) -> dict[str, Array]:
@@ -388,10 +261,3 @@ def emptied(program: Program, layer: Layer, gone: Labels) -> dict[str, Array]:
     matrix = layer.linear.matrix(parameter(program, layer.reader.weight)).copy()
     matrix[layer.linear.rows_of(gone[:, None]).ravel()] = 0.0
     return {layer.reader.weight: layer.linear.weight(matrix)}
-
-
-def parameter(program: Program, name: str) -> Array:
-    """The value of a parameter."""
-    tensor = program.model.graph.initializers[name].const_value
-    assert tensor is not None
-    return np.asarray(tensor.numpy())

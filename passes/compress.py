@@ -7,9 +7,10 @@ from typing import ClassVar, Literal
 
 from cipm_ir.errors import OptionError, SymmetryError, VerificationError
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
+from cipm_ir.passes.bilinear import prepared
 from cipm_ir.passes.candidates import find_candidates, wanted_spaces
 from cipm_ir.passes.compress_cost import BUDGETS
-from cipm_ir.passes.compress_plan import Plan, Settings, kept_elements, make_plan
+from cipm_ir.passes.compress_plan import BATCH, Plan, Settings, kept_elements, make_plan
 from cipm_ir.passes.compress_report import figures_of, metrics_of
 from cipm_ir.passes.compress_search import Evaluate, smallest_within
 from cipm_ir.passes.latency import BLOCK
@@ -118,14 +119,16 @@ class Compress(Pass):
         other = (f.name for f in fields(self) if f.name not in (*BUDGETS, "max_drop", "evaluate"))
         key = (id(program), id(ctx.data), ctx.seed, self._kind(), *(getattr(self, name) for name in other))
         if key not in plans:
+            assert ctx.data is not None
             wanted = wanted_spaces(program, "compress", self.include, self.exclude, self.blocks)
-            candidates, notes = find_candidates(program, wanted, self.min_keep, self._multiple(), self.steps)
+            program, pairs = prepared(program, wanted, ctx.data, size=BATCH, limit=self.samples, seed=ctx.seed)
+            candidates, notes = find_candidates(program, wanted, self.min_keep, self._multiple(), self.steps, pairs)
             if not candidates:
                 raise SymmetryError(
                     f"compress finds no units that it may drop: {'; '.join(notes) or 'no free spaces'}."
                 )
             settings = Settings(self.samples, self.probes, self.rounds, self.damping, self.divergence, self.threads)
-            plans[key] = make_plan(program, candidates, notes, settings, self._kind(), ctx)
+            plans[key] = make_plan(program, candidates, pairs, notes, settings, self._kind(), ctx)
         plan: Plan = plans[key]
         return plan
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -11,15 +12,19 @@ from cipm_ir.errors import SymmetryError
 from cipm_ir.ir.labels import Labels
 from cipm_ir.passes.allocation import Allocation, Levels, allocate, fill
 from cipm_ir.passes.base import Context, Progress
+from cipm_ir.passes.bilinear import Pair, muted
 from cipm_ir.passes.budget import Mask
 from cipm_ir.passes.candidates import Candidate, mask_of
-from cipm_ir.passes.compensation import Compensated, Compensation, Layer, Normal
+from cipm_ir.passes.compensation import Compensated, Compensation
 from cipm_ir.passes.compress_cost import Budget, make_budget
 from cipm_ir.passes.cost import CostModel
+from cipm_ir.passes.refit_layers import Layer
 from cipm_ir.passes.sensitivity import Curve, Probe, choose_units, count_samples, gather
+from cipm_ir.runtime.design import Normal
 from cipm_ir.symmetry.program import Program, Space
 
-_BATCH = 64
+BATCH = 64
+"""Samples that are run at once."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,13 @@ class Made:
 
 
 def make_plan(
-    program: Program, candidates: list[Candidate], notes: list[str], settings: Settings, kind: str, ctx: Context
+    program: Program,
+    candidates: list[Candidate],
+    pairs: Mapping[int, Pair],
+    notes: list[str],
+    settings: Settings,
+    kind: str,
+    ctx: Context,
 ) -> Plan:
     """Look at the data, choose units for each level, measure how sensitive the outputs are.
 
@@ -129,21 +140,22 @@ def make_plan(
     """
     assert ctx.data is not None
     samples, damping = settings.samples, settings.damping
-    count = count_samples(program, ctx.data, _BATCH, samples)
+    count = count_samples(program, ctx.data, BATCH, samples)
     grams = gather(
-        program, candidates, ctx.data, size=_BATCH, limit=samples, count=count, seed=ctx.seed,
+        program, candidates, ctx.data, size=BATCH, limit=samples, count=count, seed=ctx.seed,
         progress=share(ctx, 0.0, 0.1),
     )  # fmt: skip
     choose_units(program, candidates, grams, damping, share(ctx, 0.1, 0.15))
     probes = min(settings.probes, samples)
-    probe = Probe.of(program, ctx.data, size=_BATCH, limit=probes, damping=damping, asked=settings.divergence)
+    probe = Probe.of(program, ctx.data, size=BATCH, limit=probes, damping=damping, asked=settings.divergence)
     coarse = probe.curves(candidates, grams, share(ctx, 0.15, 0.45))
     fine = [c.finer() for c in candidates]
     curves = [np.interp(f.levels, c.levels, curve) for f, c, curve in zip(fine, candidates, coarse, strict=True)]
     candidates = fine
     costs = CostModel(program)
     budget = make_budget(kind, program, candidates, costs, ctx, settings.threads, share(ctx, 0.45, 0.5))
-    compensation = Compensation(ctx.data, _BATCH, samples, damping, ctx.seed, probe.divergence.logits)
+    mute = partial(muted, program, pairs)
+    compensation = Compensation(ctx.data, BATCH, samples, damping, ctx.seed, probe.divergence.logits, mute)
     warnings = [*notes, *_few(grams.values(), count)]
     return Plan(program, candidates, probe, curves, costs, budget, compensation, settings.rounds, warnings)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from cipm_ir.passes.compensation import Layer, parameter
+from cipm_ir.passes.refit_layers import Layer, parameter
 from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.readers import summed_classes
 

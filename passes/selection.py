@@ -194,7 +194,8 @@ class Swaps:
     def improve(self, keep: Labels) -> Labels:
         """Swap a kept element for one that is gone while that lowers the error; gives the kept elements, sorted."""
         kept = np.sort(keep)
-        if sum(len(p.gram) for p in self.problems) > _SWAP_SIZE or not 0 < len(kept) < self.count:
+        large = sum(len(p.gram) for p in self.problems) > _SWAP_SIZE
+        if not self.problems or large or not 0 < len(kept) < self.count:
             return kept
         self._swept = self._swept or [_Swept.of(p) for p in self.problems]
         for s in self._swept:

@@ -12,11 +12,12 @@ import numpy.typing as npt
 from cipm_ir.ir.labels import Labels
 from cipm_ir.passes.budget import Mask
 from cipm_ir.passes.candidates import Candidate
-from cipm_ir.passes.compensation import LARGEST, Compensated, Layer, Normal, gone_places, layers_of, refitted
+from cipm_ir.passes.compensation import LARGEST, Compensated, refitted
 from cipm_ir.passes.divergence import Divergence
 from cipm_ir.passes.reading import Reading
+from cipm_ir.passes.refit_layers import Layer, gone_places, layers_of, silence
 from cipm_ir.passes.selection import Problem, Swaps, eliminate
-from cipm_ir.runtime.design import Array, sample_places
+from cipm_ir.runtime.design import Array, Normal, sample_places
 from cipm_ir.runtime.frontier import Frontier
 from cipm_ir.runtime.inputs import Data, Feeds, batches, sample_count, true_inputs
 from cipm_ir.runtime.observe import observe, samples
@@ -251,6 +252,8 @@ def shrunk(
             assert tensor is not None
             shift = (sums.x / max(sums.rows, 1)) @ (problem.weight - weight)
             made[layer.bias.name] = np.asarray(tensor.numpy()) + (layer.bias.gain * shift).reshape(layer.bias.shape)
+    for pair, kept in zip(candidate.pairs, candidate.kept[level], strict=False):
+        silence(program, pair.first, np.delete(pair.left, kept), made)
     return made
 
 

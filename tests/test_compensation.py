@@ -14,8 +14,9 @@ from tests import zoo
 from tests.compress_nets import array_of, furthest, gap, images, names_in, program, residual, rows, two_convs, values
 from tests.zoo.net import Net
 
-from cipm_ir.passes import compensation
-from cipm_ir.passes.compensation import Compensation, Layer, layers_of
+from cipm_ir.passes import compensation, refit_layers
+from cipm_ir.passes.compensation import Compensation
+from cipm_ir.passes.refit_layers import Layer, layers_of
 from cipm_ir.symmetry.program import Program
 
 Array = NDArray[Any]
@@ -40,13 +41,13 @@ def only_emptied(made: Program, keep: Keep) -> Program:
     stays = stays_of(made, keep)
     weights: dict[str, Array] = {}
     for layer in layers_of(made):
-        weights.update(compensation.emptied(made, layer, compensation.gone_places(made, layer.reader, stays)))
+        weights.update(compensation.emptied(made, layer, refit_layers.gone_places(made, layer.reader, stays)))
     return made.refit(weights)
 
 
 def stripped(monkeypatch: pytest.MonkeyPatch, change: Callable[[Layer], Layer]) -> None:
     """All layers changed: to see what one feature is worth."""
-    plain = compensation.layers_of
+    plain = refit_layers.layers_of
     monkeypatch.setattr(compensation, "layers_of", lambda made: [change(layer) for layer in plain(made)])
 
 
@@ -150,7 +151,7 @@ def test_branches_of_one_value_are_fitted_one_after_the_other(monkeypatch: pytes
     net.output(net.conv(net.relu(total), 8, 3), ["N", 3, 6, 6])
     made, data, keep = program(net), images(100), {0: [1, 4, 6, 9, 12, 15]}
     layers = layers_of(made)
-    assert [len(g) for g in compensation._groups(made, layers)] == [1, 1, 1, 1, 1]
+    assert [len(g) for g in refit_layers.grouped(made, layers)] == [1, 1, 1, 1, 1]
     dense = values(made, data, total)[0]
     good = gap(dense, values(compensated(made, keep, data), data, total)[0])
     alone = [layers[:1], layers[1:2], layers[2:4], layers[4:]]

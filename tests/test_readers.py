@@ -13,7 +13,8 @@ from tests.zoo.net import Net
 
 from cipm_ir.errors import SymmetryError
 from cipm_ir.passes.candidates import find_candidates, mask_of, weight_uses
-from cipm_ir.passes.compensation import emptied, gone_places, layers_of
+from cipm_ir.passes.compensation import emptied
+from cipm_ir.passes.refit_layers import gone_places, layers_of
 from cipm_ir.symmetry.program import Program, Space
 from cipm_ir.symmetry.readers import products, readers
 

@@ -150,7 +150,11 @@ def cost(bench: Bench, made: Sequence[Made], shapes: Sequence[tuple[int, int]]) 
     """Sizes, seconds of the pass, and milliseconds in onnxruntime."""
     rng = np.random.default_rng(0)
     head = [f"{n} x {length} tokens, {t} thread{'s' if t > 1 else ''}" for n, length in shapes for t in (1, 2)]
-    lines = ["", f"| model | parameters | MACs (16 tokens) | seconds | {' | '.join(head)} |", f"|{'---|' * (len(head) + 4)}"]
+    lines = [
+        "",
+        f"| model | parameters | MACs (16 tokens) | seconds | {' | '.join(head)} |",
+        f"|{'---|' * (len(head) + 4)}",
+    ]
     programs = [bench.dense, *(m.program for m in made)]
     times: list[list[float]] = [[] for _ in programs]
     for n, length in shapes:
@@ -170,7 +174,9 @@ def cost(bench: Bench, made: Sequence[Made], shapes: Sequence[tuple[int, int]]) 
 def widths(made: Made, dense: Program) -> str:
     """What is left of each layer's heads and units."""
     left = {s.name: s.size for s in made.program.spaces if s.parent is None}
-    parts = [f"@{s.name} {left.get(s.name, 0)}/{s.size}" for s in dense.spaces if s.parent is None and s.kind != "cells"]
+    parts = [
+        f"@{s.name} {left.get(s.name, 0)}/{s.size}" for s in dense.spaces if s.parent is None and s.kind != "cells"
+    ]
     return f"\n{made.name}: {', '.join(parts)}"
 
 
@@ -219,8 +225,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bench = Bench.load(options.test, options.calibration)
     count = sum(len(a["input_ids"]) for a in bench.calibration)
     rows = sum(a["input_ids"].size for a in bench.calibration)
-    print(f"{len(bench.ids)} test sentences of {len(bench.kinds)} kinds; {count} others ({rows} tokens) for calibration.")
-    print(f"{options.removed:.0%} of the parameters of heads and units go: {bench.share(options.removed):.2%} of all remain.")
+    print(
+        f"{len(bench.ids)} test sentences of {len(bench.kinds)} kinds; {count} others ({rows} tokens) for calibration."
+    )
+    print(
+        f"{options.removed:.0%} of the parameters of heads and units go: {bench.share(options.removed):.2%} of all remain."
+    )
     made = attempts(bench, options)
     for line in quality(bench, made):
         print(line)

@@ -28,7 +28,19 @@ from pathlib import Path
 import numpy as np
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
-_CODE = ("argparse", "ast", "calendar", "csv", "difflib", "inspect", "mailbox", "pdb", "statistics", "turtle", "zipfile")
+_CODE = (
+    "argparse",
+    "ast",
+    "calendar",
+    "csv",
+    "difflib",
+    "inspect",
+    "mailbox",
+    "pdb",
+    "statistics",
+    "turtle",
+    "zipfile",
+)
 _READERS = (
     "numpy", "scipy", "torch", "transformers", "pytest", "rich", "networkx", "hypothesis", "huggingface_hub", "typer",
     "onnxruntime", "pydantic", "matplotlib", "sympy", "tqdm", "setuptools", "mypy", "joblib",
