@@ -1,4 +1,4 @@
-"""What a program calls: `load`, `optimize`, `verify`, `fingerprint`, `to_torch`, `apply_plan`, `torch_backend`."""
+"""What a program calls: `load`, `optimize`, `verify`, `fingerprint`, `statistics`, and the ways to torch and back."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from cipm_ir.symmetry.program import Program
 
 if TYPE_CHECKING:
     from cipm_ir.backends.to_torch import Emitted
+    from cipm_ir.runtime.statistics_store import Statistics
 
 DEFAULT_PASSES = ("clean-up", "fold-batch-norm", "remove-dead")
 """What `optimize` runs on an ONNX model when it is not told: every exact pass that makes it smaller."""
@@ -210,6 +211,35 @@ def fingerprint(model: Source, *, example_inputs: Any = None, example_kwargs: Ma
     program = load(model, example_inputs, example_kwargs)
     check_finite(program.model)
     return fingerprint_program(program)
+
+
+def statistics(
+    source: Source,
+    data: Data,
+    *,
+    engine: str | None = None,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Statistics:
+    """What the hidden units of a model do on data: moments, correlations, firing rates, Gram matrices of their readers.
+
+    Args:
+        source: see `Source`.
+        data: samples, as for `optimize`; they are streamed.
+        engine: None collects in this process; "ray", "processes": several workers, the same numbers; see
+            `cipm_ir.runtime.distributed.collect`.
+        example_inputs, example_kwargs: for an `nn.Module`, see `load`.
+        options: of `cipm_ir.runtime.statistics.collect`: ``spaces``, ``gram``, ``pairs``, ``lags``, ``measures``, ...
+
+    Errors: `InputError`, `OptionError`, `SymmetryError`, `UnsupportedError`.
+    """
+    from cipm_ir.runtime import distributed, statistics
+
+    program = load(source, example_inputs, example_kwargs)
+    if engine is None:
+        return statistics.collect(program, data, **options)
+    return distributed.collect(program, data, engine=engine, **options)
 
 
 def to_torch(source: Source, *, example_inputs: Any = None, example_kwargs: Mapping[str, Any] | None = None) -> Any:

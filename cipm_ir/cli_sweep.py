@@ -44,7 +44,7 @@ def sweep(
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Show neither progress nor table.")] = False,
 ) -> None:
     """Make a model for each of several budgets and say which are worth it; goes on where it was stopped."""
-    from cipm_ir.sweep import sweep as run
+    from cipm_ir.sweeps import sweep as run
 
     values = _numbers(budgets)
     try:

@@ -1,4 +1,4 @@
-"""Short sweeps over a small perceptron, for the tests of `cipm_ir.sweep`."""
+"""Short sweeps over a small perceptron, for the tests of `cipm_ir.sweeps`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests import zoo
 from cipm_ir import api
 from cipm_ir.passes import sweep_report
 from cipm_ir.passes.sweep_report import SweepReport
-from cipm_ir.sweep import sweep
+from cipm_ir.sweeps import sweep
 
 DATA = {"x": np.random.default_rng(0).standard_normal((40, 5)).astype(np.float32)}
 BUDGETS = (0.8, 0.6, 0.5)

@@ -1,6 +1,6 @@
 """The dependency order of the package, read off its import statements.
 
-errors < algebra < ir < rules < symmetry < runtime < passes, frontends, backends < sources < api < sweep < cli
+errors < algebra < ir < rules < symmetry < runtime < passes, frontends, backends < sources < api < sweeps < cli
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RANKS = {
     "backends": 6,
     "sources": 7,
     "api": 8,
-    "sweep": 9,
+    "sweeps": 9,
     "cli_sweep": 10,
     "cli": 11,
     "__main__": 12,

@@ -1,4 +1,4 @@
-"""`cipm_ir.sweep`: points, files, the text of passes, and what goes wrong."""
+"""`cipm_ir.sweeps`: points, files, the text of passes, and what goes wrong."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cipm_ir import sweep as sweeps
 from cipm_ir.errors import InputError, OptionError, OutputError, VerificationError
 from cipm_ir.passes import sweep_report
 from cipm_ir.runtime.session import Runner
-from cipm_ir.sweep import passes_for
+from cipm_ir.sweeps import passes_for
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""`cipm_ir.sweep`: what is made again and what is not, and every way in which it can be stopped."""
+"""`cipm_ir.sweeps`: what is made again and what is not, and every way in which it can be stopped."""
 
 from __future__ import annotations
 

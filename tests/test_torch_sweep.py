@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
 
-from cipm_ir.sweep import sweep  # noqa: E402
+from cipm_ir.sweeps import sweep  # noqa: E402
 
 
 def test_a_module(tmp_path: Path) -> None:
