@@ -78,10 +78,8 @@ def products(
     tapped = tap_model(model, reads)
     generator = torch.Generator().manual_seed(seed)
     seen = 0
-    for feeds in batches(data, model, size):
+    for feeds in batches(data, model, size, limit=limit):
         count = samples(feeds)
-        if limit is not None and seen >= limit:
-            break
         outputs = tapped.run(feeds, count)
         for draw in range(draws):
             value = _loss(tapped.outputs, outputs, loss, generator)

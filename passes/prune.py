@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -22,23 +22,13 @@ from cipm_ir.passes.budget import (
     make_choice,
 )
 from cipm_ir.passes.candidates import kept_numbers, wanted_spaces
+from cipm_ir.passes.compensation import Compensation
 from cipm_ir.passes.cost import CostModel, Mask
 from cipm_ir.passes.importance import Importance, ScoreFunction, make_importance
 from cipm_ir.passes.registry import register
 from cipm_ir.symmetry.program import Program, Space
 
 _BUDGETS = ("macs", "params", "ratio")
-
-
-@runtime_checkable
-class Reconstruction(Protocol):
-    """Makes up for what a restriction takes away. Without one, units are only deleted."""
-
-    def compensate(self, program: Program, space: Space, keep: Labels, ctx: Context) -> Program:
-        """A program of the same shapes in which the consumers of ``space`` rely on the units in ``keep`` alone.
-
-        Called for each pruned space in graph order, before all of them are restricted together.
-        """
 
 
 @register("prune")
@@ -49,7 +39,8 @@ class Prune(Pass):
     Rules: (1) every free space of units and of blocks may shrink, to the elements with the largest `importance`;
     (2) under ``global`` ranking scores are divided by the mean of their space and compared across spaces, under
     ``local`` every space keeps the same fraction; (3) unit spaces of sibling blocks keep equal numbers, each its own
-    best; (4) the largest model within the budget is taken. Refused: spaces in which equal rows are impossible are left
+    best; (4) the largest model within the budget is taken; (5) with ``compensate`` the readers of what goes are refitted
+    first (`compress` also decides how much goes where by what the outputs say). Refused: spaces in which equal rows are impossible are left
     as they are, and the summary says so. Source: Fang et al. 2023, DepGraph (group magnitude).
 
     Errors: `OptionError` for contradictory options; `SymmetryError` where the budget is out of reach.
@@ -70,7 +61,9 @@ class Prune(Pass):
     blocks: bool = option(True, "also drop whole heads and groups")
     min_keep: float = option(0.1, "what every space keeps: a fraction below 1, or a number of units", low=0)
     importance: str | Importance | ScoreFunction = option("magnitude", "criterion: a name, or an object with score()")  # noqa: RUF009 — a field
-    reconstruction: Reconstruction | None = option(None, "object with compensate() for what goes")  # noqa: RUF009 — a field
+    compensate: bool = option(
+        False, "refit what reads the units that go, and all behind it, by least squares on the data"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,6 +75,8 @@ class Prune(Pass):
 
     def run(self, program: Program, ctx: Context) -> PassResult:
         """Rank, search, restrict."""
+        if self.compensate and ctx.data is None:
+            raise OptionError("Pass 'prune': compensate looks at activations; give it calibration inputs with data=.")
         costs = CostModel(program)
         cost, budget = self._budget(program, ctx, costs)
         choices, notes = self._choices(program, ctx)
@@ -166,11 +161,10 @@ class Prune(Pass):
 
     # ------------------------------------------------------------ doing it
     def _applied(self, program: Program, keep: Mapping[Space, Labels], ctx: Context) -> Program:
-        if self.reconstruction is None:
+        if not self.compensate:
             return program.restrict(keep)
-        made = program
-        for space, kept in keep.items():
-            made = self.reconstruction.compensate(made, made.space(space.name), kept, ctx)
+        stays = program.kept_classes(keep)
+        made = Compensation(ctx.data, seed=ctx.seed, progress=ctx.progress).run(program, stays).program  # type: ignore[arg-type]
         return made.restrict({made.space(space.name): kept for space, kept in keep.items()})
 
     def _result(

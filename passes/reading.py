@@ -28,9 +28,16 @@ class Reading:
         self._layers = layers
         self._classes = [summed_classes(program, layer.reader) for layer in layers]
         self._rows: dict[int, Matrix] = {}
+        self._known: dict[int, Matrix | None] = {}
 
     def root(self, layer: Layer) -> Matrix | None:
         """The square root of M, (outputs, outputs); None where no product reads the outputs."""
+        node = layer.reader.node
+        if node not in self._known:
+            self._known[node] = self._root(layer)
+        return self._known[node]
+
+    def _root(self, layer: Layer) -> Matrix | None:
         of = self._outputs(layer)
         place = np.full(self._program.analysis.classes.count, -1)
         if of is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -306,27 +306,23 @@ def test_wrong_scores_are_refused() -> None:
         Prune(ratio=0.5, importance=Broken()).run(program_of("mlp_relu"), Context())
 
 
-@dataclass
-class Doubling:
-    """Doubles the bias of the output for each space that it is told of."""
-
-    told: list[str] = field(default_factory=list)
-
-    def compensate(self, program: Program, space: Space, keep: NDArray[np.int64], ctx: Context) -> Program:
-        self.told.append(f"{space.name}:{len(keep)}")
-        name = program.model.graph.node(-1).inputs[2].name  # type: ignore[union-attr]
-        array = np.asarray(program.model.graph.initializers[name].const_value.numpy())  # type: ignore[index, union-attr]
-        return program.refit({name: 2 * array})  # type: ignore[dict-item]
-
-
-def test_reconstruction_is_asked_before_units_go() -> None:
+def test_compensation_lowers_the_error_of_the_same_units() -> None:
     program = program_of("mlp_relu")
-    helper = Doubling()
-    plain = Prune(ratio=0.5).run(program, Context())
-    made = Prune(ratio=0.5, reconstruction=helper).run(program, Context())
-    assert helper.told == [f"{name}:{after}" for name, (_, after) in plain.metrics["widths"].items()]
+    (value,) = program.model.graph.inputs
+    width = value.shape[-1]  # type: ignore[index]
+    x = np.random.default_rng(0).normal(size=(400, width)).astype(np.float32)  # type: ignore[arg-type]
+    ctx = Context(data={value.name or "": x})
+    plain, made = (Prune(ratio=0.4, compensate=c).run(program, ctx) for c in (False, True))
+    assert made.witness["kept"].keys() == plain.witness["kept"].keys()
     assert made.program.parameters == plain.program.parameters
-    assert distance(outputs(plain.program, "mlp_relu"), outputs(made.program, "mlp_relu")) > 1e-3
+    assert distance(outputs(program, "mlp_relu"), outputs(made.program, "mlp_relu")) < distance(
+        outputs(program, "mlp_relu"), outputs(plain.program, "mlp_relu")
+    )
+
+
+def test_compensation_needs_data() -> None:
+    with pytest.raises(OptionError, match="give it calibration inputs"):
+        Prune(ratio=0.4, compensate=True).run(program_of("mlp_relu"), Context())
 
 
 def test_result_is_reported() -> None:

@@ -102,6 +102,8 @@ def consumers(analysis: Analysis, inside: np.ndarray) -> list[Contraction]:
         module = "" if entry is None else entry.labels.__module__.rpartition(".")[2]
         if module in _LINEAR_MODULES or node.op_type == "BatchNormalization":
             continue
+        if _keeps_units(analysis, node, inside):
+            continue
         states = [walk.states.get(v.name or "") for v in node.inputs if v is not None]
         states += [
             walk.leaves[walk.use_leaf[position, k]].state
@@ -114,6 +116,24 @@ def consumers(analysis: Analysis, inside: np.ndarray) -> list[Contraction]:
     if not found:
         raise SymmetryError("No weight contracts this space, so nothing can absorb a mixing.")
     return found
+
+
+def _keeps_units(analysis: Analysis, node: ir.Node, inside: np.ndarray) -> bool:
+    """Whether a reduction runs over other axes than these classes': what came in per unit goes out per unit."""
+    if node.domain or not node.op_type.startswith("Reduce"):
+        return False
+    walk, of = analysis.walk, analysis.classes.of
+    ends = [walk.states.get(v.name or "") for v in (node.inputs[0], node.outputs[0]) if v is not None]
+    found = [
+        np.concatenate([np.zeros(0, np.int64), *(f.labels.ravel() for f in state.factors)])
+        for state in ends
+        if state is not None
+    ]
+    if len(found) < 2:
+        return False
+    # an axis that is gone takes its labels along, so none may be missing
+    before, after = (np.sort(labels[inside[of[labels]]]) for labels in found)
+    return np.array_equal(before, after)
 
 
 def _refuse_borders(analysis: Analysis, inside: np.ndarray) -> None:
