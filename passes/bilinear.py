@@ -1,15 +1,15 @@
 """Spaces on which everything is linear: their basis may be changed, so that what matters least stands alone and can go.
 
 The scores of an attention head are ``(x Q)(z K)ᵀ``, what it adds is ``a V O``: for any invertible A, ``Q A`` with
-``K A⁻ᵀ``, or ``V A`` with ``A⁻¹ O``, computes the same (DESIGN, section 4: GL(n)). The A taken here makes the first units
-the best approximation of each lower rank: for ``C = E[q qᵀ]``, the singular vectors of ``C_q^½ C_k^½`` and of ``C^½ O``
-(Eckart & Young 1936). A softmax over the keys does not see their mean, which is therefore left out of ``C_k``.
+``K A⁻ᵀ``, or ``V A`` with ``A⁻¹ O``, computes the same (DESIGN, section 4: GL(n)). The A taken here makes the first
+units the best approximation of each lower rank: for ``C = E[q qᵀ]``, the singular vectors of ``C_q^½ C_k^½`` and of
+``C^½ O`` (Eckart & Young 1936). A softmax over the keys does not see their mean, which is therefore left out of ``C_k``.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from cipm_ir.ir.labels import Labels
 from cipm_ir.passes.budget import Mask
-from cipm_ir.passes.refit_layers import Layer, layers_of
+from cipm_ir.passes.refit_layers import Layer, layers_of, parameter
 from cipm_ir.passes.sensitivity import count_samples
 from cipm_ir.runtime.design import Normal, sample_places
 from cipm_ir.runtime.inputs import Data
@@ -26,6 +26,8 @@ from cipm_ir.runtime.observe import observe
 from cipm_ir.symmetry.program import Program
 
 Matrix = npt.NDArray[np.float64]
+Weights = Callable[[str], Matrix]
+"""Gives a parameter by name, as it is by then; it may be written to."""
 LARGEST = 1024
 """Spaces of more units than this keep their basis: it costs a decomposition of a matrix of that size."""
 _FLOOR = 1e-6
@@ -73,7 +75,7 @@ class Pair:
 
 
 def find_pairs(program: Program, layers: Sequence[Layer] | None = None) -> dict[int, Pair]:
-    """Spaces of units on which everything is linear, by index: one maker and one reader, or two makers and no reader."""
+    """Spaces of units on which everything is linear, by index: one maker and one reader, or two makers."""
     analysis = program.analysis
     layers = layers_of(program) if layers is None else layers
     by_leaf = {layer.reader.leaf: layer for layer in layers if not layer.linear.kernel}
@@ -187,60 +189,66 @@ def muted(program: Program, pairs: Mapping[int, Pair], stays: Mask) -> dict[int,
 def prepared(
     program: Program, wanted: set[int], data: Data, *, size: int, limit: int, seed: int
 ) -> tuple[Program, dict[int, Pair]]:
-    """The same function in the basis in which units of pairs may go, and the pairs; none where rounding forbids it."""
+    """The same function in a basis in which units may go, and the pairs that are in it: in the order of what matters.
+
+    Whether a space is linear is checked on the outputs: where they move by more than rounding, its basis stays.
+    """
     pairs = {k: pair for k, pair in find_pairs(program).items() if k in wanted}
     if not pairs:
         return program, {}
     count = count_samples(program, data, size, limit)
-    made = sorted_basis(program, pairs, data, size=size, limit=limit, count=count, seed=seed)
-    return (program, {}) if made is None else (made, pairs)
-
-
-def sorted_basis(
-    program: Program, pairs: Mapping[int, Pair], data: Data, *, size: int, limit: int | None, count: int, seed: int
-) -> Program | None:
-    """The same function, with the units of these spaces in the order of what they matter; None where rounding forbids."""
     sums = _observed(program, pairs.values(), data, size, limit, count, seed)
+    made = sorted_basis(program, pairs.values(), sums)
+    if change(program, made, data) > _SAME:  # |h| and h² admit sign and scale, as if they were linear
+        makers: defaultdict[int, list[Pair]] = defaultdict(list)
+        for pair in pairs.values():
+            makers[pair.first.reader.node].append(pair)
+        turned = {node: sorted_basis(program, some, sums) for node, some in makers.items()}
+        good = {node for node, one in turned.items() if change(program, one, data) <= _SAME}
+        pairs = {k: pair for k, pair in pairs.items() if pair.first.reader.node in good}
+        made = sorted_basis(program, pairs.values(), sums)
+        if not pairs or change(program, made, data) > _SAME:
+            return program, {}
+    return made, pairs
+
+
+def sorted_basis(program: Program, pairs: Iterable[Pair], sums: Mapping[str, Normal]) -> Program:
+    """The units of these spaces in the order of what they matter; ``sums``: of the rows that products read, by name."""
     weights: dict[str, Matrix] = {}
 
     def of(name: str) -> Matrix:
         if name not in weights:
-            tensor = program.model.graph.initializers[name].const_value
-            assert tensor is not None
-            weights[name] = np.array(tensor.numpy(), np.float64)
+            weights[name] = np.array(parameter(program, name), np.float64)
         return weights[name]
 
-    for pair in pairs.values():
-        change = _basis(pair, sums, of)
-        dual = np.linalg.inv(change).T
-        _turn(pair.first, of, pair.left, change)
+    for pair in pairs:
+        turn = _basis(pair, sums, of)
+        dual = np.asarray(np.linalg.inv(turn).T, np.float64)
+        _turn(pair.first, of, pair.left, turn)
         if pair.chain:
             matrix = pair.second.linear.matrix(of(pair.second.reader.weight))
             matrix[pair.right] = dual.T @ matrix[pair.right]
             weights[pair.second.reader.weight] = pair.second.linear.weight(matrix)
         else:
             _turn(pair.second, of, pair.right, dual)
-    made = program.refit(weights)
-    return made if _change(program, made, data) <= _SAME else None
+    return program.refit(weights)
 
 
-def _turn(layer: Layer, of: object, places: Labels, change: Matrix) -> None:
+def _turn(layer: Layer, of: Weights, places: Labels, turn: Matrix) -> None:
     """Turn outputs of a product, its bias included."""
-    assert callable(of)
     weight = of(layer.reader.weight)
     turned = np.moveaxis(weight, layer.reader.axis, 0)  # a view: (inputs, outputs)
-    turned[:, places] = turned[:, places] @ change
+    turned[:, places] = turned[:, places] @ turn
     if layer.bias is not None:
         flat = of(layer.bias.name).reshape(-1)
-        flat[places] = flat[places] @ change
+        flat[places] = flat[places] @ turn
 
 
-def _basis(pair: Pair, sums: Mapping[str, Normal], of: object) -> Matrix:
+def _basis(pair: Pair, sums: Mapping[str, Normal], of: Weights) -> Matrix:
     """Columns by which the units of ``first`` are turned."""
     if pair.chain:
         gram = sums[pair.second.reader.source].gram(centred=pair.second.bias is not None)
         gram = gram[np.ix_(pair.right, pair.right)]
-        assert callable(of)
         other = pair.second.linear.matrix(of(pair.second.reader.weight))[pair.right]
     else:
         gram = _moment(pair.first, pair.left, sums, of, centred=False)
@@ -249,9 +257,8 @@ def _basis(pair: Pair, sums: Mapping[str, Normal], of: object) -> Matrix:
     return np.asarray(inverse @ np.linalg.svd(root @ other)[0])
 
 
-def _moment(layer: Layer, places: Labels, sums: Mapping[str, Normal], of: object, *, centred: bool) -> Matrix:
+def _moment(layer: Layer, places: Labels, sums: Mapping[str, Normal], of: Weights, *, centred: bool) -> Matrix:
     """Second moments of some outputs of a product."""
-    assert callable(of)
     found = sums[layer.reader.source]
     weight = layer.linear.matrix(of(layer.reader.weight))[:, places]
     moment = weight.T @ found.gram(centred=True) @ weight
@@ -271,11 +278,11 @@ def _roots(moment: Matrix) -> tuple[Matrix, Matrix]:
 
 
 def _observed(
-    program: Program, pairs: object, data: Data, size: int, limit: int | None, count: int, seed: int
+    program: Program, pairs: Iterable[Pair], data: Data, size: int, limit: int | None, count: int, seed: int
 ) -> dict[str, Normal]:
     """Sums of the rows that the products of pairs read, by the name of the value."""
     layers: dict[str, Layer] = {}
-    for pair in pairs:  # type: ignore[attr-defined]
+    for pair in pairs:
         for layer in (pair.second,) if pair.chain else (pair.first, pair.second):
             layers[layer.reader.source] = layer
     sums = {name: Normal(layer.linear.size, 0) for name, layer in layers.items()}
@@ -290,7 +297,7 @@ def _observed(
     return sums
 
 
-def _change(before: Program, after: Program, data: Data) -> float:
+def change(before: Program, after: Program, data: Data) -> float:
     """Relative squared error of the outputs on a few samples."""
     names = [v.name or "" for v in before.model.graph.outputs]
     gap = whole = 0.0

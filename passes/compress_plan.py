@@ -21,10 +21,16 @@ from cipm_ir.passes.cost import CostModel
 from cipm_ir.passes.refit_layers import Layer
 from cipm_ir.passes.sensitivity import Curve, Probe, choose_units, count_samples, gather
 from cipm_ir.runtime.design import Normal
+from cipm_ir.runtime.inputs import Feeds, batches
+from cipm_ir.runtime.observe import samples
 from cipm_ir.symmetry.program import Program, Space
 
 BATCH = 64
 """Samples that are run at once."""
+_STILL = 1e-10
+"""An input whose variance is at most this share of its mean square is constant up to rounding."""
+_NAMED = 4
+"""So many weights are named in a warning."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +162,8 @@ def make_plan(
     budget = make_budget(kind, program, candidates, costs, ctx, settings.threads, share(ctx, 0.45, 0.5))
     mute = partial(muted, program, pairs)
     compensation = Compensation(ctx.data, BATCH, samples, damping, ctx.seed, probe.divergence.logits, mute)
-    warnings = [*notes, *_few(grams.values(), count)]
+    warnings = [*notes, *_alike(batches(probe.data, program.model, BATCH), count), *_still(grams.values())]
+    warnings += _few(grams.values(), count)
     return Plan(program, candidates, probe, curves, costs, budget, compensation, settings.rounds, warnings)
 
 
@@ -177,6 +184,43 @@ def share(ctx: Context, low: float, high: float) -> Progress:
         ctx.progress(what, low + (high - low) * (fraction or 0.0))
 
     return show
+
+
+def _alike(data: Iterable[Feeds], count: int) -> list[str]:
+    """A warning where every sample is the same: whatever units do elsewhere, on it a few of them are enough."""
+    first: Feeds = {}
+    seen = 0
+    for feeds in data:
+        first = first or {name: a[:1] if a.ndim else a for name, a in feeds.items()}
+        if any(a.shape[1:] != first[name].shape[1:] or (a != first[name]).any() for name, a in feeds.items()):
+            return []
+        seen += samples(feeds)
+    if seen < min(count, 2):
+        return []
+    what = "there is only one sample" if seen == 1 else f"all {seen} samples that were compared are equal"
+    return [f"warning: {what}, so units that other inputs need look useless; give typical, different inputs"]
+
+
+def _still(grams: Iterable[tuple[Layer, Normal]]) -> list[str]:
+    """A warning that names readers most of whose inputs never change, which therefore look as if they could go."""
+    found, worst = [], 0.0
+    for layer, sums in grams:
+        variance = np.diagonal(sums.gram(centred=True))
+        moment = variance + np.square(sums.x / max(sums.rows, 1))
+        taps = layer.linear.rows_of(np.arange(layer.linear.shape[layer.linear.axis])[:, None])
+        # the tap that the padding reaches least: in the others a constant looks as if it changed at the border
+        chosen = np.take_along_axis(taps, moment[taps].argmax(axis=1)[:, None], axis=1)[:, 0]
+        share = float((variance[chosen] <= _STILL * moment[chosen]).mean())
+        if share > 0.5:
+            found.append(layer.reader.weight)
+            worst = max(worst, share)
+    if not found:
+        return []
+    more = f" and {len(found) - _NAMED} others" if len(found) > _NAMED else ""
+    return [
+        f"warning: up to {worst:.0%} of the inputs of {', '.join(found[:_NAMED])}{more} have no variance over the "
+        "data, so they look useless; give typical, different inputs"
+    ]
 
 
 def _few(grams: Iterable[tuple[Layer, Normal]], count: int) -> list[str]:

