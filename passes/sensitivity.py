@@ -32,6 +32,9 @@ _CONSTANT = 1e-10
 """An output whose variance is at most this share of its mean square is constant up to rounding."""
 _SPREAD = 8
 """Probes are taken from so many times as many samples: data may be sorted, by class or by length."""
+_PROBED = 8192
+"""Rows of outputs (samples times positions, such as tokens) that are enough to measure a divergence on."""
+_LEAST_PROBES = 64
 _ROWS = 4096
 """Rows that are collected before they are multiplied: batches may be small, and each product fills a whole matrix."""
 _REACH = 2
@@ -145,6 +148,11 @@ class Probe:
         """Run the original model. Errors: `InputError` where its outputs cannot be compared."""
         names = [v.name or "" for v in program.model.graph.outputs]
         data = list(spread(program, data, size, limit))
+        first, out = next(observe(program.model, names, data, size=size))
+        rows = max(a.size // max(a.shape[-1], 1) if a.ndim else 1 for a in out.values()) / samples(first)
+        enough = max(_LEAST_PROBES, int(_PROBED / rows))
+        if enough < limit:  # a token is nearly as good as a sample
+            data, limit = list(spread(program, data, size, enough)), enough
         dense = [dict(out) for _, out in observe(program.model, names, data, size=size, limit=limit)]
         return cls(program, data, size, limit, damping, Divergence.of(program.model, dense[0], asked), dense)
 

@@ -25,8 +25,8 @@ def pooled(op: str, axes: list[int], keepdims: int, opset: int = 20) -> Net:
     weight, bias = net.normal((6, 3, 3, 3), 0.4), np.abs(net.normal((6,), 0.5)) + 0.5
     weight[4], bias[4] = weight[1], bias[1]
     h = net.relu(net.op("Conv", net.image(3, 6), net.const(weight), net.const(bias), kernel_shape=[3, 3]))
-    given, named = ([], {"axes": axes}) if opset < 18 else ([net.const(axes)], {})
-    h = net.op(op, h, *given, keepdims=keepdims, **named)
+    named: dict[str, Any] = {"axes": axes} if opset < 18 else {}
+    h = net.op(op, h, *([] if named else [net.const(axes)]), keepdims=keepdims, **named)
     h = net.op("Flatten", h) if keepdims else h
     net.output(net.gemm(h, 6, 3), ["N", 3])
     return net

@@ -54,7 +54,7 @@ def test_restrict_cuts_parameters_that_are_inputs(net: object, tmp_path: Path) -
     keep = {s: np.arange(s.size)[::2] for s in spaces}
     small = made.restrict(keep)
     path = tmp_path / "small.onnx"
-    small.save(path)
+    small.save(str(path))
     saved = onnx.load(path)
     assert saved.ir_version == 3
     onnx.checker.check_model(saved, full_check=True)

@@ -215,6 +215,20 @@ def test_limit_and_seed() -> None:
     assert not np.array_equal(limited["w_1"], scores(Taylor("test", limit=20, size=10), made, again)["w_1"])
 
 
+def test_a_limit_within_a_batch_is_kept() -> None:
+    """Fifteen samples in batches of ten are fifteen: what comes behind them has no say."""
+    made = one_hidden_layer(outputs=3)
+    data = samples(made, 40)
+    fifteen = {"x": data["x"][:15]}
+    exact = scores(Taylor("test", size=10), made, Context(data=fifteen, options={"gradients": products}))
+    limited, more = (
+        scores(Taylor("test", limit=n, size=10), made, Context(data=data, options={"gradients": products}))
+        for n in (15, 20)
+    )
+    np.testing.assert_array_equal(limited["w_1"], exact["w_1"])
+    assert not np.array_equal(limited["w_1"], more["w_1"])
+
+
 # ---------------------------------------------------------------- predictions
 @pytest.mark.parametrize("last", ["", "Softmax", "LogSoftmax"])
 def test_probabilities_and_logits_are_the_same_prediction(last: str) -> None:

@@ -145,8 +145,10 @@ def _scatter(data: Array, index: Array, updates: Array) -> Array:
     return out
 
 
-def evaluate(node: ir.Node, args: list[Array | None], shape: tuple[int, ...] | None, version: int) -> Array | None:
-    """Value of a node's single output, or None where it is not a small constant.
+def evaluate(
+    node: ir.Node, args: list[Array | None], shape: tuple[int, ...] | None, version: int, limit: int = LIMIT
+) -> Array | None:
+    """Value of a node's single output, or None where it is not a small constant (``limit`` entries).
 
     ``shape`` is the concrete shape of the first input, for Shape and Size.
     """
@@ -170,4 +172,4 @@ def evaluate(node: ir.Node, args: list[Array | None], shape: tuple[int, ...] | N
         out = np.asarray(run(node, given, version))
     except (ValueError, IndexError, TypeError, KeyError):
         return None
-    return out if out.size <= LIMIT else None
+    return out if out.size <= limit else None

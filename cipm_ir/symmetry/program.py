@@ -19,6 +19,7 @@ from onnx_ir.passes.common import InlinePass
 from cipm_ir.algebra import Element, Group
 from cipm_ir.errors import CipmError, SymmetryError
 from cipm_ir.ir.labels import Array
+from cipm_ir.ir.strided import has_detours, remove_detours
 from cipm_ir.symmetry.absorb import absorb_edits
 from cipm_ir.symmetry.action import act_edits
 from cipm_ir.symmetry.analysis import Analysis, uncollected
@@ -94,12 +95,18 @@ class Program:
 
     @classmethod
     def of(cls, model: ir.Model, *, origin: Origin | None = None) -> Program:
-        """Program of an ONNX model; the model itself is never changed. Its functions are inlined for the analysis."""
+        """Program of an ONNX model; the model itself is never changed.
+
+        For the analysis functions are inlined, and gathers that give a value back as it is are taken out
+        (`cipm_ir.ir.strided`); what `emit` gives keeps both until something else than values changes.
+        """
         clone = model.clone()
-        if not clone.functions:
-            return cls(clone, origin=origin)
-        inlined = InlinePass()(model.clone()).model
-        return cls(inlined, source=clone, origin=origin)
+        read = InlinePass()(model.clone()).model if clone.functions else clone
+        if has_detours(read):
+            read = read.clone()
+            if not remove_detours(read) and not clone.functions:
+                read = clone
+        return cls(read, source=None if read is clone else clone, origin=origin)
 
     # ------------------------------------------------------------ reading
     @property
