@@ -117,16 +117,15 @@ class Compress(Pass):
         """
         plans = ctx.options.get("plans", {})
         other = (f.name for f in fields(self) if f.name not in (*BUDGETS, "max_drop", "evaluate"))
-        key = (id(program), id(ctx.data), ctx.seed, self._kind(), *(getattr(self, name) for name in other))
+        key = (id(program), id(ctx.original), id(ctx.data), ctx.seed, self._kind(), *(getattr(self, name) for name in other))
         if key not in plans:
             assert ctx.data is not None
             wanted = wanted_spaces(program, "compress", self.include, self.exclude, self.blocks)
             program, pairs = prepared(program, wanted, ctx.data, size=BATCH, limit=self.samples, seed=ctx.seed)
             candidates, notes = find_candidates(program, wanted, self.min_keep, self._multiple(), self.steps, pairs)
             if not candidates:
-                raise SymmetryError(
-                    f"compress finds no units that it may drop: {'; '.join(notes) or 'no free spaces'}."
-                )
+                none = "min_keep and round_to leave no choice" if wanted else "no free spaces"
+                raise SymmetryError(f"compress finds no units that it may drop: {'; '.join(notes) or none}.")
             settings = Settings(self.samples, self.probes, self.rounds, self.damping, self.divergence, self.threads)
             plans[key] = make_plan(program, candidates, pairs, notes, settings, self._kind(), ctx)
         plan: Plan = plans[key]

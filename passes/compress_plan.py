@@ -87,7 +87,7 @@ class Plan:
             why = f" ({'; '.join(self.notes)})" if self.notes else ""
             raise SymmetryError(
                 f"compress cannot come down to {target / self.budget.original:.3g} of the {self.budget.what}: with all "
-                f"spaces that it may touch at their minimum, {least:.3g} remain{why}; ask for less, or lower min_keep, "
+                f"spaces that it may touch at their minimum, {least:.3g} remain{why}; allow more, or lower min_keep, "
                 "round_to or exclude."
             )
         levels = [int(at[k]) for at, k in zip(places, found.levels, strict=True)]

@@ -194,7 +194,7 @@ class Fold(Pass):
         refused = tally.refusals()
         return (
             f"fold cannot come down to {asked:.3g} of the {what}: with all spaces that it may merge at their minimum, "
-            f"{least:.3g} remain{f' ({refused})' if refused else ''}; ask for less, or lower min_keep or round_to."
+            f"{least:.3g} remain{f' ({refused})' if refused else ''}; allow more, or lower min_keep or round_to."
         )
 
 

@@ -220,7 +220,7 @@ def meet(
     if best is None:
         raise SymmetryError(
             f"The latency cannot be brought down to {budget / table.full:.1%}: the fastest model that was measured has "
-            f"{fastest / table.full:.1%}; ask for less, or for widths in multiples of {BLOCK}."
+            f"{fastest / table.full:.1%}; allow more, or for widths in multiples of {BLOCK}."
         )
     return best
 

@@ -116,7 +116,7 @@ class Prune(Pass):
         why = f" ({'; '.join(notes)})" if notes else ""
         return (
             f"prune cannot come down to {asked:.3g} of the {what}: with all spaces that it may touch at their minimum, "
-            f"{reached:.3g} remain{why}; ask for less, or lower min_keep, round_to or exclude."
+            f"{reached:.3g} remain{why}; allow more, or lower min_keep, round_to or exclude."
         )
 
     # ------------------------------------------------------------ choices

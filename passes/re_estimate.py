@@ -51,12 +51,13 @@ def norms_of(program: Program, layers: Sequence[Layer]) -> list[Norm]:
 def re_estimated(program: Program, norm: Norm, now: Frontier, dense: Frontier) -> dict[str, Array]:
     """Mean and variance after the same change as on the data: calibration need not look like training did.
 
-    The mean goes up by the difference of the means, the variance (with epsilon) by the ratio of the variances.
+    The variance (with epsilon) grows by the ratio of the variances; the mean goes along, and by the difference of the
+    means: ``m' = m_after + sqrt(ratio) (m - m_before)``, so that a shift and a scaling of the input are undone.
     """
     before, after = _statistics(dense, norm.source), _statistics(now, norm.source)
-    mean = parameter(program, norm.mean) + (after[0] - before[0])
     old = parameter(program, norm.variance).astype(np.float64)
     ratio = np.clip((after[1] + norm.epsilon) / (before[1] + norm.epsilon), 1 / _MOST, _MOST)
+    mean = after[0] + np.sqrt(ratio) * (parameter(program, norm.mean) - before[0])
     return {norm.mean: mean, norm.variance: np.maximum((old + norm.epsilon) * ratio - norm.epsilon, 0.0)}
 
 

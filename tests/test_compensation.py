@@ -155,7 +155,7 @@ def test_branches_of_one_value_are_fitted_one_after_the_other(monkeypatch: pytes
     dense = values(made, data, total)[0]
     good = gap(dense, values(compensated(made, keep, data), data, total)[0])
     alone = [layers[:1], layers[1:2], layers[2:4], layers[4:]]
-    monkeypatch.setattr(compensation, "_groups", lambda _program, found: alone[-len(found) + 1 :])
+    monkeypatch.setattr(compensation, "grouped", lambda _program, found: alone[-len(found) + 1 :])
     assert good < gap(dense, values(compensated(made, keep, data), data, total)[0])
 
 

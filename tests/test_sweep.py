@@ -12,8 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from tests.sweep_runs import DATA, count_made, files, run, without_picture, write_model
 
-from cipm_ir import api
-from cipm_ir import sweep as sweeps
+from cipm_ir import api, sweeps
 from cipm_ir.errors import InputError, OptionError, OutputError, VerificationError
 from cipm_ir.passes import sweep_report
 from cipm_ir.runtime.session import Runner

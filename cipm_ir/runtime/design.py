@@ -164,12 +164,12 @@ class Normal:
         """Mean of x xᵀ."""
         mean, (off, _) = self.x / max(self.rows, 1), self._offsets()
         inner = self._xx / max(self.rows, 1) - np.outer(off, off)
-        return inner if centred else inner + np.outer(mean, mean)
+        return np.asarray(inner if centred else inner + np.outer(mean, mean))
 
     def cross(self, *, centred: bool) -> FloatArray:
         """Mean of x yᵀ."""
         inner = self._xy / max(self.rows, 1) - np.outer(*self._offsets())
-        return inner if centred else inner + np.outer(self.x, self.y) / max(self.rows, 1) ** 2
+        return np.asarray(inner if centred else inner + np.outer(self.x, self.y) / max(self.rows, 1) ** 2)
 
     def _offsets(self) -> tuple[Array, Array]:
         """Means relative to the origin."""

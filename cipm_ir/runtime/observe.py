@@ -44,7 +44,7 @@ def observe(
     with Runner(part(model, None, names), fast=True) as runner:
         for feeds in batches(data, model, size, limit=limit):
             values = runner.run({k: v for k, v in feeds.items() if k in runner.inputs}, names)
-            check_values(model, values, start + seen)
+            check_values(model, values, start + seen, feeds)
             seen += samples(feeds)
             if progress is not None:
                 progress(what, None if not total else min(seen / total, 1.0))
@@ -104,20 +104,32 @@ def _let_go(node: ir.Node) -> None:
                     inner.replace_input_with(k, None)
 
 
-def check_values(model: ir.Model, values: dict[str, Array], start: int) -> None:
+def check_values(model: ir.Model, values: dict[str, Array], start: int, feeds: Feeds | None = None) -> None:
     """Refuse NaN and infinity.
 
     Raises:
-        InputError: naming the value, the node that made it, and the samples.
+        InputError: naming the value, the node that made it, and the samples; or the input and the sample, where already
+            that is no number.
     """
     for name, array in values.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
+            _check_feeds(feeds or {}, start)
             maker = next((n for n in model.graph if any(v.name == name for v in n.outputs)), None)
             made = "" if maker is None else f", made by {maker.op_type} {maker.name}"
             stop = start + (len(array) if array.ndim else 1) - 1
             raise InputError(
                 f"The value {name!r}{made}, is NaN or infinite on samples {start} to {stop} of the data; "
                 "repair the model, or leave these samples out."
+            )
+
+
+def _check_feeds(feeds: Feeds, start: int) -> None:
+    """Say which input is no number; asked only where a value is none, as a mask may well hold infinities."""
+    for name, array in feeds.items():
+        if array.dtype.kind == "f" and array.ndim and not np.isfinite(array).all():
+            first = start + int(np.argmax(~np.isfinite(array).reshape(len(array), -1).all(axis=1)))
+            raise InputError(
+                f"Input {name!r} is NaN or infinite on sample {first} of the data; repair it, or leave it out."
             )
 
 
