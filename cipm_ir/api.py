@@ -319,6 +319,9 @@ def _noted(result: Result) -> Result:
         notes.append(f"read by {how}{f' ({capture.notes[0]})' if capture.notes else ''}")
     kind = {"module": type(emitted.object).__name__, "graph": "a GraphModule", "exported": "an ExportedProgram"}
     notes.append(f"comes out as {kind[emitted.form]}{f': {emitted.reason}' if emitted.reason else ''}")
+    inputs = result.program.model.graph.inputs
+    if emitted.reason and inputs and all(v.shape is not None and v.shape.is_static() for v in inputs):
+        notes.append("the graph may take only inputs of the example's sizes: dynamic_shapes= keeps sizes open")
     noted = replace(result, report=replace(result.report, notes=tuple(notes)))
     noted.__dict__["emitted"] = emitted
     return noted

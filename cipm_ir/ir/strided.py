@@ -35,7 +35,9 @@ def remove_detours(model: ir.Model) -> int:
         source, index, out = _source(node), node.inputs[1] if len(node.inputs) > 1 else None, node.outputs[0]
         if source is None or index is None or out.is_graph_output():
             continue
-        if not all(_counts_up(index, known.get(source.name or ""), known, model) for known in (shapes.first, shapes.second)):
+        if not all(
+            _counts_up(index, known.get(source.name or ""), known, model) for known in (shapes.first, shapes.second)
+        ):
             continue
         out.replace_all_uses_with(source)
         _drop(model.graph, node)

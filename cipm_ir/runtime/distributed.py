@@ -318,12 +318,17 @@ def pack(model: ir.Model) -> Packed:
         tensor = value.const_value
         if tensor is None:
             continue
-        if tensor.nbytes < _LARGE:
+        # A worker may stand in another folder, or on another machine: what lies in a file beside the model goes along.
+        if tensor.nbytes < _LARGE and not isinstance(tensor, ir.ExternalTensor):
             value.const_value = named(tensor, name)
             continue
         arrays[name] = np.asarray(tensor.numpy())
         shape = ir.Shape(tensor.shape.numpy())
         value.const_value = ir.ExternalTensor("sent_apart", 0, None, tensor.dtype, shape=shape, name=name)
+    for inner in copy.graph.subgraphs():
+        for name, value in inner.initializers.items():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = ir.Tensor(np.asarray(value.const_value.numpy()), name=name)
     return Packed(ir.to_proto(copy).SerializeToString(), arrays)
 
 

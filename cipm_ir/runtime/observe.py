@@ -108,29 +108,26 @@ def check_values(model: ir.Model, values: dict[str, Array], start: int, feeds: F
     """Refuse NaN and infinity.
 
     Raises:
-        InputError: naming the value, the node that made it, and the samples; or the input and the sample, where already
-            that is no number.
+        InputError: naming the value, the node that made it, and the samples; and the input, where that is the cause.
     """
     for name, array in values.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
-            _check_feeds(feeds or {}, start)
             maker = next((n for n in model.graph if any(v.name == name for v in n.outputs)), None)
             made = "" if maker is None else f", made by {maker.op_type} {maker.name}"
             stop = start + (len(array) if array.ndim else 1) - 1
             raise InputError(
                 f"The value {name!r}{made}, is NaN or infinite on samples {start} to {stop} of the data; "
-                "repair the model, or leave these samples out."
+                f"{_bad_feed(feeds or {}, start) or 'repair the model, or leave these samples out'}."
             )
 
 
-def _check_feeds(feeds: Feeds, start: int) -> None:
-    """Say which input is no number; asked only where a value is none, as a mask may well hold infinities."""
+def _bad_feed(feeds: Feeds, start: int) -> str:
+    """Which input is no number already; asked only where a value is none, as a mask may well hold infinities."""
     for name, array in feeds.items():
         if array.dtype.kind == "f" and array.ndim and not np.isfinite(array).all():
             first = start + int(np.argmax(~np.isfinite(array).reshape(len(array), -1).all(axis=1)))
-            raise InputError(
-                f"Input {name!r} is NaN or infinite on sample {first} of the data; repair it, or leave it out."
-            )
+            return f"input {name!r} is so already, first on sample {first}: repair it, or leave it out"
+    return ""
 
 
 def samples(feeds: Feeds) -> int:

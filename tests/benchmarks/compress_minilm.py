@@ -74,6 +74,12 @@ def embeddings(model: ir.Model, ids: Sequence[Sequence[int]]) -> Array:
     return np.asarray(made / np.linalg.norm(made, axis=1, keepdims=True))
 
 
+def frequent_words() -> list[str]:
+    """The encoder's own vocabulary: its more frequent half, most frequent first."""
+    lines = (minilm._weights_folder() / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    return lines[1996:12000]
+
+
 # ---------------------------------------------------------------- one run
 @dataclass
 class Made:
@@ -95,10 +101,11 @@ class Bench:
     calibration: list[dict[str, Array]]
 
     @classmethod
-    def load(cls, test: int, calibration: int) -> Bench:
-        """With so many sentences of each kind at most."""
+    def load(cls, test: int, calibration: int, words: int = 0) -> Bench:
+        """With so many sentences of each kind at most, and so many rows of words for calibration."""
         minilm.build()
         kinds, rest = sentences.split(test, calibration)
+        rest += sentences.vocabulary(frequent_words(), words)
         made = cls(cipm_ir.load(minilm.cache_file()), kinds, without_padding(tokens(rest)))
         made.ids = tokens([text for found in kinds.values() for text in found])
         made.wanted = embeddings(made.dense.model, made.ids)
@@ -218,11 +225,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--removed", type=float, default=0.25, help="share of the parameters of heads and units")
     parser.add_argument("--test", type=int, default=24, help="test sentences of each kind, at most")
     parser.add_argument("--calibration", type=int, default=80, help="calibration sentences of each kind, at most")
+    parser.add_argument("--words", type=int, default=600, help="calibration rows of words of the vocabulary")
     parser.add_argument("--more", default="", help="more options of compress, such as ,rounds=2")
     parser.add_argument("--only", nargs="*", default=["compress", "prune", "fold"], help="which passes")
     parser.add_argument("--no-latency", action="store_true")
     options = parser.parse_args(arguments)
-    bench = Bench.load(options.test, options.calibration)
+    bench = Bench.load(options.test, options.calibration, options.words)
     count = sum(len(a["input_ids"]) for a in bench.calibration)
     rows = sum(a["input_ids"].size for a in bench.calibration)
     print(

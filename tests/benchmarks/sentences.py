@@ -318,6 +318,13 @@ def texts(kind: str) -> tuple[str, ...]:
     return tuple(sorted(dict.fromkeys(x for x in found if x), key=_hash))
 
 
+def vocabulary(words: Iterable[str], count: int) -> list[str]:
+    """Meaningless rows of 4 to 15 words of a tokenizer's list: what it knows beyond the kinds of text at hand."""
+    known = [word for word in words if word.isascii() and word.isalpha() and len(word) > 2]
+    rng = np.random.default_rng(2)
+    return [" ".join(rng.choice(known, int(rng.integers(4, 16)))) for _ in range(count)]
+
+
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
