@@ -117,7 +117,8 @@ class Compress(Pass):
         """
         plans = ctx.options.get("plans", {})
         other = (f.name for f in fields(self) if f.name not in (*BUDGETS, "max_drop", "evaluate"))
-        key = (id(program), id(ctx.original), id(ctx.data), ctx.seed, self._kind(), *(getattr(self, name) for name in other))
+        objects = (id(program), id(ctx.original), id(ctx.data))
+        key = (objects, ctx.seed, self._kind(), *(getattr(self, name) for name in other))
         if key not in plans:
             assert ctx.data is not None
             wanted = wanted_spaces(program, "compress", self.include, self.exclude, self.blocks)

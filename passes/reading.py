@@ -19,7 +19,7 @@ _FLOOR = 1e-3
 class Reading:
     """For each product, ``M = sum of W Wᵀ / |W|²`` over the products that read its outputs later.
 
-    An error e of the outputs moves what is read next by about ``eᵀ M e``; what lies between (Relu, normalization) is left
+    An error e of the outputs moves what is read next by about ``eᵀ M e``; what lies between (Relu, norms) is left
     out. The best weights do not depend on it, the choice of units does.
     """
 

@@ -96,6 +96,14 @@ def solve(gram: Matrix, target: Matrix) -> Matrix:
         return np.asarray(np.linalg.lstsq(gram, target, rcond=None)[0])
 
 
+def _each(blocks: Matrix, targets: Matrix) -> Matrix:
+    """``blocks⁻¹ targets`` for a stack of small matrices; the pseudo-inverse where one is singular by rounding."""
+    try:
+        return np.asarray(np.linalg.solve(blocks, targets))
+    except np.linalg.LinAlgError:
+        return np.asarray(np.linalg.pinv(blocks) @ targets)
+
+
 def eliminate(problems: Sequence[Problem], count: int, floor: int = 1) -> Labels:
     """Elements in the order in which they should go, first to go first; the last ``floor`` in no special order."""
     states = [_State.of(p) for p in problems]
@@ -161,7 +169,7 @@ class _State:
         weights = self.weight[rows]
         if rows.shape[1] == 1:
             return np.asarray((weights[:, 0] ** 2).sum(axis=1) / blocks[:, 0, 0]) / self.energy
-        return np.asarray((weights * np.linalg.solve(blocks, weights)).sum(axis=(1, 2))) / self.energy
+        return np.asarray((weights * _each(blocks, weights)).sum(axis=(1, 2))) / self.energy
 
     def remove(self, elements: Labels) -> None:
         rows = self.rows[elements].ravel()
@@ -282,8 +290,8 @@ class _Swept:
             rows = self.rows[enters]
             side = self.matrix[self.rows[kept][:, :, None], rows]  # elements, k, k of the one that enters
             own = self.matrix[np.ix_(rows, rows)]
-            block = block - side @ np.linalg.solve(own, side.transpose(0, 2, 1))
-            aim = aim - side @ np.linalg.solve(own, self.target[rows])
+            block = block - side @ _each(own, side.transpose(0, 2, 1))
+            aim = aim - side @ _each(own, self.target[rows])
         return self._worth(-block, aim)
 
     def _blocks(self, elements: Labels) -> tuple[Labels, Labels]:
@@ -293,7 +301,7 @@ class _Swept:
     def _worth(self, blocks: Matrix, aim: Matrix) -> Matrix:
         if blocks.shape[1] == 1:
             return np.asarray((aim[:, 0] ** 2).sum(axis=1) / blocks[:, 0, 0]) / self.energy
-        return np.asarray((aim * np.linalg.solve(blocks, aim)).sum(axis=(1, 2))) / self.energy
+        return np.asarray((aim * _each(blocks, aim)).sum(axis=(1, 2))) / self.energy
 
 
 def _gains(p: Problem, kept: Labels, gone: Labels) -> Matrix:

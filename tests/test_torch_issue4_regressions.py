@@ -8,15 +8,17 @@ import cipm_ir
 
 torch = pytest.importorskip("torch")
 
+from torch import Tensor, nn  # noqa: E402
 
-class Attention(torch.nn.Module):
+
+class Attention(nn.Module):
     """Heads whose number and size come from attributes that no layer knows: pruned, it comes out as a graph."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.q, self.k, self.v, self.o = (torch.nn.Linear(8, 8) for _ in range(4))
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         b, t, _ = x.shape
         q, k, v = (layer(x).view(b, t, 2, 4).transpose(1, 2) for layer in (self.q, self.k, self.v))
         return self.o(torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, -1))
