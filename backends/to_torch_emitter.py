@@ -272,7 +272,7 @@ def _missing(node: ir.Node) -> UnsupportedError:
     return refuse(node, "the operator has no torch entry; register one with to_torch_emitter.emits")
 
 
-def _needed(graph: ir.Graph) -> Iterator[ir.Node]:
+def needed_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
     """The nodes that the outputs depend on, in graph order."""
     wanted: set[ir.Node] = set()
     stack = [v.producer() for v in graph.outputs]
@@ -311,7 +311,7 @@ def graph_module(model: ir.Model) -> fx.GraphModule:
             taken.add(name)
             known[_name(v)] = graph.placeholder(name)
     emitter = Emitter(root, graph, model, known)
-    for node in _needed(model.graph):
+    for node in needed_nodes(model.graph):
         emitter.visit(node)
     outputs = [emitter.value(v) for v in model.graph.outputs]
     graph.output(outputs[0] if len(outputs) == 1 else tuple(outputs))

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from cipm_ir.backends.to_torch_emitter import Emitter
+from cipm_ir.backends.to_torch_emitter import Emitter, needed_nodes
 from cipm_ir.backends.to_torch_ops_places import identifier
 from cipm_ir.backends.to_torch_state import as_torch
 from cipm_ir.errors import InputError, UnsupportedError
@@ -113,7 +113,7 @@ def tap_model(model: ir.Model, reads: Sequence[Read]) -> Tapped:
     known = {name: graph.placeholder(f"{identifier(name)}_{k}") for k, name in enumerate(names)}
     emitter = Emitter(root, graph, model, known)
     taps: list[Tap] = []
-    wanted = _wanted(model.graph)
+    wanted = set(needed_nodes(model.graph))
     for position, node in enumerate(model.graph):
         if node not in wanted:
             continue
@@ -129,18 +129,6 @@ def tap_model(model: ir.Model, reads: Sequence[Read]) -> Tapped:
     graph.lint()
     module = fx.GraphModule(root, graph).eval().requires_grad_(False)
     return Tapped(module, names, taps, values)
-
-
-def _wanted(graph: ir.Graph) -> set[ir.Node]:
-    """The nodes that the outputs depend on; others may have no counterpart in torch."""
-    found: set[ir.Node] = set()
-    stack = [v.producer() for v in graph.outputs]
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in found:
-            found.add(node)
-            stack.extend(v.producer() for v in node.inputs if v is not None)
-    return found
 
 
 def _summed(product: torch.Tensor, read: Read, count: int) -> torch.Tensor:

@@ -25,10 +25,11 @@ from cipm_ir.errors import InputError, OptionError, OutputError, SymmetryError, 
 from cipm_ir.passes.base import Progress, ignore_progress
 from cipm_ir.passes.compress_search import Evaluate, Run
 from cipm_ir.passes.report import Totals
-from cipm_ir.passes.sweep_report import Point, SweepReport, read_record, write_files, write_picture, write_text
+from cipm_ir.passes.sweep_report import Point, SweepReport, read_record, write_files, write_picture
 from cipm_ir.passes.text import parse_passes
 from cipm_ir.runtime.closeness import Closeness, closeness
 from cipm_ir.runtime.content import check_repeatable, data_hash, model_hash
+from cipm_ir.runtime.files import write_text
 from cipm_ir.runtime.inputs import Data, Feeds, batches
 from cipm_ir.runtime.session import Runner
 from cipm_ir.runtime.timing import compare_latency, timing_feeds

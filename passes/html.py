@@ -6,16 +6,15 @@ import base64
 import html
 import io
 import os
-import secrets
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cipm_ir.errors import OutputError, UnsupportedError
+from cipm_ir.errors import UnsupportedError
 from cipm_ir.passes.figures import Bars, Curves, Figure, HeatMap
+from cipm_ir.runtime.files import write_text
 from cipm_ir.version import __version__
 
 if TYPE_CHECKING:
@@ -42,16 +41,7 @@ def write_html(report: Report, path: str | os.PathLike[str], title: str = "") ->
 
     Errors: `OutputError` where it cannot be written; `UnsupportedError` where there are pictures but no matplotlib.
     """
-    target = Path(os.path.abspath(path))
-    text = render(report, title)
-    temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, target)
-    except OSError as error:
-        raise OutputError(f"{os.fspath(path)!r} was not written: {error.strerror}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, render(report, title))
 
 
 def render(report: Report, title: str = "") -> str:

@@ -10,8 +10,6 @@ import csv
 import io
 import json
 import math
-import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -22,8 +20,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cipm_ir.errors import InputError, OutputError
+from cipm_ir.errors import InputError
 from cipm_ir.passes.report import as_plain
+from cipm_ir.runtime.files import write_text
 
 FORMAT = 1
 _WIDTH = 118
@@ -227,21 +226,6 @@ def write_picture(report: SweepReport, folder: Path) -> None:
     picture = svg(report)
     if picture is not None:
         write_text(folder / "sweep.svg", picture)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file beside its place, then rename it: whole or not at all.
-
-    Errors: `OutputError`.
-    """
-    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OutputError(f"{str(path)!r} was not written: {error.strerror}; choose another folder.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_record(path: Path) -> tuple[Point, list[Point]] | None:
