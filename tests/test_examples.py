@@ -27,7 +27,8 @@ def test_demo(tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="the demo takes its test images from scikit-learn")
     out = run("digits/demo.py", cwd=tmp_path).stdout
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert written == [f"digits-{name}.onnx" for name in ("canonical", "pruned-50", "pruned-80", "smaller")]
+    names = ("canonical", "compressed-25", "compressed-50", "pruned-50", "pruned-80", "smaller")
+    assert written == [*(f"digits-{name}.onnx" for name in names), "report.html"]
     rows = {
         found.group(1): (int(found.group(2).replace(",", "")), float(found.group(3)))
         for found in re.finditer(r"^(digits\S*\.onnx)\s+\S+\s+\S+\s+(\S+)\s+([\d.]+)%", out, re.MULTILINE)
@@ -39,6 +40,9 @@ def test_demo(tmp_path: Path) -> None:
     assert rows["digits-smaller.onnx"][1] == score
     assert rows["digits-pruned-80.onnx"][0] <= 0.8 * macs and rows["digits-pruned-50.onnx"][0] <= 0.5 * macs
     assert rows["digits-pruned-80.onnx"][1] > 80
+    # At the same size, compensation keeps what deletion loses.
+    assert rows["digits-compressed-50.onnx"][0] <= 0.5 * macs and rows["digits-compressed-50.onnx"][1] > 98
+    assert rows["digits-pruned-50.onnx"][1] < 90
     first, second = re.findall(r"fingerprints: (\w{16}) and (\w{16})", out)[0]
     assert first == second
 

@@ -14,8 +14,7 @@ import onnx
 import pytest
 from tests.sweep_runs import DATA, count_made, files, run, without_picture, write_model
 
-from cipm_ir import api
-from cipm_ir import sweep as sweeps
+from cipm_ir import api, sweeps
 
 
 @pytest.fixture(autouse=True)
