@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
+from threadpoolctl import threadpool_limits
+
 from cipm_ir.errors import OptionError, SymmetryError, VerificationError
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
 from cipm_ir.passes.bilinear import prepared
@@ -83,6 +85,11 @@ class Compress(Pass):
         """Look at the data, measure, allocate, compensate, restrict."""
         if ctx.data is None:
             raise OptionError("Pass 'compress' looks at activations; give it calibration inputs with data=.")
+        # the threads of BLAS would wait for work on the cores that onnxruntime computes on: three times as slow
+        with threadpool_limits(1, user_api="blas"):
+            return self._compressed(program, ctx)
+
+    def _compressed(self, program: Program, ctx: Context) -> PassResult:
         plan = self._plan(program, ctx)
         if self.max_drop is not None:
             made = smallest_within(plan, self.max_drop, self.evaluate, ctx)

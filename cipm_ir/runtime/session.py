@@ -99,6 +99,7 @@ class Runner:
         options.graph_optimization_level = level.ORT_ENABLE_ALL if self._fast else level.ORT_DISABLE_ALL
         options.log_severity_level = 4
         options.use_deterministic_compute = True
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # leave the cores to others
         try:
             return ort.InferenceSession(self._hand_over(), options, providers=["CPUExecutionProvider"])
         except ort_state.NotImplemented as error:
