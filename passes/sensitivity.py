@@ -15,7 +15,7 @@ from cipm_ir.passes.candidates import Candidate
 from cipm_ir.passes.compensation import LARGEST, Compensated, refitted
 from cipm_ir.passes.divergence import Divergence
 from cipm_ir.passes.reading import Reading
-from cipm_ir.passes.refit_layers import Layer, gone_places, layers_of, silence
+from cipm_ir.passes.refit_layers import Layer, gone_places, layers_of, parameter, silence
 from cipm_ir.passes.selection import Problem, Swaps, eliminate
 from cipm_ir.runtime.design import Array, Normal, sample_places
 from cipm_ir.runtime.frontier import Frontier
@@ -81,9 +81,7 @@ def gather(
 
 def problem_of(program: Program, layer: Layer, sums: Normal, columns: Labels, damping: float) -> Problem:
     """The least-squares problem of one reader."""
-    tensor = program.model.graph.initializers[layer.reader.weight].const_value
-    assert tensor is not None
-    weight = layer.linear.matrix(np.asarray(tensor.numpy())).astype(np.float64)
+    weight = layer.linear.matrix(parameter(program, layer.reader.weight)).astype(np.float64)
     gram = sums.gram(centred=layer.bias is not None)
     energy = float(np.einsum("ko,ko->", weight, gram @ weight))
     whole = float(np.einsum("ko,ko->", weight, sums.gram(centred=False) @ weight))
@@ -256,10 +254,9 @@ def shrunk(
         weight = problem.refit(np.zeros(0, np.int64))
         made[layer.reader.weight] = layer.linear.weight(weight)
         if layer.bias is not None:
-            tensor = program.model.graph.initializers[layer.bias.name].const_value
-            assert tensor is not None
             shift = (sums.x / max(sums.rows, 1)) @ (problem.weight - weight)
-            made[layer.bias.name] = np.asarray(tensor.numpy()) + (layer.bias.gain * shift).reshape(layer.bias.shape)
+            moved = (layer.bias.gain * shift).reshape(layer.bias.shape)
+            made[layer.bias.name] = parameter(program, layer.bias.name) + moved
     for pair, kept in zip(candidate.pairs, candidate.kept[level], strict=False):
         silence(program, pair.first, np.delete(pair.left, kept), made)
     return made

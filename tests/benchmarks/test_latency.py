@@ -5,7 +5,6 @@ Prints tables; asserts only that the estimates order the models. Needs CIPM_TEST
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,9 +19,6 @@ from cipm_ir.passes.latency import BLOCK, LatencyTable
 from cipm_ir.passes.latency_bench import kept
 from cipm_ir.runtime.timing import compare_latency, timing_feeds
 from cipm_ir.symmetry.program import Program
-
-DATA = os.environ.get("CIPM_TEST_DATA", "")
-needs_data = pytest.mark.skipif(not DATA, reason="CIPM_TEST_DATA is not set")
 
 
 def choices_of(program: Program, round_to: int = 1) -> list[Choice]:
@@ -42,10 +38,9 @@ def nearest(choices: Sequence[Choice], numbers: Sequence[float]) -> tuple[int, .
     return tuple(int(np.argmin(np.abs(np.asarray(c.levels) - n))) for c, n in zip(choices, numbers, strict=True))
 
 
-@needs_data
 @pytest.mark.parametrize("batch", [1])
-def test_the_table_against_real_seconds(batch: int) -> None:
-    program = api.load(Path(DATA) / "cifar10" / "resnet20.onnx")
+def test_the_table_against_real_seconds(batch: int, data_dir: Path) -> None:
+    program = api.load(data_dir / "cifar10" / "resnet20.onnx")
     choices = choices_of(program)
     feeds = timing_feeds(program.model, batch=batch)
     table = LatencyTable.measure(program, choices, feeds, seconds=60.0)
@@ -73,10 +68,9 @@ def test_the_table_against_real_seconds(batch: int) -> None:
     assert rank > 0.7
 
 
-@needs_data
 @pytest.mark.parametrize("threads", [1, 2])
-def test_where_fewer_macs_do_not_save_time(threads: int) -> None:
-    path = Path(DATA) / "cifar10" / "resnet20.onnx"
+def test_where_fewer_macs_do_not_save_time(threads: int, data_dir: Path) -> None:
+    path = data_dir / "cifar10" / "resnet20.onnx"
     passes = [f"prune{{macs={share}, round_to={by}}}" for share in (0.9, 0.7, 0.5, 0.3) for by in (1, 4, 8)]
     dense = api.load(path)
     made = [api.optimize(path, text, verify=False).program for text in passes]
