@@ -9,6 +9,7 @@ from cipm_ir.passes.canonicalize import Canonicalize
 from cipm_ir.passes.cleanup import CleanUp, FoldBatchNorm
 from cipm_ir.passes.cluster import Cluster
 from cipm_ir.passes.compress import Compress
+from cipm_ir.passes.equalize import Equalize
 from cipm_ir.passes.figures import Bars, Curves, Figure, HeatMap
 from cipm_ir.passes.fold import Fold
 from cipm_ir.passes.pipeline import Outcome, RolledBack, Witness, run_passes
@@ -27,6 +28,7 @@ __all__ = [
     "Compress",
     "Context",
     "Curves",
+    "Equalize",
     "Figure",
     "Fold",
     "FoldBatchNorm",

@@ -20,10 +20,9 @@ import numpy as np
 
 from cipm_ir.ir.labels import Array, Labels
 from cipm_ir.passes.canonical_members import Floats, Member, Members
+from cipm_ir.passes.gauge_limits import give_up_rounding, magnitude
 
 TOLERANCE = 1e-5
-_FAR = 64.0
-_ROUNDS = 8
 
 
 class Gauge:
@@ -42,13 +41,12 @@ class Gauge:
         """Fix all scales, then all signs that some row decides."""
         self._sweep(signs=False)
         self.scaled[:] = True
-        self._give_up_rounding()
+        give_up_rounding(self.members, self.scale)
         self._sweep(signs=True)
 
     def magnitude(self, m: Member) -> Floats:
         """What each position of a member is to be multiplied by, up to sign."""
-        power = (m.scale * self._at(m, self.scale)).sum(1)
-        return np.asarray(np.ldexp(1.0, power.astype(np.int64)) if self.exact else np.exp2(power))
+        return magnitude(self.members, m, self.scale)
 
     def weight(self, m: Member) -> Floats:
         """The same with signs; open signs count as plus."""
@@ -167,40 +165,6 @@ class Gauge:
         self.sign[classes, m.sign_at[direction]] = np.sign(value) * own
         self.signed[classes, m.sign_at[direction]] = True
         return bool(len(classes))
-
-    # ------------------------------------------------------------ rounding
-    def _give_up_rounding(self) -> None:
-        for attempt in range(_ROUNDS):
-            bad = np.zeros(self.members.count, bool)
-            for leaf, members in self.members.on_leaf.items():
-                if self._may_round(leaf, members):
-                    self._rounds(leaf, members, bad)
-            if not bad.any():
-                return
-            self.scale[bad] = 0.0
-            if attempt == _ROUNDS - 2:
-                self.scale[:] = 0.0
-
-    def _may_round(self, leaf: int, members: list[Member]) -> bool:
-        moved = [np.abs((m.scale * self._at(m, self.scale)).sum(1)).max() for m in members]
-        dtype = self.members.analysis.walk.leaves[leaf].dtype
-        narrow = dtype.itemsize <= 2 and dtype.name != "BFLOAT16"
-        return max(moved) > 0 and (narrow or sum(moved) >= _FAR)
-
-    def _rounds(self, leaf: int, members: list[Member], bad: Array) -> None:
-        """Mark the classes whose scale a parameter cannot take (exact: without rounding; else: without overflow)."""
-        dtype = self.members.array(leaf).dtype
-        weights = [m.spread(self.magnitude(m)) for m in members]
-
-        def wrong() -> Iterator[tuple[slice, Array]]:
-            for part, block in self.members.blocks(leaf, weights, members[0].epsilon):
-                with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-                    back = block.astype(dtype).astype(np.float64)
-                yield part, (back != block if self.exact else np.isinf(back)) & np.isfinite(block)
-
-        for m in members:
-            hit = self.members.reduce(m, wrong(), np.logical_or).astype(bool) & (self.magnitude(m) != 1.0)
-            bad[m.classes[hit]] = True
 
 
 def _shaped(blocks: Iterator[tuple[slice, Array]], shape: str, clean: bool) -> Iterator[tuple[slice, Array]]:

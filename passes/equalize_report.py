@@ -1,0 +1,110 @@
+"""What `equalize` reports: scales and ranges by space, and the signal-to-noise ratio of each weight once quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cipm_ir.passes.canonical_members import Floats
+from cipm_ir.passes.equalize_solve import Per
+from cipm_ir.passes.equalize_terms import Term
+from cipm_ir.passes.figures import Bars, Figure
+from cipm_ir.symmetry.program import Program
+
+BITS = 8
+_BINS = np.arange(-24.5, 25.0)
+
+
+def metrics_of(program: Program, terms: Sequence[Term], scale: Floats, per: Per) -> dict[str, Any]:
+    """By space: group, range and histogram of log2-scales, range imbalance; by weight: the predicted SQNR in dB.
+
+    Imbalance: standard deviation, in bits, of log2 of the largest magnitudes of a space's units over the weights that
+    they are rows or columns of, before and after; 0 where all units fill the range of their tensors equally.
+    """
+    t = scale.ravel() * float(np.log(2.0))
+    still = np.zeros_like(t)
+    tensors = {term.name: [sqnr(term, still, per), sqnr(term, t, per)] for term in terms}
+    spread = _imbalance(terms, still, len(scale), scale.shape[1]), _imbalance(terms, t, len(scale), scale.shape[1])
+    spaces = {}
+    for space, raw in zip(program.spaces, program.analysis.spaces, strict=True):
+        chosen = scale[raw.table[:, 0], : space.group.scales]
+        if not chosen.size:
+            continue
+        counts, _ = np.histogram(chosen, _BINS)
+        spaces[space.name] = {
+            "group": str(space.group),
+            "units": space.size,
+            "log2_scale": [float(chosen.min()), float(chosen.max())],
+            "histogram": {int(k - 24): int(n) for k, n in enumerate(counts) if n},
+            "imbalance": [_mean_square(part[raw.table[:, 0]]) for part in spread],
+        }
+    both = np.asarray(list(tensors.values()))
+    mean = [float(x) for x in both.mean(0)]
+    return {"sqnr": mean, "bits": BITS, "per": per, "spaces": spaces, "tensors": tensors}
+
+
+def sqnr(term: Term, t: Floats, per: Per) -> float:
+    """Signal to quantization noise of a weight in dB, for steps of largest / (2^(bits-1) - 1) and uniform errors."""
+    size, energy = term.scaled(t)
+    steps = 2.0 ** (BITS - 1) - 1
+    if per == "tensor":
+        noise = (float(size.max()) / steps) ** 2 / 12 * energy.size * term.count
+    else:
+        noise = float(np.square(size.max(2) / steps).sum()) / 12 * energy.shape[2] * term.count
+    return float(10 * np.log10(energy.sum() / max(noise, 1e-300)))
+
+
+def _imbalance(terms: Sequence[Term], t: Floats, classes: int, scales: int) -> Floats:
+    """(classes, 2): sum and number of squared deviations of log2 ranges from their mean in the tensor."""
+    found = np.zeros((classes, 2))
+    for term in terms:
+        size, _ = term.scaled(t)
+        for table, ranges in ((term.rows, size.max(2).ravel()), (term.columns, size.max(1).ravel())):
+            alive = np.flatnonzero((ranges > 0) & (np.diff(table.indptr) > 0))
+            if not len(alive):
+                continue
+            level = np.log2(ranges[alive])
+            picked = table[alive]
+            where = picked.indices // scales
+            square = np.repeat(np.square(level - level.mean()), np.diff(picked.indptr))
+            found[:, 0] += np.bincount(where, square, minlength=classes)
+            found[:, 1] += np.bincount(where, minlength=classes)
+    return found
+
+
+def _mean_square(part: Floats) -> float:
+    total, count = part.sum(0)
+    return float(np.sqrt(total / count)) if count else 0.0
+
+
+def summary_of(metrics: Mapping[str, Any], spaces: int, lost: int) -> str:
+    """One line for people."""
+    before, after = metrics["sqnr"]
+    units = sum(entry["units"] for entry in metrics["spaces"].values())
+    line = (
+        f"{spaces} spaces scaled; mean int{BITS} weight SQNR per {metrics['per']} {before:.2f} -> {after:.2f} dB "
+        f"over {len(metrics['tensors'])} weights"
+    )
+    return line + (f"; {lost} of {units} units keep their scale, which a weight could not take exactly" if lost else "")
+
+
+def figures_of(metrics: Mapping[str, Any]) -> tuple[Figure, ...]:
+    """Signal-to-noise ratio by weight, imbalance by space, before and after; histogram of all scales."""
+    tensors, spaces = metrics["tensors"], metrics["spaces"]
+    total: dict[int, int] = {}
+    for entry in spaces.values():
+        for power, count in entry["histogram"].items():
+            total[power] = total.get(power, 0) + count
+    powers = range(min(total), max(total) + 1)
+    return (
+        _pair("Predicted weight SQNR", tensors, "dB"),
+        _pair("Range imbalance", {name: entry["imbalance"] for name, entry in spaces.items()}, "bits"),
+        Bars("Scales", [f"2^{k}" for k in powers], {"units": [total.get(k, 0) for k in powers]}, "units"),
+    )
+
+
+def _pair(title: str, rows: Mapping[str, Sequence[float]], unit: str) -> Bars:
+    series = {when: [pair[k] for pair in rows.values()] for k, when in enumerate(("before", "after"))}
+    return Bars(title, list(rows), series, unit)
