@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -13,7 +13,7 @@ from scipy.optimize import minimize
 from scipy.sparse.linalg import lsqr
 
 from cipm_ir.passes.canonical_members import Floats
-from cipm_ir.passes.equalize_terms import Term
+from cipm_ir.passes.equalize_terms import Exponents, Term
 
 Per = Literal["tensor", "channel"]
 SHARPNESS = (4.0, 16.0, 48.0)
@@ -22,20 +22,41 @@ _STEPS = 80
 _LOG2 = float(np.log(2.0))
 _ROUNDS = 300
 _LEAST = 1e-6
+_TINY = 1e-300
 _ALMOST = 1.0 - 1e-9
 _OFFSETS = (0.25, 0.5, 0.75)
 _BLUNT = (6.0, 12.0, 24.0, 48.0)
 
 
 @dataclass
-class _Part:
-    """A term, where its rows and columns lie among all levels, and its norms where it is expanded."""
+class _Stack:
+    """Weights of one shape, laid on each other: (weights, groups, rows, columns).
 
-    term: Term
+    ``rows``, ``columns``: where their levels lie among all. ``counts``: energy of each column by what outputs count.
+    ``norm``, ``top``: magnitudes to a power over the largest, and that one, where it is expanded.
+    """
+
     rows: slice
     columns: slice
-    size: Floats | None = None
-    top: Floats | None = None
+    size: Floats
+    gain: Floats
+    moment: Floats
+    counts: Floats
+    peak: Floats | None
+    norm: Floats
+    top: Floats
+
+    @classmethod
+    def of(cls, terms: Sequence[Term], place: int) -> _Stack:
+        """The levels of all rows come first, then those of all columns."""
+        size, energy, gain, moment = (
+            np.stack([getattr(term, name) for term in terms]) for name in ("size", "energy", "gain", "moment")
+        )
+        peaks = [term.peak for term in terms if term.peak is not None]
+        counts = np.matmul(gain[:, :, None, :], energy)[:, :, 0]
+        middle = place + gain.size
+        where = slice(place, middle), slice(middle, middle + moment.size)
+        return cls(*where, size, gain, moment, counts, np.stack(peaks) if peaks else None, size, size)
 
 
 @dataclass
@@ -64,15 +85,26 @@ class Objective:
 
     def __init__(self, terms: Sequence[Term], free: npt.NDArray[np.int64], per: Per, alpha: float) -> None:
         self.per, self.alpha, self.count = per, alpha, len(free)
-        self.parts: list[_Part] = []
-        tables, place = [], 0
+        self._energy: list[tuple[slice, Floats]] = []
+        shapes: dict[tuple[object, ...], list[tuple[Term, Exponents, Exponents]]] = {}
         for term in terms:
             rows, columns = term.rows[:, free], term.columns[:, free]
             if rows.nnz or columns.nnz:
-                middle, stop = place + rows.shape[0], place + rows.shape[0] + columns.shape[0]
-                self.parts.append(_Part(term, slice(place, middle), slice(middle, stop)))
-                tables += [rows, columns]
-                place = stop
+                if per == "tensor":
+                    term, rows, columns = _lean(term, rows, columns)
+                shapes.setdefault((term.size.shape, term.peak is None), []).append((term, rows, columns))
+        self.stacks: list[_Stack] = []
+        tables, place = [], 0
+        for found in shapes.values():
+            stack = _Stack.of([term for term, _, _ in found], place)
+            place = stack.columns.stop
+            self.stacks.append(stack)
+            tables += [rows for _, rows, _ in found] + [columns for _, _, columns in found]
+            start = stack.rows.start
+            for axis, vectors in ((2, stack.gain), (1, stack.moment)):
+                for (term, _, _), vector in zip(found, vectors, strict=True):
+                    self._energy.append((slice(start, start + vector.size), term.energy.sum(axis).ravel()))
+                    start += vector.size
         self.table = sparse.vstack(tables, format="csr") if tables else sparse.csr_array((0, self.count))
         self._back = self.table.T.tocsr()
         self._at, self._p = np.zeros(self.table.shape[0]), SHARPNESS[0]
@@ -81,14 +113,12 @@ class Objective:
         """Log-scales that make the rows and columns of each weight as alike in energy as can be: least squares."""
         level, centre = np.zeros(self.table.shape[0]), []
         used = np.diff(self.table.indptr) > 0
-        for part in self.parts:
-            for where, energy in ((part.rows, part.term.energy.sum(2)), (part.columns, part.term.energy.sum(1))):
-                flat = energy.ravel()
-                alive = np.flatnonzero((flat > 0) & used[where])
-                if len(alive) > 1:
-                    log = 0.5 * np.log(flat[alive])
-                    level[where.start + alive] = log - log.mean()
-                    centre.append(where.start + alive)
+        for where, energy in self._energy:
+            alive = np.flatnonzero((energy > 0) & used[where])
+            if len(alive) > 1:
+                log = 0.5 * np.log(energy[alive])
+                level[where.start + alive] = log - log.mean()
+                centre.append(where.start + alive)
         if not centre:
             return np.zeros(self.count)
         rows = np.concatenate(centre)
@@ -101,16 +131,16 @@ class Objective:
     def expand(self, t: Floats, sharpness: float) -> None:
         """Prepare norms of this power, with all magnitudes taken at ``t``."""
         self._at, self._p = np.asarray(self.table @ t), sharpness
-        for part in self.parts:
-            term = part.term
-            size = term.size * np.exp(self._at[part.columns]).reshape(term.moment.shape)[:, None, :]
+        for one in self.stacks:
+            size = one.size * np.exp(self._at[one.columns]).reshape(one.moment.shape)[:, :, None, :]
             if self.per == "tensor":
-                size *= np.exp(self._at[part.rows]).reshape(term.gain.shape)[:, :, None]
-                part.top = top = np.asarray(size.max())
+                size *= np.exp(self._at[one.rows]).reshape(one.gain.shape)[:, :, :, None]
+                one.top = size.max((1, 2, 3))
+                top = one.top[:, None, None, None]
             else:
-                part.top = size.max(2)
-                top = np.where(part.top > 0, part.top, 1.0)[:, :, None]
-            part.size = (size / top) ** sharpness
+                one.top = size.max(3)
+                top = np.where(one.top > 0, one.top, 1.0)[:, :, :, None]
+            one.norm = (size / top) ** sharpness
 
     def __call__(self, t: Floats) -> tuple[float, Floats]:
         """Value and gradient near where it was expanded."""
@@ -132,71 +162,88 @@ class Objective:
         level = np.asarray(self.table @ t)
         out = Shares(0.0, np.zeros_like(level), np.zeros_like(level))
         weigh = self._tensor if self.per == "tensor" else self._channel
-        for part in self.parts:
-            term = part.term
-            r, c = level[part.rows].reshape(term.gain.shape), level[part.columns].reshape(term.moment.shape)
-            dr, dc = r - self._at[part.rows].reshape(r.shape), c - self._at[part.columns].reshape(c.shape)
-            both = term.peak is not None and self.alpha > 0
+        for one in self.stacks:
+            r, c = level[one.rows].reshape(one.gain.shape), level[one.columns].reshape(one.moment.shape)
+            dr, dc = r - self._at[one.rows].reshape(r.shape), c - self._at[one.columns].reshape(c.shape)
+            both = one.peak is not None and self.alpha > 0
             share = 1.0 - self.alpha if both else 1.0
-            value, peaks, noises = weigh(part, r, c, dr, dc)
+            value, peaks, noises = weigh(one, r, c, dr, dc)
             out.value += share * value
-            for where, peak, noise in zip((part.rows, part.columns), peaks, noises, strict=True):
+            for where, peak, noise in zip((one.rows, one.columns), peaks, noises, strict=True):
                 out.peak[where] += share * peak.ravel()
                 out.noise[where] += share * noise.ravel()
             if both:
-                value, peak, noise = self._activation(term, c)
+                value, fall, rise = self._activation(one, c)
                 out.value += self.alpha * value
-                out.peak[part.columns] += self.alpha * noise.ravel()
-                out.noise[part.columns] += self.alpha * peak.ravel()
+                out.peak[one.columns] += self.alpha * rise.ravel()
+                out.noise[one.columns] += self.alpha * fall.ravel()
         return out
 
     def _tensor(
-        self, part: _Part, r: Floats, c: Floats, dr: Floats, dc: Floats
+        self, one: _Stack, r: Floats, c: Floats, dr: Floats, dc: Floats
     ) -> tuple[float, tuple[Floats, Floats], tuple[Floats, Floats]]:
-        """Value and shares by rows and columns, one step for the weight."""
-        assert part.size is not None and part.top is not None
-        u, v = (np.exp(self._p * (x - x.max())) for x in (dr, dc))
-        seen = np.matmul(part.size, v[:, :, None])[:, :, 0]
-        whole = max(float((u * seen).sum()), 1e-300)
-        back = np.matmul(u[:, None, :], part.size)[:, 0]
-        value = 2 * (float(np.log(part.top)) + float(dr.max() + dc.max()) + np.log(whole) / self._p)
-        low = r.min(), c.min()
-        x, y = part.term.gain * np.exp(-2 * (r - low[0])), part.term.moment * np.exp(-2 * (c - low[1]))
-        rows, columns = x.sum(1), y.sum(1)
-        total = max(float((rows * columns).sum()), 1e-300)
-        value += float(np.log(total)) - 2 * float(low[0] + low[1])
-        noise = x * columns[:, None] / total, y * rows[:, None] / total
-        return value, (u * seen / whole, v * back / whole), noise
+        """Value and shares by rows and columns, one step for each weight."""
+        tops = [x.max((1, 2), keepdims=True) for x in (dr, dc)]
+        u, v = (np.exp(self._p * (x - top)) for x, top in zip((dr, dc), tops, strict=True))
+        seen = np.matmul(one.norm, v[..., None])[..., 0]
+        whole = np.maximum((u * seen).sum((1, 2), keepdims=True), _TINY)
+        back = np.matmul(u[:, :, None, :], one.norm)[:, :, 0]
+        value = np.log(one.top) + (tops[0] + tops[1] + np.log(whole) / self._p).ravel()
+        low = [x.min((1, 2), keepdims=True) for x in (r, c)]
+        x, y = one.gain * np.exp(-2 * (r - low[0])), one.moment * np.exp(-2 * (c - low[1]))
+        rows, columns = x.sum(2, keepdims=True), y.sum(2, keepdims=True)
+        total = np.maximum((rows * columns).sum(1, keepdims=True), _TINY)
+        value += 0.5 * np.log(total).ravel() - (low[0] + low[1]).ravel()
+        return (
+            2 * float(value.sum()),
+            (u * seen / whole, v * back / whole),
+            (x * columns / total, y * rows / total),
+        )
 
     def _channel(
-        self, part: _Part, r: Floats, c: Floats, dr: Floats, dc: Floats
+        self, one: _Stack, r: Floats, c: Floats, dr: Floats, dc: Floats
     ) -> tuple[float, tuple[Floats, Floats], tuple[Floats, Floats]]:
         """The same with a step for each row, in which the scale of the row cancels."""
-        assert part.size is not None and part.top is not None
-        term, still = part.term, np.zeros_like(r)
-        v = np.exp(self._p * (dc - dc.max()))
-        seen = np.maximum(np.matmul(part.size, v[:, :, None])[:, :, 0], 1e-300)
-        step = term.gain * part.top**2 * np.exp(2 * dc.max()) * seen ** (2 / self._p)
-        low = c.min()
-        spread = term.moment * np.exp(-2 * (c - low))
-        steps, spreads = step.sum(1), spread.sum(1)
-        total = max(float((steps * spreads).sum()), 1e-300)
-        back = np.matmul((step / seen)[:, None, :], part.size)[:, 0] * v
-        peak, noise = back * spreads[:, None] / total, spread * steps[:, None] / total
-        return float(np.log(total) - 2 * low), (still, peak), (still, noise)
+        still, top = np.zeros_like(r), dc.max((1, 2), keepdims=True)
+        v = np.exp(self._p * (dc - top))
+        seen = np.maximum(np.matmul(one.norm, v[..., None])[..., 0], _TINY)
+        step = one.gain * one.top**2 * np.exp(2 * top) * seen ** (2 / self._p)
+        low = c.min((1, 2), keepdims=True)
+        spread = one.moment * np.exp(-2 * (c - low))
+        steps, spreads = step.sum(2, keepdims=True), spread.sum(2, keepdims=True)
+        total = np.maximum((steps * spreads).sum(1, keepdims=True), _TINY)
+        back = np.matmul((step / seen)[:, :, None, :], one.norm)[:, :, 0] * v
+        value = float((np.log(total) - 2 * low).sum())
+        return value, (still, back * spreads / total), (still, spread * steps / total)
 
-    def _activation(self, term: Term, c: Floats) -> tuple[float, Floats, Floats]:
-        """Noise of quantizing what is multiplied, with one step; shares by columns."""
-        assert term.peak is not None
+    def _activation(self, one: _Stack, c: Floats) -> tuple[float, Floats, Floats]:
+        """Noise of quantizing what is multiplied, with one step per value; by columns what falls and what rises."""
+        assert one.peak is not None
         with np.errstate(divide="ignore"):
-            level = np.log(term.peak) - c
-        top = level.max()
+            level = np.log(one.peak) - c
+        top, high = level.max((1, 2), keepdims=True), c.max((1, 2), keepdims=True)
         power = np.exp(self._p * (level - top))
-        counts = np.matmul(term.gain[:, None, :], term.energy)[:, 0]
-        spread = counts * np.exp(2 * (c - c.max()))
-        whole = max(float(spread.sum()), 1e-300)
-        value = 2 * (top + np.log(power.sum()) / self._p) + np.log(whole) + 2 * c.max()
-        return float(value), power / power.sum(), spread / whole
+        spread = one.counts * np.exp(2 * (c - high))
+        peak = np.maximum(power.sum((1, 2), keepdims=True), _TINY)
+        whole = np.maximum(spread.sum((1, 2), keepdims=True), _TINY)
+        value = float((2 * (top + np.log(peak) / self._p) + np.log(whole) + 2 * high).sum())
+        return value, power / peak, spread / whole
+
+
+def _lean(term: Term, rows: Exponents, columns: Exponents) -> tuple[Term, Exponents, Exponents]:
+    """A weight of which only one side moves is a vector to an objective with one step per tensor."""
+    if not rows.nnz:
+        total = term.gain.sum(1, keepdims=True)
+        counts = np.matmul(term.gain[:, None, :], term.energy) / np.maximum(total, 1e-300)[:, :, None]
+        term = replace(term, size=term.size.max(1, keepdims=True), energy=counts, gain=total)
+        rows = sparse.csr_array((len(total), rows.shape[1]))
+    if not columns.nnz and term.peak is None:
+        total = term.moment.sum(1, keepdims=True)
+        term = replace(
+            term, size=term.size.max(2, keepdims=True), energy=term.energy.sum(2, keepdims=True), moment=total
+        )
+        columns = sparse.csr_array((len(total), columns.shape[1]))
+    return term, rows, columns
 
 
 def solve(objective: Objective, progress: Callable[[float], None] | None = None) -> Floats:
