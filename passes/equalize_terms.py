@@ -5,13 +5,13 @@ unknown log-scales. Quantized with step D, its error seen in the original gauge 
 
     D^2 / 12 * sum_r g_r exp(-2 e_r) * sum_c a_c exp(-2 e_c),    D ~ max over the quantized group of |W| exp(e_r + e_c),
 
-with ``a`` the second moment of what is multiplied and ``g`` what an output counts: 1 over its own energy. The logarithm
-is a maximum of linear functions plus logarithms of sums of exponentials of linear functions: convex.
+with ``a`` the second moment of what is multiplied and ``g`` what noise on an output counts at the end. The logarithm is
+a maximum of linear functions plus logarithms of sums of exponentials of linear functions: convex.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,8 +25,8 @@ from cipm_ir.passes.canonical_members import Floats, Member, Members
 from cipm_ir.symmetry.leaves import Leaf
 
 Exponents = sparse.csr_array
-_BALANCE = 30
-_SETTLED = 0.02
+_FAR = 300.0
+"""Logarithms of energies beyond this are cut off."""
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
@@ -73,14 +73,23 @@ def terms_of(members: Members, observed: Mapping[str, tuple[Floats, Floats]] | N
         members: all axes of all parameters.
         observed: by name of a value, second moment and largest magnitude of each of its channels.
     """
-    made = []
+    made: dict[int, Term] = {}
+    given = set()
     for leaf, found in members.on_leaf.items():
         one = members.analysis.walk.leaves[leaf]
-        if one.dtype in _FLOATS and any(m.scale.any() for m in found):
-            roles = _roles(members.analysis.walk.nodes, one)
-            if roles is not None:
-                made.append(_term(members, leaf, found, roles, observed))
-    return [term for term in made if term is not None]
+        if one.dtype not in _FLOATS or not any(m.scale.any() for m in found):
+            continue
+        roles = _roles(members.analysis.walk.nodes, one)
+        term = None if roles is None else _term(members, leaf, found, roles)
+        if term is None:
+            continue
+        made[leaf] = term
+        seen = None if observed is None or term.source is None else observed.get(term.source)
+        if seen is not None and seen[0].size == term.moment.size:
+            term.moment, term.peak = (np.asarray(vector).reshape(term.moment.shape) for vector in seen)
+            given.add(term.name)
+    _weigh(members, made, given)
+    return list(made.values())
 
 
 def _roles(nodes: Sequence[ir.Node], leaf: Leaf) -> tuple[int, int] | None:
@@ -111,13 +120,7 @@ def _roles(nodes: Sequence[ir.Node], leaf: Leaf) -> tuple[int, int] | None:
     return None if pair is None else (order[pair[0]], order[pair[1]])
 
 
-def _term(
-    members: Members,
-    leaf: int,
-    found: list[Member],
-    roles: tuple[int, int],
-    observed: Mapping[str, tuple[Floats, Floats]] | None,
-) -> Term | None:
+def _term(members: Members, leaf: int, found: list[Member], roles: tuple[int, int]) -> Term | None:
     """Rows: the axis that is given out and all other axes that move; columns: the axis that is summed."""
     one = members.analysis.walk.leaves[leaf]
     array = np.abs(members.array(leaf).astype(np.float64))
@@ -147,13 +150,8 @@ def _term(
     node = members.analysis.walk.nodes[one.uses[0][0]]
     first = node.inputs[0] if node.op_type in ("Conv", "Gemm", "MatMul") and one.uses[0][1] == 1 else None
     source = None if first is None else first.name
-    seen = None if observed is None or source is None else observed.get(source)
-    per_group = None if seen is None or seen[0].size != split[0] * split[2] else [v.reshape(split[0], -1) for v in seen]
-    moment, gain = _weights(energy, None if per_group is None else per_group[0])
-    return Term(
-        one.name, size, energy, array.size // energy.size, rows.tocsr(), columns.tocsr(), gain, moment, source,
-        None if per_group is None else per_group[1],
-    )  # fmt: skip
+    flat = np.ones(split[:2]), np.ones((split[0], split[2]))
+    return Term(one.name, size, energy, array.size // energy.size, rows.tocsr(), columns.tocsr(), *flat, source)
 
 
 def _none(count: int, unknowns: int) -> Exponents:
@@ -170,24 +168,76 @@ def _table(members: Members, m: Member) -> Exponents:
     return made
 
 
-def _weights(energy: Floats, moment: Floats | None) -> tuple[Floats, Floats]:
-    """Moments of the inputs and what outputs count; without data, moments for which every input counts the same.
+class _Flow:
+    """What a network does to energies, unit by unit, as if its units were independent: no data is needed for it.
 
-    Both follow when the weight is rescaled, so that the result does not depend on the gauge that a model comes in.
+    Forward, the energy of a unit is that of the weights, biases and gains that make it. Backward, ``use`` is the energy
+    that its readers make of it, so that noise on a unit counts use / energy. All follow when a unit is rescaled, so
+    that the result does not depend on the gauge that a model comes in. Inputs of the graph have energy 1, outputs
+    count 1. A place with exponent d holds the d-th power of the unit; one that makes with a negative exponent (keys,
+    where queries make with a positive one) is a reader.
     """
-    given = moment is not None
-    a: Floats = (energy.sum(1) > 0).astype(np.float64) if moment is None else np.maximum(moment, 0.0)
-    g = _inverse((energy @ a[:, :, None])[:, :, 0])
-    for _ in range(0 if given else _BALANCE):
-        last, a = a, _inverse((g[:, None, :] @ energy)[:, 0])
-        g = _inverse((energy @ a[:, :, None])[:, :, 0])
-        if np.abs(np.log(np.maximum(a, 1e-300) / np.maximum(last, 1e-300))).max(initial=0.0) < _SETTLED:
-            break
-    return a / max(a.mean(), 1e-300), g / max(g.mean(), 1e-300)
+
+    def __init__(self, unknowns: int) -> None:
+        self.energy, self.use = np.zeros(unknowns), np.zeros(unknowns)
+
+    def moment(self, term: Term) -> Floats:
+        """Second moments of what a weight is multiplied by, as far as the leaves before it tell."""
+        return _powers(-term.columns, self.energy).reshape(term.moment.shape)
+
+    def gain(self, term: Term) -> Floats:
+        """What noise on an output of a weight counts, as far as the leaves behind it tell."""
+        known = (self.energy > 0) & (self.use > 0)
+        counts = np.divide(self.use, self.energy, out=np.zeros_like(self.use), where=known)
+        made = _powers(term.rows.maximum(0), counts) * _powers(-term.rows.minimum(0), self.energy)
+        return np.asarray(made).reshape(term.gain.shape)
+
+    def made(self, table: Exponents, energy: Floats) -> None:
+        """Units get energy from rows of a weight, or entries of a vector."""
+        place, unknown, power = _entries(table)
+        np.add.at(self.energy, unknown, np.minimum(energy.ravel()[place] ** (1 / power), np.exp(_FAR)))
+
+    def used(self, term: Term) -> None:
+        """Units count for what a weight makes of them, and for what multiplies them."""
+        out = term.moment * np.matmul(term.gain[:, None, :], term.energy)[:, 0]
+        place, unknown, _ = _entries(-term.columns)
+        np.add.at(self.use, unknown, out.ravel()[place])
+        partner = -term.rows.minimum(0)
+        place, unknown, _ = _entries(partner)
+        rows = np.matmul(term.energy, term.moment[:, :, None])[:, :, 0].ravel() * _powers(partner, self.energy)
+        np.add.at(self.use, unknown, rows[place])
 
 
-def _inverse(x: Floats) -> Floats:
-    return np.divide(1.0, x, out=np.zeros_like(x), where=x > 0)
+def _powers(table: Exponents, known: Floats) -> Floats:
+    """Products of powers; what is not known (0) counts as 1."""
+    logs = np.log(known, out=np.zeros_like(known), where=known > 0)
+    return np.asarray(np.exp(np.clip(table @ logs, -_FAR, _FAR)))
+
+
+def _entries(table: Exponents) -> tuple[Labels, Labels, Floats]:
+    """Places, unknowns and exponents of the positive entries."""
+    entries = table.tocoo()
+    positive = entries.data > 0
+    return entries.coords[0][positive], entries.coords[1][positive], entries.data[positive]
+
+
+def _weigh(members: Members, terms: Mapping[int, Term], given: Collection[str]) -> None:
+    """Fill in the moments, but for those of weights in ``given``, and what outputs count; in graph order and back."""
+    flow = _Flow(members.count * max(members.scales, 1))
+    for leaf, found in members.on_leaf.items():
+        term = terms.get(leaf)
+        if term is not None:
+            if term.name not in given:
+                term.moment = flow.moment(term)
+            flow.made(term.rows, (term.energy @ term.moment[:, :, None])[:, :, 0])
+        elif members.analysis.walk.leaves[leaf].dtype in _FLOATS:
+            array = np.square(members.array(leaf).astype(np.float64))
+            for m in found:
+                if m.line and m.epsilon is None and np.isfinite(array).all():
+                    flow.made(_table(members, m), np.resize(array.ravel(), len(m.classes)))
+    for term in reversed(list(terms.values())):
+        term.gain = flow.gain(term)
+        flow.used(term)
 
 
 def frozen(members: Members, terms: Sequence[Term]) -> npt.NDArray[np.bool_]:
