@@ -43,7 +43,7 @@ class Canonicalize(Pass):
         if not elements:
             return PassResult(program, changed=False, summary="already canonical")
         moved = sum(space.size for space in elements)
-        witness = {space.name: _as_lists(element) for space, element in elements.items()}
+        witness = {space.name: as_lists(element) for space, element in elements.items()}
         summary = f"{len(elements)} of {len(program.spaces)} spaces brought into canonical form ({moved} classes)"
         metrics = {"spaces": len(elements), "classes": moved}
         return PassResult(program.act(elements), True, summary, witness, metrics)
@@ -92,7 +92,8 @@ def undo(program: Program, witness: Mapping[str, Mapping[str, Any]]) -> Program:
     return program.act({program.space(name): _from_lists(witness[name]).inverse() for name in units})
 
 
-def _as_lists(element: Element) -> dict[str, Any]:
+def as_lists(element: Element) -> dict[str, Any]:
+    """An element as a witness holds it."""
     return {"perm": element.perm.tolist(), "scale": element.scale.tolist(), "sign": element.sign.tolist()}
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from cipm_ir.algebra import Element
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
 from cipm_ir.passes.canonical_members import Floats, Members
+from cipm_ir.passes.canonicalize import as_lists
 from cipm_ir.passes.equalize_report import figures_of, metrics_of, summary_of
 from cipm_ir.passes.equalize_solve import Objective, rounded, solve
 from cipm_ir.passes.equalize_terms import frozen, indices, terms_of
@@ -40,7 +40,8 @@ class Equalize(Pass):
 
     Left alone: units of which a weight has only zeros, weights with infinite or NaN entries, float16 weights unless
     ``exact=false``, and scales that a weight could not take without rounding or overflow. Sources: Nagel et al. 2019
-    (pairs of layers); Xiao et al. 2023 (SmoothQuant). The witness holds an element per space.
+    (pairs of layers); Xiao et al. 2023 (SmoothQuant). The witness holds an element per
+    space; `canonicalize.undo` takes it back.
     """
 
     per: Literal["tensor", "channel"] = option("tensor", "weights are quantized with a step per tensor, or per channel")
@@ -70,7 +71,7 @@ class Equalize(Pass):
         if not elements:
             return PassResult(program, False, "already equalized: no scale by a power of two would help")
         metrics = metrics_of(program, terms, scale, self.per)
-        witness = {space.name: {"scale": element.scale.tolist()} for space, element in elements.items()}
+        witness = {space.name: as_lists(element) for space, element in elements.items()}
         summary = summary_of(metrics, len(elements), lost)
         return PassResult(program.act(elements), True, summary, witness, metrics, figures=figures_of(metrics))
 
@@ -107,13 +108,3 @@ def channels(program: Program, names: set[str], data: Data, limit: int) -> dict[
             peaks[name] = np.maximum(peaks.get(name, 0.0), np.abs(flat).max(0).astype(np.float64))
             rows[name] = rows.get(name, 0.0) + len(flat)
     return {name: (sums[name] / rows[name], peaks[name]) for name in sums}
-
-
-def undone(program: Program, witness: Mapping[str, Mapping[str, Any]]) -> Program:
-    """Take back what a witness says. Errors: `SymmetryError` where the program lacks a space of it."""
-    back = {}
-    for name, entry in witness.items():
-        space = program.space(name)
-        scale = 1.0 / np.asarray(entry["scale"], np.float64).reshape(-1, space.size)
-        back[space] = Element(np.arange(space.size), scale, np.ones((space.group.signs, space.size), np.int8))
-    return program.act(back)

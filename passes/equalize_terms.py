@@ -218,7 +218,8 @@ def _entries(table: Exponents) -> tuple[Labels, Labels, Floats]:
     """Places, unknowns and exponents of the positive entries."""
     entries = table.tocoo()
     positive = entries.data > 0
-    return entries.coords[0][positive], entries.coords[1][positive], entries.data[positive]
+    place, unknown = (np.asarray(axis[positive], np.int64) for axis in entries.coords)
+    return place, unknown, np.asarray(entries.data[positive], np.float64)
 
 
 def _weigh(members: Members, terms: Mapping[int, Term], given: Collection[str]) -> None:
