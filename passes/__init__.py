@@ -10,7 +10,7 @@ from cipm_ir.passes.cleanup import CleanUp, FoldBatchNorm
 from cipm_ir.passes.cluster import Cluster
 from cipm_ir.passes.compress import Compress
 from cipm_ir.passes.equalize import Equalize
-from cipm_ir.passes.figures import Bars, Curves, Figure, HeatMap
+from cipm_ir.passes.figures import Bars, Curves, Figure, HeatMap, Rows
 from cipm_ir.passes.fold import Fold
 from cipm_ir.passes.pipeline import Outcome, RolledBack, Witness, run_passes
 from cipm_ir.passes.prune import Prune
@@ -44,6 +44,7 @@ __all__ = [
     "RemoveDead",
     "Report",
     "RolledBack",
+    "Rows",
     "Step",
     "Totals",
     "Witness",

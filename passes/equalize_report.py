@@ -10,7 +10,7 @@ import numpy as np
 from cipm_ir.passes.canonical_members import Floats
 from cipm_ir.passes.equalize_solve import Per
 from cipm_ir.passes.equalize_terms import Term
-from cipm_ir.passes.figures import Bars, Figure
+from cipm_ir.passes.figures import Bars, Figure, Rows
 from cipm_ir.symmetry.program import Program
 
 BITS = 8
@@ -91,20 +91,23 @@ def summary_of(metrics: Mapping[str, Any], spaces: int, lost: int) -> str:
 
 
 def figures_of(metrics: Mapping[str, Any]) -> tuple[Figure, ...]:
-    """Signal-to-noise ratio by weight, imbalance by space, before and after; histogram of all scales."""
+    """Signal-to-noise ratio by weight before and after; by space group, scales and imbalance; a histogram of scales."""
     tensors, spaces = metrics["tensors"], metrics["spaces"]
     total: dict[int, int] = {}
-    for entry in spaces.values():
-        for power, count in entry["histogram"].items():
+    rows = []
+    for name, entry in spaces.items():
+        counts = {int(power): int(count) for power, count in entry["histogram"].items()}
+        for power, count in counts.items():
             total[power] = total.get(power, 0) + count
+        low, high = entry["log2_scale"]
+        before, after = entry["imbalance"]
+        drawn = " ".join(f"2^{power}: {count}" for power, count in counts.items())
+        rows.append([f"@{name}", entry["group"], drawn, f"{low:.3g} .. {high:.3g}", f"{before:.2f}", f"{after:.2f}"])
     powers = range(min(total), max(total) + 1)
+    series = {when: [pair[k] for pair in tensors.values()] for k, when in enumerate(("before", "after"))}
+    head = ["space", "group", "units by scale", "log2 of scales", "imbalance before, bits", "after"]
     return (
-        _pair("Predicted weight SQNR", tensors, "dB"),
-        _pair("Range imbalance", {name: entry["imbalance"] for name, entry in spaces.items()}, "bits"),
+        Bars("Predicted weight SQNR", list(tensors), series, "dB"),
         Bars("Scales", [f"2^{k}" for k in powers], {"units": [total.get(k, 0) for k in powers]}, "units"),
+        Rows("Spaces", head, rows, texts=3),
     )
-
-
-def _pair(title: str, rows: Mapping[str, Sequence[float]], unit: str) -> Bars:
-    series = {when: [pair[k] for pair in rows.values()] for k, when in enumerate(("before", "after"))}
-    return Bars(title, list(rows), series, unit)

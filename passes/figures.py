@@ -51,7 +51,18 @@ class Curves:
     note: str = ""
 
 
-Figure: TypeAlias = HeatMap | Bars | Curves
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """A table: ``head`` names the columns, each row has as many cells; the first ``texts`` columns hold words."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    texts: int = 1
+    note: str = ""
+
+
+Figure: TypeAlias = HeatMap | Bars | Curves | Rows
 """What `PassResult.figures` holds."""
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cipm_ir.errors import UnsupportedError
-from cipm_ir.passes.figures import Bars, Curves, Figure, HeatMap
+from cipm_ir.passes.figures import Bars, Curves, Figure, HeatMap, Rows
 from cipm_ir.runtime.files import write_text
 from cipm_ir.version import __version__
 
@@ -123,11 +123,13 @@ def _folded(drawn: list[str]) -> list[str]:
 
 # ------------------------------------------------------------ pictures
 def draw(figure: Figure) -> str:
-    """One picture as an HTML ``figure``. Errors: `UnsupportedError` without matplotlib."""
+    """One picture or table as an HTML ``figure``. Errors: `UnsupportedError` for a picture without matplotlib."""
     note = f"<br><small>{html.escape(figure.note)}</small>" if getattr(figure, "note", "") else ""
     caption = f"<figcaption>{html.escape(figure.title)}{note}</figcaption>"
     if isinstance(figure, HeatMap):
         return f"<figure>{caption}{_heat_map(figure)}</figure>\n"
+    if isinstance(figure, Rows):
+        return f"<figure>{caption}{_table(figure.head, figure.rows, figure.texts)}</figure>\n"
     # Without a salt of our own the ids of clip paths differ from run to run.
     with _matplotlib().rc_context({"svg.hashsalt": "cipm", "svg.fonttype": "none", "font.size": 9}):
         body = _bars(figure) if isinstance(figure, Bars) else _curves(figure)

@@ -196,7 +196,7 @@ def test_report() -> None:
     assert min(entry["histogram"]) == entry["log2_scale"][0]
     assert metrics["sqnr"][1] > metrics["sqnr"][0] + 0.3
     assert "equalize" in str(report) and "dB" in step.summary
-    assert {figure.title for figure in step.figures} == {"Predicted weight SQNR", "Range imbalance", "Scales"}
+    assert {figure.title for figure in step.figures} == {"Predicted weight SQNR", "Scales", "Spaces"}
 
 
 def test_the_predicted_ratio_is_what_rounding_gives() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tests.planted import planted
 import cipm_ir
 from cipm_ir.cli import main
 from cipm_ir.errors import OutputError, UnsupportedError
-from cipm_ir.passes import Bars, Curves, HeatMap
+from cipm_ir.passes import Bars, Curves, HeatMap, Rows
 from cipm_ir.passes.figures import pooled
 from cipm_ir.passes.html import draw, render
 
@@ -103,6 +104,14 @@ def test_pictures() -> None:
     assert "accuracy" in draw(Curves("c", "MACs", "accuracy", {"ours": ([0.5, 1.0], [90, 92])}))
     for empty in (HeatMap("t", np.zeros((2, 2))), Bars("t", [], {}), Curves("t", "x", "y", {})):
         Page(draw(empty))
+
+
+def test_a_table_needs_no_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    made = draw(Rows("t", ["space", "bits"], [["@a<b", "1.5"]], note="n"))
+    assert "<td class=text>@a&lt;b</td><td>1.5</td>" in made and "<small>n</small>" in made
+    with pytest.raises(UnsupportedError):
+        draw(Bars("t", ["a"], {"x": [1]}))
 
 
 def test_pooled_keeps_means() -> None:
