@@ -10,6 +10,7 @@ from cipm_ir.passes.cleanup import CleanUp, FoldBatchNorm
 from cipm_ir.passes.cluster import Cluster
 from cipm_ir.passes.compress import Compress
 from cipm_ir.passes.equalize import Equalize
+from cipm_ir.passes.expose import Expose
 from cipm_ir.passes.figures import Bars, Curves, Figure, HeatMap, Rows
 from cipm_ir.passes.fold import Fold
 from cipm_ir.passes.pipeline import Outcome, RolledBack, Witness, run_passes
@@ -29,6 +30,7 @@ __all__ = [
     "Context",
     "Curves",
     "Equalize",
+    "Expose",
     "Figure",
     "Fold",
     "FoldBatchNorm",
