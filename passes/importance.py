@@ -195,6 +195,8 @@ def _marginals(array: npt.NDArray[Any], factors: list[LeafFactor], norm: str) ->
     """For each factor, the sums of |w| or w² over all other axes, flat."""
     with np.errstate(over="ignore"):  # masks hold -inf or nearly; no unit owns them
         size = np.abs(array) if norm == "l1" else np.square(array)
+        if norm == "l2" and array.dtype != np.float64 and np.isinf(size).any():
+            size = np.square(array.astype(np.float64))
     labelled = sorted({a for f in factors for a in f.axes})
     rest = [a for a in range(size.ndim) if a not in labelled]
     if rest:  # kernel taps first, once for all factors

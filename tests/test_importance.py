@@ -28,7 +28,7 @@ from tests.zoo.net import Net
 
 from cipm_ir.errors import InputError, OptionError, SymmetryError, UnsupportedError
 from cipm_ir.passes.base import Context
-from cipm_ir.passes.importance import Scores, make_importance, register_importance, registered_importances
+from cipm_ir.passes.importance import Magnitude, Scores, make_importance, register_importance, registered_importances
 from cipm_ir.passes.importance_data import ActivationVariance, BrainSurgeon
 from cipm_ir.passes.importance_reads import find_reads
 from cipm_ir.passes.prune import Prune
@@ -162,6 +162,20 @@ def test_the_surgeon_predicts_the_error_after_the_best_refit() -> None:
     found = BrainSurgeon(damping=1e-9).score(made, space, ctx)
     np.testing.assert_allclose(found, left, rtol=1e-2)
     assert not np.allclose(BrainSurgeon(damping=0.5).score(made, space, ctx), left, rtol=0.1)  # the control
+
+
+def test_weights_whose_squares_overflow_have_a_magnitude_and_infinite_ones_do_not() -> None:
+    net = Net("importance_far")
+    first = net.normal((3, 4), 1.0) * np.float32(1e24)
+    h = net.op("Relu", net.op("MatMul", net.input("x", ("n", 3)), net.const(first)))
+    net.output(net.op("MatMul", h, net.const(net.normal((4, 2), 1e-24))), ("n", 2))
+    made = Program.of(ir.from_proto(net.model()))
+    (space,) = made.spaces
+    found = Magnitude().score(made, space, Context())
+    assert np.allclose(found, np.linalg.norm(first.astype(np.float64), axis=0), rtol=1e-5)
+    (name,) = (n for n in made.model.graph.initializers if made.model.graph.initializers[n].shape == (3, 4))
+    with pytest.raises(InputError, match="NaN or infinity"):
+        Magnitude().score(made.refit({name: first * np.float32(np.inf)}), space, Context())
 
 
 def test_wanda_is_weight_times_activation() -> None:
