@@ -212,7 +212,7 @@ def _described(program: Program) -> dict[str, Any]:
             "name": space.name,
             "kind": space.kind,
             "size": space.size,
-            "group": str(space.group),
+            "group": space.admits,
             "members": list(space.members),
             "parent": parent,
         }
@@ -231,7 +231,7 @@ def _print_spaces(program: Program) -> None:
     rows = [("space", "kind", "size", "group", "tensors", "in block")]
     for space in program.spaces:
         parent = "" if space.parent is None else f"{space.parent[1]} of @{space.parent[0].name}"
-        rows.append((f"@{space.name}", space.kind, str(space.size), str(space.group), str(len(space.members)), parent))
+        rows.append((f"@{space.name}", space.kind, str(space.size), space.admits, str(len(space.members)), parent))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -19,6 +19,7 @@ from cipm_ir.passes.recover_names import RecoverNames
 from cipm_ir.passes.registry import Listing, listing, lookup, names, register
 from cipm_ir.passes.remove_dead import RemoveDead
 from cipm_ir.passes.report import Report, Step, Totals
+from cipm_ir.passes.rotate import Rotate
 from cipm_ir.passes.text import parse_passes, print_passes
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "RemoveDead",
     "Report",
     "RolledBack",
+    "Rotate",
     "Rows",
     "Step",
     "Totals",

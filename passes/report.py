@@ -177,7 +177,7 @@ class Report:
 
 def space_lines(program: Program) -> tuple[SpaceLine, ...]:
     """The spaces of a program as the report shows them."""
-    return tuple(SpaceLine(space.name, space.kind, space.size, str(space.group)) for space in program.spaces)
+    return tuple(SpaceLine(space.name, space.kind, space.size, space.admits) for space in program.spaces)
 
 
 def opaque_lines(program: Program) -> tuple[str, ...]:

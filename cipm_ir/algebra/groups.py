@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
+from cipm_ir.algebra.dense import DenseElement
 from cipm_ir.algebra.element import Element
 from cipm_ir.errors import SymmetryError
 
@@ -149,6 +150,8 @@ class Group:
         )
 
     def __contains__(self, element: object) -> bool:
+        if isinstance(element, DenseElement):
+            return element.n == self.n and element.belongs_to(self.dense)
         return isinstance(element, Element) and self.contains(element)
 
     def _check_same_size(self, other: Group) -> None:

@@ -84,7 +84,7 @@ def absorb_edits(
         if len({node for node, _ in leaf.uses}) > 1:
             raise SymmetryError(f"{leaf.name} is read in several places; untie it before absorbing.")
         positions = analysis.factor_positions(factor, members)
-        edits.setdefault(factor.leaf, Edit()).mix[factor.axes[0]] = (positions, full)
+        edits.setdefault(factor.leaf, Edit()).mix.setdefault(factor.axes[0], []).append((positions, full))
         if shift is not None and np.any(shift):
             shifts.append(_shift(analysis, nodes, c, factor, positions, np.asarray(shift, np.float64)))
     return edits, shifts

@@ -1,18 +1,27 @@
-"""The primitive `act`: elements on spaces become gathers and scales on every axis of every parameter."""
+"""The primitive `act`: elements on spaces become gathers, scales and matrices on every axis of every parameter."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
-from cipm_ir.algebra import Element
+from cipm_ir.algebra import DenseElement, Element
 from cipm_ir.ir.labels import Array, Labels
 from cipm_ir.symmetry.analysis import Analysis
+from cipm_ir.symmetry.dense import add_dense_edits
 from cipm_ir.symmetry.edits import Edit
 from cipm_ir.symmetry.leaves import LeafFactor
 
 
-def act_edits(analysis: Analysis, elements: dict[int, Element]) -> dict[int, Edit]:
-    """One edit per parameter that moves."""
+def act_edits(analysis: Analysis, elements: Mapping[int, Element | DenseElement]) -> dict[int, Edit]:
+    """One edit per parameter that moves. Matrices act first, on the places before anything is exchanged."""
+    edits = _monomial_edits(analysis, {k: g for k, g in elements.items() if isinstance(g, Element)})
+    add_dense_edits(analysis, edits, {k: g for k, g in elements.items() if isinstance(g, DenseElement)})
+    return edits
+
+
+def _monomial_edits(analysis: Analysis, elements: dict[int, Element]) -> dict[int, Edit]:
     source = analysis.atom_source(analysis.class_source(elements))
     scale = analysis.atom_scale(elements)
     edits: dict[int, Edit] = {}

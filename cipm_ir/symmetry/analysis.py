@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -18,6 +19,9 @@ from cipm_ir.symmetry.leaves import LeafFactor
 from cipm_ir.symmetry.scales import Directions, solve_scales
 from cipm_ir.symmetry.spaces import RawSpace, find_spaces
 from cipm_ir.symmetry.walk import Walk, walk
+
+if TYPE_CHECKING:
+    from cipm_ir.symmetry.dense import Linearity
 
 
 @contextmanager
@@ -40,6 +44,8 @@ class Analysis:
     classes: Classes
     spaces: list[RawSpace]
     directions: list[Directions]
+    linear: list[Linearity] | None = field(default=None, repr=False)
+    """Which spaces admit dense groups, once `cipm_ir.symmetry.dense.linearities` was asked."""
 
     @classmethod
     def of(cls, model: ir.Model) -> Analysis:

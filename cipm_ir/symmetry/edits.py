@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import onnx_ir as ir
 
+from cipm_ir.errors import SymmetryError
 from cipm_ir.ir.labels import Array, Labels
 
 _BLOCK = 1 << 20
@@ -23,14 +24,15 @@ class Edit:
     ``take[axis]``: new position i holds old position take[i]. ``inner[axis]``: a matrix (new rows of axis 0, new size),
     the old position along ``axis`` for each new row. ``scale[axis]``: factors along the new axis, ``inner_scale``
     likewise per row. ``epsilon``: the scale s acts on a variance as s^2 (v + epsilon) - epsilon.
-    ``mix[axis]``: positions (units, occurrences) and a matrix (units, units) that multiplies them from the right.
+    ``mix[axis]``: pairs of positions (units, occurrences) and a matrix (units, units) that multiplies them from the
+    right, before anything else happens to them; computed in float64, and rounded once however many there are.
     """
 
     take: dict[int, Labels] = field(default_factory=dict)
     inner: dict[int, Labels] = field(default_factory=dict)
     scale: dict[int, Array] = field(default_factory=dict)
     inner_scale: dict[int, Array] = field(default_factory=dict)
-    mix: dict[int, tuple[Labels, Array]] = field(default_factory=dict)
+    mix: dict[int, list[tuple[Labels, Array]]] = field(default_factory=dict)
     epsilon: float | None = None
 
     @property
@@ -42,7 +44,7 @@ class Edit:
         """Equal for equal edits."""
         digest = hashlib.blake2b(repr(self.epsilon).encode(), digest_size=16)
         tables = [(n, a, x) for n in ("take", "inner", "scale", "inner_scale") for a, x in getattr(self, n).items()]
-        tables += [("mix", axis, x) for axis, pair in self.mix.items() for x in pair]
+        tables += [("mix", axis, x) for axis, pairs in self.mix.items() for pair in pairs for x in pair]
         for name, axis, array in sorted(tables, key=lambda t: t[:2]):
             digest.update(f"{name}{axis}{array.shape}".encode())
             digest.update(np.ascontiguousarray(array).tobytes())
@@ -64,28 +66,29 @@ class Edit:
 
     def blocks(self, array: Array) -> Iterator[Array]:
         """The edited array, some rows of its first axis at a time, so that the work stays in the cache."""
-        for axis in (a for a in self.mix if a == 0):
-            array = _mixed(array, axis, *self.mix[axis])
+        dtype = array.dtype
         if not array.ndim:
-            yield self._scaled(array, slice(None), np.dtype(np.float64))
+            yield self._scaled(array, slice(None), np.dtype(np.float64), dtype)
             return
-        wide = self._width(array.dtype)
+        if 0 in self.mix:
+            array = _mixed(array, 0, self.mix[0])
+        wide = np.dtype(np.float64) if self.mix else self._width(dtype)
         rows = self.take.get(0)
         count = array.shape[0] if rows is None else len(rows)
         step = max(1, _BLOCK * array.shape[0] // max(array.nbytes, 1))
         for start in range(0, max(count, 1), step):
             here = slice(start, start + step)
             part = array[here] if rows is None else array.take(rows[here], axis=0)
+            for axis, pairs in self.mix.items():
+                if axis:
+                    part = _mixed(part, axis, pairs)
             for axis, index in self.take.items():
                 if axis:
                     part = np.take(part, index, axis=axis, mode="clip")
             for axis, inner in self.inner.items():
                 shape = [-1, *(inner.shape[1] if a == axis else 1 for a in range(1, part.ndim))]
                 part = np.take_along_axis(part, inner[here].reshape(shape), axis=axis)
-            for axis, (positions, matrix) in self.mix.items():
-                if axis:
-                    part = _mixed(part, axis, positions, matrix)
-            yield self._scaled(part, here, wide)
+            yield self._scaled(part, here, wide, dtype)
 
     def _width(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
         """The dtype to multiply in: the tensor's own where it holds every product of the scales exactly."""
@@ -96,8 +99,8 @@ class Edit:
         exact = all((np.abs(h) == 0.5).all() for h in halves)
         return dtype if exact and sum(int(np.abs(p).max()) for p in powers) < 100 else np.dtype(np.float64)
 
-    def _scaled(self, part: Array, rows: slice, width: np.dtype[Any]) -> Array:
-        """Times the product of all scales, rounded once."""
+    def _scaled(self, part: Array, rows: slice, width: np.dtype[Any], dtype: np.dtype[Any]) -> Array:
+        """Times the product of all scales, rounded once to the dtype of the tensor."""
         factor: Array | None = None
         for axis, s in self.scale.items():
             s = s.astype(width)
@@ -107,8 +110,8 @@ class Edit:
             along = s[rows].astype(width).reshape([-1, *(s.shape[1] if a == axis else 1 for a in range(1, part.ndim))])
             factor = along if factor is None else factor * along
         if factor is None:
-            return part
-        if self.epsilon is None and width == part.dtype:
+            return part if part.dtype == dtype else _narrowed(part, dtype)
+        if self.epsilon is None and width == part.dtype == dtype:
             return np.asarray(part * factor)
         wide = part.astype(np.float64)
         if self.epsilon is None:
@@ -116,14 +119,24 @@ class Edit:
         else:
             square = factor**2
             wide = np.where(square == 1.0, wide, square * (wide + self.epsilon) - self.epsilon)
-        return wide.astype(part.dtype)
+        return _narrowed(wide, dtype) if self.mix else wide.astype(dtype)
 
 
-def _mixed(array: Array, axis: int, positions: Labels, matrix: Array) -> Array:
-    """Times the matrix along an axis, for each occurrence of the units on its own."""
-    out = np.moveaxis(array, axis, -1).copy()
-    for occurrence in positions.T:
-        out[..., occurrence] = (out[..., occurrence].astype(np.float64) @ matrix).astype(array.dtype)
+def _narrowed(wide: Array, dtype: np.dtype[Any]) -> Array:
+    """Rounded to a narrower type; an error where a finite entry would overflow it."""
+    with np.errstate(over="ignore"):
+        narrow = wide.astype(dtype)
+    if not np.array_equal(np.isfinite(narrow.astype(np.float64)), np.isfinite(wide)):
+        raise SymmetryError(f"A change of basis overflows a tensor of dtype {dtype}; scale its space down first.")
+    return narrow
+
+
+def _mixed(array: Array, axis: int, pairs: list[tuple[Labels, Array]]) -> Array:
+    """Times the matrices along an axis, for each occurrence of the units on its own; in float64."""
+    out = np.moveaxis(array, axis, -1).astype(np.float64)
+    for positions, matrix in pairs:
+        for occurrence in positions.T:
+            out[..., occurrence] = out[..., occurrence] @ matrix
     return np.moveaxis(out, -1, axis)
 
 

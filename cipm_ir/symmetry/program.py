@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
-from cipm_ir.algebra import Element, Group
+from cipm_ir.algebra import Dense, DenseElement, Element, Group
 from cipm_ir.errors import CipmError, SymmetryError
 from cipm_ir.ir.labels import Array
 from cipm_ir.ir.strided import has_detours, remove_detours
@@ -24,6 +24,7 @@ from cipm_ir.symmetry.absorb import absorb_edits
 from cipm_ir.symmetry.action import act_edits
 from cipm_ir.symmetry.analysis import Analysis, uncollected
 from cipm_ir.symmetry.apply import Editor
+from cipm_ir.symmetry.dense import Levels, Linearity
 from cipm_ir.symmetry.edits import Edit
 from cipm_ir.symmetry.leaves import OpaqueNode
 from cipm_ir.symmetry.naming import describe_spaces
@@ -57,12 +58,34 @@ class Space:
     members: tuple[str, ...] = field(compare=False)
     exact: tuple[bool, ...] = field(compare=False, default=())
     parent: tuple[Space, int] | None = field(compare=False, default=None, repr=False)
+    levels: Levels | None = field(compare=False, default=None, repr=False)
+    """Dense groups of the program's spaces, found when first asked for."""
+    number: int = field(compare=False, default=-1, repr=False)
+    """Position among them."""
+
+    @property
+    def linearity(self) -> Linearity:
+        """How linear everything on the space is, and why not more."""
+        return Linearity() if self.levels is None else self.levels[self.number]
+
+    @property
+    def dense(self) -> Dense:
+        """ "O" or "GL" where the units may also be mixed, by an orthogonal or by any invertible matrix; else "".
+
+        Everything on such a space is linear, but for normalizations by the length of the vector in the case of "O".
+        """
+        return self.linearity.level
+
+    @property
+    def admits(self) -> str:
+        """Its group, and the dense one where there is one: ``R* wr S(16), GL(16)``."""
+        return f"{self.group}, {self.dense}({self.size})" if self.dense else str(self.group)
 
     def __str__(self) -> str:
-        return f"@{self.name} : {self.size}  {self.group}"
+        return f"@{self.name} : {self.size}  {self.admits}"
 
     def random(self, rng: np.random.Generator, *, power_of_two: bool = False) -> Element:
-        """A random element of the group: uniform permutation and signs, scales e^N(0,1) (or 2^-3 .. 2^3).
+        """A random element of the (monomial) group: uniform permutation and signs, scales e^N(0,1) (or 2^-3 .. 2^3).
 
         With ``power_of_two``, directions in which even these would round (epsilon of a normalization) stay at 1.
         """
@@ -75,6 +98,13 @@ class Space:
     def identity(self) -> Element:
         """The neutral element."""
         return Element.identity(self.size, self.group.scales, self.group.signs)
+
+    def check_dense(self, element: DenseElement) -> None:
+        """`SymmetryError` unless a matrix belongs to the dense group of this space."""
+        if element.n == self.size and element.belongs_to(self.dense):
+            return
+        has = f"{self.dense}({self.size})" if self.dense else f"only {self.group}, which holds no dense matrices"
+        raise SymmetryError(f"{element!r} does not act on space @{self.name}: it admits {has}.")
 
 
 class Program:
@@ -135,7 +165,7 @@ class Program:
     def spaces(self) -> tuple[Space, ...]:
         """All spaces, in graph order; blocks after the units."""
         analysis = self.analysis
-        notes = describe_spaces(analysis)
+        notes, levels = describe_spaces(analysis), Levels(analysis, self._model)
         blocks: dict[int, tuple[int, int]] = {}
         for k, raw in enumerate(analysis.spaces):
             if raw.kind == "blocks" or raw.table.shape[1] > 1:
@@ -151,7 +181,7 @@ class Program:
             if raw.parent_class in blocks and blocks[raw.parent_class][0] in by_index:
                 where, row = blocks[raw.parent_class]
                 parent = (by_index[where], row)
-            by_index[k] = Space(note.name, raw.kind, n, group, note.members, free.exact, parent)
+            by_index[k] = Space(note.name, raw.kind, n, group, note.members, free.exact, parent, levels, k)
         return tuple(by_index[k] for k in range(len(analysis.spaces)))
 
     def space(self, name: str) -> Space:
@@ -208,16 +238,19 @@ class Program:
         return to_networkx(self)
 
     # ------------------------------------------------------------ primitives
-    def act(self, elements: Mapping[Space, Element]) -> Program:
+    def act(self, elements: Mapping[Space, Element | DenseElement]) -> Program:
         """Apply an element to each of some spaces, with the dual on consumers. Computes the same function.
 
+        A `DenseElement` acts on a space whose ``dense`` group holds it.
         Errors: `SymmetryError` for an element that is not in the space's group.
         """
-        chosen: dict[int, Element] = {}
+        chosen: dict[int, Element | DenseElement] = {}
         for space, element in elements.items():
             index = self.index(space)
             group = self.spaces[index].group
-            if element not in group:
+            if isinstance(element, DenseElement):
+                self.spaces[index].check_dense(element)
+            elif element not in group:
                 raise SymmetryError(
                     f"The element on {element.n} classes is not in the group {group} of space @{space.name}; "
                     "space.random(rng) and space.identity() give elements that are."
