@@ -4,8 +4,10 @@ if __name__ == "passes":
     raise ImportError("import cipm_ir.passes, not passes: the folder at the root is the source of that package")
 
 
+from cipm_ir.passes.absorb_bias import AbsorbBias
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult, Progress, option
 from cipm_ir.passes.canonicalize import Canonicalize
+from cipm_ir.passes.canonicalize_signs import CanonicalizeSigns
 from cipm_ir.passes.cleanup import CleanUp, FoldBatchNorm
 from cipm_ir.passes.cluster import Cluster
 from cipm_ir.passes.compress import Compress
@@ -23,8 +25,10 @@ from cipm_ir.passes.rotate import Rotate
 from cipm_ir.passes.text import parse_passes, print_passes
 
 __all__ = [
+    "AbsorbBias",
     "Bars",
     "Canonicalize",
+    "CanonicalizeSigns",
     "CleanUp",
     "Cluster",
     "Compress",

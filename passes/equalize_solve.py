@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 from scipy.optimize import minimize
-from scipy.sparse.linalg import lsqr
+from scipy.sparse.linalg import LinearOperator, lsqr
 
 from cipm_ir.passes.canonical_members import Floats
 from cipm_ir.passes.equalize_terms import Exponents, Term
@@ -20,12 +20,14 @@ SHARPNESS = (4.0, 16.0, 48.0)
 """Powers of the norms that stand for a maximum, one after the other."""
 _STEPS = 80
 _LOG2 = float(np.log(2.0))
-_ROUNDS = 300
+_ROUNDS = 100
 _LEAST = 1e-6
 _TINY = 1e-300
 _ALMOST = 1.0 - 1e-9
-_OFFSETS = (0.25, 0.5, 0.75)
-_BLUNT = (6.0, 12.0, 24.0, 48.0)
+_OFFSETS = (0.5, 0.3, 0.7)
+_MANY = 5000
+"""From so many unknowns on, fewer offsets are tried."""
+_BLUNT = (6.0, 16.0, 48.0)
 
 
 @dataclass
@@ -123,10 +125,20 @@ class Objective:
             return np.zeros(self.count)
         rows = np.concatenate(centre)
         group = np.repeat(np.arange(len(centre)), [len(c) for c in centre])
-        mean = sparse.csr_array((1.0 / np.bincount(group)[group], (group, np.arange(len(rows)))))
-        spread = sparse.csr_array((np.ones(len(rows)), (np.arange(len(rows)), group)))
-        picked = self.table[rows]
-        return np.asarray(lsqr(picked - spread @ (mean @ picked), -level[rows], iter_lim=50)[0], np.float64)
+        picked, count = self.table[rows], np.bincount(group)
+        back = picked.T.tocsr()
+
+        def centred(v: Floats) -> Floats:
+            return np.asarray(v.ravel() - (np.bincount(group, v.ravel()) / count)[group])
+
+        def forward(t: Floats) -> Floats:
+            return centred(np.asarray(picked @ t.ravel()))
+
+        def backward(v: Floats) -> Floats:
+            return np.asarray(back @ centred(v))
+
+        system: Any = LinearOperator(picked.shape, matvec=forward, rmatvec=backward, dtype=np.float64)
+        return np.asarray(lsqr(system, -level[rows], iter_lim=50)[0], np.float64)
 
     def expand(self, t: Floats, sharpness: float) -> None:
         """Prepare norms of this power, with all magnitudes taken at ``t``."""
@@ -219,8 +231,7 @@ class Objective:
     def _activation(self, one: _Stack, c: Floats) -> tuple[float, Floats, Floats]:
         """Noise of quantizing what is multiplied, with one step per value; by columns what falls and what rises."""
         assert one.peak is not None
-        with np.errstate(divide="ignore"):
-            level = np.log(one.peak) - c
+        level = np.log(np.maximum(one.peak, _TINY)) - c
         top, high = level.max((1, 2), keepdims=True), c.max((1, 2), keepdims=True)
         power = np.exp(self._p * (level - top))
         spread = one.counts * np.exp(2 * (c - high))
@@ -262,7 +273,8 @@ def rounded(objective: Objective, t: Floats) -> npt.NDArray[np.int64]:
 
     An offset of all units of a space changes no weight's noise, but which of them are rounded up.
     """
-    starts = [np.zeros(objective.count), *(np.floor(t / _LOG2 + offset) for offset in _OFFSETS)]
+    offsets = _OFFSETS if objective.count < _MANY else _OFFSETS[:1]
+    starts = [np.zeros(objective.count), *(np.floor(t / _LOG2 + offset) for offset in offsets)]
     found = [_descended(objective, z) for z in starts]
     return min(found, key=lambda pair: pair[0])[1].astype(np.int64)
 
@@ -277,23 +289,23 @@ def _descended(objective: Objective, z: Floats) -> tuple[float, Floats]:
 
 
 def _stepped(objective: Objective, z: Floats) -> tuple[float, Floats]:
-    """The moves that promise most are made together, fewer and fewer where that does not help."""
+    """The moves that promise most are made together: fewer where that does not help, more where it does."""
     now = objective.shares(z * _LOG2)
     batch = max(objective.count // 4, 1)
     for _ in range(_ROUNDS):
         both = np.stack([objective.moves(now, _LOG2), objective.moves(now, -_LOG2)])
         gain, step = both.min(0), np.where(both[0] < both[1], 1.0, -1.0)
-        order = np.argsort(gain)
-        while True:
-            chosen = order[:batch]
-            chosen = chosen[gain[chosen] < -_LEAST]
+        good = np.flatnonzero(gain < -_LEAST)
+        good = good[np.argsort(gain[good])]
+        batch = min(2 * batch, len(good))
+        while batch:
             trial = z.copy()
-            trial[chosen] += step[chosen]
+            trial[good[:batch]] += step[good[:batch]]
             found = objective.shares(trial * _LOG2)
-            if len(chosen) and found.value < now.value - _LEAST:
-                z, now = trial, found
+            if found.value < now.value - _LEAST:
                 break
-            if batch == 1 or not len(chosen):
-                return now.value, z
-            batch = max(min(batch, len(chosen)) // 2, 1)
+            batch //= 2
+        if not batch:
+            break
+        z, now = trial, found
     return now.value, z

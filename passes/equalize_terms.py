@@ -128,6 +128,8 @@ def _term(members: Members, leaf: int, found: list[Member], roles: tuple[int, in
         return None
     grouped = next((m.groups for m in found if m.groups), 0)
     out, summed = roles
+    if any(m.groups and m.axis != summed for m in found):
+        return None  # a grouped ConvTranspose: its groups are those of what is given out
     kept = [out, *sorted({m.axis for m in found} - {out, summed})]
     rest = tuple(a for a in range(array.ndim) if a not in (*kept, summed))
     laid = np.moveaxis(array, [*kept, summed, *rest], range(array.ndim))

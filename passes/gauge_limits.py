@@ -9,7 +9,6 @@ import numpy as np
 from cipm_ir.ir.labels import Array
 from cipm_ir.passes.canonical_members import Floats, Member, Members
 
-_FAR = 64.0
 _ROUNDS = 8
 
 
@@ -41,10 +40,23 @@ def give_up_rounding(members: Members, scale: Floats) -> int:
 
 
 def _may_round(members: Members, leaf: int, found: list[Member], scale: Floats) -> bool:
+    """Whether some entry could leave the normal range of its type, by the exponents that the parameter holds."""
     moved = [np.abs((m.scale * scale[m.classes[:, None], m.scale_at]).sum(1)).max() for m in found]
-    dtype = members.analysis.walk.leaves[leaf].dtype
-    narrow = dtype.itemsize <= 2 and dtype.name != "BFLOAT16"
-    return max(moved) > 0 and (narrow or sum(moved) >= _FAR)
+    if not max(moved):
+        return False
+    array = members.array(leaf)
+    if array.dtype.kind != "f":
+        if array.dtype.name != "bfloat16":
+            return True  # eight bits or fewer: look at every entry
+        array = array.astype(np.float32)
+    limits = np.finfo(array.dtype)
+    sizes = np.abs(array)
+    low, high = float(sizes.min(initial=np.inf)), float(sizes.max(initial=0.0))
+    if not (low > 0 and high < np.inf):
+        used = sizes[(sizes > 0) & np.isfinite(sizes)]
+        low, high = float(used.min(initial=np.inf)), float(used.max(initial=0.0))
+    far = int(sum(moved))
+    return bool(high and (np.frexp(low)[1] - far <= limits.minexp or np.frexp(high)[1] + far > limits.maxexp))
 
 
 def _mark(members: Members, leaf: int, found: list[Member], scale: Floats, bad: Array) -> None:

@@ -25,7 +25,7 @@ ACTIVATIONS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "Atan": (SIGNED, 20, {}),
     "Sinh": (SIGNED, 20, {}),
     "Tan": (SIGNED, 20, {}),
-    "Sign": (SIGNED, 20, {}),
+    "Sign": (FULL, 20, {}),  # scalings end here
     "Round": (SIGNED, 20, {}),
     "Shrink": (SIGNED, 20, {"lambd": 0.3, "bias": 0.2}),
     "Cos": (SIGNED, 20, {}),
@@ -170,16 +170,20 @@ _two("Pow", S, positive=True)
 
 
 def _comparison(op: str) -> None:
-    @case(op, S, name="two_branches")
+    @case(op, SCALED, name="two_branches")  # scaled alike, which ends here
     def write(net: Sample) -> None:
         net.read_cast(net.op(op, net.vector(), net.vector()))
+
+    @case(op, SCALED, name="with_zero")
+    def with_zero(net: Sample) -> None:
+        net.read_cast(net.op(op, net.vector(), net.const(0.0)))
 
 
 for _op in ("Less", "LessOrEqual", "Greater", "GreaterOrEqual"):
     _comparison(_op)
 
 
-@case("Equal", S)
+@case("Equal", "(R>0^2 x ±1) wr S(6)")  # each side scaled on its own, both flipped
 def equal_signs(net: Sample) -> None:
     net.read_cast(net.op("Equal", net.op("Sign", net.vector()), net.op("Sign", net.vector())))
 

@@ -178,7 +178,7 @@ def _per_tensor(op: str) -> None:
         s, z = number(net, 0.02), net.const(np.uint8(20))
         net.read(net.op("DequantizeLinear", net.op("QuantizeLinear", net.vector(), s, z), s, z))
 
-    @case(op, "S(6)", name="per_axis")
+    @case(op, "R>0 wr S(6)", name="per_axis")
     def write_axis(net: Sample) -> None:
         s = net.const(net.rng.uniform(0.01, 0.03, 6).astype(np.float32))
         z = net.const(net.rng.integers(100, 150, 6).astype(np.uint8))

@@ -251,7 +251,7 @@ def quantize_per_tensor(net: Sample) -> None:
     net.read(net.op("DequantizeLinear", net.op("QuantizeLinear", net.vector(), s, z), s, z))
 
 
-@form("QuantizeLinear", S, 13, 19, 21)
+@form("QuantizeLinear", SCALED, 13, 19, 21)
 def quantize_per_axis(net: Sample) -> None:
     s, z = net.const(np.linspace(0.01, 0.03, 6, dtype=np.float32)), net.const(np.arange(20, 26, dtype=np.uint8))
     net.read(net.op("DequantizeLinear", net.op("QuantizeLinear", net.vector(), s, z), s, z))

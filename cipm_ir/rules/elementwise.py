@@ -50,13 +50,25 @@ def homogeneous(op: OpContext) -> None:
 
 
 @operator(
-    "Tanh", "Sin", "Erf", "Softsign", "Asinh", "Atan", "Sinh", "Tan", "Asin", "Atanh", "Sign", "Round",
-    "Shrink",
+    "Tanh", "Sin", "Erf", "Softsign", "Asinh", "Atan", "Sinh", "Tan", "Asin", "Atanh", "Round", "Shrink",
 )  # fmt: skip
 def odd(op: OpContext) -> None:
     """f(-x) = -f(x): signs pass, scalings do not. (Round is to even, hence odd.)"""
     op.freeze(op.state(0), sign=False)
     op.like(0, op.state(0))
+
+
+@operator("Sign")
+def sign_of(op: OpContext) -> None:
+    """sign(ax) = sign(x) for a > 0: scalings end, signs pass."""
+    state = op.state(0)
+    factors = []
+    for f in state.factors:
+        var = op.rec.variable()
+        op.rec.zero(f.labels, var, sign=False)
+        op.rec.equate(f.labels, ((var, 1), (f.var, 1)), scale=False)
+        factors.append(Factor(f.axes, f.labels, var, f.repeats))
+    op.like(0, State(state.shape, tuple(factors), state.uniform))
 
 
 @operator("Abs")
@@ -316,11 +328,16 @@ def power(op: OpContext) -> None:
     op.like(0, broadcast(op, [x, exponent], "Pow"))
 
 
-@operator(
-    "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Xor", "Mod", "BitShift",
-    "BitwiseAnd", "BitwiseOr",
-    "BitwiseXor",
-)  # fmt: skip
+@operator("Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal")
+def order(op: OpContext) -> None:
+    """ax < ay where x < y, for a > 0; ax = ay where x = y, for any a: what both sides share ends here."""
+    states = [op.state(0), op.state(1)]
+    out = broadcast(op, states, op.node.op_type)
+    additive(op, states, out, signs=op.node.op_type == "Equal")
+    op.like(0, out)
+
+
+@operator("And", "Or", "Xor", "Mod", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor")
 def compare(op: OpContext) -> None:
     """Functions of two elements: permutations only."""
     states = [op.state(0), op.state(1)]

@@ -1,10 +1,16 @@
-"""Quantization: labels pass, scales and zero points move with the axis that they describe, nothing is rescaled."""
+"""Quantization: labels pass, scales and zero points move with the axis that they describe, no integer ever changes.
+
+Where the real-valued side of an axis is scaled, the vector of quantization scales along it is scaled instead.
+"""
 
 from __future__ import annotations
 
 import math
 
-from cipm_ir.ir.labels import State
+import numpy as np
+import onnx_ir as ir
+
+from cipm_ir.ir.labels import ZERO, Factor, State
 from cipm_ir.rules.context import OpContext, fixed
 from cipm_ir.rules.contraction import contract, matmul_letters
 from cipm_ir.rules.convolution import convolve
@@ -36,21 +42,77 @@ def _per_axis(op: OpContext, x: State, axis: int, *indices: int) -> None:
             op.vector(index, op.rec.marginal(f, (axis,)))
 
 
+def _steps(op: OpContext, x: State, axis: int) -> Factor | None:
+    """Tie scales and zero points to an axis; the factor of the scales, where they can take up a scaling of the axis.
+
+    Their signs stay: no runtime expects a negative scale.
+    """
+    f, vector = x.factor_of(axis), op.state(1).factor_of(0)
+    if f is None or f.axes != (axis,) or vector is None:
+        _per_axis(op, x, axis, 1, 2)
+        return None
+    _per_axis(op, x, axis, 2)
+    op.vector(1, f)
+    op.freeze_factor(vector, scale=False)
+    return vector
+
+
+def _pair(integers: ir.Value | None) -> bool:
+    """Whether these integers lie in a fake quantization: all that reads them undoes what made them.
+
+    Its two ends keep equal scales, as tools that look for the pair expect.
+    """
+    maker = None if integers is None else integers.producer()
+    if integers is None or maker is None or maker.op_type != "QuantizeLinear" or integers.is_graph_output():
+        return False
+    return all(
+        use.node.op_type == "DequantizeLinear" and use.idx == 0 and _equal(use.node.inputs[1], maker.inputs[1])
+        for use in integers.uses()
+    )
+
+
+def _equal(a: ir.Value | None, b: ir.Value | None) -> bool:
+    """Whether two inputs are the same value, or parameters with equal entries."""
+    if a is b or a is None or b is None:
+        return a is b
+    x, y = ir.convenience.get_const_tensor(a), ir.convenience.get_const_tensor(b)
+    return x is not None and y is not None and np.array_equal(x.numpy(), y.numpy())
+
+
 @operator("QuantizeLinear", "DequantizeLinear")
 def quantize(op: OpContext) -> None:
-    """round(x / scale) + zero, or back; per tensor or per index of an axis. Opsets 10, 13, 19, 21 (blocks: opaque)."""
-    x = op.state(0)
-    scale = op.state(1)
+    """round(x / scale) + zero, or back; per tensor or per index of an axis. Opsets 10, 13, 19, 21 (blocks: opaque).
+
+    Along the axis of the scales, l_real = l_scale; elsewhere l_real = 0. Powers of two leave every integer as it is;
+    other scales are exact up to the rounding of x / scale.
+    """
+    x, scale = op.state(0), op.state(1)
     if op.attr("block_size", 0) or scale.rank > 1:
         raise Opaque("quantization by blocks")
-    op.freeze(x)
+    steps: Factor | None = None
+    along: Factor | None = None
     if math.prod(scale.shape) > 1:
-        _per_axis(op, x, int(op.attr("axis", 1)) % x.rank, 1, 2)
-        uniform = frozenset[int]()
+        axis = int(op.attr("axis", 1)) % x.rank
+        steps, along = _steps(op, x, axis), x.factor_of(axis)
     else:
         _scalar(op, 2)
-        uniform = x.uniform
-    op.like(0, State(x.shape, tuple(fixed(f) for f in x.factors), uniform))
+    factors = tuple(_scaled(op, f, steps) if steps is not None and f is along else _kept(op, f) for f in x.factors)
+    op.like(0, State(x.shape, factors, x.uniform if math.prod(scale.shape) <= 1 else frozenset()))
+
+
+def _kept(op: OpContext, f: Factor) -> Factor:
+    op.freeze_factor(f)
+    return fixed(f)
+
+
+def _scaled(op: OpContext, f: Factor, steps: Factor) -> Factor:
+    """The factor behind the node, along the axis of the scales; integers of a fake quantization carry its scales on."""
+    quantizes = op.node.op_type == "QuantizeLinear"
+    pair = _pair((op.node.outputs if quantizes else op.node.inputs)[0])
+    if quantizes or pair:
+        op.rec.same(f.labels, f.var, steps.var)
+    op.freeze_factor(f, scale=not quantizes and not pair)
+    return Factor(f.axes, f.labels, steps.var if pair or not quantizes else ZERO, f.repeats)
 
 
 @operator("DynamicQuantizeLinear")
