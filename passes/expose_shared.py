@@ -10,6 +10,8 @@ from cipm_ir.passes.expose_draft import REAL, Draft
 from cipm_ir.passes.expose_gain import directions
 from cipm_ir.symmetry.program import Program
 
+_PAIRED = ("QuantizeLinear", "DequantizeLinear")
+
 
 @dataclass
 class Split:
@@ -53,7 +55,8 @@ def _shared(draft: Draft, value: ir.Value) -> bool:
         return False
     if value.is_graph_input() or value.is_graph_output() or len(value.uses()) < 2:
         return False
-    return all(use.node.graph is draft.graph for use in value.uses())
+    # one scale for both ends of a quantized value is how other tools know the pair
+    return all(use.node.graph is draft.graph and use.node.op_type not in _PAIRED for use in value.uses())
 
 
 def _split(draft: Draft, value: ir.Value) -> int:

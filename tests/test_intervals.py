@@ -209,3 +209,19 @@ def test_unbounded_times_zero_is_zero() -> None:
     free, zero = Interval.unbounded(1), Interval.point(np.zeros(1))
     assert multiply(free, zero, SINGLE).zero.all()
     assert np.isinf(divide(Interval.point(np.ones(1)), Interval.of(-np.ones(1), np.ones(1)), SINGLE).hi).all()
+
+
+def test_a_slice_of_nothing_bounds_nothing() -> None:
+    """As exporters write partial rotary embeddings whose rest is empty."""
+    net = Net("intervals_empty")
+    x = net.input("x", ("n", 4))
+    h = net.op("Relu", net.op("MatMul", x, net.weight((4, 6), 4)))
+    ends = [net.const(np.array([k], np.int64)) for k in (6, 6, 1)]
+    empty = net.op("Slice", h, ends[0], ends[1], ends[2])
+    whole = net.op("Concat", h, net.op("Mul", empty, net.const(np.float32(-1.0))), axis=1)
+    net.output(net.op("MatMul", whole, net.weight((6, 2), 6)), ("n", 2))
+    program = analysed(net.model())
+    found = find_intervals(program.model, program.analysis)
+    feeds = {"x": np.random.default_rng(0).standard_normal((5, 4), np.float32)}
+    assert not outside(program, found, feeds)
+    assert (found.values[whole].lo >= 0).all()

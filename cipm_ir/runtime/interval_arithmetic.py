@@ -114,6 +114,9 @@ class Interval:
         gone = tuple(a for a in axes if self.lo.shape[a] != 1)
         if not gone:
             return self
+        if not self.lo.size:  # a slice of nothing, which no number leaves
+            none = np.zeros([1 if a in gone else n for a, n in enumerate(self.lo.shape)], self.lo.dtype)
+            return Interval(none, none)
         return Interval(self.lo.min(axis=gone, keepdims=True), self.hi.max(axis=gone, keepdims=True))
 
     def hull(self, *others: Interval) -> Interval:
