@@ -18,7 +18,8 @@ import onnx_ir as ir
 
 from cipm_ir.ir.labels import Labels
 from cipm_ir.passes.budget import Mask
-from cipm_ir.passes.refit_layers import Layer, layers_of, parameter
+from cipm_ir.passes.importance import parameter_array
+from cipm_ir.passes.refit_layers import Layer, layers_of
 from cipm_ir.passes.sensitivity import count_samples
 from cipm_ir.runtime.design import Normal, sample_places
 from cipm_ir.runtime.inputs import Data
@@ -218,7 +219,7 @@ def sorted_basis(program: Program, pairs: Iterable[Pair], sums: Mapping[str, Nor
 
     def of(name: str) -> Matrix:
         if name not in weights:
-            weights[name] = np.array(parameter(program, name), np.float64)
+            weights[name] = np.array(parameter_array(program, name), np.float64)
         return weights[name]
 
     for pair in pairs:

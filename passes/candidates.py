@@ -208,3 +208,9 @@ def mask_of(program: Program, kept: Iterable[tuple[int, Labels]]) -> Mask:
         table = analysis.spaces[k].table
         stays[np.delete(table, elements, axis=0)[:, 0]] = False
     return closed_keep(analysis, stays)
+
+
+def kept_elements(program: Program, kept: Iterable[tuple[int, Labels]]) -> dict[Space, Labels]:
+    """Kept elements of each space that shrinks, in graph order, for pairs (space, kept elements)."""
+    found = {k: elements for k, elements in kept if len(elements) < program.spaces[k].size}
+    return {program.spaces[k]: found[k] for k in sorted(found)}

@@ -6,30 +6,30 @@ the product is added to a shortcut, the target takes up the shortcut's drift: ``
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from cipm_ir.ir.labels import Labels
 from cipm_ir.passes.budget import Mask
+from cipm_ir.passes.importance import parameter_array
+from cipm_ir.passes.joint import Duo, find_duos, together
 from cipm_ir.passes.logits import refit_logits
 from cipm_ir.passes.re_estimate import Norm, norms_of, re_estimated
-from cipm_ir.passes.refit_layers import SMALL, Layer, gone_places, grouped, layers_of, parameter, silence
+from cipm_ir.passes.reading import Reading
+from cipm_ir.passes.refit_layers import SMALL, Layer, draw_places, gone_places, grouped, layers_of, rows_wanted, silence
 from cipm_ir.passes.selection import solve
-from cipm_ir.runtime.design import Array, Linear, Normal, sample_places
+from cipm_ir.runtime.design import Array, Linear, Normal
 from cipm_ir.runtime.frontier import Frontier
 from cipm_ir.runtime.inputs import Data
 from cipm_ir.symmetry.program import Program
 
 Matrix = npt.NDArray[np.float64]
-LARGEST = 6000
+LARGEST = 10_000
 """Products of more summed places than this are not refitted: the matrix would take too much memory."""
-_ROWS_PER_PLACE = 40
-_LEAST_ROWS = 60_000
-_ENTRIES = 1 << 28
-"""Rows times places of one product that are held at a time, 1 GiB."""
 _RECTIFIED_ROUNDS = 3
 
 
@@ -41,19 +41,23 @@ class Compensation:
         data: calibration inputs.
         size: samples per batch.
         limit: at most this many samples.
+        rows: of each product, at least where there are as many.
         damping: pull towards the old weights, as a fraction of the mean variance of the inputs.
         seed: of the positions that are looked at where there are more than needed.
         logits: outputs that are logits of classes.
+        joint: whether products with a Relu between them are fitted together first.
         mute: which outputs of products must be zero, by node: units that activations read.
     """
 
     data: Data
     size: int = 64
     limit: int | None = None
+    rows: int = 40_000
     damping: float = 1e-4
     seed: int = 0
     logits: frozenset[str] = frozenset()
     mute: Callable[[Mask], dict[int, Labels]] | None = None
+    joint: bool = False
     progress: Callable[[str, float | None], None] | None = None
 
     def run(self, program: Program, stays: Mask) -> Compensated:
@@ -68,6 +72,8 @@ class Compensation:
             return made
         groups = grouped(program, layers[first:])
         norms = [n for n in norms_of(program, layers) if n.node > groups[0][0].reader.node]
+        pairs = find_duos(program, layers[first:]) if self.joint else {}
+        duos = _Duos({node: one for node, one in pairs.items() if len(gone[node])}, Reading(program, layers))
         with Frontier(program.model, self.data, size=self.size, limit=self.limit) as dense:
             dense.advance(program.model, groups[0][0].reader.node)
             with dense.fork() as now:
@@ -81,10 +87,38 @@ class Compensation:
                     sums = [x.way.rectified for x in group if x.way.rectified]
                     now.advance(made.program.model, start, shortcuts)
                     dense.advance(program.model, stop, [*(x.reader.output for x in group), *shortcuts, *sums])
+                    for layer in group:
+                        if self._together(made, duos, layer, now, dense, gone):
+                            now.advance(made.program.model, start, shortcuts)
+                    duos.hold(group, now)
                     self._group(made, group, now, dense, gone, quiet)
                 for norm in norms:
                     self._norm(made, norm, now, dense)
         return made
+
+    def _together(
+        self, made: Compensated, duos: _Duos, layer: Layer, now: Frontier, dense: Frontier, gone: dict[int, Labels]
+    ) -> bool:
+        """Fit a product together with the one before it; where that helps, go back to where the first one reads."""
+        one = duos.first.get(layer.reader.node)
+        if one is None:
+            return False
+        stays = (np.setdiff1d(np.arange(x.linear.shape[x.linear.axis]), gone[x.reader.node]) for x in (one, layer))
+        rows = _Rows(now, dense, self.seed, self.rows)
+        held = duos.held.pop(one.reader.node)
+        weights = together(
+            made.program,
+            Duo(one, layer, *stays),
+            held,
+            dense,
+            partial(rows.at, layer),
+            duos.reading.root(layer),
+            self.seed,
+        )
+        if weights:
+            made.program = made.program.refit(weights)
+            now.values, now.position = held.values, held.position
+        return bool(weights)
 
     def _norm(self, made: Compensated, norm: Norm, now: Frontier, dense: Frontier) -> None:
         """Move the statistics of a batch normalization."""
@@ -104,7 +138,7 @@ class Compensation:
     ) -> None:
         """Refit products that read one value."""
         weights: dict[str, Array] = {}
-        rows = _Rows(now, dense, self.seed)
+        rows = _Rows(now, dense, self.seed, self.rows)
         for layer in group:
             node = layer.reader.node
             if layer.linear.size > LARGEST:
@@ -137,9 +171,9 @@ class Compensation:
         assert layer.bias is not None
         logits = target
         if layer.reader.bias != layer.bias.name:  # what is added behind the product; a bias of its own stays
-            logits = logits + parameter(program, layer.bias.name).astype(np.float64).ravel()
+            logits = logits + parameter_array(program, layer.bias.name).astype(np.float64).ravel()
             if layer.reader.bias is not None:
-                logits = logits - parameter(program, layer.reader.bias).astype(np.float64).ravel()
+                logits = logits - parameter_array(program, layer.reader.bias).astype(np.float64).ravel()
         matrix = layer.linear.matrix(fitted[layer.reader.weight]).astype(np.float64)
         stays = np.ones(len(matrix), bool)
         stays[layer.linear.rows_of(gone[:, None]).ravel()] = False
@@ -147,6 +181,20 @@ class Compensation:
         matrix[stays], bias = refit_logits(x[:, stays], logits, matrix[stays], start, self.seed)
         fitted[layer.reader.weight] = layer.linear.weight(matrix)
         fitted[layer.bias.name] = bias.reshape(layer.bias.shape)
+
+
+@dataclass
+class _Duos:
+    """By node, the product before one with a Relu between them; where those read, once the run has come there."""
+
+    first: dict[int, Layer]
+    reading: Reading
+    held: dict[int, Frontier] = field(default_factory=dict)
+
+    def hold(self, group: Sequence[Layer], now: Frontier) -> None:
+        """Remember where the run is, if a first product comes now."""
+        nodes = {layer.reader.node for layer in group} & {one.reader.node for one in self.first.values()}
+        self.held.update({node: now.fork() for node in nodes})
 
 
 @dataclass
@@ -166,6 +214,7 @@ class _Rows:
     now: Frontier
     dense: Frontier
     seed: int
+    least: int
     _known: dict[tuple[object, ...], tuple[Array, list[Labels | None]]] = field(default_factory=dict)
 
     def inputs(self, layer: Layer) -> Array:
@@ -175,22 +224,23 @@ class _Rows:
         if key not in self._known:
             self._known.clear()
             rng = np.random.default_rng([self.seed, layer.reader.node])
-            most = max(_ENTRIES // max(linear.size, 1), 2 * linear.size)
-            share = min(max(_LEAST_ROWS, _ROWS_PER_PLACE * linear.size), most) / sum(self.now.samples)
+            share = rows_wanted(linear, self.least) / sum(self.now.samples)
             xs, places = [], []
-            for values, count in zip(self.now.values, self.now.samples, strict=True):
+            for values in self.now.values:
                 u = np.asarray(values[source])
-                wanted = int(np.ceil(share * (1 if linear.kernel else count)))
-                places.append(sample_places(linear.positions(u), wanted, rng))
+                places.append(draw_places(linear, u, share, rng))
                 xs.append(linear.inputs(u, places[-1]))
             self._known[key] = np.concatenate(xs), places
         return self._known[key][0]
 
     def targets(self, layer: Layer) -> tuple[Array, Array | None]:
         """(rows, outputs): the dense product, its shortcut's drift taken up; and the dense sum before a Relu."""
+        return self.at(layer, self._known[_geometry(layer.linear)][1])
+
+    def at(self, layer: Layer, places: Sequence[Labels | None]) -> tuple[Array, Array | None]:
+        """The same at places that are given for each batch."""
         ys, zs = [], []
         way, linear = layer.way, layer.linear
-        places = self._known[_geometry(linear)][1]
         for a, b, where in zip(self.now.values, self.dense.values, places, strict=True):
             y = linear.outputs(np.asarray(b[layer.reader.output]), where)
             if way.shortcut is not None:
@@ -224,7 +274,7 @@ def _geometry(linear: Linear) -> tuple[object, ...]:
 
 def refitted(program: Program, layer: Layer, sums: Normal, gone: Labels, damping: float) -> dict[str, Array]:
     """The best weight and bias without some places of the summed axis: ridge regression around the old weight."""
-    old = layer.linear.matrix(parameter(program, layer.reader.weight)).astype(np.float64)
+    old = layer.linear.matrix(parameter_array(program, layer.reader.weight)).astype(np.float64)
     out = np.zeros_like(old)
     mask = np.ones(len(old), bool)
     mask[layer.linear.rows_of(gone[:, None]).ravel()] = False
@@ -232,12 +282,14 @@ def refitted(program: Program, layer: Layer, sums: Normal, gone: Labels, damping
     centred = layer.bias is not None
     gram, cross = sums.gram(centred=centred), sums.cross(centred=centred)
     if not centred and layer.reader.bias is not None:  # a bias that others use stays as it is
-        fixed = parameter(program, layer.reader.bias).astype(np.float64).ravel()
+        fixed = parameter_array(program, layer.reader.bias).astype(np.float64).ravel()
         cross -= np.outer(sums.x / max(sums.rows, 1), fixed)
     inner = gram[np.ix_(stays, stays)]
     pull = max(damping * float(np.trace(gram)) / max(len(gram), 1), 1e-12)
     prior = old[stays]
-    out[stays] = prior + solve(inner + np.eye(len(stays)) * pull, cross[stays] - inner @ prior)
+    left = cross[stays] - inner @ prior
+    inner[np.diag_indices_from(inner)] += pull
+    out[stays] = prior + solve(inner, left)
     made = {layer.reader.weight: layer.linear.weight(out)}
     if layer.bias is not None:
         made[layer.bias.name] = _shifted(program, layer, sums, out)
@@ -250,14 +302,14 @@ def _shifted(program: Program, layer: Layer, sums: Normal, weight: Matrix) -> Ar
     mean = (sums.y - sums.x @ weight) / max(sums.rows, 1)
     if layer.reader.bias == layer.bias.name:
         return mean.reshape(layer.bias.shape)
-    own = 0.0 if layer.reader.bias is None else parameter(program, layer.reader.bias).astype(np.float64).ravel()
+    own = 0.0 if layer.reader.bias is None else parameter_array(program, layer.reader.bias).astype(np.float64).ravel()
     # the target is the product without what is added behind it: only what the weight leaves over goes there
-    old = parameter(program, layer.bias.name).astype(np.float64)
+    old = parameter_array(program, layer.bias.name).astype(np.float64)
     return old + (layer.bias.gain * (mean - own)).reshape(layer.bias.shape)
 
 
 def emptied(program: Program, layer: Layer, gone: Labels) -> dict[str, Array]:
     """The weight with zeros in some places of the summed axis."""
-    matrix = layer.linear.matrix(parameter(program, layer.reader.weight)).copy()
+    matrix = layer.linear.matrix(parameter_array(program, layer.reader.weight)).copy()
     matrix[layer.linear.rows_of(gone[:, None]).ravel()] = 0.0
     return {layer.reader.weight: layer.linear.weight(matrix)}

@@ -10,9 +10,9 @@ from threadpoolctl import threadpool_limits
 from cipm_ir.errors import OptionError, SymmetryError, VerificationError
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
 from cipm_ir.passes.bilinear import prepared
-from cipm_ir.passes.candidates import find_candidates, wanted_spaces
+from cipm_ir.passes.candidates import find_candidates, kept_elements, wanted_spaces
 from cipm_ir.passes.compress_cost import BUDGETS
-from cipm_ir.passes.compress_plan import BATCH, Plan, Settings, kept_elements, make_plan
+from cipm_ir.passes.compress_plan import BATCH, Plan, Settings, make_plan
 from cipm_ir.passes.compress_report import figures_of, metrics_of
 from cipm_ir.passes.compress_search import Evaluate, smallest_within
 from cipm_ir.passes.latency import BLOCK
@@ -34,8 +34,9 @@ class Compress(Pass):
     swaps. (3) Each candidate alone is brought to each level, its readers refitted, the rest of the model run: the
     divergence of the outputs. (4) Levels that minimize the sum of the divergences within the budget (Lagrange
     multipliers). (5) Every product behind the first change is refitted in graph order by least squares: inputs from the
-    model as it is by then, targets from the original one, drift of shortcuts taken up. (6) What nothing reads any more
-    is removed, which changes nothing: checked on real runs.
+    model as it is by then, targets from the original one, drift of shortcuts taken up; two with a Relu between them
+    first together, if that helps on samples left out. (6) What nothing reads any more is removed, which changes
+    nothing: checked on real runs.
     Refused, and said in the summary: units under a normalization, softmax or sum over them, and such as something else
     than a Conv (group 1), Gemm or MatMul with a weight of its own reads. Sources: He et al. 2017; Hassibi & Stork 1993.
 
@@ -60,6 +61,7 @@ class Compress(Pass):
     probes: int = option(512, "samples on which sensitivity is measured", low=1)
     rounds: int = option(1, "how often sensitivity is measured again around what was chosen", low=0)
     steps: int = option(8, "levels measured per candidate", low=1)
+    joint: bool = option(True, "fit what makes units and what reads them together, where only a Relu is between")
     damping: float = option(1e-4, "pull of a refitted weight towards its old value", above=0)
     threads: int = option(1, "threads for latency", low=1)
     round_to: int | None = option(
@@ -95,7 +97,7 @@ class Compress(Pass):
             made = smallest_within(plan, self.max_drop, self.evaluate, ctx)
         else:
             made = plan.at(float(getattr(self, self._kind())) * plan.budget.original, ctx)
-        keep = kept_elements(program, plan.candidates, made.levels)
+        keep = kept_elements(program, plan.kept(made.levels))
         if not keep:
             return PassResult(
                 program, False, "; ".join(["nothing to remove: the model is within the budget", *plan.notes])
@@ -107,7 +109,7 @@ class Compress(Pass):
         metrics = metrics_of(program, plan, made)
         units = metrics["units"]
         summary = (
-            f"{units[0] - units[1]} of {units[0]} units in {len(keep)} spaces removed; "
+            f"{units[0] - units[1]} of {units[0]} units in {len(keep)} space{'s' * (len(keep) > 1)} removed; "
             f"{metrics['macs'][1] / max(metrics['macs'][0], 1):.1%} of the multiply-accumulates and "
             f"{metrics['params'][1] / max(metrics['params'][0], 1):.1%} of the parameters remain"
         )
@@ -134,7 +136,9 @@ class Compress(Pass):
             if not candidates:
                 none = "min_keep and round_to leave no choice" if wanted else "no free spaces"
                 raise SymmetryError(f"compress finds no units that it may drop: {'; '.join(notes) or none}.")
-            settings = Settings(self.samples, self.probes, self.rounds, self.damping, self.divergence, self.threads)
+            settings = Settings(
+                self.samples, self.probes, self.rounds, self.damping, self.divergence, self.threads, self.joint
+            )
             plans[key] = make_plan(program, candidates, pairs, notes, settings, self._kind(), ctx)
         plan: Plan = plans[key]
         return plan

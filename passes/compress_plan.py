@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -23,12 +23,15 @@ from cipm_ir.passes.sensitivity import Curve, Probe, choose_units, count_samples
 from cipm_ir.runtime.design import Normal
 from cipm_ir.runtime.inputs import Feeds, batches
 from cipm_ir.runtime.observe import samples
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
 
 BATCH = 64
 """Samples that are run at once."""
 _STILL = 1e-10
 """An input whose variance is at most this share of its mean square is constant up to rounding."""
+_TRIED, _PART = 512, 4
+"""Levels are compared after compensation on a part of the samples, but not on fewer than that."""
+_TINY = 1e-6
 _NAMED = 4
 """So many weights are named in a warning."""
 
@@ -43,6 +46,7 @@ class Settings:
     damping: float
     divergence: str
     threads: int
+    joint: bool = True
 
 
 @dataclass
@@ -56,22 +60,26 @@ class Plan:
     costs: CostModel
     budget: Budget
     compensation: Compensation
-    rounds: int
+    settings: Settings
     notes: list[str]
+    _prices: dict[tuple[int, ...], float] = field(default_factory=dict, repr=False)
 
     def price(self, levels: Levels) -> float:
         """Cost of levels, in the units of the budget."""
-        return self.budget.price(levels, self.stays(levels))
+        key = (id(self.budget), *levels)
+        if key not in self._prices:
+            self._prices[key] = self.budget.price(levels, self.stays(levels))
+        return self._prices[key]
 
     def stays(self, levels: Sequence[int]) -> Mask:
         """Classes that stay."""
-        pairs = (
-            (k, kept)
-            for candidate, level in zip(self.candidates, levels, strict=True)
-            if level + 1 < len(candidate.levels)
-            for k, kept in zip(candidate.spaces, candidate.kept[level], strict=True)
-        )
-        return mask_of(self.program, pairs)
+        return mask_of(self.program, self.kept(levels))
+
+    def kept(self, levels: Sequence[int]) -> Iterator[tuple[int, Labels]]:
+        """Spaces that shrink, and their elements that are kept."""
+        for candidate, level in zip(self.candidates, levels, strict=True):
+            if level + 1 < len(candidate.levels):
+                yield from zip(candidate.spaces, candidate.kept[level], strict=True)
 
     def allocation(self, target: float, curves: Sequence[Curve] | None = None) -> Allocation:
         """Levels for a budget. Errors: `SymmetryError` where it is out of reach."""
@@ -97,27 +105,35 @@ class Plan:
         """The compensated program for a budget, at full shapes; measured again around the choice while that helps."""
         ctx.progress("allocate", 0.5)
         levels, cost, notes = self.budget.settle(self, target, None)
-        best = self._made(levels, cost, notes, share(ctx, 0.5, 0.6))
-        for number in range(self.rounds):
-            low = 0.6 + 0.35 * number / self.rounds
-            middle, high = low + 0.2 / self.rounds, low + 0.35 / self.rounds
+        best: tuple[float, Compensated] | None = None
+        for number in range(self.settings.rounds):
+            low, high = (0.5 + 0.2 * (number + k) / self.settings.rounds for k in (0, 1))
+            if best is None:
+                best = self._tried(levels, share(ctx, low, (low + high) / 2))
             again = self.probe.around(
-                best.compensated, self.candidates, best.levels, self.curves, self.stays, share(ctx, low, middle)
+                best[1], self.candidates, levels, self.curves, self.stays, share(ctx, (low + high) / 2, high)
             )
-            levels, cost, notes = self.budget.settle(self, target, again)
-            if levels == best.levels:
+            others = self.budget.settle(self, target, again)
+            if others[0] == levels:
                 break
-            made = self._made(levels, cost, notes, share(ctx, middle, high))
-            if made.divergence >= best.divergence:
+            trial = self._tried(others[0], share(ctx, high, high))
+            if trial[0] >= best[0]:
                 break
-            best = made
-        return best
-
-    def _made(self, levels: Levels, cost: float, notes: list[str], progress: Progress) -> Made:
-        self.compensation.progress = progress
+            best, (levels, cost, notes) = trial, others
+        self.compensation.progress = share(ctx, 0.7, 0.95)
         compensated = self.compensation.run(self.program, self.stays(levels))
         divergence = self.probe.whole(compensated.program)
         return Made(compensated, levels, cost, divergence, [*notes, *compensated.notes])
+
+    def _tried(self, levels: Levels, progress: Progress) -> tuple[float, Compensated]:
+        """The divergence of levels, and the program: compensated on a part of the samples, enough to compare levels."""
+        limit = max(_TRIED, self.settings.samples // _PART)
+        rows = self.compensation.rows // _PART
+        few = replace(
+            self.compensation, limit=min(limit, self.settings.samples), rows=rows, joint=False, progress=progress
+        )
+        made = few.run(self.program, self.stays(levels))
+        return self.probe.whole(made.program), made
 
 
 @dataclass
@@ -156,25 +172,35 @@ def make_plan(
     probe = Probe.of(program, ctx.data, size=BATCH, limit=probes, damping=damping, asked=settings.divergence)
     coarse = probe.curves(candidates, grams, share(ctx, 0.15, 0.45))
     fine = [c.finer() for c in candidates]
-    curves = [np.interp(f.levels, c.levels, curve) for f, c, curve in zip(fine, candidates, coarse, strict=True)]
+    curves = [between(f.levels, c.levels, curve) for f, c, curve in zip(fine, candidates, coarse, strict=True)]
     candidates = fine
     costs = CostModel(program)
     budget = make_budget(kind, program, candidates, costs, ctx, settings.threads, share(ctx, 0.45, 0.5))
     mute = partial(muted, program, pairs)
-    compensation = Compensation(ctx.data, BATCH, samples, damping, ctx.seed, probe.divergence.logits, mute)
+    compensation = Compensation(
+        ctx.data,
+        BATCH,
+        samples,
+        damping=damping,
+        seed=ctx.seed,
+        logits=probe.divergence.logits,
+        mute=mute,
+        joint=settings.joint,
+    )
     warnings = [*notes, *_alike(batches(probe.data, program.model, BATCH), count), *_still(grams.values())]
     warnings += _few(grams.values(), count)
-    return Plan(program, candidates, probe, curves, costs, budget, compensation, settings.rounds, warnings)
+    return Plan(program, candidates, probe, curves, costs, budget, compensation, settings, warnings)
 
 
-def kept_elements(program: Program, candidates: Sequence[Candidate], levels: Sequence[int]) -> dict[Space, Labels]:
-    """Kept elements of each space that shrinks, in graph order."""
-    kept: dict[int, Labels] = {}
-    for candidate, level in zip(candidates, levels, strict=True):
-        for k, elements in zip(candidate.spaces, candidate.kept[level], strict=True):
-            if len(elements) < program.spaces[k].size:
-                kept[k] = elements
-    return {program.spaces[k]: kept[k] for k in sorted(kept)}
+def between(levels: Labels, measured: Labels, curve: Curve) -> Curve:
+    """Divergences at levels between those measured: they grow by factors, and about with the square of what goes."""
+    safe = np.log(np.maximum(curve[:-1], max(float(curve[0]) * _TINY, 1e-300)))
+    made = np.exp(np.interp(levels, measured[:-1], safe))
+    last, all_of = int(measured[-2]), int(measured[-1])
+    made = np.where(levels > last, curve[-2] * np.square((all_of - levels) / (all_of - last)), made)
+    return np.asarray(
+        np.minimum.accumulate(np.where(np.isin(levels, measured), np.interp(levels, measured, curve), made))
+    )
 
 
 def share(ctx: Context, low: float, high: float) -> Progress:
@@ -230,6 +256,7 @@ def _few(grams: Iterable[tuple[Layer, Normal]], count: int) -> list[str]:
         return []
     layer, sums = worst
     return [
-        f"warning: {count} samples give {sums.rows} rows for the {layer.linear.size} inputs of {layer.reader.weight} "
+        f"warning: {count} sample{'s give' if count > 1 else ' gives'} {sums.rows} "
+        f"row{'s' * (sums.rows > 1)} for the {layer.linear.size} inputs of {layer.reader.weight} "
         f"(rank at most {min(sums.rows, layer.linear.size)}): refitting leans on damping; give more data"
     ]

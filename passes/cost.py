@@ -30,12 +30,18 @@ Sized = tuple[tuple[int, ...], Slots]
 
 @dataclass
 class _Node:
-    """A node whose cost depends on what is kept."""
+    """A node whose cost depends on what is kept; ``known``: costs by the sizes that it follows."""
 
     op: OpContext
     rule: MacRule
     inputs: list[Sized | None]
     outputs: list[Sized | None]
+    known: dict[builtins.bytes, int] = field(default_factory=dict)
+    follows: Labels = field(init=False)
+
+    def __post_init__(self) -> None:
+        pairs = [p for p in (*self.inputs, *self.outputs) if p is not None]
+        self.follows = np.unique(np.asarray([slot for _, slots in pairs for _, slot in slots], np.int64))
 
 
 @dataclass
@@ -209,7 +215,10 @@ def _shape(base: tuple[int, ...], slots: Slots, sizes: Labels) -> tuple[int, ...
 
 def _node_macs(node: _Node, sizes: Labels) -> int:
     """The operator's own rule, on the shapes that would remain."""
-    op = node.op
-    op.inputs = [None if p is None else State(_shape(*p, sizes)) for p in node.inputs]
-    op.shapes = [None if p is None else _shape(*p, sizes) for p in node.outputs]
-    return node.rule(op)
+    key = sizes[node.follows].tobytes()
+    if key not in node.known:
+        op = node.op
+        op.inputs = [None if p is None else State(_shape(*p, sizes)) for p in node.inputs]
+        op.shapes = [None if p is None else _shape(*p, sizes) for p in node.outputs]
+        node.known[key] = node.rule(op)
+    return node.known[key]

@@ -21,7 +21,7 @@ from cipm_ir.passes.budget import (
     link_spaces,
     make_choice,
 )
-from cipm_ir.passes.candidates import kept_numbers, wanted_spaces
+from cipm_ir.passes.candidates import kept_elements, kept_numbers, wanted_spaces
 from cipm_ir.passes.compensation import Compensation
 from cipm_ir.passes.cost import CostModel, Mask
 from cipm_ir.passes.importance import Importance, ScoreFunction, make_importance
@@ -184,7 +184,7 @@ class Prune(Pass):
         shares = {k: metrics[k][1] / max(metrics[k][0], 1) for k in ("macs", "params")}  # type: ignore[index]
         units = metrics["units"]
         summary = (
-            f"{units[0] - units[1]} of {units[0]} units in {len(keep)} spaces removed; "  # type: ignore[index]
+            f"{units[0] - units[1]} of {units[0]} units in {len(keep)} space{'s' * (len(keep) > 1)} removed; "  # type: ignore[index]
             f"{shares['macs']:.1%} of the multiply-accumulates and {shares['params']:.1%} of the parameters remain"
         )
         return PassResult(
@@ -206,13 +206,14 @@ def _fits(program: Program, choice: Choice, grids: Sequence[Labels]) -> bool:
 
 def _kept(program: Program, choices: Sequence[Choice], levels: Sequence[int]) -> dict[Space, Labels]:
     """Kept elements of every space that shrinks, in graph order."""
-    kept: dict[int, Labels] = {}
-    for choice, level in zip(choices, levels, strict=True):
-        number = int(choice.levels[level])
-        for k, elements in zip(choice.spaces, choice.kept(number), strict=True):
-            if len(elements) < program.spaces[k].size:
-                kept[k] = elements
-    return {program.spaces[k]: kept[k] for k in sorted(kept)}
+    return kept_elements(
+        program,
+        (
+            pair
+            for choice, level in zip(choices, levels, strict=True)
+            for pair in zip(choice.spaces, choice.kept(int(choice.levels[level])), strict=True)
+        ),
+    )
 
 
 def _without_refused(

@@ -9,7 +9,8 @@ import numpy as np
 
 from cipm_ir.ir.constants import attribute
 from cipm_ir.passes.candidates import weight_uses
-from cipm_ir.passes.refit_layers import Layer, parameter
+from cipm_ir.passes.importance import parameter_array
+from cipm_ir.passes.refit_layers import Layer
 from cipm_ir.runtime.design import Array
 from cipm_ir.runtime.frontier import Frontier, moving
 from cipm_ir.symmetry.program import Program
@@ -55,9 +56,9 @@ def re_estimated(program: Program, norm: Norm, now: Frontier, dense: Frontier) -
     means: ``m' = m_after + sqrt(ratio) (m - m_before)``, so that a shift and a scaling of the input are undone.
     """
     before, after = _statistics(dense, norm.source), _statistics(now, norm.source)
-    old = parameter(program, norm.variance).astype(np.float64)
+    old = parameter_array(program, norm.variance).astype(np.float64)
     ratio = np.clip((after[1] + norm.epsilon) / (before[1] + norm.epsilon), 1 / _MOST, _MOST)
-    mean = after[0] + np.sqrt(ratio) * (parameter(program, norm.mean) - before[0])
+    mean = after[0] + np.sqrt(ratio) * (parameter_array(program, norm.mean) - before[0])
     return {norm.mean: mean, norm.variance: np.maximum((old + norm.epsilon) * ratio - norm.epsilon, 0.0)}
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from cipm_ir.passes.refit_layers import Layer, parameter
+from cipm_ir.passes.importance import parameter_array
+from cipm_ir.passes.refit_layers import Layer
 from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.readers import summed_classes
 
@@ -71,6 +72,6 @@ class Reading:
         """(summed places, all else) of a weight."""
         if k not in self._rows:
             layer = self._layers[k]
-            weight = np.asarray(parameter(self._program, layer.reader.weight), np.float64)
+            weight = np.asarray(parameter_array(self._program, layer.reader.weight), np.float64)
             self._rows[k] = np.moveaxis(weight, layer.reader.axis, 0).reshape(weight.shape[layer.reader.axis], -1)
         return self._rows[k]

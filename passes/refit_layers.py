@@ -11,11 +11,15 @@ from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Labels
 from cipm_ir.passes.budget import Mask
 from cipm_ir.passes.candidates import weight_uses
-from cipm_ir.runtime.design import Array, Linear
+from cipm_ir.passes.importance import parameter_array
+from cipm_ir.runtime.design import Array, Linear, sample_places
 from cipm_ir.runtime.frontier import moving
 from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.readers import Reader, products, summed_classes
 
+_ROWS_PER_PLACE = 40
+_ENTRIES = 1 << 28
+"""Rows times places of one product that are held at a time, 1 GiB."""
 SMALL = 1e-3
 """Factors of outputs that hardly count."""
 _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "Attention", "LSTM", "GRU", "RNN")
@@ -172,7 +176,7 @@ def silence(program: Program, layer: Layer, outputs: Labels, weights: dict[str, 
     """Make outputs of a product zero, bias included; ``weights``: new ones by name, to begin with and to add to."""
     names = [layer.reader.weight] + ([layer.bias.name] if layer.bias is not None else [])
     for name in names:
-        weights[name] = np.array(weights[name] if name in weights else parameter(program, name))
+        weights[name] = np.array(weights[name] if name in weights else parameter_array(program, name))
     matrix = layer.linear.matrix(weights[layer.reader.weight]).copy()
     matrix[:, outputs] = 0.0
     weights[layer.reader.weight] = layer.linear.weight(matrix)
@@ -180,8 +184,12 @@ def silence(program: Program, layer: Layer, outputs: Labels, weights: dict[str, 
         weights[layer.bias.name].reshape(-1)[outputs] = 0.0
 
 
-def parameter(program: Program, name: str) -> Array:
-    """The value of a parameter."""
-    tensor = program.model.graph.initializers[name].const_value
-    assert tensor is not None
-    return np.asarray(tensor.numpy())
+def rows_wanted(linear: Linear, least: int) -> int:
+    """How many rows of a product are enough: so many for each unknown, within the memory."""
+    most = max(_ENTRIES // max(linear.size, 1), 2 * linear.size)
+    return min(max(least, _ROWS_PER_PLACE * linear.size), most)
+
+
+def draw_places(linear: Linear, u: Array, share: float, rng: np.random.Generator) -> Labels | None:
+    """Positions of a batch, ``share`` rows for each of its samples; None takes all."""
+    return sample_places(linear.positions(u), int(np.ceil(share * (1 if linear.kernel else len(u)))), rng)

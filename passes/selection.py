@@ -74,7 +74,11 @@ class Problem:
 
     def refit(self, keep: Labels) -> Matrix:
         """The best weight with zeros in the rows of all other elements."""
-        stays = self.stays(keep)
+        return self.without(np.setdiff1d(np.arange(len(self.gram)), self.stays(keep), assume_unique=True))
+
+    def without(self, rows: Labels) -> Matrix:
+        """The best weight with zeros in some rows."""
+        stays = np.setdiff1d(np.arange(len(self.gram)), rows)
         gram = self.damped
         out = np.zeros_like(self.weight)
         out[stays] = solve(gram[np.ix_(stays, stays)], gram[stays] @ self.weight)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,11 +14,12 @@ from cipm_ir.passes.budget import Mask
 from cipm_ir.passes.candidates import Candidate
 from cipm_ir.passes.compensation import LARGEST, Compensated, refitted
 from cipm_ir.passes.divergence import Divergence
+from cipm_ir.passes.importance import parameter_array
 from cipm_ir.passes.reading import Reading
-from cipm_ir.passes.refit_layers import Layer, gone_places, layers_of, parameter, silence
+from cipm_ir.passes.refit_layers import Layer, draw_places, gone_places, layers_of, rows_wanted, silence
 from cipm_ir.passes.selection import Problem, Swaps, eliminate
-from cipm_ir.runtime.design import Array, Normal, sample_places
-from cipm_ir.runtime.frontier import Frontier
+from cipm_ir.runtime.design import Array, Normal
+from cipm_ir.runtime.frontier import Frontier, Tail
 from cipm_ir.runtime.inputs import Data, Feeds, batches, sample_count, true_inputs
 from cipm_ir.runtime.observe import observe, samples
 from cipm_ir.symmetry.program import Program
@@ -26,7 +27,6 @@ from cipm_ir.symmetry.readers import Reader
 
 Curve = npt.NDArray[np.float64]
 Progress = Callable[[str, float | None], None]
-_ROWS_PER_PLACE = 30
 _LEAST_ROWS = 40_000
 _CONSTANT = 1e-10
 """An output whose variance is at most this share of its mean square is constant up to rounding."""
@@ -67,9 +67,7 @@ def gather(
     ):
         for layer in chosen:
             linear, u = layer.linear, values[layer.reader.source]
-            share = max(_LEAST_ROWS, _ROWS_PER_PLACE * linear.size) / count
-            wanted_rows = int(np.ceil(share * (1 if linear.kernel else len(u))))
-            rows = linear.inputs(u, sample_places(linear.positions(u), wanted_rows, rng))
+            rows = linear.inputs(u, draw_places(linear, u, rows_wanted(linear, _LEAST_ROWS) / count, rng))
             held[layer.reader.node].append(rows)
             if sum(map(len, held[layer.reader.node])) >= _ROWS:
                 sums[layer.reader.node].add(np.concatenate(held.pop(layer.reader.node)), None)
@@ -81,7 +79,7 @@ def gather(
 
 def problem_of(program: Program, layer: Layer, sums: Normal, columns: Labels, damping: float) -> Problem:
     """The least-squares problem of one reader."""
-    weight = layer.linear.matrix(parameter(program, layer.reader.weight)).astype(np.float64)
+    weight = layer.linear.matrix(parameter_array(program, layer.reader.weight)).astype(np.float64)
     gram = sums.gram(centred=layer.bias is not None)
     energy = float(np.einsum("ko,ko->", weight, gram @ weight))
     whole = float(np.einsum("ko,ko->", weight, sums.gram(centred=False) @ weight))
@@ -160,8 +158,21 @@ class Probe:
 
     def compare(self, program: Program, frontier: Frontier) -> float:
         """Divergence of a program from the original; it is run from where the frontier is."""
-        outs = frontier.tail(program.model, list(self.divergence.measures))
+        return self._far(frontier.tail(program.model, list(self.divergence.measures)))
+
+    def _far(self, outs: Iterable[Mapping[str, Array]]) -> float:
         return self.divergence.total([self.divergence.batch(a, b) for a, b in zip(self.dense, outs, strict=True)])
+
+    def _each(
+        self, program: Program, frontier: Frontier, changes: Iterable[tuple[int, dict[str, Array]]]
+    ) -> Iterator[tuple[int, float]]:
+        """Levels and divergences of a program with other weights; the changes have the same names at all levels."""
+        rest: Tail | None = None
+        for level, weights in changes:
+            rest = rest or Tail(frontier, program.model, list(self.divergence.measures), list(weights))
+            yield level, self._far(rest.run(weights))
+        if rest is not None:
+            rest.close()
 
     def whole(self, program: Program) -> float:
         """Divergence of a program from the original."""
@@ -181,10 +192,10 @@ class Probe:
                 if progress is not None:
                     progress("measure sensitivity", number / len(candidates))
                 frontier.advance(self.program.model, candidate.first)
+                changes = shrunk(self.program, candidate, range(len(candidate.levels) - 1), grams, self.damping)
                 curve = np.zeros(len(candidate.levels))
-                for level in range(len(candidate.levels) - 1):
-                    weights = shrunk(self.program, candidate, level, grams, self.damping)
-                    curve[level] = self.compare(self.program.refit(weights), frontier)
+                for level, far in self._each(self.program, frontier, changes):
+                    curve[level] = far
                 found.append(np.minimum.accumulate(curve))  # more units never cost more: the rest is noise
         return found
 
@@ -210,19 +221,23 @@ class Probe:
                 frontier.advance(made.program.model, candidate.first)
                 nodes = [r.node for readers in candidate.readers for r in readers if r.node in made.sums]
                 near = np.sort(candidate.measured[np.argsort(np.abs(candidate.measured - now))[: 2 * _REACH + 1]])
-                seen = {now: start}
-                for level in near.tolist():
-                    if level == now or not nodes:
-                        continue
-                    left = stays([*levels[:number], level, *levels[number + 1 :]])
-                    weights: dict[str, Array] = {}
-                    for node in nodes:
-                        layer, sums = made.sums[node]
-                        gone = gone_places(self.program, layer.reader, left)
-                        weights.update(refitted(self.program, layer, sums, gone, self.damping))
-                    seen[level] = self.compare(made.program.refit(weights), frontier)
+                left = (
+                    (level, stays([*levels[:number], level, *levels[number + 1 :]]))
+                    for level in near.tolist()
+                    if level != now and nodes
+                )
+                changes = ((level, self._again(made, nodes, mask)) for level, mask in left)
+                seen = {now: start, **dict(self._each(made.program, frontier, changes))}
                 found.append(_continued(candidate, seen, old))
         return found
+
+    def _again(self, made: Compensated, nodes: Sequence[int], stays: Mask) -> dict[str, Array]:
+        """Weights of some products, refitted to other classes."""
+        weights: dict[str, Array] = {}
+        for layer, sums in (made.sums[node] for node in nodes):
+            gone = gone_places(self.program, layer.reader, stays)
+            weights.update(refitted(self.program, layer, sums, gone, self.damping))
+        return weights
 
 
 def _continued(candidate: Candidate, seen: Mapping[int, float], old: Curve) -> Curve:
@@ -237,29 +252,32 @@ def _continued(candidate: Candidate, seen: Mapping[int, float], old: Curve) -> C
 
 
 def shrunk(
-    program: Program, candidate: Candidate, level: int, grams: Mapping[int, tuple[Layer, Normal]], damping: float
-) -> dict[str, Array]:
-    """Weights and biases of the readers of one candidate, which do without what goes at a level."""
-    made: dict[str, Array] = {}
-    by_node: dict[int, list[tuple[Reader, Labels]]] = {}
-    for found, kept in zip(candidate.readers, candidate.kept[level], strict=True):
-        for reader in found:
-            by_node.setdefault(reader.node, []).append((reader, kept))
-    for node, parts in by_node.items():
-        if node not in grams:
-            continue
-        layer, sums = grams[node]
-        gone = np.concatenate([np.delete(r.columns, kept, axis=0).ravel() for r, kept in parts])
-        problem = problem_of(program, layer, sums, gone[:, None], damping)
-        weight = problem.refit(np.zeros(0, np.int64))
-        made[layer.reader.weight] = layer.linear.weight(weight)
-        if layer.bias is not None:
-            shift = (sums.x / max(sums.rows, 1)) @ (problem.weight - weight)
-            moved = (layer.bias.gain * shift).reshape(layer.bias.shape)
-            made[layer.bias.name] = parameter(program, layer.bias.name) + moved
-    for pair, kept in zip(candidate.pairs, candidate.kept[level], strict=False):
-        silence(program, pair.first, np.delete(pair.left, kept), made)
-    return made
+    program: Program,
+    candidate: Candidate,
+    levels: Iterable[int],
+    grams: Mapping[int, tuple[Layer, Normal]],
+    damping: float,
+) -> Iterator[tuple[int, dict[str, Array]]]:
+    """For each level the weights and biases of the readers of one candidate, which do without what goes then."""
+    nodes = sorted({reader.node for found in candidate.readers for reader in found} & set(grams))
+    problems = {node: problem_of(program, *grams[node], np.zeros((0, 1), np.int64), damping) for node in nodes}
+    for level in levels:
+        weights: dict[str, Array] = {}
+        pairs = list(zip(candidate.readers, candidate.kept[level], strict=True))
+        for node, problem in problems.items():
+            layer, sums = grams[node]
+            gone = [
+                np.delete(r.columns, kept, axis=0).ravel() for found, kept in pairs for r in found if r.node == node
+            ]
+            weight = problem.without(layer.linear.rows_of(np.concatenate(gone)[:, None]).ravel())
+            weights[layer.reader.weight] = layer.linear.weight(weight)
+            if layer.bias is not None:
+                shift = (sums.x / max(sums.rows, 1)) @ (problem.weight - weight)
+                moved = (layer.bias.gain * shift).reshape(layer.bias.shape)
+                weights[layer.bias.name] = parameter_array(program, layer.bias.name) + moved
+        for pair, kept in zip(candidate.pairs, candidate.kept[level], strict=False):
+            silence(program, pair.first, np.delete(pair.left, kept), weights)
+        yield level, weights
 
 
 def spread(program: Program, data: Data, size: int, wanted: int) -> Iterator[Feeds]:

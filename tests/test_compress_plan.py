@@ -19,7 +19,7 @@ from cipm_ir.passes.base import Context
 from cipm_ir.passes.candidates import Candidate, find_candidates, wanted_spaces
 from cipm_ir.passes.compress import Compress
 from cipm_ir.passes.compress_cost import Seconds
-from cipm_ir.passes.compress_plan import Plan, Settings, make_plan
+from cipm_ir.passes.compress_plan import Plan, Settings, between, make_plan
 from cipm_ir.passes.latency import LatencyTable
 from cipm_ir.passes.sensitivity import _continued
 from cipm_ir.symmetry.program import Program
@@ -89,6 +89,21 @@ def test_finer_levels_are_multiples() -> None:
     made = coarse(1, 64, [8, 32, 64])
     made.numbers = np.arange(8, 65, 8)
     assert made.finer().levels.tolist() == list(range(8, 65, 8))
+
+
+def test_curves_between_levels() -> None:
+    """What was measured stays; between, divergences grow by factors, near the end with the square of what goes."""
+    measured, curve = np.array([2, 6, 10, 12]), np.array([1.6, 0.4, 0.1, 0.0])
+    levels = np.arange(2, 13)
+    found = between(levels, measured, curve)
+    np.testing.assert_allclose(found[levels == 4], 0.8)
+    np.testing.assert_allclose(found[levels == 11], 0.025)
+    np.testing.assert_allclose(found[np.isin(levels, measured)], curve)
+    assert (np.diff(found) < 0).all()
+    for flat in (np.zeros(4), np.array([0.5, 0.5, 0.0, 0.0])):
+        made = between(levels, measured, flat)
+        assert np.isfinite(made).all() and (np.diff(made) <= 0).all() and made[-1] == 0
+        np.testing.assert_allclose(made[np.isin(levels, measured)], flat)
 
 
 # ---------------------------------------------------------------- curves measured again

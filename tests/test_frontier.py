@@ -15,7 +15,7 @@ from tests.zoo.net import Net
 
 from cipm_ir.errors import InputError
 from cipm_ir.runtime import frontier as frontier_module
-from cipm_ir.runtime.frontier import Frontier, moving
+from cipm_ir.runtime.frontier import Frontier, Tail, moving
 from cipm_ir.runtime.observe import observe, part
 from cipm_ir.runtime.session import run
 from cipm_ir.symmetry.program import Program
@@ -195,3 +195,35 @@ def test_large_values_go_to_files_that_are_removed(monkeypatch: pytest.MonkeyPat
             for one in (frontier, other):
                 np.testing.assert_allclose(whole(one, made)[0], wanted, atol=1e-5)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("count", [6, 40])
+def test_loose_weights_are_those_that_are_given(count: int) -> None:
+    """One session gives what one for each set of weights gives; without new ones (control) what the model gives."""
+    made, data = program(residual()), images(count)
+    weight = [names_in(node)[1] for node in made.model.graph if node.op_type == "Conv"][-1]
+    other = {weight: 2.0 * array_of(made, weight).astype(np.float64)}
+    with Frontier(made.model, data, size=4) as frontier:
+        frontier.advance(made.model, 5)
+        wanted = whole(frontier, made.refit(other))[0]
+        with Tail(frontier, made.model, finals(made), [weight]) as rest:
+            found, dense = (np.concatenate([p[finals(made)[0]] for p in rest.run(w)]) for w in (other, None))
+        np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+        np.testing.assert_allclose(dense, whole(frontier, made)[0], atol=1e-5 * np.abs(dense).max())
+        assert np.abs(found - dense).max() > 1e-2
+
+
+def test_files_that_nothing_needs_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What was written once is not written again, and goes when the run is past it."""
+    monkeypatch.setattr(frontier_module, "_IN_MEMORY", 1000)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    data, net = images(64, size=8), Net("chain8")
+    stream = net.relu(net.conv(net.image(3, 8), 3, 16))
+    net.classify(net.relu(net.conv(net.relu(net.conv(stream, 16, 16)), 16, 16)), 16)
+    made = program(net)
+    with Frontier(made.model, data, size=32) as frontier:
+        counts = []
+        for position in (2, 4, 6):
+            frontier.advance(made.model, position)
+            counts.append(len(list(tmp_path.glob("cipm-ir-*/*.npy"))))
+        assert counts == [2, 2, 2] and frontier._written == 6

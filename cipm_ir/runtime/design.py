@@ -68,7 +68,7 @@ class Linear:
         """How many rows a batch gives for each of its samples (of a MatMul: rows in all)."""
         if not self.kernel:
             return int(u.size // u.shape[-1])
-        return math.prod(self._grid(u))
+        return math.prod(self.grid(u))
 
     def inputs(self, u: Array, places: Labels | None = None) -> Array:
         """(rows, K): of the values that are read. ``places``: only these positions, the same ones in every sample."""
@@ -78,7 +78,7 @@ class Linear:
         d = len(self.kernel)
         if any(self.pads):
             u = np.pad(u, [(0, 0), (0, 0), *zip(self.pads[:d], self.pads[d:], strict=True)])
-        grid = self._grid(u, padded=True)
+        grid = self.grid(u, padded=True)
         where = np.unravel_index(np.arange(math.prod(grid)) if places is None else places, grid)
         index = []
         for k in range(d):
@@ -99,7 +99,8 @@ class Linear:
             flat = flat[:, :, places]
         return np.ascontiguousarray(np.moveaxis(flat, 1, 2)).reshape(-1, y.shape[1])
 
-    def _grid(self, u: Array, padded: bool = False) -> tuple[int, ...]:
+    def grid(self, u: Array, padded: bool = False) -> tuple[int, ...]:
+        """Positions of a convolution along each axis. ``padded``: of values that the padding is there already."""
         d = len(self.kernel)
         extra = [0] * d if padded else [self.pads[k] + self.pads[d + k] for k in range(d)]
         sizes = zip(u.shape[2:], extra, self.kernel, self.dilations, self.strides, strict=True)

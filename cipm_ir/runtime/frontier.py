@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import onnx_ir as ir
 from cipm_ir.errors import InputError
 from cipm_ir.runtime.inputs import Data, Feeds, batches
 from cipm_ir.runtime.observe import check_values, part, samples
-from cipm_ir.runtime.session import Array, Runner
+from cipm_ir.runtime.session import Array, Runner, cores
 
 _IN_MEMORY = 1 << 30
 """Bytes of kept values above which they go to a temporary file."""
@@ -49,31 +51,28 @@ class Frontier:
         have = set(self.values[0])
         fresh = [name for name in live if name not in have]
         if fresh:
-            made: list[Feeds] = []
-            start = 0
             with self._runner(model, fresh) as runner:
-                for known, count in zip(self.values, self.samples, strict=True):
-                    out = runner.run({k: v for k, v in known.items() if k in runner.inputs}, fresh)
-                    check_values(model, out, start)
-                    start += count
-                    made.append({**{k: v for k, v in known.items() if k in live}, **out})
-            self.values = made
+                self.values = self._each(lambda k: self._stepped(model, runner, k, fresh, live))
         else:
             self.values = [{k: v for k, v in known.items() if k in live} for known in self.values]
         self.position = max(to, self.position)
         self._spill()
 
+    def _stepped(self, model: ir.Model, runner: Runner, k: int, fresh: Sequence[str], live: Sequence[str]) -> Feeds:
+        known = self.values[k]
+        out = runner.run({name: v for name, v in known.items() if name in runner.inputs}, fresh)
+        check_values(model, out, sum(self.samples[:k]))
+        return {**{name: v for name, v in known.items() if name in live}, **out}
+
     def tail(self, model: ir.Model, names: Sequence[str]) -> Iterator[dict[str, Array]]:
         """Values of these names for each batch, from here on with the weights of ``model``."""
-        have = self.values[0]
-        missing = [name for name in names if name not in have]
-        if not missing:
-            yield from ({name: known[name] for name in names} for known in self.values)
-            return
-        with self._runner(model, missing) as runner:
-            for known in self.values:
-                out = runner.run({k: v for k, v in known.items() if k in runner.inputs}, missing)
-                yield {name: out[name] if name in out else known[name] for name in names}
+        with Tail(self, model, names) as rest:
+            yield from rest.run()
+
+    def _each(self, job: Callable[[int], Feeds]) -> list[Feeds]:
+        """What a job gives for each batch; several run at once."""
+        with ThreadPoolExecutor(max(1, min(cores(), len(self.values)))) as pool:
+            return list(pool.map(job, range(len(self.values))))
 
     def fork(self) -> Frontier:
         """Another one at the same place, which shares what is kept."""
@@ -82,24 +81,30 @@ class Frontier:
         twin._folder, twin._written = None, 0
         return twin
 
-    def _runner(self, model: ir.Model, names: Sequence[str]) -> Runner:
-        return Runner(part(model, self.values[0], names), fast=True)
+    def _runner(self, model: ir.Model, names: Sequence[str], loose: Sequence[str] = ()) -> Runner:
+        # a batch per core leaves less waiting than a product spread over the cores
+        threads = 1 if len(self.values) >= cores() else None
+        return Runner(part(model, self.values[0], names, loose), fast=True, threads=threads)
 
     def _spill(self) -> None:
-        """Move arrays to a file once there is too much of them."""
-        total = sum(a.nbytes for known in self.values for a in known.values() if not isinstance(a, np.memmap))
-        if total <= _IN_MEMORY:
-            return
-        old, self._folder = self._folder, tempfile.TemporaryDirectory(prefix="cipm-ir-")
-        for known in self.values:
-            for name, array in known.items():
-                if array.nbytes > 1 << 16:
+        """Move arrays to files once there is too much of them; files that nothing here needs any more go."""
+        held = [(known, name) for known in self.values for name, a in known.items() if not isinstance(a, np.memmap)]
+        if sum(known[name].nbytes for known, name in held) > _IN_MEMORY:
+            self._folder = self._folder or tempfile.TemporaryDirectory(prefix="cipm-ir-")
+            for known, name in held:
+                if known[name].nbytes > 1 << 16:
                     path = Path(self._folder.name, f"{self._written}.npy")
-                    np.save(path, array)
+                    np.save(path, known[name])
                     known[name] = np.load(path, mmap_mode="r")
                     self._written += 1
-        if old is not None:
-            old.cleanup()
+        if self._folder is not None:
+            used = {
+                Path(str(a.filename)).name for known in self.values for a in known.values() if isinstance(a, np.memmap)
+            }
+            for path in Path(self._folder.name).iterdir():
+                if path.name not in used:
+                    with suppress(PermissionError):  # on Windows, where a fork still reads it
+                        path.unlink()
 
     def close(self) -> None:
         """Forget everything, temporary files included."""
@@ -113,6 +118,48 @@ class Frontier:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Tail:
+    """The rest of a graph, ready to run from where a frontier is; some weights may differ from run to run.
+
+    ``loose``: names of these weights. Use it as a context manager, or call `close`.
+    """
+
+    def __init__(self, frontier: Frontier, model: ir.Model, names: Sequence[str], loose: Sequence[str] = ()) -> None:
+        self._frontier, self._names = frontier, list(names)
+        self._missing = [name for name in names if name not in frontier.values[0]]
+        self._own = {name: _array(model, name) for name in loose}
+        self._runner = frontier._runner(model, self._missing, loose) if self._missing else None
+
+    def run(self, weights: Mapping[str, Array] | None = None) -> list[dict[str, Array]]:
+        """The values for each batch. ``weights``: of the loose ones those that differ from the model's, any float."""
+        given = {k: np.asarray((weights or {}).get(k, own)).astype(own.dtype) for k, own in self._own.items()}
+        return self._frontier._each(lambda k: self._run(k, given))
+
+    def _run(self, k: int, given: Feeds) -> Feeds:
+        known, runner = self._frontier.values[k], self._runner
+        out: Feeds = {}
+        if runner is not None:
+            out = runner.run({n: v for n, v in {**known, **given}.items() if n in runner.inputs}, self._missing)
+        return {name: out[name] if name in out else known[name] for name in self._names}
+
+    def close(self) -> None:
+        """Free the session."""
+        if self._runner is not None:
+            self._runner.close()
+
+    def __enter__(self) -> Tail:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _array(model: ir.Model, name: str) -> Array:
+    tensor = model.graph.initializers[name].const_value
+    assert tensor is not None
+    return np.asarray(tensor.numpy())
 
 
 def moving(model: ir.Model) -> set[str]:

@@ -53,10 +53,13 @@ def observe(
         raise InputError("The data holds no samples.")
 
 
-def part(model: ir.Model, inputs: Mapping[str, Array] | None, outputs: Sequence[str]) -> ir.Model:
+def part(
+    model: ir.Model, inputs: Mapping[str, Array] | None, outputs: Sequence[str], loose: Sequence[str] = ()
+) -> ir.Model:
     """A copy of the nodes between some values; ``inputs`` None starts at the inputs of the model.
 
-    Of ``inputs`` only those that are read are kept; their arrays tell the types.
+    Of ``inputs`` only those that are read are kept; their arrays tell the types. ``loose``: initializers that become
+    inputs too.
 
     Raises:
         InputError: there is no value of this name.
@@ -77,6 +80,15 @@ def part(model: ir.Model, inputs: Mapping[str, Array] | None, outputs: Sequence[
             old.name = f"{name}.before"
             old.replace_all_uses_with(fresh)
             starts.append(fresh)
+    for name in loose:
+        value = copy.graph.initializers.pop(name)
+        assert value.const_value is not None
+        value.shape, value.dtype, value.const_value = (
+            ir.Shape(value.const_value.shape.numpy()),
+            value.const_value.dtype,
+            None,
+        )
+        starts = [*(v for v in starts if v is not value), value]
     copy.graph.outputs.extend(known[name] for name in outputs)
     _prune(copy.graph)
     copy.graph.inputs.clear()

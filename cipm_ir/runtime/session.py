@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,6 +50,7 @@ class Runner:
         extra_outputs: names of inner values of the main graph to give out as well.
         backend: None takes onnxruntime, and the reference evaluator where onnxruntime lacks a kernel.
         fast: with onnxruntime's graph optimizations, where speed counts and not every bit.
+        threads: of onnxruntime; None leaves the number to it.
 
     Raises:
         UnsupportedError: the backend (or each of them) lacks an operator or a type that the model uses.
@@ -62,8 +64,9 @@ class Runner:
         extra_outputs: Sequence[str] = (),
         backend: Backend | None = None,
         fast: bool = False,
+        threads: int | None = None,
     ) -> None:
-        self._fast = fast
+        self._fast, self._parallel = fast, threads
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._model = _with_outputs(model, extra_outputs)
         self.outputs: tuple[str, ...] = tuple(value.name or "" for value in self._model.graph.outputs)
@@ -99,6 +102,7 @@ class Runner:
         options.graph_optimization_level = level.ORT_ENABLE_ALL if self._fast else level.ORT_DISABLE_ALL
         options.log_severity_level = 4
         options.use_deterministic_compute = True
+        options.intra_op_num_threads = self._parallel or 0
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # leave the cores to others
         try:
             return ort.InferenceSession(self._hand_over(), options, providers=["CPUExecutionProvider"])
@@ -161,6 +165,11 @@ class Runner:
         self.close()
 
 
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def run(model: ir.Model, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
     """Run a model once, see `Runner`; `outputs` may name inner values of the main graph."""
     known = {value.name for value in model.graph.outputs}
@@ -191,9 +200,8 @@ def _tensors(graph: ir.Graph) -> list[ir.TensorProtocol]:
 
 
 def _embedded(model: ir.Model) -> onnx.ModelProto:
-    """A self-contained proto; `model` is the runner's own copy, whose external tensors are read here."""
-    copy = model.clone()
-    for graph in copy.graphs():
+    """A self-contained proto; `model` is the runner's own copy, whose external tensors are read late from here on."""
+    for graph in model.graphs():
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
                 value.const_value = _read_late(value.const_value)
@@ -201,7 +209,7 @@ def _embedded(model: ir.Model) -> onnx.ModelProto:
             for name, attribute in list(node.attributes.items()):
                 if not attribute.is_ref() and isinstance(attribute.value, ir.ExternalTensor):
                     node.attributes[name] = ir.AttrTensor(name, _read_late(attribute.value))
-    return ir.to_proto(copy)
+    return ir.to_proto(model)
 
 
 def _read_late(tensor: ir.ExternalTensor) -> ir.LazyTensor:
