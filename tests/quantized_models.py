@@ -37,8 +37,9 @@ def static(
     per_channel: bool = False,
     exclude: Sequence[str] = (),
     extra: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> onnx.ModelProto:
-    """Static quantization to signed bytes, QDQ; ``extra`` are options of onnxruntime."""
+    """Static quantization to signed bytes, QDQ; ``extra`` and ``options`` are onnxruntime's."""
     given = onnx.ModelProto()
     given.CopyFrom(model)  # onnxruntime moves the weights of the proto that it gets to a file of its own
     with tempfile.TemporaryDirectory() as folder:
@@ -53,6 +54,7 @@ def static(
             weight_type=QuantType.QInt8,
             nodes_to_exclude=list(exclude) or None,
             extra_options=dict(extra or {}),
+            **options,
         )
         return onnx.load(path)
 

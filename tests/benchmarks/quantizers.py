@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,7 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import numpy_helper
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from tests import quantized_models
 
 Array = NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -66,17 +64,6 @@ def weights_rounded(
 
 
 # ---------------------------------------------------------------- onnxruntime
-class Reader(CalibrationDataReader):  # type: ignore[misc]
-    """Hands out given feeds one after another."""
-
-    def __init__(self, feeds: Sequence[Feeds]) -> None:
-        self.feeds: Iterator[Feeds] = iter(feeds)
-
-    def get_next(self) -> Feeds | None:
-        """The next feeds, or None."""
-        return next(self.feeds, None)
-
-
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without the quantizer's hints on the root logger."""
@@ -91,21 +78,8 @@ def quiet() -> Iterator[None]:
 
 def static(model: onnx.ModelProto, feeds: Sequence[Feeds], *, per_channel: bool, **options: Any) -> onnx.ModelProto:
     """onnxruntime's static quantization, QDQ, signed bytes for weights and activations."""
-    given = onnx.ModelProto()
-    given.CopyFrom(model)  # onnxruntime moves the weights of the proto that it gets to a file of its own
-    with tempfile.TemporaryDirectory() as folder, quiet():
-        path = Path(folder) / "quantized.onnx"
-        quantize_static(
-            given,
-            path,
-            Reader(feeds),
-            quant_format=QuantFormat.QDQ,
-            per_channel=per_channel,
-            activation_type=QuantType.QInt8,
-            weight_type=QuantType.QInt8,
-            **options,
-        )
-        return onnx.load(path)
+    with quiet():
+        return quantized_models.static(model, [dict(one) for one in feeds], per_channel=per_channel, **options)
 
 
 # ---------------------------------------------------------------- what is lost
