@@ -44,17 +44,18 @@ def _may_round(members: Members, leaf: int, found: list[Member], scale: Floats) 
     moved = [np.abs((m.scale * scale[m.classes[:, None], m.scale_at]).sum(1)).max() for m in found]
     if not max(moved):
         return False
-    array = members.array(leaf)
-    if array.dtype.kind != "f":
-        if array.dtype.name != "bfloat16":
-            return True  # eight bits or fewer: look at every entry
-        array = array.astype(np.float32)
-    limits = np.finfo(array.dtype)
-    sizes = np.abs(array)
-    low, high = float(sizes.min(initial=np.inf)), float(sizes.max(initial=0.0))
-    if not (low > 0 and high < np.inf):
-        used = sizes[(sizes > 0) & np.isfinite(sizes)]
-        low, high = float(used.min(initial=np.inf)), float(used.max(initial=0.0))
+    dtype = members.array(leaf).dtype
+    if dtype.kind != "f" and dtype.name != "bfloat16":
+        return True  # eight bits or fewer: look at every entry
+    limits = np.finfo(np.float32 if dtype.kind != "f" else dtype)
+    low, high = np.inf, 0.0
+    for _, block in members.blocks(leaf, (), None):
+        size = np.abs(block)
+        least, most = float(size.min(initial=np.inf)), float(size.max(initial=0.0))
+        if not (least > 0 and most < np.inf):
+            used = size[(size > 0) & np.isfinite(size)]
+            least, most = float(used.min(initial=np.inf)), float(used.max(initial=0.0))
+        low, high = min(low, least), max(high, most)
     far = int(sum(moved))
     return bool(high and (np.frexp(low)[1] - far <= limits.minexp or np.frexp(high)[1] + far > limits.maxexp))
 
