@@ -95,10 +95,10 @@ class Members:
         self._nodes = list(program.model.graph)
         self._arrays: dict[int, Array] = {}
         self._kept = 0
-        self._space = np.full(self.count, -1, np.int64)
+        self.space_of = np.full(self.count, -1, np.int64)
         for k, raw in enumerate(self.analysis.spaces):
             if raw.kind != "blocks" and raw.table.shape[1] == 1:
-                self._space[raw.table[:, 0]] = k
+                self.space_of[raw.table[:, 0]] = k
         self.rank_of = self._ranks()
         self.moving = self._moving()
         self.all = [m for f in self.analysis.walk.leaf_factors if (m := self._member(f)) is not None]
@@ -139,7 +139,7 @@ class Members:
     def _exponents(self, f: LeafFactor, classes: Labels) -> tuple[Labels, Labels]:
         scale = np.zeros((f.size, self.scales), np.int64)
         sign = np.zeros((f.size, self.signs), np.int64)
-        space = self._space[classes]
+        space = self.space_of[classes]
         for k in np.unique(space[space >= 0]).tolist():
             free = self.analysis.directions[k]
             here = np.flatnonzero(space == k)

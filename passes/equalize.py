@@ -40,8 +40,8 @@ class Equalize(Pass):
 
     Left alone: units of which a weight has only zeros, weights with infinite or NaN entries, float16 weights unless
     ``exact=false``, and scales that a weight could not take without rounding or overflow. Sources: Nagel et al. 2019
-    (pairs of layers); Xiao et al. 2023 (SmoothQuant). The witness holds an element per
-    space; `canonicalize.undo` takes it back.
+    (pairs of layers); Xiao et al. 2023 (SmoothQuant). The witness holds an element per space; `canonicalize.undo` takes
+    it back.
     """
 
     per: Literal["tensor", "channel"] = option("tensor", "weights are quantized with a step per tensor, or per channel")
@@ -54,14 +54,13 @@ class Equalize(Pass):
         """Read the weights and the data, solve, round, act."""
         ctx.progress("equalize", 0.0)
         members = Members(program, exact=self.exact)
-        terms = terms_of(members)
-        if terms and ctx.data is not None:
-            names = {term.source for term in terms if term.source is not None}
-            terms = terms_of(members, channels(program, names, ctx.data, self.samples))
+        data = ctx.data
+        look = None if data is None else lambda names: channels(program, names, data, self.samples)
+        terms = terms_of(members, look)
         free = np.setdiff1d(indices(terms), np.flatnonzero(frozen(members, terms)))
         if not len(free):
             return PassResult(program, False, "no weight has a scale that is free")
-        objective = Objective(terms, free, self.per, self.alpha if ctx.data is not None else 0.0)
+        objective = Objective(terms, free, self.per, self.alpha if data is not None else 0.0)
         found = solve(objective, lambda done: ctx.progress("equalize", 0.9 * done))
         flat = np.zeros(members.count * max(members.scales, 1))
         flat[free] = rounded(objective, found) if self.exact else found / _LOG2

@@ -11,7 +11,7 @@ a maximum of linear functions plus logarithms of sums of exponentials of linear 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,25 +66,31 @@ class Term:
         return self.size * both, self.energy * both**2
 
 
-def terms_of(members: Members, observed: Mapping[str, tuple[Floats, Floats]] | None = None) -> list[Term]:
+Look = Callable[[set[str]], Mapping[str, tuple[Floats, Floats]]]
+"""Gives for names of values the second moment and largest magnitude of each of their channels."""
+
+
+def terms_of(members: Members, look: Look | None = None) -> list[Term]:
     """Every weight matrix or kernel that some scale moves.
 
     Args:
         members: all axes of all parameters.
-        observed: by name of a value, second moment and largest magnitude of each of its channels.
+        look: tells about the values that are multiplied; None: the weights alone tell.
     """
     made: dict[int, Term] = {}
-    given = set()
     for leaf, found in members.on_leaf.items():
         one = members.analysis.walk.leaves[leaf]
         if one.dtype not in _FLOATS or not any(m.scale.any() for m in found):
             continue
         roles = _roles(members.analysis.walk.nodes, one)
         term = None if roles is None else _term(members, leaf, found, roles)
-        if term is None:
-            continue
-        made[leaf] = term
-        seen = None if observed is None or term.source is None else observed.get(term.source)
+        if term is not None:
+            made[leaf] = term
+    names = {term.source for term in made.values() if term.source is not None}
+    observed = look(names) if look is not None and names else {}
+    given = set()
+    for term in made.values():
+        seen = observed.get(term.source or "")
         if seen is not None and seen[0].size == term.moment.size:
             term.moment, term.peak = (np.asarray(vector).reshape(term.moment.shape) for vector in seen)
             given.add(term.name)

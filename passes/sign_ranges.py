@@ -60,10 +60,6 @@ class Ranges:
         self.members = signs.members
         self.matrices = [m for m in self.members.all if not m.line and len(m.sign_at)]
         self.leaves = sorted({m.factor.leaf for m in self.matrices})
-        self._space = np.full(self.members.count, -1, np.int64)
-        for k, raw in enumerate(self.members.analysis.spaces):
-            if raw.kind != "blocks" and raw.table.shape[1] == 1:
-                self._space[raw.table[:, 0]] = k
         self._groups = self._found_groups()
         self._extremes: dict[int, tuple[Floats, Floats]] = {}
 
@@ -95,7 +91,7 @@ class Ranges:
         found: dict[tuple[int, int], list[Member]] = {}
         for m in self.matrices:
             for column, direction in enumerate(m.sign_at.tolist()):
-                spaces = np.unique(self._space[m.classes[m.sign[:, column] == 1]])
+                spaces = np.unique(self.members.space_of[m.classes[m.sign[:, column] == 1]])
                 for k in spaces[spaces >= 0].tolist():
                     found.setdefault((k, direction), []).append(m)
         self._members = found
