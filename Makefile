@@ -21,8 +21,10 @@ help: ## List the targets
 demo: $(VENV)/.installed-base ## Inspect, prune and compress a digit classifier (installs the base and matplotlib)
 	$(BIN)/python examples/digits/demo.py
 
+# One thread each, for the workers fill the cores. Each worker takes tests that follow one another, for they share what
+# was built for them. Bytecode is written whatever the environment says, for some tests start new interpreters.
 test: $(VENV)/.installed-dev ## Run the tests, models and torch included
-	$(BIN)/python -m pytest -q -n $(JOBS)
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
 check: $(VENV)/.installed-dev ## Lint, formatting and types
 	$(BIN)/ruff check .

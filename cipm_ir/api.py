@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from cipm_ir.backends.to_onnx import emit_proto
-from cipm_ir.errors import OptionError, UnsupportedError
+from cipm_ir.errors import InputError, OptionError, UnsupportedError
 from cipm_ir.frontends.from_onnx import check_finite
 from cipm_ir.passes.base import Kind, Pass, Progress, ignore_progress
 from cipm_ir.passes.pipeline import Outcome, Witness, check_analysis, check_properties, run_passes
@@ -17,7 +17,17 @@ from cipm_ir.passes.report import Report
 from cipm_ir.passes.text import parse_passes
 from cipm_ir.runtime.inputs import Data
 from cipm_ir.runtime.verify import Verification, verify_models
-from cipm_ir.sources import Examples, OnnxOrigin, Source, check_output, origin_of, read, read_checked, torch_module
+from cipm_ir.sources import (
+    Examples,
+    OnnxOrigin,
+    Source,
+    check_output,
+    origin_of,
+    read,
+    read_checked,
+    read_data,
+    torch_module,
+)
 from cipm_ir.symmetry.program import Program
 
 if TYPE_CHECKING:
@@ -34,7 +44,7 @@ DEFAULT_COMPILE_PASSES = ("fold-batch-norm", "remove-dead")
 """The same for `torch_backend`, whose graphs are only run."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """What `optimize` gives back: the program, the report, and what each pass did.
 
@@ -49,6 +59,10 @@ class Result:
     report: Report
     witness: tuple[Witness, ...]
     annotate: bool = False
+
+    def __repr__(self) -> str:
+        """The report as a table: what a notebook or a print shows."""
+        return str(self.report)
 
     @cached_property
     def model(self) -> Any:
@@ -130,8 +144,8 @@ def optimize(
         source: see `Source`; never changed.
         passes: names in text form (`"prune{macs=0.5}"`), pass objects, or a mix; None: `DEFAULT_PASSES`, for a torch
             program `DEFAULT_TORCH_PASSES`.
-        data: calibration and verification input: a path to .npz (arrays by input name, first axis samples), a dict of
-            arrays, or an iterable of dicts.
+        data: calibration and verification input: a path to .npz (arrays by input name, first axis samples), a list or
+            a folder of such files, a path to .npy where there is one input, a dict of arrays, or an iterable of dicts.
         output: where to write the result, beside first and then renamed; it may be the source.
         verify: run the model before and after each pass.
         annotate: write the groups of every axis into the metadata of the result.
@@ -153,7 +167,7 @@ def optimize(
     outcome: Outcome = run_passes(
         program,
         todo,
-        data=data,
+        data=read_data(data, program),
         seed=seed,
         verify=verify,
         progress=progress or ignore_progress,
@@ -194,6 +208,7 @@ def verify(
     """
     examples = Examples(example_inputs, example_kwargs)
     first, second = read_checked(a, examples), read_checked(b, examples)
+    data = read_data(data, first)
     if not isinstance(origin_of(first), OnnxOrigin) or not isinstance(origin_of(second), OnnxOrigin):
         across = torch_module("backends.to_torch_origin").compare_programs
         found: Verification = across(first, second, data=data, seed=seed, rtol=rtol, atol=atol, cases=cases)
@@ -237,9 +252,12 @@ def statistics(
     from cipm_ir.runtime import distributed, statistics
 
     program = load(source, example_inputs, example_kwargs)
+    samples = read_data(data, program)
+    if samples is None:
+        raise InputError("Statistics need data: give inputs, as for optimize.")
     if engine is None:
-        return statistics.collect(program, data, **options)
-    return distributed.collect(program, data, engine=engine, **options)
+        return statistics.collect(program, samples, **options)
+    return distributed.collect(program, samples, engine=engine, **options)
 
 
 def to_torch(source: Source, *, example_inputs: Any = None, example_kwargs: Mapping[str, Any] | None = None) -> Any:

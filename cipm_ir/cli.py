@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.main import get_command
 
+from cipm_ir.cli_sweep import DATA_HELP
 from cipm_ir.cli_sweep import sweep as sweep_command
-from cipm_ir.errors import CipmError, OutputError
+from cipm_ir.errors import CipmError, OptionError, OutputError
 from cipm_ir.progress_bar import progress_bar
 from cipm_ir.version import __version__
 
@@ -48,9 +49,7 @@ _OUTPUTS = (
     "Where to write the result: .onnx or .pt2, and for a module of torch also a folder, which gets a plan and weights "
     "(cipm_ir.apply_plan). Without it only the report is shown."
 )
-DataOption = Annotated[
-    str | None, typer.Option("--data", metavar="NPZ", help="Calibration input: arrays by name, first axis samples.")
-]
+DataOption = Annotated[str | None, typer.Option("--data", metavar="DATA", help=DATA_HELP)]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
 
 
@@ -127,6 +126,8 @@ def optimize(
     from cipm_ir.passes.html import check_matplotlib, render
     from cipm_ir.sources import check_output
 
+    _check_apart({"--data": data}, {"-o": output})
+    _check_apart({"the model": model, "--data": data, "-o": output}, {"--report": report, "--html": html})
     if output is not None:
         check_output(output, model)
     for place in (report, html):
@@ -239,6 +240,14 @@ def _print_spaces(program: Program) -> None:
     print(f"{len(program.spaces)} spaces, {units} free units")
     for node in program.opaque:
         print(f"opaque: {node}")
+
+
+def _check_apart(used: dict[str, str | None], written: dict[str, str | None]) -> None:
+    """Errors: `OptionError` where a file would be written over something that is given beside it."""
+    seen = {os.path.realpath(path): what for what, path in used.items() if path is not None}
+    for what, path in written.items():
+        if path is not None and (other := seen.setdefault(os.path.realpath(path), what)) != what:
+            raise OptionError(f"{what} would be written over {other}, {path!r}; give it a file of its own.")
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -9,6 +10,11 @@ import typer
 
 from cipm_ir.errors import CipmError, OptionError
 from cipm_ir.progress_bar import progress_bar
+
+DATA_HELP = (
+    "Calibration input: an .npz file (arrays by name, first axis samples), a folder of such files, or a .npy file "
+    "where the model has one input."
+)
 
 
 def sweep(
@@ -21,11 +27,11 @@ def sweep(
     ],
     data: Annotated[
         str | None,
-        typer.Option("--data", metavar="NPZ", help="Calibration input: arrays by name, first axis samples."),
+        typer.Option("--data", metavar="DATA", help=DATA_HELP),
     ] = None,
     held_out: Annotated[
         str | None,
-        typer.Option("--held-out", metavar="NPZ", help="Inputs to compare outputs on. Default: the calibration data."),
+        typer.Option("--held-out", metavar="DATA", help="Inputs to compare outputs on. Default: the calibration data."),
     ] = None,
     budgets: Annotated[
         str, typer.Option("--budgets", metavar="B,B,...", help="Fractions that may remain, with commas between.")
@@ -64,7 +70,8 @@ def sweep(
                 progress=progress,
             )
     except KeyboardInterrupt:
-        print(f"cipm: what is finished is in {output!r}; the same command goes on from there.", file=sys.stderr)
+        if os.path.exists(os.path.join(output, "sweep.json")):
+            print(f"cipm: what is finished is in {output!r}; the same command goes on from there.", file=sys.stderr)
         raise
     if not quiet:
         print(report)

@@ -14,8 +14,10 @@ import onnx_ir as ir
 
 from cipm_ir.backends.targets import check_target, onnx_form, torch_form
 from cipm_ir.backends.to_onnx import save_onnx
-from cipm_ir.errors import UnsupportedError
+from cipm_ir.errors import InputError, UnsupportedError
 from cipm_ir.frontends.from_onnx import check_shapes, load_onnx
+from cipm_ir.runtime.inputs import Data, true_inputs
+from cipm_ir.runtime.npz import Files, mapped
 from cipm_ir.runtime.quiet import quiet
 from cipm_ir.symmetry.analysis import uncollected
 from cipm_ir.symmetry.program import Program
@@ -124,6 +126,28 @@ def _is_torch(source: object) -> bool:
 def origin_of(program: Program) -> Any:
     """Where a program came from; one that was made in memory counts as an ONNX model."""
     return program.origin if program.origin is not None else OnnxOrigin("ir", None, False)
+
+
+def read_data(data: Data | None, program: Program) -> Data | None:
+    """Samples in the form that everything takes: a folder of .npz files, a list of them, and a .npy file are opened.
+
+    Errors: `InputError`: no such file, a folder without .npz files, a .npy file for a model of several inputs.
+    """
+    if isinstance(data, list | tuple) and data and all(isinstance(one, str | os.PathLike) for one in data):
+        return Files(tuple(os.fspath(one) for one in data))
+    if not isinstance(data, str | os.PathLike):
+        return data
+    if os.path.isdir(data):
+        return Files.of(data)
+    if not os.fspath(data).endswith(".npy"):
+        return data
+    names = [value.name or "" for value in true_inputs(program.model)]
+    if len(names) != 1:
+        raise InputError(
+            f"{os.fspath(data)!r} holds one array, but the model has inputs {', '.join(map(repr, names)) or 'no'}; "
+            "give an .npz file with an array for each."
+        )
+    return {names[0]: mapped(data)}
 
 
 def check_output(path: str | os.PathLike[str], source: Source = None) -> None:

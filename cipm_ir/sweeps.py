@@ -31,16 +31,17 @@ from cipm_ir.runtime.closeness import Closeness, closeness
 from cipm_ir.runtime.content import check_repeatable, data_hash, model_hash
 from cipm_ir.runtime.files import write_text
 from cipm_ir.runtime.inputs import Data, Feeds, batches
+from cipm_ir.runtime.npz import Files
 from cipm_ir.runtime.session import Runner
 from cipm_ir.runtime.timing import compare_latency, timing_feeds
-from cipm_ir.sources import OnnxOrigin, Source, origin_of
+from cipm_ir.sources import OnnxOrigin, Source, origin_of, read_data
 from cipm_ir.symmetry.program import Program
 from cipm_ir.version import __version__
 
 BUDGETS = ("macs", "params", "bytes", "latency")
 _COMPARED = 1024
 """Samples that outputs are compared on, at most."""
-_PLACE = re.compile(r"(?<=[{,])(\s*)(?:\{budget\}|budget)(?=\s*[,}])")
+_PLACE = r"(?<=[{{,])(\s*)(?:(?:{}\s*=\s*)?\{{budget\}}|budget)(?=\s*[,}}])"
 
 
 def sweep(
@@ -73,7 +74,7 @@ def sweep(
         budgets: fractions of the dense model that may remain.
         budget: of what: "macs", "params", "bytes" or "latency"; the passes must have an option of this name.
         passes_template: passes in text form. The budget goes where ``{budget}`` stands, as in
-            ``"fold-batch-norm, prune{{budget}, round_to=8}"``, or else into the last pass.
+            ``"fold-batch-norm, prune{macs={budget}, round_to=8}"``, or else into the last pass.
         data: calibration input, see `cipm_ir.optimize`; not an iterator.
         held_out: inputs on which outputs are compared with the dense model's; None: the calibration data.
         evaluate: scores a model, more is better; as for `compress` a function of ``run``, which takes arrays by input
@@ -97,18 +98,19 @@ def sweep(
     for samples in (data, held_out):
         if samples is not None and not isinstance(samples, (str, os.PathLike, Mapping)):
             check_repeatable(samples)
+    hashes = _samples_hash(data), _samples_hash(held_out)
+    program = api.load(source, example_inputs, example_kwargs)
     folder = Path(os.path.abspath(output_folder))
     _prepare(folder)
     earlier = read_record(folder / "sweep.json")
-    program = api.load(source, example_inputs, example_kwargs)
     settings = {
-        "cipm": __version__, "model": model_hash(program.written), "data": data_hash(data),
-        "held_out": data_hash(held_out), "evaluate": _identity(evaluate), "passes": passes_template, "budget": budget,
+        "cipm": __version__, "model": model_hash(program.written), "data": hashes[0], "held_out": hashes[1],
+        "evaluate": _identity(evaluate), "passes": passes_template, "budget": budget,
         "threads": threads, "batch": batch, "seed": seed, "verify": verify,
     }  # fmt: skip
     work = _Work(
-        program, folder, budget, settings, data, held_out, evaluate, threads, batch, seed, verify,
-        progress or ignore_progress,
+        program, folder, budget, settings, read_data(data, program), read_data(held_out, program), evaluate, threads,
+        batch, seed, verify, progress or ignore_progress,
     )  # fmt: skip
     return work.run(texts, earlier)
 
@@ -118,8 +120,13 @@ def passes_for(template: str, budget: str, value: float) -> str:
 
     Errors: `OptionError` where the result cannot be read, or the last pass has no such option.
     """
+    if (other := re.search(r"(\w+)\s*=\s*\{budget\}", template)) and other[1] != budget:
+        raise OptionError(
+            f"The sweep is over {budget}, but the passes give the budget to {other[1]}; "
+            f"sweep over {other[1]}, or write {budget}={{budget}}."
+        )
     given = f"{budget}={value:.10g}"
-    text, count = _PLACE.subn(rf"\g<1>{given}", template)
+    text, count = re.subn(_PLACE.format(budget), rf"\g<1>{given}", template)
     if not count:
         head = template.rstrip()
         if not head.endswith("}"):
@@ -192,7 +199,14 @@ class _Work:
     # ------------------------------------------------------------ points
     def _dense(self, key: str) -> Point:
         self.progress("the dense model", 0.0)
-        return self._judged(self._sized(Point(1.0, "dense", key=key), self.program), self.program)
+        point = self._judged(self._sized(Point(1.0, "dense", key=key), self.program), self.program)
+        if point.difference is not None and not math.isfinite(point.difference):
+            which = "held-out" if self.held_out is not None else "calibration"
+            raise InputError(
+                f"The outputs of the model are NaN or infinite on some of the {which} data, so nothing can be compared "
+                "with them; repair the data, or leave these samples out."
+            )
+        return point
 
     def _point(self, value: float, text: str, what: str) -> Point:
         def show(doing: str, fraction: float | None) -> None:
@@ -329,6 +343,15 @@ def _prepare(folder: Path) -> None:
     trial = folder / ".sweep-trial"
     write_text(trial, "")
     trial.unlink(missing_ok=True)
+
+
+def _samples_hash(data: Data | None) -> str:
+    """`data_hash`, of several files together where data is a folder or a list of them."""
+    if isinstance(data, str | os.PathLike) and os.path.isdir(data):
+        data = list(Files.of(data).paths)
+    if isinstance(data, list | tuple) and data and all(isinstance(one, str | os.PathLike) for one in data):
+        return hashlib.sha256(json.dumps([data_hash(one) for one in data]).encode()).hexdigest()
+    return data_hash(data)
 
 
 def _identity(evaluate: Evaluate | None) -> str:

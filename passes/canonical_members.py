@@ -125,7 +125,7 @@ class Members:
         leaf = self.analysis.walk.leaves[f.leaf]
         span = slice(f.base, f.base + f.size)
         classes = self.analysis.classes.of[span]
-        if not f.active or not self.moving[classes].any():
+        if not f.active or 0 in leaf.shape or not self.moving[classes].any():
             return None
         scale, sign = self._exponents(f, classes)
         if f.epsilon is not None:  # a variance takes the square of a scale, and no sign
@@ -204,8 +204,7 @@ class Members:
         if m.groups:
             grouped = np.concatenate(rows).reshape(m.groups, m.shape[0] // m.groups, m.factor.shape[1])
             return np.asarray(ufunc.reduce(grouped, axis=1)).ravel()
-        if out is None:
-            raise ValueError(f"parameter {self.analysis.walk.leaves[m.factor.leaf].name} is empty")
+        assert out is not None  # parameters without entries have no members
         return np.asarray(out)
 
     def entries(self, leaf: int, index: Sequence[Array], weight: Callable[[Member], Floats]) -> Floats:

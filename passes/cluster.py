@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from cipm_ir.algebra import Element
-from cipm_ir.errors import InputError
+from cipm_ir.errors import InputError, UnsupportedError
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
 from cipm_ir.passes.cluster_affinity import MEASURES, Affinities, activation_affinities, weight_affinities
 from cipm_ir.passes.cluster_order import METHODS
@@ -63,7 +63,7 @@ class Cluster(Pass):
         spaces = [s for s in program.spaces if s.kind != "cells" and s.group.permutes and s.size >= self.smallest]
         found = self._affinities(program, spaces, ctx)
         if not found.spaces:
-            return PassResult(program, False, "no space of units that could be ordered")
+            return PassResult(program, False, "; ".join(["no space of units that could be ordered", *found.remarks]))
         couplings = {} if self.scale == "layer" else Weights(program).couplings(tuple(found.spaces))
 
         def tick(done: int, count: int) -> None:
@@ -100,7 +100,10 @@ class Cluster(Pass):
             return weight_affinities(program, spaces, self.measure, ctx.progress)
         if ctx.data is None:
             raise InputError("cluster by activations runs the model; give data=, or use by=weights.")
-        return activation_affinities(program, spaces, self.measure, ctx.data, self.limit, ctx.progress)
+        try:
+            return activation_affinities(program, spaces, self.measure, ctx.data, self.limit, ctx.progress)
+        except UnsupportedError as refusal:
+            raise UnsupportedError(f"{str(refusal).rstrip('.')}; by=weights runs nothing.") from refusal
 
 
 def _elements(spaces: Sequence[Space], made: Arrangement) -> dict[Space, Element]:

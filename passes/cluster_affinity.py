@@ -89,9 +89,11 @@ def activation_affinities(
     asked = (measure,) if measure in ("spearman", "cofiring", "information") else ()
     lags = (1,) if measure == "lagged" else ()
     made = collect(program, data, measures=asked, lags=lags, limit=limit, progress=progress)
-    weights, found, hidden = Weights(program), Affinities("activations"), []
+    weights, found, hidden, still = Weights(program), Affinities("activations"), [], []
     for space in spaces:
-        if space.name in made:
+        if space.name in made and made[space.name].constant.all():
+            still.append(space.name)
+        elif space.name in made:
             matrix = _symmetric(made[space.name].similarity(measure))
             found.add(space, matrix, np.abs(matrix))
         elif (like := weights.likeness(space, "correlation")) is not None:
@@ -99,7 +101,11 @@ def activation_affinities(
             hidden.append(space.name)
     if hidden:
         found.remarks.append(f"{_names(hidden)} compared by weights, since no value shows the units")
-    chosen = [made[space.name] for space in spaces if space.name in made]
+    if still:
+        found.remarks.append(
+            f"left as they are: {_names(still)}, whose units are constant on the data, which says nothing about them"
+        )
+    chosen = [made[space.name] for space in found.spaces if space.name in made]
     short = [one.name for one in chosen if one.count <= one.size]
     if short:
         found.remarks.append(f"fewer rows than units for {_names(short)}; give more data")

@@ -104,7 +104,8 @@ def summary_of(shown: Shown, metrics: Mapping[str, Any], moved: int) -> str:
         modules = len(np.unique(np.concatenate(shown.made.modules)))
     (before, after), (low, high) = metrics["block_mass"], metrics["modularity"]
     line = (
-        f"{moved} of {len(shown.found.spaces)} spaces reordered by {shown.found.by}, {modules} modules; in them "
+        f"{moved} of {len(shown.found.spaces)} space{'s' * (len(shown.found.spaces) > 1)} reordered by "
+        f"{shown.found.by}, {modules} module{'s' * (modules > 1)}; in them "
         f"{after:.0%} of the affinity (as it came {before:.0%}), modularity {low:.2f} -> {high:.2f}"
     )
     if "chance" in metrics:

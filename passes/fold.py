@@ -86,19 +86,24 @@ class Fold(Pass):
 
     # ------------------------------------------------------------ exact
     def _duplicates(self, program: Program, tally: _Tally, ctx: Context) -> Program:
-        for number in range(self.rounds):
+        blocked: set[str] = set()
+        number = 0
+        while number < self.rounds:
             ctx.progress("duplicates", number / self.rounds)
             chosen, _ = self._readable(program, tally)
-            found = {k: find_duplicates(rows, self.tolerance) for k, rows in chosen.items()}
-            found = _equally_many(program, found)
+            free = {k: rows for k, rows in chosen.items() if rows.space.name not in blocked}
+            found = _equally_many(program, {k: find_duplicates(rows, self.tolerance) for k, rows in free.items()})
             if not found:
                 break
             elements = {program.spaces[k]: d.element for k, d in found.items() if not d.element.is_identity}
             same = program.act(elements) if elements else program
-            merges = {k: _as_merge(d) for k, d in found.items()}
-            made = merge_spaces(same, merges)
-            tally.note_duplicates(program, found)
-            program = made
+            made, failed = _all_merged(same, {k: _as_merge(d) for k, d in found.items()})
+            for k, why in failed.items():
+                blocked.add(program.spaces[k].name)
+                tally.refuse(program.spaces[k], why)
+            if not failed:
+                tally.note_duplicates(program, found)
+                program, number = made, number + 1
         return program
 
     def _readable(self, program: Program, tally: _Tally) -> tuple[dict[int, UnitRows], Members]:
@@ -311,10 +316,14 @@ class _Tally:
         }  # fmt: skip
         parts = [
             f"{count} {what}"
-            for count, what in ((self.duplicates, "duplicates"), (self.merged, f"by {self.method}"))
+            for count, what in (
+                (self.duplicates, "duplicate" + "s" * (self.duplicates > 1)),
+                (self.merged, f"by {self.method}"),
+            )
             if count
         ]
-        summary = f"units merged: {', '.join(parts)}, in {len(self.kept)} spaces" if parts else "nothing to merge"
+        where = f"in {len(self.kept)} space{'s' * (len(self.kept) > 1)}"
+        summary = f"units merged: {', '.join(parts)}, {where}" if parts else "nothing to merge"
         summary = "; ".join(part for part in (summary, *self.warnings, self.refusals()) if part)
         if not parts:
             return PassResult(self.program, False, summary, metrics=metrics)

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from cipm_ir.errors import SymmetryError
 from cipm_ir.ir.labels import Labels
@@ -29,6 +30,8 @@ _FAR = 8.0
 """Sums over equal steps: of a normal density as exact as any rule, and a kink of the nonlinearity costs little."""
 _DEGREE = 32
 _SAMPLES = 4096
+_ROUNDING = 1e-12
+"""Of a second moment: a smaller variance is none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,10 +48,15 @@ class Moments:
         return np.asarray(self.second - np.outer(self.mean, self.mean))
 
     @property
+    def constant(self) -> npt.NDArray[np.bool_]:
+        """(units,): whose variance is nothing but rounding."""
+        return np.asarray(np.diag(self.covariance) <= _ROUNDING * np.diag(self.second))
+
+    @property
     def correlation(self) -> Floats:
         """(units, units); a unit that never changes is like nothing but itself."""
         found = self.covariance
-        spread = np.sqrt(np.maximum(np.diag(found), 0.0))
+        spread = np.sqrt(np.where(self.constant, 0.0, np.diag(found)))
         size = np.outer(spread, spread)
         out = np.clip(np.divide(found, size, out=np.zeros_like(found), where=size > 0), -1.0, 1.0)
         np.fill_diagonal(out, 1.0)

@@ -86,9 +86,16 @@ class Planner:
         if few:
             name, count = next(iter(few.items()))
             size = self.program.space(name).size
+            more = f" (and so of {len(few) - 1} more)" if len(few) > 1 else ""
             self.warnings.append(
                 f"too few data: {count} values for the {size} units of @{name}, so their moments have rank {count} "
-                f"at most and the rest is damping (and so of {len(few) - 1} more spaces); give more samples"
+                f"at most and the rest is damping{more}; give more samples"
+            )
+        still = [rows[k].space.name for k, m in self._moments.items() if m.count and m.count > 1 and m.constant.all()]
+        if still:
+            more = f" (and of {len(still) - 1} more)" if len(still) > 1 else ""
+            self.warnings.append(
+                f"all units of @{still[0]}{more} are constant on the data, which says nothing of them; give other data"
             )
         return {k: rows[k] for k in sites}
 

@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -130,8 +131,11 @@ def draw(figure: Figure) -> str:
         return f"<figure>{caption}{_heat_map(figure)}</figure>\n"
     if isinstance(figure, Rows):
         return f"<figure>{caption}{_table(figure.head, figure.rows, figure.texts)}</figure>\n"
-    # Without a salt of our own the ids of clip paths differ from run to run.
-    with _matplotlib().rc_context({"svg.hashsalt": "cipm", "svg.fonttype": "none", "font.size": 9}):
+    # Without a salt of our own the ids of clip paths differ from run to run. The browser draws the text, so names may
+    # hold what matplotlib's font lacks, and dollar signs are no formulas.
+    plain = {"svg.hashsalt": "cipm", "svg.fonttype": "none", "text.parse_math": False, "font.size": 9}
+    with _matplotlib().rc_context(plain), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         body = _bars(figure) if isinstance(figure, Bars) else _curves(figure)
     return f"<figure>{caption}{body}</figure>\n"
 
@@ -196,11 +200,16 @@ def _curves(figure: Curves) -> str:
     canvas = _matplotlib().figure.Figure(figsize=(6.0, 3.6), layout="constrained")
     axes = canvas.subplots()
     for name, (x, y) in figure.lines.items():
-        axes.plot(np.asarray(x, np.float64), np.asarray(y, np.float64), marker="o", markersize=3, label=name)
+        axes.plot(np.asarray(x, np.float64), np.asarray(y, np.float64), marker="o", markersize=3, label=_shown(name))
     axes.set_xlabel(figure.x_label)
     axes.set_ylabel(figure.y_label)
     axes.grid(alpha=0.3)
     return _finished(canvas, axes, list(figure.lines))
+
+
+def _shown(name: str) -> str:
+    """Matplotlib leaves out of a legend what begins with an underscore."""
+    return f" {name}" if name.startswith("_") else name
 
 
 def _finished(canvas: Any, axes: Any, names: Sequence[str]) -> str:

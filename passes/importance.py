@@ -99,6 +99,9 @@ def _factory(criterion: Any) -> ImportanceFactory:
         raise OptionError(f"{criterion!r} is no criterion; give a function of (program, space, context).")
     if _takes(criterion, None, None, None):
         return lambda _norm: _Scored(criterion)
+    if not _takes(criterion, None):
+        name = getattr(criterion, "__name__", criterion)
+        raise OptionError(f"{name!r} is no criterion: it does not take (program, space, context).")
     made: ImportanceFactory = criterion
     return made
 
@@ -207,6 +210,8 @@ def _marginals(array: npt.NDArray[Any], factors: list[LeafFactor], norm: str) ->
 
 def _summed(size: npt.NDArray[Any], axes: list[int]) -> npt.NDArray[Any]:
     """Sum over some axes: of last and first ones by a product with ones, several times faster than a sum in float64."""
+    if not size.size:  # a layer without units
+        return np.asarray(size.sum(axis=tuple(axes), dtype=np.float64))
     left = sorted(axes)
     while left and left[-1] == size.ndim - 1:
         left.pop()

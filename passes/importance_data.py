@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from cipm_ir.errors import SymmetryError
+from cipm_ir.errors import InputError, SymmetryError
 from cipm_ir.passes.base import Context
 from cipm_ir.passes.importance import Scores, parameter_array, register_importance
 from cipm_ir.passes.importance_gradient import needed_data
@@ -200,6 +200,8 @@ class BrainSurgeon:
     limit: int = 1024
     positions: int = 64
     damping: float = DAMPING
+    warnings: list[str] = field(default_factory=list, repr=False, compare=False)
+    """What there was too little data for, after `score`."""
     _known: tuple[Program, dict[str, Scores]] | None = field(default=None, repr=False, compare=False)
 
     def score(self, program: Program, space: Space, ctx: Context) -> Scores:
@@ -220,10 +222,12 @@ class BrainSurgeon:
         needed_data(ctx, "obs")
         todo = _all_readers(program)
         costs = {space.name: np.zeros(space.size) for space, _ in todo}
+        short: list[tuple[_Gram, bool]] = []
         grams = {reader.node: _Gram(Linear.of(program, reader), reader) for _, reader in todo}
         for group in _groups(list(grams.values())):
             self._observe(program, ctx, group)
             inverse = {g.reader.node: g.inverse(self.damping) for g in group}
+            short += [(g, g.constant) for g in group if g.rows <= g.linear.size or g.constant]
             for space, reader in todo:
                 if reader.node in inverse:
                     gram, (inside, size) = grams[reader.node], inverse[reader.node]
@@ -234,6 +238,7 @@ class BrainSurgeon:
                     costs[space.name] += gram.places * _block_costs(inside, matrix, rows)
             for gram in group:
                 gram.total = None
+        self.warnings = _too_few(short)
         return costs
 
     def _observe(self, program: Program, ctx: Context, group: Sequence[_Gram]) -> None:
@@ -262,10 +267,18 @@ class _Gram:
         rng = np.random.default_rng([seed, self.reader.node])
         u = self.linear.inputs(value, sample_places(each, positions, rng) if conv else None).astype(np.float32)
         u = np.concatenate([u, np.ones((len(u), 1), np.float32)], axis=1)
-        made = (u.T @ u).astype(np.float64)
+        made = _squared(u)
         self.total = made if self.total is None else self.total + made
         self.rows += len(u)
         self.places = float(each) if conv else each / max(count, 1)
+
+    @property
+    def constant(self) -> bool:
+        """Whether all rows were the same, up to float32 rounding."""
+        assert self.total is not None
+        mean = self.total / self.rows
+        squares = np.diagonal(mean)
+        return bool((squares - np.square(mean[-1]) <= 1e-5 * squares).all())
 
     def inverse(self, damping: float) -> tuple[Floats, Floats]:
         """Of the mean after its diagonal was scaled to 1, damped; and the root of that diagonal.
@@ -279,6 +292,32 @@ class _Gram:
         mean = mean / divisor[:, None] / divisor
         mean[np.diag_indices_from(mean)] = 1.0 + damping
         return np.asarray(np.linalg.inv(mean)), size
+
+
+def _squared(u: Array) -> Floats:
+    """uᵀ u, in float32 where that holds it. Errors: `InputError` where float64 does not, either."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        made = (u.T @ u).astype(np.float64)
+        if not np.isfinite(np.diagonal(made)).all():
+            wide = u.astype(np.float64)
+            made = wide.T @ wide
+    if not np.isfinite(np.diagonal(made)).all():
+        raise InputError("The squares of the activations are above what float64 holds; scale the data down.")
+    return np.asarray(made)
+
+
+def _too_few(short: Sequence[tuple[_Gram, bool]]) -> list[str]:
+    """``short``: Gram matrices without full rank, and whether all their rows are the same."""
+    if not short:
+        return []
+    worst, constant = min(short, key=lambda s: s[0].rows / s[0].linear.size)
+    more = f" (and so for {len(short) - 1} more)" if len(short) > 1 else ""
+    reads, rank = f"the {worst.linear.size} inputs of {worst.reader.output!r}{more}", min(worst.rows, worst.linear.size)
+    if constant and worst.rows > 1:
+        said, rank = f"{reads} are the same in every row of the data", 1
+    else:
+        said = f"too few data: {worst.rows} rows for {reads}"
+    return [f"{said}, so their Gram matrix has rank {rank} at most and the rest is damping; give more samples"]
 
 
 def _groups(grams: Sequence[_Gram]) -> list[list[_Gram]]:

@@ -91,10 +91,18 @@ class Taylor:
             raise UnsupportedError(f"The criterion {self.name!r} needs gradients: {refusal}") from refusal
         if reads.total and not total.any():
             raise UnsupportedError(
-                f"The criterion {self.name!r} finds no gradient: no output of the model depends smoothly on its units; "
-                "choose one without gradients, such as wanda."
+                f"The criterion {self.name!r} finds no gradient: {self._flat()}; choose one without gradients, such as "
+                "wanda."
             )
         return reads, total / max(seen, 1)
+
+    def _flat(self) -> str:
+        smooth = "no output of the model depends smoothly on its units"
+        if self.loss == "output":
+            return smooth
+        return (
+            f"{smooth}, or all its answers on this data are certain, with a probability of 1 (taylor2 looks at outputs)"
+        )
 
 
 def needed_data(ctx: Context, name: str) -> Data:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -29,6 +29,8 @@ from cipm_ir.passes.registry import register
 from cipm_ir.symmetry.program import Program, Space
 
 _BUDGETS = ("macs", "params", "ratio")
+_TIE = 1e-9
+"""How far equal scores are drawn apart, in means of a space."""
 
 
 @register("prune")
@@ -77,7 +79,7 @@ class Prune(Pass):
             raise OptionError("Pass 'prune': compensate looks at activations; give it calibration inputs with data=.")
         costs = CostModel(program)
         cost, budget = self._budget(program, ctx, costs)
-        choices, notes = self._choices(program, ctx)
+        choices, notes, remarks = self._choices(program, ctx)
         while True:
             search = Search(program.analysis, choices, cost)
             found = search.run(budget)
@@ -93,7 +95,7 @@ class Prune(Pass):
                 choices = _without_refused(program, choices, found.levels, refusal)
                 notes = [*notes, str(refusal)]
                 continue
-            return self._result(program, made, keep, costs, stays, notes)
+            return self._result(program, made, keep, costs, stays, [*notes, *remarks])
 
     # ------------------------------------------------------------ budget
     def _budget(self, program: Program, ctx: Context, costs: CostModel) -> tuple[Callable[[Mask], float], float]:
@@ -120,13 +122,13 @@ class Prune(Pass):
         )
 
     # ------------------------------------------------------------ choices
-    def _choices(self, program: Program, ctx: Context) -> tuple[list[Choice], list[str]]:
-        """What may be chosen, and notes on what may not."""
+    def _choices(self, program: Program, ctx: Context) -> tuple[list[Choice], list[str], list[str]]:
+        """What may be chosen, notes on what may not, and remarks on the scores."""
         analysis = program.analysis
         links = link_spaces(analysis)
         wanted = wanted_spaces(program, "prune", self.include, self.exclude, self.blocks)
         criterion = make_importance(self.importance, self.norm)
-        choices, stuck = [], []
+        choices, stuck, equal = [], [], []
         grids = grids_of(analysis)
         for group in links.groups:
             spaces = [program.spaces[k] for k in group]
@@ -136,7 +138,8 @@ class Prune(Pass):
             if len(levels) < 2:
                 continue
             scores = [self._score(criterion, program, s, ctx) for s in spaces]
-            choice = make_choice(analysis, group, scores, levels, local=self.scope == "local")
+            equal += [space.name for space, score in zip(spaces, scores, strict=True) if np.ptp(score) == 0]
+            choice = _untied(make_choice(analysis, group, scores, levels, local=self.scope == "local"))
             if links.frozen.isdisjoint(group) and _fits(program, choice, grids):
                 choices.append(choice)
             else:
@@ -146,13 +149,29 @@ class Prune(Pass):
             if stuck
             else []
         )
-        return choices, notes
+        remarks = [*getattr(criterion, "warnings", ())]
+        if equal:
+            more = f" (and those of {len(equal) - 1} more)" if len(equal) > 1 else ""
+            remarks.append(
+                f"all units of @{equal[0]}{more} have the same {self._named()}, so which of them went means nothing"
+            )
+        return choices, notes, remarks
+
+    def _named(self) -> str:
+        one = self.importance
+        return one if isinstance(one, str) else str(getattr(one, "__name__", type(one).__name__))
 
     def _score(self, criterion: Importance, program: Program, space: Space, ctx: Context) -> Scores:
-        scores = np.asarray(criterion.score(program, space, ctx), np.float64)
-        if scores.shape != (space.size,) or not np.isfinite(scores).all():
+        given = np.asarray(criterion.score(program, space, ctx))
+        if given.shape != (space.size,) or given.dtype.kind not in "biuf" or not np.isfinite(given).all():
             raise OptionError(
-                f"The criterion {self.importance!r} must give {space.size} finite numbers for @{space.name}."
+                f"The criterion {self._named()!r} must give {space.size} finite numbers for @{space.name}."
+            )
+        scores = given.astype(np.float64)
+        if self.scope == "global" and scores.min() < 0:
+            raise OptionError(
+                f"The criterion {self._named()!r} gives negative numbers for @{space.name}, which cannot be compared "
+                "with those of other spaces over the mean; give none below zero, or use scope=local."
             )
         mean = float(scores.mean())
         return scores / mean if mean > 0 else scores
@@ -180,6 +199,7 @@ class Prune(Pass):
             "params": [costs.params(whole), costs.params(stays)],
             "units": [costs.units(whole), costs.units(stays)],
             "widths": {space.name: [space.size, len(kept)] for space, kept in keep.items()},
+            "warnings": list(notes),
         }
         shares = {k: metrics[k][1] / max(metrics[k][0], 1) for k in ("macs", "params")}  # type: ignore[index]
         units = metrics["units"]
@@ -194,6 +214,11 @@ class Prune(Pass):
             {"kept": {space.name: kept for space, kept in keep.items()}},
             metrics,
         )
+
+
+def _untied(choice: Choice) -> Choice:
+    """The same with a falling curve: elements of equal worth would otherwise all stay, or all go."""
+    return replace(choice, curve=choice.curve - _TIE * np.arange(len(choice.curve)) / len(choice.curve))
 
 
 def _fits(program: Program, choice: Choice, grids: Sequence[Labels]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -20,6 +21,13 @@ LIGHT_MODELS = 9
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than about ten seconds; leave out with -m 'not slow'")
     config.addinivalue_line("markers", "models: needs torch and transformers (the extra test-models)")
+
+
+def pytest_collection_finish() -> None:
+    """What is there now stays to the end: the collector of garbage need not go through modules and tests again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(5000, 10, 10)
 
 
 @pytest.fixture

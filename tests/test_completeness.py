@@ -54,6 +54,14 @@ def test_light_originals_have_the_same_spaces(name: str) -> None:
     assert shapes_of(original) == shapes_of(refilled)
 
 
+@pytest.mark.parametrize(("name", "hidden"), [("vgg19", 2), ("zfnet512", 1)])
+def test_originals_that_are_refilled_narrower(name: str, hidden: int) -> None:
+    """As many spaces, and in every hidden layer that was narrowed 4096 units rather than 1024."""
+    original, refilled = program_of(zoo.build(f"{name}_constant")), program_of(zoo.build(name))
+    assert [space.kind for space in original.spaces] == [space.kind for space in refilled.spaces]
+    assert units(original) == units(refilled) + hidden * (4096 - 1024)
+
+
 def test_rotary_planes_are_one_space() -> None:
     """RoPE tables are shared by all heads and layers, so their 8 planes move everywhere at once."""
     program = program_of(zoo.build_or_skip("llama_gqa"))

@@ -52,7 +52,7 @@ def test_an_own_score_decides_how_far_it_goes() -> None:
         return float((out.argmax(axis=1) == labels).mean())
 
     todo = Compress(max_drop=0.02, evaluate=score, probes=128, steps=4, rounds=0)
-    made = cipm_ir.optimize(program, [todo], data={"images": train[:512]}).program
+    made = cipm_ir.optimize(program, [todo], data={"images": train[:128]}).program
     assert made.macs < 0.5 * program.macs
     assert accuracy(made, test, labels) >= accuracy(program, test, labels) - 0.02
 

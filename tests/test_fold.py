@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from tests.benchmarks.compress_cifar import logits, prepared
 from tests.dead_units import distance, outputs, program_of
 from tests.fold_planted import array_of, changed, out_of_gauge, planted
 
@@ -318,13 +319,11 @@ def test_better_than_deletion_without_data(name: str) -> None:
 def test_cifar_without_data(network: str, data_dir: Path) -> None:
     """Agreement with the dense model on 500 images, at 10, 25 and 50% of the parameters removed."""
     program = cipm_ir.load(data_dir / "cifar10" / f"{network}.onnx")
-    raw = np.load(data_dir / "cifar10" / "calib.npz")["images"][:500] / 255.0
-    images = ((raw - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]).astype(np.float32).transpose(0, 3, 1, 2)
-    feeds = {program.model.graph.inputs[0].name or "": images}
-    dense = values_on(program, feeds).reshape(500, -1).argmax(axis=1)
+    images = prepared(np.load(data_dir / "cifar10" / "calib.npz")["images"][:500])
+    dense = logits(program, images).argmax(axis=1)
 
     def agreement(made: Program) -> float:
-        return float((values_on(made, feeds).reshape(500, -1).argmax(axis=1) == dense).mean())
+        return float((logits(made, images).argmax(axis=1) == dense).mean())
 
     least = {0.9: 0.96, 0.75: 0.85, 0.5: 0.25}
     for size in (0.9, 0.75, 0.5):

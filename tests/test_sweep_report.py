@@ -160,6 +160,14 @@ def test_data_hashes(tmp_path: Path) -> None:
     assert data_hash(tmp_path / "a.npz") != first
 
 
+def test_arrays_are_hashed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = {"a": np.arange(60.0).reshape(10, 6), "b": np.arange(40), "c": np.float32(3.0), "d": np.zeros((0, 2))}
+    whole = data_hash(arrays)
+    monkeypatch.setattr("cipm_ir.runtime.content._CHUNK", 100)
+    assert data_hash(arrays) == whole
+    assert data_hash({**arrays, "a": arrays["a"] + (np.arange(10) == 9)[:, None]}) != whole
+
+
 @pytest.mark.parametrize("data", [np.zeros(3), 5, iter([]), [1]])
 def test_what_is_no_data(data: Any) -> None:
     with pytest.raises(InputError):

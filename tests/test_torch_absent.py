@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -25,7 +26,21 @@ class Absent:
 
 sys.meta_path.insert(0, Absent())
 """
-CLI = ABSENT + "from cipm_ir.cli import main\nsys.exit(main(sys.argv[1:]))\n"
+# Commands one after the other in one process: what each returns, prints and complains of.
+CLI = (
+    ABSENT
+    + """
+import contextlib, io, json
+from cipm_ir.cli import main
+
+said = []
+for command in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = main(command)
+    said.append((code, out.getvalue(), err.getvalue()))
+print(json.dumps(said))
+"""
+)
 
 
 def python(code: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -35,12 +50,15 @@ def python(code: str, *arguments: object, cwd: Path) -> subprocess.CompletedProc
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
-def cipm(*arguments: object, cwd: Path, code: int = 0) -> str:
-    """What a command prints (stderr where it should fail)."""
-    done = python(CLI, *arguments, cwd=cwd)
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.stderr if code else done.stdout
+def cipm(*commands: str, cwd: Path, code: int = 0) -> list[str]:
+    """What each command prints (stderr where it should fail)."""
+    done = python(CLI, json.dumps([command.split() for command in commands]), cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    for returned, _, errors in said:
+        assert returned == code, errors
+        assert "Traceback" not in errors, errors
+    return [errors if code else out for _, out, errors in said]
 
 
 @pytest.fixture(scope="module")
@@ -79,18 +97,25 @@ print([name for name in sys.modules if name.partition(".")[0] in ("torch", "tran
 
 
 def test_commands(folder: Path) -> None:
-    assert "@" in cipm("inspect", "a.onnx", cwd=folder)
-    assert "@" in cipm("inspect", "a.onnx", "--spaces", cwd=folder)
-    assert "recover-names  (" in cipm("passes", cwd=folder)
-    assert "written: d.onnx" in cipm("optimize", "a.onnx", "-o", "d.onnx", "-p", "canonicalize", cwd=folder)
-    assert "equal" in cipm("verify", "a.onnx", "d.onnx", cwd=folder)
-    assert "There is no file" in cipm("inspect", "none.onnx", cwd=folder, code=2)
+    inspected, spaces, passes, written, verified = cipm(
+        "inspect a.onnx",
+        "inspect a.onnx --spaces",
+        "passes",
+        "optimize a.onnx -o d.onnx -p canonicalize",
+        "verify a.onnx d.onnx",
+        cwd=folder,
+    )
+    assert "@" in inspected and "@" in spaces
+    assert "recover-names  (" in passes
+    assert "written: d.onnx" in written and "equal" in verified
 
 
-@pytest.mark.parametrize("source", ["net.pt2", "nets:build"])
-def test_a_command_says_that_torch_is_needed(source: str, folder: Path) -> None:
-    message = cipm("optimize", source, "-o", "out.pt2", cwd=folder, code=2)
-    assert "torch" in message and PIP in message
+def test_commands_say_that_torch_is_needed(folder: Path) -> None:
+    missing, *messages = cipm(
+        "inspect none.onnx", "optimize net.pt2 -o out.pt2", "optimize nets:build -o out.pt2", cwd=folder, code=2
+    )
+    assert "There is no file" in missing and PIP not in missing
+    assert [message for message in messages if not ("torch" in message and PIP in message)] == []
     assert not (folder / "out.pt2").exists()
 
 

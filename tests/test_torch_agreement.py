@@ -18,6 +18,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from tests import torch_zoo  # noqa: E402
+from tests.torch_exporter import exported  # noqa: E402
 
 import cipm_ir  # noqa: E402
 from cipm_ir.symmetry.program import Program  # noqa: E402
@@ -121,6 +122,7 @@ def untied(module: Any) -> Any:
     return module
 
 
+@functools.cache
 def by_torch(name: str, method: str) -> Spaces:
     module, args, kwargs = case(name)
     return spaces_of(cipm_ir.load(module, args, kwargs, method=method))
@@ -128,11 +130,11 @@ def by_torch(name: str, method: str) -> Spaces:
 
 def by_onnx(name: str, folder: Path) -> Spaces:
     module, args, kwargs = case(name)
-    return spaces_of(cipm_ir.load(exported(module, args, kwargs, folder / f"{name}.onnx")))
+    return spaces_of(cipm_ir.load(saved(module, args, kwargs, folder / f"{name}.onnx")))
 
 
-def exported(module: Any, args: Any, kwargs: Any, path: Path) -> Path:
-    torch.onnx.export(module, args, kwargs=kwargs, dynamo=True, verbose=False).save(str(path))
+def saved(module: Any, args: Any, kwargs: Any, path: Path) -> Path:
+    exported(module, args, kwargs).save(str(path))
     return path
 
 
@@ -157,7 +159,7 @@ def test_a_tied_head_is_what_the_exporter_loses(name: str, tmp_path: Path) -> No
     case(name)
     module, (args, kwargs) = found.build(), found.inputs()
     tied = spaces_of(cipm_ir.load(module, args, kwargs))
-    from_file = spaces_of(cipm_ir.load(exported(module, args, kwargs, tmp_path / "tied.onnx")))
+    from_file = spaces_of(cipm_ir.load(saved(module, args, kwargs, tmp_path / "tied.onnx")))
     assert tied != from_file and units_of(tied) == units_of(from_file)
     assert from_file == by_torch(name, "auto")
 
@@ -167,7 +169,7 @@ def test_what_has_no_file(name: str, tmp_path: Path) -> None:
     """When this fails the exporter has learned it: the model then belongs to the others."""
     module, args, kwargs = case(name)
     with pytest.raises(Exception, match="decompose"):
-        exported(module, args, kwargs, tmp_path / "never.onnx")
+        saved(module, args, kwargs, tmp_path / "never.onnx")
 
 
 def test_control_other_activations_do_not_agree(tmp_path: Path) -> None:

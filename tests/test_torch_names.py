@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import io
-import warnings
+import functools
 from collections.abc import Callable, Mapping
-from contextlib import redirect_stdout
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
 torch = pytest.importorskip("torch", reason="needs torch, the exporter whose names are recovered")
 
+from tests.torch_exporter import drawn, exported  # noqa: E402
 from tests.zoo import minilm  # noqa: E402
 from tests.zoo.exported import data_file  # noqa: E402
 from tests.zoo.registry import UnavailableError  # noqa: E402
@@ -32,19 +32,8 @@ X = (2, 3, 4)
 
 
 def export(module: Any, x: Any, *, optimize: bool = True) -> Program:
-    """The export of a module in inference mode, its weights drawn anew so that no two are equal."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    return export_as_it_is(module, x, optimize=optimize)
-
-
-def export_as_it_is(module: Any, x: Any, *, optimize: bool = True) -> Program:
-    with redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        exported = torch.onnx.export(module.eval(), (x,), dynamo=True, verbose=False, optimize=optimize)
-    return load(exported.model_proto)
+    """The export of a module in inference mode, its weights drawn anew."""
+    return load(exported(drawn(module), (x,), optimize=optimize).model_proto)
 
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -176,12 +165,24 @@ NETS: dict[str, tuple[Callable[[], Any], Any, set[str]]] = {
 }
 
 
+@functools.cache
+def _exported_once(name: str) -> tuple[Any, bytes]:
+    build, x, _ = NETS[name]
+    module = drawn(build())
+    return module, exported(module, (x,)).model_proto.SerializeToString()
+
+
+def exported_net(name: str) -> tuple[Any, Program]:
+    """One of the nets and its export: exported once, a program of its own for every test."""
+    module, proto = _exported_once(name)
+    return module, load(onnx.load_model_from_string(proto))
+
+
 @pytest.mark.models
 @pytest.mark.parametrize("name", NETS)
 def test_every_linear_weight_is_recovered(name: str) -> None:
-    build, x, expected = NETS[name]
-    module = build()
-    program = export(module, x)
+    expected = NETS[name][2]
+    module, program = exported_net(name)
     before = set(arrays(program))
     after, renamed, left = recover(program)
     assert set(renamed.values()) == expected and not left
@@ -194,9 +195,9 @@ def test_every_linear_weight_is_recovered(name: str) -> None:
 @pytest.mark.parametrize("name", NETS)
 def test_without_the_note_on_the_value_the_scopes_tell(name: str) -> None:
     """Older exporters do not write what a value was folded from."""
-    build, x, expected = NETS[name]
-    module = build()
-    model = export(module, x).emit()
+    expected = NETS[name][2]
+    module, program = exported_net(name)
+    model = program.emit()
     for value in model.graph.initializers.values():
         value.metadata_props.pop(FOLDED, None)
     after, renamed, _ = recover(Program.of(model))
@@ -227,7 +228,7 @@ def test_after_our_own_folding_of_transposes() -> None:
 @pytest.mark.models
 def test_the_program_that_came_in_keeps_its_names() -> None:
     """Clones share their tensors, and onnx_ir's renaming of a value renames its tensor."""
-    program = export(layers(), floats(*X))
+    _, program = exported_net("layers")
     after = recover(program)[0]
     for one in (program, after):
         for name, value in one.model.graph.initializers.items():
@@ -237,7 +238,7 @@ def test_the_program_that_came_in_keeps_its_names() -> None:
 
 @pytest.mark.models
 def test_what_is_said() -> None:
-    program = export(layers(), floats(*X))
+    _, program = exported_net("layers")
     result = RecoverNames().run(program, Context())
     assert "2 weights" in result.summary and "transposed" in result.summary
     assert set(result.witness["renamed"].values()) == {"0.weight", "2.weight"} == set(result.witness["transposed"])
@@ -251,7 +252,7 @@ def test_what_is_said() -> None:
 
 def edited(change: Callable[[ir.Node], None]) -> tuple[Mapping[str, str], Mapping[str, str]]:
     """What is found in an export of two Linears after a change to the node of the first."""
-    model = export(layers(), floats(*X)).emit()
+    model = exported_net("layers")[1].emit()
     change(next(node for node in model.graph if node.op_type == "MatMul"))
     _, renamed, left = recover(Program.of(model))
     return renamed, left
@@ -329,7 +330,7 @@ def test_equal_weights_of_two_modules_are_refused() -> None:
     """The exporter stores them once, so the tensor has two names."""
     net: Any = Net(lambda net, x: net.b(net.a(x).relu()), a=nn.Linear(4, 4), b=nn.Linear(4, 4))
     net.b.load_state_dict(net.a.state_dict())
-    _, renamed, left = recover(export_as_it_is(net, floats(*X)))
+    _, renamed, left = recover(load(exported(net, (floats(*X),)).model_proto))
     assert not renamed and ["folded from 'a.weight'" in why for why in left.values()] == [True]
 
 
@@ -359,7 +360,7 @@ def test_computed_weights_and_buffers_are_refused() -> None:
 @pytest.mark.models
 def test_inputs_and_outputs_of_the_graph_keep_their_names() -> None:
     for place in ("inputs", "outputs"):
-        model = export(layers(), floats(*X)).emit()
+        model = exported_net("layers")[1].emit()
         (value,) = (v for name, v in model.graph.initializers.items() if v.metadata_props.get(FOLDED) == "['0.weight']")
         getattr(model.graph, place).append(value)
         result = RecoverNames().run(Program.of(model), Context())

@@ -99,9 +99,15 @@ def _tensor(digest: Any, tensor: ir.TensorProtocol) -> None:
 
 def _arrays(digest: Any, arrays: Mapping[str, Any]) -> None:
     for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
+        array = np.asarray(arrays[name])
         _add(digest, name, str(array.dtype), array.shape)
-        digest.update(repr(array.tolist()).encode() if array.dtype.hasobject else array.tobytes())
+        if array.dtype.hasobject:
+            digest.update(repr(array.tolist()).encode())
+            continue
+        rows = array if array.ndim else array.reshape(1)  # in pieces: what lies on disk may be larger than memory
+        step = max(1, _CHUNK // max(rows[:1].nbytes, 1))
+        for start in range(0, len(rows), step):
+            digest.update(rows[start : start + step].tobytes())
 
 
 def _file(digest: Any, path: str | os.PathLike[str]) -> None:

@@ -30,7 +30,7 @@ from cipm_ir.runtime.inputs import Data, Feeds, batches, sample_count
 from cipm_ir.runtime.moments import Array
 from cipm_ir.runtime.observe import samples
 from cipm_ir.runtime.statistics import gather, joined, readable_again
-from cipm_ir.runtime.statistics_plan import Plan, Request, follow, make_plan
+from cipm_ir.runtime.statistics_plan import Plan, Request, follow, make_plan, several
 from cipm_ir.runtime.statistics_store import Statistics
 from cipm_ir.symmetry.program import Program, Space
 
@@ -218,10 +218,11 @@ def collect(
     """
     if isinstance(engine, str) and engine not in ENGINES:
         raise OptionError(f"There is no engine {engine!r}; there are {', '.join(ENGINES)}.")
-    if shard < 1:
-        raise OptionError(f"shard is {shard}; it must be at least 1.")
+    for name, given in (("shard", shard), ("size", size)):
+        if given < 1:
+            raise OptionError(f"{name} is {given}; it must be at least 1.")
     try:
-        chosen: dict[str, Any] = {name: tuple(v) if name in _LISTS else v for name, v in options.items()}
+        chosen: dict[str, Any] = {name: several(v) if name in _LISTS else v for name, v in options.items()}
         request = Request(**chosen)
     except TypeError as error:
         raise OptionError(f"An unknown option: {error}.") from error

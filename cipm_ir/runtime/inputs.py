@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from cipm_ir.errors import InputError, UnsupportedError
-from cipm_ir.runtime.npz import Archive, Rows
+from cipm_ir.runtime.npz import Archive, Files, Rows
 
 Array: TypeAlias = npt.NDArray[Any]
 Feeds: TypeAlias = dict[str, Array]
@@ -205,7 +205,7 @@ def sample_count(data: Data, model: ir.Model, *, limit: int | None = None) -> in
 
     Errors: as `batches`, where the data does not fit the model.
     """
-    if not isinstance(data, (str, os.PathLike, Mapping, list, tuple)):
+    if not isinstance(data, (str, os.PathLike, Mapping, list, tuple, Files)):
         return None
     count = 0
     for piece in _pieces(data):
@@ -253,7 +253,8 @@ class _Column:
     dtype: np.dtype[Any]
 
     def take(self, count: int) -> Array:
-        return self.rows.take(count).astype(self.dtype, copy=False)
+        with np.errstate(over="ignore"):  # what becomes infinite is told where the values are checked
+            return self.rows.take(count).astype(self.dtype, copy=False)
 
 
 @dataclass(frozen=True)

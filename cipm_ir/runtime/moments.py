@@ -3,8 +3,8 @@
 Rows are samples of a vector of units, (rows, size). Every class here is a *part*: it takes rows, ``a + b`` is what the
 rows of both would have given, and `state` gives the arrays that it can be restored from. Sums are kept in float64
 about the running mean and merged by the update of Chan, Golub and LeVeque (Algorithms for computing the sample
-variance, 1983), so that a mean that is large against the spread costs no digits. Products of float32 rows are taken in
-float32, centred, a few thousand rows at a time: which rounds by some 1e-6 of the variances.
+variance, 1983), so that a mean that is large against the spread costs no digits. Products are taken in float64 as well,
+a few thousand rows at a time: however the same rows are cut, sums agree to some 1e-14 of the variances.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from cipm_ir.errors import InputError
 Array: TypeAlias = npt.NDArray[Any]
 Floats: TypeAlias = npt.NDArray[np.float64]
 
-_ENTRIES = 1 << 23
-"""Entries of a chunk of rows: 32 MB in float32."""
+_ENTRIES = 1 << 22
+"""Entries of a chunk of rows: 32 MB in float64."""
 _BLOCK = 256
 """Rows of a large matrix that are updated at a time, so that no temporary is as large as the matrix."""
 
@@ -42,23 +42,19 @@ class Part(Protocol):
 
 
 def chunks(rows: Array) -> Iterator[Array]:
-    """Rows in pieces of bounded size, as float32 or float64."""
-    rows = rows if rows.dtype == np.float64 else rows.astype(np.float32, copy=False)
+    """Rows in pieces of bounded size, as float64: copies, which may be overwritten."""
     step = min(max(_ENTRIES // max(rows.shape[1], 1), 64), 16384)
     for start in range(0, len(rows), step):
-        yield rows[start : start + step]
+        yield rows[start : start + step].astype(np.float64)
 
 
-def centred(rows: Array) -> tuple[Floats, Array]:
-    """The mean (to float64 accuracy in all but the last digits) and the rows minus it, in their own type."""
+def centred(rows: Floats) -> tuple[Floats, Floats]:
+    """The mean, and the rows minus it, in their place."""
     if len(rows) == 0:
         return np.zeros(rows.shape[1]), rows
-    weights = np.full(len(rows), 1.0 / len(rows), rows.dtype)
-    rough = weights @ rows
-    around = rows - rough
-    rest = weights @ around  # what rounding left in the first mean
-    around -= rest
-    return rough.astype(np.float64) + rest, around
+    mean = np.full(len(rows), 1.0 / len(rows)) @ rows
+    rows -= mean
+    return mean, rows
 
 
 def add_outer(matrix: Floats, a: Floats, b: Floats, weight: float) -> None:
@@ -106,8 +102,11 @@ class Moments:
         """Take in rows, (rows, size)."""
         same_size(self.size, rows.shape[1])
         for chunk in chunks(rows):
-            mean, around = centred(chunk)
-            products = around.T @ around if self.full else np.einsum("ij,ij->j", around, around)
+            with np.errstate(over="ignore", invalid="ignore"):
+                mean, around = centred(chunk)
+                products = around.T @ around if self.full else np.einsum("ij,ij->j", around, around)
+            if not np.isfinite(np.diagonal(products) if self.full else products).all():
+                raise InputError("The squares of the activations are above what float64 holds; scale the data down.")
             self._join(len(chunk), mean, products)
 
     def _join(self, count: int, mean: Floats, spread: Array) -> None:

@@ -1,4 +1,4 @@
-"""Arrays of an ``.npz`` file read row by row, several in step: none of them is held whole."""
+"""Arrays of ``.npz`` files read row by row, several in step: none of them is held whole."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import math
 import os
 import zipfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -117,3 +119,34 @@ class Rows:
             if not got:
                 raise ValueError(f"the array {self._name!r} is cut off")
             done += got
+
+
+@dataclass(frozen=True)
+class Files:
+    """Several ``.npz`` files, opened one after the other, as often as they are gone through."""
+
+    paths: tuple[str, ...]
+
+    @classmethod
+    def of(cls, folder: str | os.PathLike[str]) -> Files:
+        """Those of a folder, by name. Errors: `InputError` where it holds none."""
+        found = tuple(sorted(str(path) for path in Path(folder).glob("*.npz")))
+        if not found:
+            raise InputError(f"The folder {os.fspath(folder)!r} holds no .npz files.")
+        return cls(found)
+
+    def __iter__(self) -> Iterator[Archive]:
+        for path in self.paths:
+            with Archive(path) as archive:
+                yield archive
+
+
+def mapped(path: str | os.PathLike[str]) -> Array:
+    """The array of a ``.npy`` file, which stays on disk. Errors: `InputError`: no such file, damaged, or of objects."""
+    shown = repr(os.fspath(path))
+    try:
+        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    except FileNotFoundError:
+        raise InputError(f"There is no data file {shown}.") from None
+    except (ValueError, OSError, EOFError) as error:
+        raise InputError(f"{shown} is not a .npy file of numbers: {error}.") from error

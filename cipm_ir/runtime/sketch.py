@@ -8,8 +8,8 @@ of X^T X, and for each pair of units
     Var (Y^T Y)_ij  <=  (|x_i|² |x_j|² + (x_i . x_j)²) / k
 
 so that an estimated correlation has a standard error of at most sqrt((1 + r²) / k), and by Chebyshev's inequality it is
-off by more than t with a probability of at most 2 / (k t²). Sign and bucket are a hash of the row's number, so sketches
-of shards add up to the sketch of the whole.
+off by more than t with a probability of at most 2 / (k t²). Sign and bucket are a hash of the row's number, which no
+other row has, so sketches of shards add up to a sketch of the whole.
 
 The strongest pairs by this estimate can then be followed exactly in a second pass: `Pairs`.
 """
@@ -86,6 +86,9 @@ class Sketch:
             raise InputError(
                 f"Sketches of shapes {self.sums.shape} and {other.sums.shape} cannot be added; collect them alike."
             )
+        if np.array_equal(self.signs, other.signs) and np.array_equal(self.sums, other.sums):
+            # The same rows twice: with the same signs they add up to four times their products, not to two.
+            return Sketch(self.count + other.count, self.sums * math.sqrt(2), self.signs * math.sqrt(2))
         return Sketch(self.count + other.count, self.sums + other.sums, self.signs + other.signs)
 
     @property

@@ -10,11 +10,22 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from cipm_ir.errors import InputError
+import numpy as np
+
+from cipm_ir.errors import InputError, OptionError
 from cipm_ir.runtime.inputs import Data
 from cipm_ir.runtime.observe import observe, samples
 from cipm_ir.runtime.sketch import BUCKETS
-from cipm_ir.runtime.statistics_plan import EXACT_SIZE, Collector, Plan, Request, follow, make_plan
+from cipm_ir.runtime.statistics_plan import (
+    EXACT_SIZE,
+    Collector,
+    Plan,
+    Request,
+    follow,
+    make_plan,
+    sample_numbers,
+    several,
+)
 from cipm_ir.runtime.statistics_rows import ROWS
 from cipm_ir.runtime.statistics_store import MEASURES, Grams, SpaceStatistics, Statistics
 from cipm_ir.symmetry.program import Program, Space
@@ -65,7 +76,9 @@ def collect(
             with weights. Without names `Statistics.unseen` says of what cannot be seen why; what is read otherwise
             has no Gram matrices, and `Statistics.warnings` say so.
     """
-    request = Request(gram, pairs, tuple(lags), tuple(measures), buckets, partners, rows)
+    request = Request(gram, pairs, several(lags), several(measures), buckets, partners, rows)
+    if size < 1:
+        raise OptionError(f"size is {size}; a batch must hold at least 1 sample.")
     plan = make_plan(program, request, spaces)
     found = gather(program.model, plan, data, size=size, limit=limit, progress=progress)
     second = follow(plan, found) if readable_again(data) else None
@@ -95,7 +108,8 @@ def gather(
         model, plan.values, data, size=size, limit=limit, start=start, progress=progress, what=what
     ):
         count = samples(feeds)
-        collector.update(values, count, start + seen)
+        numbers = sample_numbers(feeds, start + seen, count) if plan.numbered else np.zeros(count, np.uint64)
+        collector.update(values, numbers)
         seen += count
     return collector.result(seen)
 
@@ -116,4 +130,4 @@ def joined(first: Statistics, second: Statistics) -> Statistics:
     for name, more in second.spaces.items():
         one = spaces[name]
         spaces[name] = replace(one, parts={**one.parts, **more.parts})
-    return Statistics(spaces, first.samples, first.unseen)
+    return Statistics(spaces, first.samples, first.unseen, first.model)

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from zlib import crc32
 
 import numpy as np
-import numpy.typing as npt
 
 from cipm_ir.errors import CipmError, InputError, OptionError
 from cipm_ir.ir.labels import mix
+from cipm_ir.runtime.content import model_hash
 from cipm_ir.runtime.design import Linear
 from cipm_ir.runtime.moments import Array, Cofiring, Marginals, Moments, Part
 from cipm_ir.runtime.moments_lagged import Lagged
-from cipm_ir.runtime.sketch import Index, Pairs, Sketch
+from cipm_ir.runtime.sketch import Hashes, Index, Pairs, Sketch
 from cipm_ir.runtime.statistics_rows import RowSample
 from cipm_ir.runtime.statistics_sites import Site, computed_values, find_sites
 from cipm_ir.runtime.statistics_store import MEASURES, SpaceStatistics, Statistics
@@ -85,11 +86,18 @@ class SpacePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a worker must know beside the model and the data."""
+    """Everything that a worker must know beside the model and the data; ``model``: the hash of that model."""
 
     request: Request
     spaces: tuple[SpacePlan, ...]
     unseen: Mapping[str, str] = field(default_factory=dict)
+    model: str = ""
+
+    @property
+    def numbered(self) -> bool:
+        """Whether rows need numbers: for the signs of a sketch, and to draw a sample of them."""
+        drawn = {"spearman", "information"} & set(self.request.measures)
+        return bool(drawn) or any(one.form == "sketch" for one in self.spaces)
 
     @property
     def values(self) -> tuple[str, ...]:
@@ -97,6 +105,11 @@ class Plan:
         names = [site.value for one in self.spaces for site in one.sites]
         names += [p.source for one in self.spaces for p in one.patches if p.linear is not None]
         return tuple(dict.fromkeys(names))
+
+
+def several(given: Any) -> tuple[Any, ...]:
+    """A tuple of what was given, of which one alone may stand without brackets."""
+    return (given,) if isinstance(given, str | int) else tuple(given)
 
 
 def make_plan(program: Program, request: Request, spaces: Iterable[Space | str] | None = None) -> Plan:
@@ -114,7 +127,7 @@ def make_plan(program: Program, request: Request, spaces: Iterable[Space | str] 
             if named:
                 raise
             unseen[space.name] = str(error)
-    return Plan(request, tuple(plans), unseen)
+    return Plan(request, tuple(plans), unseen, model_hash(program.written))
 
 
 def _space_plan(
@@ -163,7 +176,7 @@ def follow(plan: Plan, found: Statistics) -> Plan | None:
         statistics = found[one.name]
         pairs = part.strongest(statistics.mean, statistics.variance, plan.request.partners)
         chosen.append(SpacePlan(one.name, one.kind, one.size, one.sites, "follow", pairs=pairs))
-    return Plan(plan.request, tuple(chosen)) if chosen else None
+    return Plan(plan.request, tuple(chosen), model=plan.model) if chosen else None
 
 
 # ------------------------------------------------------------ execution
@@ -174,14 +187,15 @@ class Collector:
         self._plan = plan
         self._spaces = [_SpaceCollector(one, plan.request) for one in plan.spaces]
 
-    def update(self, values: Mapping[str, Array], samples: int, start: int) -> None:
-        """Take in a batch of so many samples, the first of which has the number ``start``."""
+    def update(self, values: Mapping[str, Array], numbers: Hashes) -> None:
+        """Take in a batch; each sample has a number, see `sample_numbers`."""
         for one in self._spaces:
-            one.update(values, samples, start)
+            one.update(values, numbers)
 
     def result(self, samples: int) -> Statistics:
         """The statistics of all batches, ``samples`` in all."""
-        return Statistics({one.plan.name: one.result(samples) for one in self._spaces}, samples, self._plan.unseen)
+        spaces = {one.plan.name: one.result(samples) for one in self._spaces}
+        return Statistics(spaces, samples, self._plan.unseen, self._plan.model)
 
 
 class _SpaceCollector:
@@ -195,7 +209,7 @@ class _SpaceCollector:
             self._prepare(request)
         # Small batches of wide spaces cost more to add than to multiply, so rows are gathered first.
         self._waiting: list[Array] = []
-        self._numbers: list[npt.NDArray[np.uint64]] = []
+        self._numbers: list[Hashes] = []
         self._rows = 0
         self._most = min(_BUFFERED[0], max(_BUFFERED[1] // max(plan.size, 1), 256))
 
@@ -218,7 +232,7 @@ class _SpaceCollector:
             if one.linear is not None:
                 self.parts.setdefault(one.part, Moments.zero(one.linear.size))
 
-    def update(self, values: Mapping[str, Array], samples: int, start: int) -> None:
+    def update(self, values: Mapping[str, Array], numbers: Hashes) -> None:
         for k, site in enumerate(self.plan.sites):
             read = site.read(values[site.value])
             rows = read.reshape(-1, self.plan.size)
@@ -226,7 +240,7 @@ class _SpaceCollector:
                 rows = rows.astype(np.float32)
             self._site(site, read, rows)
             self._waiting.append(rows)
-            self._numbers.append(mix(row_numbers(start, samples, len(rows)), salt=100 + k))
+            self._numbers.append(mix(row_numbers(numbers, len(rows)), salt=100 + k))
             self._rows += len(rows)
             if self._rows >= self._most:
                 self._flush()
@@ -281,8 +295,24 @@ class _SpaceCollector:
         return SpaceStatistics(plan.name, plan.kind, plan.size, samples, parts, aliases, plan.gramless)
 
 
-def row_numbers(start: int, samples: int, rows: int) -> npt.NDArray[np.uint64]:
-    """A number for each row of a batch of samples from number ``start`` on, the same however the data is cut."""
-    each = np.uint64(max(rows // max(samples, 1), 1))
-    index = np.arange(rows, dtype=np.uint64)
-    return np.asarray((np.uint64(start) + index // each << np.uint64(24)) + index % each)
+def sample_numbers(feeds: Mapping[str, Array], start: int, count: int) -> Hashes:
+    """A number for each of ``count`` samples, of which the first is number ``start``, however the data is cut.
+
+    It is a hash of the sample, too: what is collected elsewhere starts at 0 as well, and rows that share their number
+    would be added to the same bucket of a sketch with the same sign.
+    """
+    content = np.zeros(count, np.uint64)
+    for name in sorted(feeds):
+        array = np.ascontiguousarray(feeds[name])
+        if array.size and array.ndim and len(array) == count:
+            rows = array.reshape(count, -1).view(np.uint8)
+            content = mix(content + np.array([crc32(row.data) for row in rows], np.uint64))
+    return mix(np.arange(start, start + count, dtype=np.uint64), salt=99) ^ content
+
+
+def row_numbers(samples: Hashes, rows: int) -> Hashes:
+    """A number for each row of a batch, from those of its samples."""
+    each = max(rows // max(len(samples), 1), 1)
+    index = np.arange(rows)
+    owner = samples[np.minimum(index // each, len(samples) - 1)]
+    return np.asarray(owner + (index % each).astype(np.uint64))

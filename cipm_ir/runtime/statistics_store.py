@@ -304,14 +304,20 @@ class Statistics(Mapping[str, SpaceStatistics]):
         spaces: by name.
         samples: how many samples of the data.
         unseen: spaces that could not be seen, and why.
+        model: a hash of nodes and weights of the model; "" where it is not known.
     """
 
     def __init__(
-        self, spaces: Mapping[str, SpaceStatistics], samples: int, unseen: Mapping[str, str] | None = None
+        self,
+        spaces: Mapping[str, SpaceStatistics],
+        samples: int,
+        unseen: Mapping[str, str] | None = None,
+        model: str = "",
     ) -> None:
         self.spaces = dict(spaces)
         self.samples = samples
         self.unseen = dict(unseen or {})
+        self.model = model
 
     def __getitem__(self, name: str) -> SpaceStatistics:
         name = name.removeprefix("@")
@@ -329,12 +335,23 @@ class Statistics(Mapping[str, SpaceStatistics]):
         return f"Statistics({len(self)} spaces, {self.samples} samples)"
 
     def __add__(self, other: Statistics) -> Statistics:
-        """Raises: InputError where the two are of different spaces or were collected with different options."""
+        """Raises: InputError where the two are of different models or were collected with different options."""
+        if not isinstance(other, Statistics):
+            return NotImplemented
         if set(self.spaces) != set(other.spaces):
             missing = sorted(set(self.spaces) ^ set(other.spaces))[0]
             raise InputError(f"Only one of the two statistics has @{missing}; collect both from the same model.")
+        if self.model and other.model and self.model != other.model:
+            raise InputError(
+                "Statistics of two models cannot be added, as their nodes, names or weights differ; "
+                "collect both from the same model."
+            )
         spaces = {name: one + other.spaces[name] for name, one in self.spaces.items()}
-        return Statistics(spaces, self.samples + other.samples, self.unseen)
+        return Statistics(spaces, self.samples + other.samples, self.unseen, self.model or other.model)
+
+    def __radd__(self, other: object) -> Statistics:
+        """``sum(shards)`` begins with 0."""
+        return self if other == 0 else NotImplemented
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -344,7 +361,7 @@ class Statistics(Mapping[str, SpaceStatistics]):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an ``.npz`` file, whole or not at all; `load` reads it. Errors: `OutputError`."""
         spaces = [{key: getattr(one, key) for key in _FACTS} | {"readers": dict(one.readers)} for one in self.values()]
-        facts = {"samples": self.samples, "unseen": self.unseen, "spaces": spaces}
+        facts = {"samples": self.samples, "unseen": self.unseen, "spaces": spaces, "model": self.model}
         statistics_files.write(path, facts, [one.parts for one in self.values()])
 
     @classmethod
@@ -358,4 +375,4 @@ class Statistics(Mapping[str, SpaceStatistics]):
         for known, own in zip(facts["spaces"], parts, strict=True):
             plain = {key: known[key] for key in _FACTS if key in known}  # older files have fewer
             spaces[known["name"]] = SpaceStatistics(parts=own, readers=known["readers"], **plain)
-        return cls(spaces, int(facts["samples"]), facts["unseen"])
+        return cls(spaces, int(facts["samples"]), facts["unseen"], facts.get("model", ""))

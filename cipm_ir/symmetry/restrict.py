@@ -70,7 +70,7 @@ def restrict_edits(analysis: Analysis, keep: Labels, order: dict[int, Labels] | 
         if 0 in edit.take and edit.inner:
             edit.inner = {axis: rows[edit.take[0]] for axis, rows in edit.inner.items()}
         leaf = analysis.walk.leaves[k]
-        if 0 in edit.shape(leaf.shape):
+        if 0 in edit.shape(leaf.shape) and 0 not in leaf.shape:
             raise SymmetryError(f"Nothing would remain of {leaf.name}; keep at least one unit of each of its spaces.")
     return edits
 

@@ -83,6 +83,8 @@ def main() -> None:
         for size in sizes:
             found.append(apart(size, _SAMPLES) if what == "width" else apart(_WIDTH, size))
             print(f"| {size} | {found[-1][0]:.1f} | {found[-1][1]:.0f} |", flush=True)
+        if len(sizes) < 2:
+            continue
         last = slice(-3, None)  # the small ones are all start
         times, memories = zip(*found, strict=True)
         ends = [exponent(sizes[last], list(column[last])) for column in (times, memories)]

@@ -29,7 +29,7 @@ from tests.zoo import (
     recurrent,
     reduce,
 )
-from tests.zoo.feeds import feeds, run
+from tests.zoo.feeds import feeds, run, runs
 from tests.zoo.registry import Entry, UnavailableError, entries
 
 FAMILIES = (
@@ -84,4 +84,5 @@ __all__ = [
     "feeds",
     "names",
     "run",
+    "runs",
 ]

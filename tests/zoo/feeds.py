@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,10 +53,19 @@ def _draw(value: onnx.ValueInfoProto, sizes: Mapping[str, int], entry: Entry, rn
 
 def run(model: onnx.ModelProto, inputs: Feeds, *, reference: bool = False) -> list[NDArray[Any]]:
     """Outputs of the model in onnxruntime (CPU), or in ONNX's reference evaluator."""
+    return runs(model, [inputs], reference=reference)[0]
+
+
+def runs(
+    model: onnx.ModelProto | bytes, batches: Sequence[Feeds], *, reference: bool = False
+) -> list[list[NDArray[Any]]]:
+    """`run` for each of several inputs, with one session; onnxruntime takes a serialized model too."""
     if reference:
-        return [np.asarray(value) for value in ReferenceEvaluator(model, new_ops=[RampUp]).run(None, inputs)]
+        evaluator = ReferenceEvaluator(model, new_ops=[RampUp])
+        return [[np.asarray(value) for value in evaluator.run(None, inputs)] for inputs in batches]
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return [np.asarray(value) for value in session.run(None, inputs)]
+    content = model if isinstance(model, bytes) else model.SerializeToString()
+    session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return [[np.asarray(value) for value in session.run(None, inputs)] for inputs in batches]
