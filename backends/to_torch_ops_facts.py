@@ -21,7 +21,7 @@ Int: TypeAlias = int | fx.Node
 CHAIN = frozenset(
     ("Identity", "Gather", "Concat", "Squeeze", "Unsqueeze", "Slice", "Reshape", "Expand", "Add", "Sub", "Mul", "Div",
      "Min", "Max", "Shape", "Size", "Cast", "ReduceProd", "ReduceSum", "ReduceMax", "ReduceMin", "Equal", "Where",
-     "Mod", "Less", "Greater", "Neg", "Not", "Floor", "Ceil", "Sqrt", "Range", "ConstantOfShape")
+     "Mod", "Less", "Greater", "Neg", "Not", "Floor", "Ceil", "Sqrt", "Range", "ConstantOfShape", "ScatterElements")
 )  # fmt: skip
 """Operators through which a value may be a constant or a size."""
 _OF_SHAPE = ("Shape", "Size")

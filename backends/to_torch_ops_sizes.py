@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ceil_div", "compute", "maximum", "multiply", "size_entries", "tensor_of_sizes"]
 
-_MOVES = ("Identity", "Gather", "Concat", "Squeeze", "Unsqueeze", "Slice", "Reshape", "Expand")
+_MOVES = ("Identity", "Gather", "Concat", "Squeeze", "Unsqueeze", "Slice", "Reshape", "Expand", "ScatterElements")
 _ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
     "Add": operator.add,
     "Sub": operator.sub,
@@ -107,6 +107,8 @@ def size_entries(e: Emitter, node: ir.Node) -> np.ndarray | None:
 
 def _entries(e: Emitter, node: ir.Node, arrays: list[np.ndarray]) -> np.ndarray | None:
     kind = node.op_type
+    if kind == "ScatterElements" and (arrays[0].ndim != 1 or attribute(node, "reduction", "none") != "none"):
+        return None
     if kind in _MOVES:
         return evaluate(node, list(arrays), None, e.version)
     if kind == "Cast":

@@ -144,8 +144,8 @@ def optimize(
         source: see `Source`; never changed.
         passes: names in text form (`"prune{macs=0.5}"`), pass objects, or a mix; None: `DEFAULT_PASSES`, for a torch
             program `DEFAULT_TORCH_PASSES`.
-        data: calibration and verification input: a path to .npz (arrays by input name, first axis samples), a list or
-            a folder of such files, a path to .npy where there is one input, a dict of arrays, or an iterable of dicts.
+        data: calibration and verification input: a dict of arrays by input name (first axis samples), an .npz file of
+            them, a list or a folder of such files, an iterable of dicts; of one input also an array or a .npy file.
         output: where to write the result, beside first and then renamed; it may be the source.
         verify: run the model before and after each pass.
         annotate: write the groups of every axis into the metadata of the result.

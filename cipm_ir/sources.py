@@ -129,25 +129,28 @@ def origin_of(program: Program) -> Any:
 
 
 def read_data(data: Data | None, program: Program) -> Data | None:
-    """Samples in the form that everything takes: a folder of .npz files, a list of them, and a .npy file are opened.
+    """Samples in the form that everything takes: files of a folder or list are opened, one array gets its input's name.
 
-    Errors: `InputError`: no such file, a folder without .npz files, a .npy file for a model of several inputs.
+    Errors: `InputError`: no such file, a folder without .npz files, one array for a model of several inputs.
     """
     if isinstance(data, list | tuple) and data and all(isinstance(one, str | os.PathLike) for one in data):
         return Files(tuple(os.fspath(one) for one in data))
-    if not isinstance(data, str | os.PathLike):
-        return data
-    if os.path.isdir(data):
-        return Files.of(data)
-    if not os.fspath(data).endswith(".npy"):
+    what = "The data"
+    if isinstance(data, str | os.PathLike):
+        if os.path.isdir(data):
+            return Files.of(data)
+        if not os.fspath(data).endswith(".npy"):
+            return data
+        what, data = repr(os.fspath(data)), mapped(data)
+    if not hasattr(data, "__array__"):
         return data
     names = [value.name or "" for value in true_inputs(program.model)]
     if len(names) != 1:
         raise InputError(
-            f"{os.fspath(data)!r} holds one array, but the model has inputs {', '.join(map(repr, names)) or 'no'}; "
-            "give an .npz file with an array for each."
+            f"{what} is one array, but the model has inputs {', '.join(map(repr, names)) or 'no'}; give one for each, "
+            "by name, in a dict or an .npz file."
         )
-    return {names[0]: mapped(data)}
+    return {names[0]: data}
 
 
 def check_output(path: str | os.PathLike[str], source: Source = None) -> None:

@@ -96,7 +96,7 @@ def sweep(
         raise OptionError("A sweep over latency measures it: give a number of threads.")
     texts = {value: passes_for(passes_template, budget, value) for value in values}
     for samples in (data, held_out):
-        if samples is not None and not isinstance(samples, (str, os.PathLike, Mapping)):
+        if samples is not None and not isinstance(samples, (str, os.PathLike, Mapping)) and not _is_array(samples):
             check_repeatable(samples)
     hashes = _samples_hash(data), _samples_hash(held_out)
     program = api.load(source, example_inputs, example_kwargs)
@@ -346,12 +346,16 @@ def _prepare(folder: Path) -> None:
 
 
 def _samples_hash(data: Data | None) -> str:
-    """`data_hash`, of several files together where data is a folder or a list of them."""
+    """`data_hash`, also of one array, and of several files together where data is a folder or a list of them."""
     if isinstance(data, str | os.PathLike) and os.path.isdir(data):
         data = list(Files.of(data).paths)
     if isinstance(data, list | tuple) and data and all(isinstance(one, str | os.PathLike) for one in data):
         return hashlib.sha256(json.dumps([data_hash(one) for one in data]).encode()).hexdigest()
-    return data_hash(data)
+    return data_hash({"": data} if _is_array(data) else data)
+
+
+def _is_array(data: object) -> bool:
+    return hasattr(data, "__array__")
 
 
 def _identity(evaluate: Evaluate | None) -> str:

@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from cipm_ir.ir.labels import Labels
 from cipm_ir.passes.budget import Mask
+from cipm_ir.passes.divergence import is_float
 from cipm_ir.passes.importance import parameter_array
 from cipm_ir.passes.refit_layers import Layer, layers_of
 from cipm_ir.passes.sensitivity import count_samples
@@ -54,7 +55,8 @@ _PASSED = {
 
 @dataclass(frozen=True)
 class Pair:
-    """A space with one weight that makes its units and another that reads them, or two that make the factors of a sum.
+    """A space with one weight that makes its units and another that reads them, or two that make the factors of a sum;
+    both factors may come from one weight.
 
     Attributes:
         space: its index.
@@ -76,14 +78,14 @@ class Pair:
 
 
 def find_pairs(program: Program, layers: Sequence[Layer] | None = None) -> dict[int, Pair]:
-    """Spaces of units on which everything is linear, by index: one maker and one reader, or two makers."""
+    """Spaces of units on which everything is linear, by index: one maker and one reader, or two factors."""
     analysis = program.analysis
     layers = layers_of(program) if layers is None else layers
     by_leaf = {layer.reader.leaf: layer for layer in layers if not layer.linear.kernel}
     space = np.full(analysis.classes.count, -1)
     for k, raw in enumerate(analysis.spaces):
         group = program.spaces[k].group
-        free = group.permutes and group.scales and group.signs
+        free = group.permutes and group.signs
         if raw.kind == "units" and raw.table.shape[1] == 1 and free and 2 <= len(raw.table) <= LARGEST:
             space[raw.table[:, 0]] = k
     makers: defaultdict[int, list[tuple[Layer, Labels]]] = defaultdict(list)
@@ -114,11 +116,14 @@ def _pair(
     takers: list[tuple[Layer, Labels]],
     others: set[str],
 ) -> Pair | None:
-    if (len(makers), len(takers)) not in ((1, 1), (2, 0)):
+    wanted = ((1, 1), (2, 0)) if program.spaces[k].group.scales else ((1, 0),)  # one weight cannot take both a and 1/a
+    if (len(makers), len(takers)) not in wanted:
         return None
     if not others <= {layer.bias.name for layer, _ in makers if layer.bias is not None}:
         return None
     table = program.analysis.spaces[k].table[:, 0]
+    if len(makers) + len(takers) == 1:
+        return _fused(program, k, makers[0][0], table)
     places = [_places(table, classes) for _, classes in (*makers, *takers)]
     if places[0] is None or places[1] is None:
         return None
@@ -130,6 +135,30 @@ def _pair(
     if key is first:
         return Pair(k, second, first, places[1], places[0], False, True)
     return Pair(k, first, second, places[0], places[1], False, key is second)
+
+
+def _fused(program: Program, k: int, layer: Layer, table: Labels) -> Pair | None:
+    """Both factors of a sum made by one product, as queries and keys are by one that makes the values too."""
+    walk, of = program.analysis.walk, program.analysis.classes.of
+    factor = next(f for f in walk.leaves[layer.reader.leaf].factors if f.active and f.axes == (1 - layer.reader.axis,))
+    sums = [c for c in walk.rec.contractions if np.isin(of[c.a], table).any()]
+    if len(sums) != 1:
+        return None
+    places = []
+    for labels in (np.unique(sums[0].a), np.unique(sums[0].b)):
+        own = labels[np.isin(of[labels], table)]
+        at = _places(table, of[own])
+        if at is None or own.min() < factor.base or own.max() >= factor.base + factor.size:
+            return None
+        places.append(np.asarray(own[at] - factor.base))
+    if np.intersect1d(places[0], places[1]).size:
+        return None
+    return Pair(k, layer, layer, places[0], places[1], False, _keys_follow(walk.nodes[sums[0].node]))
+
+
+def _keys_follow(node: ir.Node) -> bool:
+    """Whether a softmax runs over the positions of the second factor of this sum."""
+    return node.op_type == "Attention" or (node.op_type == "MatMul" and _softmax_follows(node))
 
 
 def _places(table: Labels, classes: Labels) -> Labels | None:
@@ -145,9 +174,9 @@ def _key(program: Program, first: Layer, second: Layer, table: Labels) -> Layer 
     nodes = analysis.walk.nodes
     own = {id(nodes[layer.reader.node]): layer for layer in (first, second)}
     for c in analysis.walk.rec.contractions:
-        if not np.isin(analysis.classes.of[c.a], table).any() or nodes[c.node].op_type != "MatMul":
+        if not np.isin(analysis.classes.of[c.a], table).any() or nodes[c.node].op_type not in ("MatMul", "Attention"):
             continue
-        if not _softmax_follows(nodes[c.node]):
+        if not _keys_follow(nodes[c.node]):
             return None
         value = nodes[c.node].inputs[1]
         todo = [] if value is None else [value.producer()]
@@ -305,7 +334,7 @@ def change(before: Program, after: Program, data: Data) -> float:
     runs = zip(*(observe(p.model, names, data, size=8, limit=8) for p in (before, after)), strict=True)
     for (_, a), (_, b) in runs:
         for name in names:
-            if a[name].dtype.kind == "f":
+            if is_float(a[name]):
                 x, y = a[name].astype(np.float64), b[name].astype(np.float64)
                 gap, whole = gap + float(np.square(x - y).sum()), whole + float(np.square(x).sum())
     return gap / max(whole, 1e-30)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import ceil
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx_ir as ir
 
 from cipm_ir.errors import OptionError, SymmetryError
+from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Labels
 from cipm_ir.passes.budget import Mask, allowed_levels, even, grids_of, link_spaces
 from cipm_ir.passes.contributions import find_sums
 from cipm_ir.passes.liveness import Liveness
 from cipm_ir.runtime.intervals import find_intervals
+from cipm_ir.symmetry.analysis import Analysis
 from cipm_ir.symmetry.program import Program, Space
 from cipm_ir.symmetry.readers import Reader, readers
 from cipm_ir.symmetry.restrict import closed_keep
@@ -77,7 +80,8 @@ class Candidate:
 
     ``levels``: the numbers that are looked at, ascending, the last all; ``kept[level][i]``: sorted elements of space i.
     ``numbers``: those that it may keep. ``order[i]``: the elements of space i, those to go first first. ``measured``:
-    which levels divergence is measured at. ``pairs[i]``: of spaces that only activations read, what makes space i.
+    which levels divergence is measured at. ``pairs[i]``: what makes space i, if only activations read it; such spaces
+    come first.
     """
 
     spaces: list[int]
@@ -133,8 +137,13 @@ def find_candidates(
     analysis = program.analysis
     links, grids = link_spaces(analysis), grids_of(analysis)
     found = find_intervals(program.model, analysis)
-    liveness = Liveness(analysis)
-    liveness.read(found, find_sums(found))
+    sums = find_sums(found)
+    inner = group_statistics(analysis)
+    liveness = apart = Liveness(analysis)
+    liveness.read(found, sums)
+    if inner:
+        apart = Liveness(between_blocks(analysis, inner))
+        apart.read(found, sums)
     candidates: list[Candidate] = []
     notes: list[str] = []
     for group in links.groups:
@@ -144,18 +153,52 @@ def find_candidates(
         numbers = kept_numbers(spaces, min_keep, round_to)
         if len(numbers) < 2:
             continue
-        made = [pairs[k] for k in group if k in pairs and not pairs[k].chain] if pairs else []
-        found_readers = [] if len(made) == len(group) else group
-        why = _refusal(program, group, found_readers, links.frozen, liveness, numbers, grids)
+        paired = [k for k in group if k in pairs and not pairs[k].chain] if pairs else []
+        read = [k for k in group if k not in paired]
+        whole = spaces[0].kind == "blocks" and not any(_mixed(analysis, analysis.spaces[k].table, inner) for k in group)
+        summed = (apart if whole else liveness).summed
+        why = _refusal(program, group, read, links.frozen, summed, numbers, grids)
         if why:
             notes.append(f"@{spaces[0].name}{f' and {len(group) - 1} alike' if len(group) > 1 else ''}: {why}")
             continue
         chosen = np.unique(np.linspace(0, len(numbers) - 1, steps + 1).round().astype(int))
-        by_space = [readers(program, program.spaces[k]) for k in found_readers] or [[] for _ in group]
-        candidates.append(
-            Candidate(list(group), by_space, numbers[chosen], numbers, pairs=[] if found_readers else made)
-        )
+        by_space: list[list[Reader]] = [[] for _ in paired]
+        by_space += [readers(program, program.spaces[k]) for k in read]
+        made = [pairs[k] for k in paired] if pairs else []
+        candidates.append(Candidate([*paired, *read], by_space, numbers[chosen], numbers, pairs=made))
     return sorted(candidates, key=lambda c: c.first), notes
+
+
+def group_statistics(analysis: Analysis) -> list[Labels]:
+    """The classes over which each normalization in groups takes its statistics, (groups, members)."""
+    found = []
+    for node in analysis.walk.nodes:
+        value = node.inputs[0] if node.op_type in ("GroupNormalization", "InstanceNormalization") else None
+        state = None if value is None else analysis.walk.states.get(value.name or "")
+        for f in () if state is None else state.factors:
+            rows = f.labels.shape[0] if f.axes[0] == 1 and len(f.axes) > 1 else 1
+            rows = attribute(node, "num_groups", 1) if node.op_type == "GroupNormalization" else rows
+            found.append(f.labels.reshape(rows, -1))
+    return found
+
+
+def between_blocks(analysis: Analysis, inner: Sequence[Labels]) -> Analysis:
+    """The same without the statistics of groups: these stay what they are where a group goes as a whole."""
+    across = list(analysis.walk.rec.normalized)
+    for labels in inner:
+        same = next((k for k, one in enumerate(across) if np.array_equal(one, labels.ravel())), None)
+        if same is not None:
+            del across[same]
+    walk = analysis.walk
+    return replace(analysis, walk=replace(walk, rec=replace(walk.rec, normalized=across)))
+
+
+def _mixed(analysis: Analysis, table: Labels, inner: Sequence[Labels]) -> bool:
+    """Whether statistics of a group are taken over several elements of a space."""
+    element = np.full(analysis.classes.count, -1)
+    element[table] = np.arange(len(table))[:, None]
+    owners = [element[analysis.classes.of[labels]] for labels in inner]
+    return any((owner != owner[:, :1]).any() for owner in owners)
 
 
 def _refusal(
@@ -163,7 +206,7 @@ def _refusal(
     group: list[int],
     read: list[int],
     frozen: set[int],
-    liveness: Liveness,
+    summed: Mask,
     numbers: Labels,
     grids: list[Labels],
 ) -> str:
@@ -172,7 +215,10 @@ def _refusal(
     tables = [analysis.spaces[k].table for k in group]
     if not frozen.isdisjoint(group):
         return "rows would become uneven"
-    if any(liveness.summed[t.ravel()].any() for t in tables):
+    loop = _recurrent(analysis, tables)
+    if loop is not None:
+        return f"{loop.op_type} {loop.name} feeds its units back to itself"
+    if any(summed[t.ravel()].any() for t in tables):
         return "a normalization, softmax or sum runs over its units"
     uses = weight_uses(program)
     try:
@@ -186,6 +232,20 @@ def _refusal(
     if grids and not even(analysis, grids, mask_of(program, zip(group, smallest, strict=True))):
         return "rows would become uneven"
     return ""
+
+
+def _recurrent(analysis: Analysis, tables: Sequence[Labels]) -> ir.Node | None:
+    """The recurrent layer whose state these units are."""
+    walk = analysis.walk
+    for position, node in enumerate(walk.nodes):
+        value = node.inputs[2] if node.op_type in ("LSTM", "GRU", "RNN") else None
+        leaf = walk.use_leaf.get((position, 2))
+        state = None if value is None else walk.states.get(value.name or "")
+        state = state if leaf is None or value is None else walk.leaves[leaf].state
+        for f in () if state is None else state.factors:
+            if any(np.isin(t, analysis.classes.of[f.labels]).any() for t in tables):
+                return node
+    return None
 
 
 def weight_uses(program: Program) -> dict[str, int]:

@@ -134,7 +134,9 @@ class Compress(Pass):
             program, pairs = prepared(program, wanted, ctx.data, size=BATCH, limit=self.samples, seed=ctx.seed)
             candidates, notes = find_candidates(program, wanted, self.min_keep, self._multiple(), self.steps, pairs)
             if not candidates:
-                none = "min_keep and round_to leave no choice" if wanted else "no free spaces"
+                patterns = self.include or self.exclude or not self.blocks
+                none = "include, exclude and blocks leave no free space" if patterns else "no free spaces"
+                none = "min_keep and round_to leave no choice" if wanted else none
                 raise SymmetryError(f"compress finds no units that it may drop: {'; '.join(notes) or none}.")
             settings = Settings(
                 self.samples, self.probes, self.rounds, self.damping, self.divergence, self.threads, self.joint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -62,6 +63,14 @@ def smallest_within(plan: Plan, max_drop: float, evaluate: Evaluate | None, ctx:
 def _scored(program: Program, evaluate: Evaluate) -> float:
     with Runner(program.model, fast=True) as runner:
         score = evaluate(lambda feeds: runner.run(feeds))
-    if not isinstance(score, int | float | np.number) or not np.isfinite(score):
+    number = _number(score)
+    if not np.isfinite(number):
         raise OptionError(f"Pass 'compress': evaluate must give a finite number, and gave {score!r}.")
-    return float(score)
+    return number
+
+
+def _number(score: object) -> float:
+    """What a number, or an array or tensor of one, holds; NaN for anything else."""
+    if not hasattr(score, "__float__") or math.prod(getattr(score, "shape", ())) != 1:
+        return float("nan")
+    return float(score.item() if hasattr(score, "item") else score)

@@ -12,10 +12,12 @@ import onnx_ir as ir
 from scipy.special import log_softmax
 
 from cipm_ir.errors import InputError
+from cipm_ir.ir.constants import attribute
 
 Array = npt.NDArray[Any]
-Measure = Literal["kl", "error"]
+Measure = Literal["kl", "probabilities", "error"]
 _PASS = ("Add", "Identity", "Cast", "Squeeze", "Unsqueeze", "Reshape", "Flatten", "BatchNormalization")
+_LEAST = 1e-12
 _LARGE = 200.0
 """Outputs beyond this are not taken for logits."""
 
@@ -23,7 +25,8 @@ _LARGE = 200.0
 @dataclass(frozen=True)
 class Divergence:
     """Per output, what compares it: ``kl`` the Kullback-Leibler divergence of the softmax over the last axis, in nats
-    per distribution; ``error`` the mean squared difference over the mean square. Outputs are averaged.
+    per distribution; ``probabilities`` the same where the model has taken the softmax itself; ``error`` the mean
+    squared difference over the mean square. Outputs are averaged.
     """
 
     measures: Mapping[str, Measure]
@@ -37,26 +40,29 @@ class Divergence:
         found: dict[str, Measure] = {}
         for value in model.graph.outputs:
             array = outputs[value.name or ""]
-            if array.dtype.kind != "f":
+            if not is_float(array):
                 continue
-            logits = asked == "kl" or (asked == "auto" and _is_logits(value, array))
-            found[value.name or ""] = "kl" if logits and array.ndim and array.shape[-1] > 1 else "error"
+            version = model.opset_imports.get("", 1)
+            last = softmax_over_last(value.producer(), array.ndim, version)
+            logits = asked == "kl" or (asked == "auto" and (bool(last) or _is_logits(value, array)))
+            kind: Measure = "probabilities" if last == "Softmax" else "kl"
+            found[value.name or ""] = kind if logits and array.ndim and array.shape[-1] > 1 else "error"
         if not found:
             raise InputError("The model gives out no floating-point value, so a change of it cannot be measured.")
         return cls(found)
 
     @property
     def logits(self) -> frozenset[str]:
-        """Outputs that are logits of classes."""
-        return frozenset(name for name, measure in self.measures.items() if measure == "kl")
+        """Outputs that are logits of classes, or a softmax of such."""
+        return frozenset(name for name, measure in self.measures.items() if measure != "error")
 
     def batch(self, a: Mapping[str, Array], b: Mapping[str, Array]) -> Array:
         """Sums for one batch, (outputs, 2): numerator and denominator, to be added over batches."""
         rows = []
         for name, measure in self.measures.items():
             x, y = np.asarray(a[name], np.float64), np.asarray(b[name], np.float64)
-            if measure == "kl":
-                p, q = log_softmax(x, axis=-1), log_softmax(y, axis=-1)
+            if measure != "error":
+                p, q = (_logarithm(z) if measure == "probabilities" else log_softmax(z, axis=-1) for z in (x, y))
                 rows.append([float((np.exp(p) * (p - q)).sum()), x.size / x.shape[-1]])
             else:
                 rows.append([float(np.square(x - y).sum()), float(np.square(x).sum())])
@@ -69,8 +75,27 @@ class Divergence:
         return max(float(ratio.mean()), 0.0) if np.isfinite(ratio).all() else float("inf")
 
     def __str__(self) -> str:
-        words = {"kl": "KL divergence in nats", "error": "relative squared error"}
+        kl = "KL divergence in nats"
+        words = {"kl": kl, "probabilities": kl, "error": "relative squared error"}
         return " and ".join(sorted({words[m] for m in self.measures.values()}))
+
+
+def softmax_over_last(node: ir.Node | None, rank: int, version: int) -> str:
+    """``Softmax`` or ``LogSoftmax`` where a node is one over the last axis of a value; else empty."""
+    if node is None or node.domain or node.op_type not in ("Softmax", "LogSoftmax"):
+        return ""
+    axis = attribute(node, "axis", -1 if version >= 13 else 1)
+    return node.op_type if axis in (-1, rank - 1) else ""
+
+
+def _logarithm(probabilities: Array) -> Array:
+    """Of rows that sum to one, zeros as the smallest number that they could have been."""
+    return np.asarray(np.log(np.maximum(probabilities, _LEAST)))
+
+
+def is_float(array: Array) -> bool:
+    """Whether an array holds floating-point numbers; to numpy, bfloat16 is none."""
+    return array.dtype.kind == "f" or array.dtype.name == "bfloat16"
 
 
 def _is_logits(value: ir.Value, array: Array) -> bool:

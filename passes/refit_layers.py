@@ -11,6 +11,7 @@ from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Labels
 from cipm_ir.passes.budget import Mask
 from cipm_ir.passes.candidates import weight_uses
+from cipm_ir.passes.divergence import softmax_over_last
 from cipm_ir.passes.importance import parameter_array
 from cipm_ir.runtime.design import Array, Linear, sample_places
 from cipm_ir.runtime.frontier import moving
@@ -45,7 +46,7 @@ class Way:
         factor: (outputs,).
         shortcut: name of what is added; None where nothing is, or where it may still change.
         rectified: name of the sum, where nothing but Relu reads it: what is below zero there makes no difference.
-        output: name of the output of the graph that the product is, bias included.
+        output: name of the output of the graph that the product is, bias included, or the softmax of the product.
     """
 
     factor: Array
@@ -118,8 +119,19 @@ def _surroundings(
         factor,
         shortcut,
         value.name if shut and (np.abs(factor) > SMALL).all() else None,
-        value.name if value.is_graph_output() and plain else None,
+        _classes(program, value) if plain else None,
     )
+
+
+def _classes(program: Program, value: ir.Value) -> str | None:
+    """The output that a value is, or of which it holds the logits."""
+    if value.is_graph_output():
+        return value.name
+    node = next(iter(value.uses()))[0] if len(value.uses()) == 1 else None
+    rank, version = 0 if value.shape is None else len(value.shape), program.model.opset_imports.get("", 1)
+    if node is None or not softmax_over_last(node, rank, version) or not node.outputs[0].is_graph_output():
+        return None
+    return node.outputs[0].name
 
 
 def _ready(value: ir.Value, start: int, place: dict[int, int]) -> bool:

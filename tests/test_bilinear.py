@@ -26,7 +26,7 @@ def loaded(name: str) -> tuple[Program, list[dict[str, NDArray[Any]]], set[int]]
 
 
 FOUND = {
-    "attention_separate": (3, 3), "attention_qkv_major": (3, 0), "attention_flat_split": (3, 0),
+    "attention_separate": (3, 3), "attention_qkv_major": (3, 3), "attention_flat_split": (3, 3),
     "attention_rope_table": (3, 0), "mlp_identity": (2, 0), "mlp_neg": (2, 0),
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ from tests.dead_units import program_of
 from tests.zoo.net import Net
 
 import cipm_ir
-from cipm_ir.errors import InputError, OptionError, SymmetryError
+from cipm_ir.errors import InputError, OptionError
 from cipm_ir.passes.base import Context, PassResult
 from cipm_ir.passes.compress import Compress
 from cipm_ir.passes.prune import Prune
@@ -303,8 +303,8 @@ def test_whole_blocks_can_be_left_alone() -> None:
     made = program_of("attention_qkv_major")
     data = zoo.feeds("attention_qkv_major", zoo.build("attention_qkv_major"), 0, {"N": 40})
     assert any("blocks" in n for n in compress(made, data, params=0.7).witness["kept"])
-    with pytest.raises(SymmetryError, match="finds no units that it may drop: @w_1: a normalization"):
-        compress(made, data, params=0.9, blocks=False)
+    narrower = compress(made, data, params=0.8, blocks=False).witness["kept"]
+    assert narrower and not any("blocks" in n for n in narrower)
 
 
 def test_rounds_never_hurt() -> None:

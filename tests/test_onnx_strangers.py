@@ -123,7 +123,7 @@ def test_files_folders_and_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     Path("folder").mkdir()
     for k in range(2):
         np.savez(f"folder/{k}.npz", x=part(data, 32 * k, 32 * k + 32)["x"])
-    forms: tuple[Any, ...] = ("all.npz", Path("x.npy"), "folder", ["folder/0.npz", "folder/1.npz"])
+    forms: tuple[Any, ...] = ("all.npz", Path("x.npy"), data["x"], "folder", ["folder/0.npz", "folder/1.npz"])
     found = [cipm_ir.statistics("net.onnx", form, gram=True) for form in forms]
     assert all(relative_gap(found[0], other) < 1e-12 for other in found[1:])
     assert main(["optimize", "net.onnx", "-p", "prune{macs=0.7, importance=wanda}", "--data", "folder", "-q"]) == 0
@@ -162,7 +162,7 @@ def test_one_array_for_two_inputs(tmp_path: Path) -> None:
     net = Net("two-inputs")
     net.output(net.op("Add", net.input("a", ["N", 2]), net.input("b", ["N", 2])), ["N", 2])
     np.save(tmp_path / "x.npy", np.zeros((3, 2), np.float32))
-    with pytest.raises(InputError, match="one array, but the model has inputs 'a', 'b'"):
+    with pytest.raises(InputError, match="is one array, but the model has inputs 'a', 'b'"):
         cipm_ir.verify(net.model(), net.model(), data=tmp_path / "x.npy")
 
 

@@ -117,7 +117,7 @@ def _let_go(node: ir.Node) -> None:
 
 
 def check_values(model: ir.Model, values: dict[str, Array], start: int, feeds: Feeds | None = None) -> None:
-    """Refuse NaN and infinity.
+    """Refuse NaN and infinity; a mask may hold minus infinity, which a softmax turns into nothing.
 
     Raises:
         InputError: naming the value, the node that made it, and the samples; and the input, where that is the cause.
@@ -125,12 +125,20 @@ def check_values(model: ir.Model, values: dict[str, Array], start: int, feeds: F
     for name, array in values.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             maker = next((n for n in model.graph if any(v.name == name for v in n.outputs)), None)
+            if _is_mask(array):
+                continue
             made = "" if maker is None else f", made by {maker.op_type} {maker.name}"
             stop = start + (len(array) if array.ndim else 1) - 1
             raise InputError(
                 f"The value {name!r}{made}, is NaN or infinite on samples {start} to {stop} of the data; "
                 f"{_bad_feed(feeds or {}, start) or 'repair the model, or leave these samples out'}."
             )
+
+
+def _is_mask(array: Array) -> bool:
+    """Whether a value is zero where it is not minus infinity: what is added to scores before a softmax."""
+    shown = array == 0
+    return bool(shown.any() and (shown | np.isneginf(array)).all())
 
 
 def _bad_feed(feeds: Feeds, start: int) -> str:

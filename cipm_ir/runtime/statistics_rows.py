@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import rankdata
 
 from cipm_ir.errors import InputError
 from cipm_ir.ir.labels import mix
@@ -75,7 +75,7 @@ class RowSample:
         """Correlation of the ranks, (size, size); 0 for units that are constant on the sample."""
         if not len(self.rows):
             return np.zeros((self.rows.shape[1],) * 2)
-        ranks = rankdata(self.rows, axis=0)
+        ranks = _ranks(self.rows, "average")
         ranks -= ranks.mean(axis=0)
         products = ranks.T @ ranks / len(ranks)
         return normalized(products, np.diagonal(products))
@@ -90,7 +90,7 @@ class RowSample:
         count, size = self.rows.shape
         if not count:
             return np.zeros((size, size))
-        order = rankdata(self.rows, method="max", axis=0)
+        order = _ranks(self.rows, "max")
         code = np.minimum((order - 1) * bins // count, bins - 1).astype(np.int64)
         hot = np.zeros((count, size, bins), np.float32)
         np.put_along_axis(hot, code[:, :, None], 1.0, axis=2)
@@ -119,6 +119,13 @@ class RowSample:
     def restore(cls, state: Mapping[str, Array]) -> RowSample:
         """The part that gave this state."""
         return cls(int(state["capacity"]), int(state["seen"]), state["keys"], state["rows"])
+
+
+def _ranks(rows: Array, method: Literal["average", "max"]) -> Floats:
+    """Ranks from 1 on within each column."""
+    from scipy.stats import rankdata  # a fifth of the time that it takes to import this package
+
+    return np.asarray(rankdata(rows, method=method, axis=0))
 
 
 def _entropy_terms(rate: Floats) -> Floats:
