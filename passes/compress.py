@@ -17,6 +17,7 @@ from cipm_ir.passes.compress_report import figures_of, metrics_of
 from cipm_ir.passes.compress_search import Evaluate, smallest_within
 from cipm_ir.passes.latency import BLOCK
 from cipm_ir.passes.registry import register
+from cipm_ir.passes.report import pinned_note
 from cipm_ir.runtime.verify import verify_models
 from cipm_ir.symmetry.program import Program
 
@@ -137,7 +138,8 @@ class Compress(Pass):
                 patterns = self.include or self.exclude or not self.blocks
                 none = "include, exclude and blocks leave no free space" if patterns else "no free spaces"
                 none = "min_keep and round_to leave no choice" if wanted else none
-                raise SymmetryError(f"compress finds no units that it may drop: {'; '.join(notes) or none}.")
+                why = [*(notes or [none]), *pinned_note(program)]
+                raise SymmetryError(f"compress finds no units that it may drop: {'; '.join(why)}.")
             settings = Settings(
                 self.samples, self.probes, self.rounds, self.damping, self.divergence, self.threads, self.joint
             )

@@ -26,6 +26,7 @@ from cipm_ir.passes.compensation import Compensation
 from cipm_ir.passes.cost import CostModel, Mask
 from cipm_ir.passes.importance import Importance, ScoreFunction, make_importance
 from cipm_ir.passes.registry import register
+from cipm_ir.passes.report import pinned_note
 from cipm_ir.symmetry.program import Program, Space
 
 _BUDGETS = ("macs", "params", "ratio")
@@ -115,6 +116,7 @@ class Prune(Pass):
         reached = found.least / max(whole, 1)
         asked = getattr(self, name) if name != "ratio" else 1.0 - (self.ratio or 0.0)
         what = {"macs": "multiply-accumulates", "params": "parameters", "ratio": "units"}[name]
+        notes = [*notes, *pinned_note(program)]
         why = f" ({'; '.join(notes)})" if notes else ""
         return (
             f"prune cannot come down to {asked:.3g} of the {what}: with all spaces that it may touch at their minimum, "

@@ -180,6 +180,13 @@ def space_lines(program: Program) -> tuple[SpaceLine, ...]:
     return tuple(SpaceLine(space.name, space.kind, space.size, space.admits) for space in program.spaces)
 
 
+def pinned_note(program: Program) -> list[str]:
+    """A note that names what pins axes for want of a rule; none where there is nothing."""
+    names = [f"{node.op} {node.name!r}" for node in program.opaque]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return [f"what reaches {', '.join(names[:3])}{more} is pinned, for want of a rule"] if names else []
+
+
 def opaque_lines(program: Program) -> tuple[str, ...]:
     """The opaque nodes of a program, one text each."""
     return tuple(f"{node.op} {node.name!r}: {node.reason}" for node in program.opaque)

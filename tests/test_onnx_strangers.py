@@ -19,7 +19,7 @@ from tests.zoo.net import Net
 
 import cipm_ir
 from cipm_ir.cli import main
-from cipm_ir.errors import InputError, OptionError, UnsupportedError
+from cipm_ir.errors import InputError, OptionError, SymmetryError, UnsupportedError
 from cipm_ir.passes.base import Context
 from cipm_ir.runtime.statistics import Statistics
 from cipm_ir.sweeps import passes_for, sweep
@@ -265,6 +265,19 @@ def test_a_layer_without_units() -> None:
         (step,) = cipm_ir.optimize(empty, [text], data=samples()).report.steps
         assert step.changed and step.checked
     assert step.metrics["params"][1] <= 0.7 * step.metrics["params"][0]
+
+
+def test_a_budget_that_unknown_operators_put_out_of_reach() -> None:
+    model = two_layers()
+    model.opset_import.append(onnx.helper.make_opsetid("my.own", 1))
+    for k in (1, 3):
+        model.graph.node[k].op_type, model.graph.node[k].domain, model.graph.node[k].name = "Mystery", "my.own", f"m{k}"
+    with pytest.raises(SymmetryError, match=r"Mystery 'm1', .*Mystery 'm3' is pinned, for want of a rule"):
+        cipm_ir.optimize(model, ["prune{macs=0.5}"])
+    model.graph.node[3].op_type, model.graph.node[3].domain = "Relu", ""
+    with pytest.raises(SymmetryError) as found:
+        cipm_ir.optimize(model, ["prune{macs=0.01}"])
+    assert "m1" in str(found.value) and "m3" not in str(found.value)
 
 
 def test_an_operator_that_nothing_runs() -> None:
