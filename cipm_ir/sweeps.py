@@ -28,10 +28,9 @@ from cipm_ir.passes.report import Totals
 from cipm_ir.passes.sweep_report import Point, SweepReport, read_record, write_files, write_picture
 from cipm_ir.passes.text import parse_passes
 from cipm_ir.runtime.closeness import Closeness, closeness
-from cipm_ir.runtime.content import check_repeatable, data_hash, model_hash
+from cipm_ir.runtime.content import data_hash, model_hash
 from cipm_ir.runtime.files import write_text
 from cipm_ir.runtime.inputs import Data, Feeds, batches
-from cipm_ir.runtime.npz import Files
 from cipm_ir.runtime.session import Runner
 from cipm_ir.runtime.timing import compare_latency, timing_feeds
 from cipm_ir.sources import OnnxOrigin, Source, origin_of, read_data
@@ -95,11 +94,9 @@ def sweep(
     if threads is None and budget == "latency":
         raise OptionError("A sweep over latency measures it: give a number of threads.")
     texts = {value: passes_for(passes_template, budget, value) for value in values}
-    for samples in (data, held_out):
-        if samples is not None and not isinstance(samples, (str, os.PathLike, Mapping)) and not _is_array(samples):
-            check_repeatable(samples)
-    hashes = _samples_hash(data), _samples_hash(held_out)
     program = api.load(source, example_inputs, example_kwargs)
+    data, held_out = read_data(data, program), read_data(held_out, program)
+    hashes = data_hash(data), data_hash(held_out)
     folder = Path(os.path.abspath(output_folder))
     _prepare(folder)
     earlier = read_record(folder / "sweep.json")
@@ -109,8 +106,8 @@ def sweep(
         "threads": threads, "batch": batch, "seed": seed, "verify": verify,
     }  # fmt: skip
     work = _Work(
-        program, folder, budget, settings, read_data(data, program), read_data(held_out, program), evaluate, threads,
-        batch, seed, verify, progress or ignore_progress,
+        program, folder, budget, settings, data, held_out, evaluate, threads, batch, seed, verify,
+        progress or ignore_progress,
     )  # fmt: skip
     return work.run(texts, earlier)
 
@@ -343,19 +340,6 @@ def _prepare(folder: Path) -> None:
     trial = folder / ".sweep-trial"
     write_text(trial, "")
     trial.unlink(missing_ok=True)
-
-
-def _samples_hash(data: Data | None) -> str:
-    """`data_hash`, also of one array, and of several files together where data is a folder or a list of them."""
-    if isinstance(data, str | os.PathLike) and os.path.isdir(data):
-        data = list(Files.of(data).paths)
-    if isinstance(data, list | tuple) and data and all(isinstance(one, str | os.PathLike) for one in data):
-        return hashlib.sha256(json.dumps([data_hash(one) for one in data]).encode()).hexdigest()
-    return data_hash({"": data} if _is_array(data) else data)
-
-
-def _is_array(data: object) -> bool:
-    return hasattr(data, "__array__")
 
 
 def _identity(evaluate: Evaluate | None) -> str:

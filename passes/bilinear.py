@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from cipm_ir.ir.constants import is_float
 from cipm_ir.ir.labels import Labels
 from cipm_ir.passes.budget import Mask
-from cipm_ir.passes.divergence import is_float
 from cipm_ir.passes.importance import parameter_array
 from cipm_ir.passes.refit_layers import Layer, layers_of
 from cipm_ir.passes.sensitivity import count_samples

@@ -135,10 +135,7 @@ class Compress(Pass):
             program, pairs = prepared(program, wanted, ctx.data, size=BATCH, limit=self.samples, seed=ctx.seed)
             candidates, notes = find_candidates(program, wanted, self.min_keep, self._multiple(), self.steps, pairs)
             if not candidates:
-                patterns = self.include or self.exclude or not self.blocks
-                none = "include, exclude and blocks leave no free space" if patterns else "no free spaces"
-                none = "min_keep and round_to leave no choice" if wanted else none
-                why = [*(notes or [none]), *pinned_note(program)]
+                why = [*(notes or [self._no_choice(wanted)]), *pinned_note(program)]
                 raise SymmetryError(f"compress finds no units that it may drop: {'; '.join(why)}.")
             settings = Settings(
                 self.samples, self.probes, self.rounds, self.damping, self.divergence, self.threads, self.joint
@@ -146,6 +143,13 @@ class Compress(Pass):
             plans[key] = make_plan(program, candidates, pairs, notes, settings, self._kind(), ctx)
         plan: Plan = plans[key]
         return plan
+
+    def _no_choice(self, wanted: set[int]) -> str:
+        if wanted:
+            return "min_keep and round_to leave no choice"
+        if self.include or self.exclude or not self.blocks:
+            return "include, exclude and blocks leave no free space"
+        return "no free spaces"
 
     def _multiple(self) -> int:
         return self.round_to or (BLOCK if self.latency is not None else 1)

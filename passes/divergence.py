@@ -12,7 +12,7 @@ import onnx_ir as ir
 from scipy.special import log_softmax
 
 from cipm_ir.errors import InputError
-from cipm_ir.ir.constants import attribute
+from cipm_ir.ir.constants import attribute, is_float
 
 Array = npt.NDArray[Any]
 Measure = Literal["kl", "probabilities", "error"]
@@ -91,11 +91,6 @@ def softmax_over_last(node: ir.Node | None, rank: int, version: int) -> str:
 def _logarithm(probabilities: Array) -> Array:
     """Of rows that sum to one, zeros as the smallest number that they could have been."""
     return np.asarray(np.log(np.maximum(probabilities, _LEAST)))
-
-
-def is_float(array: Array) -> bool:
-    """Whether an array holds floating-point numbers; to numpy, bfloat16 is none."""
-    return array.dtype.kind == "f" or array.dtype.name == "bfloat16"
 
 
 def _is_logits(value: ir.Value, array: Array) -> bool:

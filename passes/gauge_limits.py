@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from cipm_ir.ir.constants import is_float
 from cipm_ir.ir.labels import Array
 from cipm_ir.passes.canonical_members import Floats, Member, Members
 
@@ -44,10 +45,10 @@ def _may_round(members: Members, leaf: int, found: list[Member], scale: Floats) 
     moved = [np.abs((m.scale * scale[m.classes[:, None], m.scale_at]).sum(1)).max() for m in found]
     if not max(moved):
         return False
-    dtype = members.array(leaf).dtype
-    if dtype.kind != "f" and dtype.name != "bfloat16":
+    array = members.array(leaf)
+    if not is_float(array):
         return True  # eight bits or fewer: look at every entry
-    limits = np.finfo(np.float32 if dtype.kind != "f" else dtype)
+    limits = np.finfo(array.dtype if array.dtype.kind == "f" else np.float32)
     low, high = np.inf, 0.0
     for _, block in members.blocks(leaf, (), None):
         size = np.abs(block)

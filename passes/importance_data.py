@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from cipm_ir.errors import InputError, SymmetryError
+from cipm_ir.errors import SymmetryError
 from cipm_ir.passes.base import Context
 from cipm_ir.passes.importance import Scores, parameter_array, register_importance
 from cipm_ir.passes.importance_gradient import needed_data
 from cipm_ir.passes.importance_reads import Places, Reads, find_reads
 from cipm_ir.runtime.design import Linear, sample_places
 from cipm_ir.runtime.inputs import Array
+from cipm_ir.runtime.moments import check_squares
 from cipm_ir.runtime.observe import observe, samples
 from cipm_ir.symmetry.program import Program, Space
 from cipm_ir.symmetry.readers import Reader, readers
@@ -301,8 +302,7 @@ def _squared(u: Array) -> Floats:
         if not np.isfinite(np.diagonal(made)).all():
             wide = u.astype(np.float64)
             made = wide.T @ wide
-    if not np.isfinite(np.diagonal(made)).all():
-        raise InputError("The squares of the activations are above what float64 holds; scale the data down.")
+    check_squares(np.diagonal(made))
     return np.asarray(made)
 
 

@@ -37,6 +37,11 @@ def constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
     return None
 
 
+def is_float(array: Array) -> bool:
+    """Whether an array holds floating-point numbers; to numpy, bfloat16 is none."""
+    return bool(array.dtype.kind == "f" or array.dtype.name == "bfloat16")
+
+
 def _axes(node: ir.Node, args: list[Array]) -> Any:
     return args[1].tolist() if len(args) > 1 else attribute(node, "axes")
 

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from cipm_ir.errors import InputError
 from cipm_ir.runtime.inputs import Data
+from cipm_ir.runtime.npz import Files
 
 _CHUNK = 1 << 20
 
@@ -40,6 +41,8 @@ def data_hash(data: Data | None) -> str:
         _file(digest, data)
     elif isinstance(data, Mapping):
         _arrays(digest, data)
+    elif isinstance(data, Files):
+        _add(digest, [data_hash(path) for path in data.paths])
     elif check_repeatable(data):
         for one in data:
             if not isinstance(one, Mapping):

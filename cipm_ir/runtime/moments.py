@@ -57,6 +57,12 @@ def centred(rows: Floats) -> tuple[Floats, Floats]:
     return mean, rows
 
 
+def check_squares(squares: Floats) -> None:
+    """Errors: `InputError` where sums of squares of activations do not fit into float64."""
+    if not np.isfinite(squares).all():
+        raise InputError("The squares of the activations are above what float64 holds; scale the data down.")
+
+
 def add_outer(matrix: Floats, a: Floats, b: Floats, weight: float) -> None:
     """``matrix += weight * outer(a, b)``, a block of rows at a time."""
     for start in range(0, len(matrix), _BLOCK):
@@ -105,8 +111,7 @@ class Moments:
             with np.errstate(over="ignore", invalid="ignore"):
                 mean, around = centred(chunk)
                 products = around.T @ around if self.full else np.einsum("ij,ij->j", around, around)
-            if not np.isfinite(np.diagonal(products) if self.full else products).all():
-                raise InputError("The squares of the activations are above what float64 holds; scale the data down.")
+            check_squares(np.diagonal(products) if self.full else products)
             self._join(len(chunk), mean, products)
 
     def _join(self, count: int, mean: Floats, spread: Array) -> None:

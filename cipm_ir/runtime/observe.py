@@ -123,10 +123,8 @@ def check_values(model: ir.Model, values: dict[str, Array], start: int, feeds: F
         InputError: naming the value, the node that made it, and the samples; and the input, where that is the cause.
     """
     for name, array in values.items():
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
+        if array.dtype.kind == "f" and not np.isfinite(array).all() and not _is_mask(array):
             maker = next((n for n in model.graph if any(v.name == name for v in n.outputs)), None)
-            if _is_mask(array):
-                continue
             made = "" if maker is None else f", made by {maker.op_type} {maker.name}"
             stop = start + (len(array) if array.ndim else 1) - 1
             raise InputError(
