@@ -42,6 +42,17 @@ def processor_saturates() -> bool:
     return int(session.run(None, feeds)[0][0, 0]) != 4 * 255 * 127
 
 
+def computes_in_integers(model: ir.Model) -> bool:
+    """Return whether a model multiplies 8-bit integers, or may do so once onnxruntime has fused its operators."""
+    graphs = (model.graph, *model.graph.subgraphs())
+    return any(
+        node.op_type in ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
+        or ("" if node.domain == "ai.onnx" else node.domain, node.op_type) in WEIGHT_INPUTS
+        for graph in graphs
+        for node in graph
+    )
+
+
 def reencode_signed_weights(model: ir.Model) -> int:
     """Turn int8 weights that meet uint8 activations into uint8, in place; return how many products changed.
 
@@ -81,7 +92,8 @@ def _signed(value: ir.Value | None) -> bool:
 
 def _moved(graph: ir.Graph, node: ir.Node, value: ir.Value, shift: ir.Value, what: str) -> ir.Value:
     """Return int8 `value` + 128 as uint8, computed in front of `node`."""
-    steps = (("Cast", {"to": ir.DataType.INT32.value}), ("Add", {}), ("Cast", {"to": ir.DataType.UINT8.value}))
+    wide, narrow = {"to": ir.DataType.INT32.value}, {"to": ir.DataType.UINT8.value}
+    steps: tuple[tuple[str, dict[str, int]], ...] = (("Cast", wide), ("Add", {}), ("Cast", narrow))
     for k, (op_type, attributes) in enumerate(steps):
         inputs = [value, shift] if op_type == "Add" else [value]
         made = ir.node(op_type, inputs, attributes)
