@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 from tests import zoo
-from tests.double_precision import Effect, Feeds, Single, effect, probes
+from tests.double_precision import HIDDEN, Effect, Feeds, Single, effect, probes
 from tests.mutations import KINDS, STRUCTURAL, Mutant, mutate
 
 import cipm_ir
@@ -45,7 +45,8 @@ class Trial:
     def verdict(self) -> str:
         """caught, not verified, or why it was missed."""
         if self.found.ok is False:
-            return "caught" if self.effect is None or self.effect.verdict == "visible" else f"caught, {self.effect.verdict}"
+            hidden = self.effect is not None and self.effect.verdict in HIDDEN
+            return f"caught, {self.effect.verdict}" if hidden and self.effect else "caught"
         if self.found.ok is None:
             return "not verified"
         return self.effect.verdict if self.effect is not None else "missed"
@@ -138,7 +139,7 @@ def _print(done: list[Trial], alarms: list[str], unmoved: int, unverified: int, 
         counts = Counter(trial.verdict for trial in done if kind in (trial.kind, "all"))
         if counts:
             print(f"| {kind} | {counts.total()} | {' | '.join(str(counts[v]) for v in verdicts)} |")
-    hidden = sum(trial.verdict in ("equivalent", "below rounding") for trial in done)
+    hidden = sum(trial.verdict in HIDDEN for trial in done)
     caught = sum(trial.found.ok is False for trial in done)
     print(
         f"\ncaught {caught} of {len(done)} ({caught / max(len(done), 1):.1%}); "
@@ -147,7 +148,7 @@ def _print(done: list[Trial], alarms: list[str], unmoved: int, unverified: int, 
     )
     for alarm in alarms:
         print(f"false alarm: {alarm}")
-    for verdict in ("visible", "unknown", "not verified", "below rounding", "caught, equivalent", "caught, below rounding"):
+    for verdict in ("visible", "unknown", "not verified", *(f"caught, {v}" for v in HIDDEN), *HIDDEN[1:]):
         for trial in sorted((t for t in done if t.verdict == verdict), key=lambda t: -(t.effect.ratio if t.effect else 0)):
             print(f"{verdict}: {trial}")
     for trial in (t for t in done if t.verdict == "equivalent"):
