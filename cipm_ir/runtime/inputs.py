@@ -51,7 +51,8 @@ class Recipe:
 
     Attributes:
         name: of what comes out, for messages.
-        floats: "normal", "uniform" in [0, 1), "pixels" (whole numbers 0 to 255), "zeros" or "ones".
+        floats: "normal", "uniform" in [0, 1), "pixels" (whole numbers 0 to 255), "waves" (a sine along the last axis),
+            "zeros" or "ones".
         factor: floats are multiplied by it.
         integers: "random", or "low" or "high" for the ends of their range; booleans are false and true there.
     """
@@ -67,6 +68,10 @@ class Recipe:
             made = np.asarray(rng.standard_normal(shape))
         elif self.floats == "uniform":
             made = np.asarray(rng.random(shape))
+        elif self.floats == "waves":
+            last = np.arange(shape[-1] if shape else 1) / max(shape[-1] if shape else 1, 1)
+            start, pace = rng.random((2, *shape[:-1], 1))
+            made = np.sin(2 * np.pi * (start + (1 + 7 * pace) * last)).reshape(shape)
         elif self.floats == "pixels":
             made = np.asarray(rng.integers(0, 256, shape), np.float64)
         else:
