@@ -144,7 +144,7 @@ def _random_input(
         made = np.ones(shape) if recipe.integers == "high" else _mask(shape, rng)
         return np.asarray(made.astype(dtype.numpy()))
     if dtype == ir.DataType.BOOL:
-        return rng.random(shape) < {"low": 0.0, "high": 1.0}.get(recipe.integers, 0.5)
+        return np.asarray(rng.random(shape) < {"low": 0.0, "high": 1.0}.get(recipe.integers, 0.5))
     low, high = (0, bound) if bound is not None else (0, 2)
     if bound is None and dtype.bitwidth == 8:
         low, high = (0, 256) if dtype == ir.DataType.UINT8 else (-128, 128)

@@ -175,7 +175,7 @@ class Yardstick:
     """What one output of a model was on one input, and how far rounding moves it, per channel.
 
     A channel is an index of axis 1 or of the last axis; both are looked at, so that an entry is judged by the finer of
-    the two. An output of fewer than two axes is one channel.
+    the two.
 
     Attributes:
         expected: the output.
@@ -241,8 +241,8 @@ def settle(sticks: list[Yardstick]) -> None:
 
 
 def channel_axes(ndim: int) -> tuple[int | None, ...]:
-    """Return the axes whose indices are channels; (None,) for an output that is one channel."""
-    return (None,) if ndim < 2 else tuple({1, ndim - 1})
+    """Return the axes whose indices are channels; (None,) for a single number."""
+    return (None,) if ndim == 0 else tuple({min(1, ndim - 1), ndim - 1})
 
 
 def by_channel(size: Array, axis: int | None) -> Array:

@@ -60,6 +60,8 @@ _RANDOM_OPS = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUnifo
 _SIZES = ((2, 8, None), (1, 8, None), (2, 32, None), (1, 64, None), (1, 224, None), (1, 1, None), (1, 16, 2), (3, 3, 2))
 _LONG = (128, 64, 32, 16)
 _LONG_ENTRIES = 1 << 19
+_SAMPLES = 16
+_SAMPLES_ENTRIES = 1 << 16
 _SECONDS = 10.0
 _LEAST = 3
 BATCHES = 3
@@ -275,8 +277,24 @@ def _accepted(
         except InputError as error:
             first = first or error
         else:
-            return batch, free_size, limit, feeds
+            return _more_samples(model, run, rng, (batch, free_size, limit, feeds))
     raise first or InputError("No random inputs were tried.")
+
+
+def _more_samples(
+    model: ir.Model,
+    run: Callable[[Feeds], Outputs],
+    rng: np.random.Generator,
+    found: tuple[int, int, int | None, Feeds],
+) -> tuple[int, int, int | None, Feeds]:
+    """Take a larger batch where the model takes one and it is small: units that are rarely active show then."""
+    batch, free_size, limit, feeds = found
+    if batch < 2 or sum(x.size for x in feeds.values()) * _SAMPLES // batch > _SAMPLES_ENTRIES:
+        return found
+    more = random_inputs(model, rng, _SAMPLES, free_size=free_size, index_limit=limit)
+    if {name: x.shape for name, x in more.items()} == {name: x.shape for name, x in feeds.items()}:
+        return found
+    return (_SAMPLES, free_size, limit, more) if tried("", more, run) else found
 
 
 def _long(model: ir.Model, run: Callable[[Feeds], Outputs], rng: np.random.Generator, limit: int | None) -> list[Case]:
