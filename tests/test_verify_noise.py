@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
@@ -233,10 +234,9 @@ def test_an_input_with_a_default_takes_other_values() -> None:
     assert verify_models(open_one, moved).ok is False
     assert verify_models(model(nodes, {"w": W, "v": V}), model(nodes, {"w": W[:, order], "v": V[order]})).ok
     # In files of IR version 3 every initializer is an input, and none is meant to be replaced.
-    old = {"inputs": {"w": [6, 8], "v": [8, 4]}, "ir_version": 3, "opset": 8}
-    assert verify_models(
-        model(nodes, {"w": W, "v": V}, **old), model(nodes, {"w": W[:, order], "v": V[order]}, **old)
-    ).ok  # type: ignore[arg-type]
+    old: dict[str, Any] = {"inputs": {"w": [6, 8], "v": [8, 4]}, "ir_version": 3, "opset": 8}
+    permuted = {"w": W[:, order], "v": V[order]}
+    assert verify_models(model(nodes, {"w": W, "v": V}, **old), model(nodes, permuted, **old)).ok
 
 
 # --- coarse grids inside the model ----------------------------------------------------------------
@@ -265,9 +265,12 @@ def test_jumps_between_the_steps_of_a_grid_are_rounding() -> None:
 def test_a_model_runs_five_times_and_only_where_bits_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     ways: list[str] = []
     measure = Reference._measure_noise
-    monkeypatch.setattr(
-        Reference, "_measure_noise", lambda self, found, places: (ways.extend(found), measure(self, found, places))[1]
-    )
+
+    def count(reference: Reference, found: Sequence[str], places: Sequence[int]) -> None:
+        ways.extend(found)
+        measure(reference, found, places)
+
+    monkeypatch.setattr(Reference, "_measure_noise", count)
     assert verify_models(product(), product()).ok and not ways
     order = RNG.permutation(6)
     nodes: list[Any] = [("Gather", ["x", "o"], "g"), ("MatMul", ["g", "w"], "h"), ("MatMul", ["h", "v"], "y")]

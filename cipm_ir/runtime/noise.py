@@ -141,7 +141,7 @@ def _summed_axes(node: ir.Node) -> tuple[int, int] | None:
     """The axes of both operands that a contraction sums over; None for other nodes, and where sizes are not known."""
     if node.domain not in ("", "ai.onnx") or len(node.inputs) < 2:
         return None
-    first, second = _dims(node.inputs[0]), _dims(node.inputs[1])
+    second = _dims(node.inputs[1])
     flag = node.attributes.get_int
     if node.op_type == "MatMul" and len(second) > 1:
         axes = -1, len(second) - 2
