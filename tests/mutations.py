@@ -1,7 +1,7 @@
 """Single edits of a model that a verification should see: a wrong row, a lost bias, a wrong epsilon, a wrong edge.
 
-`mutate(model, kind, rng)` edits a copy at a random place, `mutate(model, kind, rng, name)` at one tensor or node. Whether an edit
-changes what the model computes is not known here: `tests.double_precision` measures it.
+`mutate(model, kind, rng)` edits a copy at a random place, `mutate(model, kind, rng, name)` at one tensor or node.
+Whether an edit changes what the model computes is not known here: `tests.double_precision` measures it.
 """
 
 from __future__ import annotations
@@ -251,7 +251,7 @@ def _attribute(model: ir.Model, rng: Generator, name: str | None) -> tuple[str, 
     if chosen is None:
         return None
     node, _, (key, old, new) = chosen
-    node.attributes[key] = ir.from_proto(onnx.helper.make_attribute(key, new))
+    node.attributes[key] = ir.serde.deserialize_attribute(onnx.helper.make_attribute(key, new))
     return _label(node), f"{key} of {node.op_type} {old} became {new}"
 
 
@@ -327,7 +327,9 @@ def _pick(found: list[Parameter], rng: Generator, name: str | None) -> Parameter
     return chosen[int(rng.integers(len(chosen)))] if chosen else None
 
 
-def _pick_node(found: list[tuple[ir.Node, int, Any]], rng: Generator, name: str | None) -> tuple[ir.Node, int, Any] | None:
+def _pick_node(
+    found: list[tuple[ir.Node, int, Any]], rng: Generator, name: str | None
+) -> tuple[ir.Node, int, Any] | None:
     chosen = [one for one in found if name is None or _label(one[0]) == name]
     return chosen[int(rng.integers(len(chosen)))] if chosen else None
 

@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.detection [--nets NAME,...] [--rows 1] [--gauges 10] [--seed 0] [--folder DIR] [--act]
 
-Small transformers, convolution nets and audio nets (`detection_nets`). In a copy one row of one tensor (one entry of a
-vector) is 1% too large: `rows` copies for every float tensor of more than one entry. A copy in another gauge is a random
-element of the model's whole group, or the result of an exact pass. With ``--act`` the edited copies are in another gauge
-too. What is missed is measured in double precision: equivalent, below or near rounding, or visible.
+Small transformers, convolution nets and audio nets (`detection_nets`). In a copy one row of one tensor (one entry of
+a vector) is 1% too large: `rows` copies for every float tensor of more than one entry. A copy in another gauge is a
+random element of the model's whole group, or the result of an exact pass. With ``--act`` the edited copies are in
+another gauge too. What is missed is measured in double precision: equivalent, below or near rounding, or visible.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--act", action="store_true", help="edit copies in another gauge")
     given = parser.parse_args(arguments)
     given.folder.mkdir(exist_ok=True)
-    totals: Counter[str] = Counter()
+    totals: Counter[tuple[str, int]] = Counter()
     missed, wrong = [], []
     print("| kind | net | caught | of | equivalent or near rounding | false alarms | of | s |")
     print("|---|---|---|---|---|---|---|---|")
@@ -106,12 +106,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         line = caught, len(edited), hidden, false, len(same)
         print(f"| {kind} | {name} | {' | '.join(map(str, line))} | {time.perf_counter() - start:.1f} |", flush=True)
         for group in (kind, "all"):
-            totals.update({(group, k): number for k, number in enumerate(line)})  # type: ignore[dict-item]
+            totals.update({(group, k): number for k, number in enumerate(line)})
         missed += [f"missed: {name}, {one.copy} [{one.why}]" for one in edited if one.told is not True]
         wrong += [f"false alarm: {name}, {one.copy}: {one.why}" for one in same if one.told is True]
         wrong += [f"not verified: {name}, {one.copy}: {one.why}" for one in same if one.told is None]
     for group in ("transformer", "convolution", "audio", "all"):
-        print(f"| {group} | | {' | '.join(str(totals[group, k]) for k in range(5))} | |")  # type: ignore[index]
+        print(f"| {group} | | {' | '.join(str(totals[group, k]) for k in range(5))} | |")
     print("\n".join([*wrong, *sorted(missed, key=lambda text: "equivalent" in text)]))
 
 

@@ -1,10 +1,11 @@
 """How many single edits of a model the verification sees, and what the ones are that it misses.
 
-    python -m tests.benchmarks.mutations [--count 2000] [--seed 0] [--models NAME,...] [--kinds row,...] [--check-caught]
+    python -m tests.benchmarks.mutations [--count 2000] [--seed 0] [--models NAME,...] [--kinds NAME,...]
 
 For each model of the zoo, its copies in other gauges (random elements of its group, the canonical form) are verified as
 they are, which must not fail, and with one edit, which must. What is missed is measured in double precision: an edit
 that moves nothing is equivalent, one that moves less than the rounding cannot be seen; the rest are listed as visible.
+With `--check-caught` the caught ones are measured too.
 """
 
 from __future__ import annotations
@@ -144,12 +145,15 @@ def _print(done: list[Trial], alarms: list[str], unmoved: int, unverified: int, 
     print(
         f"\ncaught {caught} of {len(done)} ({caught / max(len(done), 1):.1%}); "
         f"of those that can be seen {caught / max(len(done) - hidden, 1):.2%}; "
-        f"false alarms on {len(alarms)} of {unmoved} copies without an edit ({unverified} not verified); {seconds:.0f} s"
+        f"false alarms on {len(alarms)} of {unmoved} copies without an edit "
+        f"({unverified} not verified); {seconds:.0f} s"
     )
     for alarm in alarms:
         print(f"false alarm: {alarm}")
     for verdict in ("visible", "unknown", "not verified", *(f"caught, {v}" for v in HIDDEN), *HIDDEN[1:]):
-        for trial in sorted((t for t in done if t.verdict == verdict), key=lambda t: -(t.effect.ratio if t.effect else 0)):
+        for trial in sorted(
+            (t for t in done if t.verdict == verdict), key=lambda t: -(t.effect.ratio if t.effect else 0)
+        ):
             print(f"{verdict}: {trial}")
     for trial in (t for t in done if t.verdict == "equivalent"):
         print(f"equivalent: {trial.model}, {trial.edit}")
