@@ -60,6 +60,10 @@ class Reference:
             for place, (_, given) in enumerate(feeds):
                 moved = given if k == 0 else {name: _moved(value, rng) for name, value in given.items()}
                 _widen(rounding[place], outputs[place], runner.run(moved))
+        for one, found in zip(outputs, rounding, strict=True):
+            for key, value in one.items():
+                unit = 2 * _HALF.get(value.dtype.name, 2.0**-24) if is_float(value) else 0.0
+                found[key] = found[key] + unit * by_channel(np.abs(_wide(value)))
         return cls(feeds, outputs, rounding)
 
     def distance(self, model: ir.Model, runner: Single | Double | None = None) -> tuple[float, float, str]:
@@ -72,10 +76,8 @@ class Reference:
                 if value.shape != actual[key].shape or not np.array_equal(np.isfinite(value), np.isfinite(actual[key])):
                     return np.inf, np.inf, f"{name}: shape, NaN or infinities of {key!r}"
                 apart = by_channel(np.abs(_wide(actual[key]) - _wide(value)))
-                unit = 2 * _HALF.get(value.dtype.name, 2.0**-24) if is_float(value) else 0.0
-                scale = rounding[key] + unit * by_channel(np.abs(_wide(value))) + 1e-300
                 largest = max(largest, float(np.max(apart, initial=0.0)))
-                multiple = float(np.max(apart / scale, initial=0.0))
+                multiple = float(np.max(apart / (rounding[key] + 1e-300), initial=0.0))
                 if multiple > worst:
                     worst, where = multiple, f"{name}, {key}"
         return largest, worst, where
