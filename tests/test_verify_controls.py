@@ -20,7 +20,8 @@ from tests.mutations import Mutant, mutate, weights
 from cipm_ir.runtime.verify import verify_models
 from cipm_ir.symmetry.program import Program
 
-MODELS = zoo.names("synthetic", without=("reference",))
+# Between the steps of a quantization an edit shows only where a value lies beside a step, so no small edit is sure to.
+MODELS = zoo.names("synthetic", without=("reference", "quantized"))
 WITH_NORM = [
     "batch_norm_relu",
     "batch_norm_1d",
