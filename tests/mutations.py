@@ -84,7 +84,8 @@ class Parameter:
         dtype = self.array.dtype
         if dtype.kind in "iu":
             array = np.clip(np.rint(array), np.iinfo(dtype).min, np.iinfo(dtype).max)
-        tensor = ir.tensor(np.asarray(array).astype(dtype), name=self.name)
+        with np.errstate(over="ignore", invalid="ignore"):
+            tensor = ir.tensor(np.asarray(array).astype(dtype), name=self.name)
         if isinstance(self.holder, ir.Value):
             self.holder.const_value = tensor
         else:

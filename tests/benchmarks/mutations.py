@@ -28,7 +28,8 @@ from cipm_ir.runtime.verify import Verification, verify_models
 from cipm_ir.symmetry.program import Program
 
 _GAUGES = 3
-_ATTEMPTS = 12
+_ATTEMPTS = 6
+"""How often a kind of edit is tried on a model before the next kind is."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,8 @@ def trials(
     feeds = probes(original, seed, runner)
     start = int(rng.integers(len(kinds)))
     for k in range(count):
-        kind = kinds[(start + k) % len(kinds)]
-        for _ in range(_ATTEMPTS):
+        for attempt in range(_ATTEMPTS * len(kinds)):
+            kind = kinds[(start + k + attempt // _ATTEMPTS) % len(kinds)]
             gauge, copy = copies[int(rng.integers(len(copies)))]
             mutant = mutate(copy, kind, rng)
             if mutant is None or (kind in STRUCTURAL and not valid(mutant, runner, feeds[0][1])):
