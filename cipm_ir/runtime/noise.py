@@ -229,21 +229,26 @@ class Yardstick:
 def settle(sticks: list[Yardstick]) -> None:
     """Raise the noise of each channel to what is typical of it, for one output on several inputs.
 
-    A channel of few entries can look quieter on one input than it is; relative to its size, its noise counts at least
-    as much as its median over all inputs.
+    A channel of few entries can look quieter on one input than it is, and be near zero there. Relative to its usual
+    size, its noise counts at least as much as its median over all inputs.
     """
     for axis in {axis for stick in sticks for axis in stick.noise}:
         alike: dict[int, list[Yardstick]] = {}
         for stick in sticks:
-            if axis in stick.noise:
+            if axis in stick.noise and stick.noise[axis].size:
                 alike.setdefault(stick.noise[axis].size, []).append(stick)
         for group in alike.values():
             noise = np.stack([stick.noise[axis] for stick in group])
             scale = np.stack([stick.scale[axis] for stick in group])
-            relative = np.divide(noise, scale, out=np.zeros_like(noise), where=scale > 0)
-            typical = np.median(relative, axis=0)
-            for stick in group:
-                np.maximum(stick.noise[axis], typical * stick.scale[axis], out=stick.noise[axis])
+            largest = scale.max(axis=1, keepdims=True)
+            usual = np.maximum(scale, np.median(_ratio(scale, largest), axis=0) * largest)
+            typical = np.median(_ratio(noise, usual), axis=0) * usual
+            for stick, least in zip(group, typical, strict=True):
+                np.maximum(stick.noise[axis], least, out=stick.noise[axis])
+
+
+def _ratio(a: Array, b: Array) -> Array:
+    return np.divide(a, b, out=np.zeros_like(a), where=b > 0)
 
 
 def channel_axes(ndim: int) -> tuple[int | None, ...]:
