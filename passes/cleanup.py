@@ -1,32 +1,32 @@
-"""Generic clean-up and the folding of batch normalizations, delegated to onnxscript's optimizer and onnx_ir's passes.
+"""Generic clean-up: constants are folded, and nodes without effect, equal nodes and what nothing needs are removed.
 
-What is done here is to say which nodes they may touch, and to prepare the graph so that they can.
+What may go, and on which condition, is listed where it is decided: `no_ops` (nodes), `node_pairs` (pairs of nodes),
+`fold_constants` (what is evaluated), `merge_nodes` (what is equal), `replace_values` (which names stay).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import (
-    CommonSubexpressionEliminationPass,
-    IdentityEliminationPass,
-    RemoveInitializersFromInputsPass,
-    RemoveUnusedNodesPass,
-)
 
+from cipm_ir.ir.parameters import is_overridable, note_ir_version, parameter_tensor
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
 from cipm_ir.passes.batch_norm import fold_batch_norms
+from cipm_ir.passes.fold_constants import ConstantFolder
+from cipm_ir.passes.graph_facts import GraphFacts
+from cipm_ir.passes.merge_nodes import merge_nodes
+from cipm_ir.passes.no_ops import copied_input
+from cipm_ir.passes.node_pairs import join_pair
 from cipm_ir.passes.registry import register
-from cipm_ir.runtime.graphs import quiet
+from cipm_ir.passes.replace_values import remove_if_unused, remove_unused, replace_value, subgraphs
+from cipm_ir.runtime.graphs import all_graphs
 from cipm_ir.symmetry.program import Program
-
-# Kept out of onnxscript's fold of constants as a whole: each of these draws anew in every run.
-_RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
-
 
 @register("fold-batch-norm")
 @dataclass(frozen=True)
@@ -74,13 +74,14 @@ def _count(number: int, what: str) -> str:
 class CleanUp(Pass):
     """Folds constants and removes what has no effect: identities, no-op casts and shape changes, unused nodes.
 
-    1. Nodes of constants only are evaluated, within the size limits (onnxscript.optimizer.fold_constants); quantized
-       weights stay quantized, and nothing random is folded.
-    2. Identity, x + 0, x · 1, casts, transposes and reshapes without effect, and pairs of these go
-       (onnxscript.rewriter).
-    3. Nodes that compute the same are merged, if asked (onnx_ir); nodes and initializers that nothing reads go.
+    1. Nodes whose result is the same in every run are evaluated, within the size limits; quantized weights stay
+       quantized, and nothing random is folded. An If with a constant condition becomes the branch that it takes.
+    2. Nodes that give an input back as it is go, and some pairs become one node. Zero and one are zero and one,
+       not numbers near them; a cast goes where it keeps the type; shapes must be proven.
+    3. Nodes of a graph that compute the same, bit for bit, are merged, if asked; what nothing needs goes.
 
-    Names of inputs, outputs and initializers stay, functions stay functions, batch normalizations stay nodes.
+    Names, types and shapes of inputs and outputs stay, so do names of initializers; functions stay functions, batch
+    normalizations stay nodes. Initializers that callers may override are inputs: never folded, never removed.
     """
 
     kind: ClassVar[Kind] = Kind.EXACT
@@ -91,21 +92,16 @@ class CleanUp(Pass):
     merge: bool = option(True, "merge nodes that compute the same")
 
     def run(self, program: Program, ctx: Context) -> PassResult:
-        """Clean a copy; without effect, the program that came in is given back."""
+        """Clean a copy; without effect, the program that came in is returned."""
         model = program.emit()
         before = _signature(model)
-        names = [value.name for value in model.graph.outputs]
         _free_initializers(model)
-        ctx.progress("constants", 0.1)
-        _fold_constants(model, self.input_size_limit, self.output_size_limit)
-        ctx.progress("rewriting", 0.6)
-        _remove_no_ops(model)
+        ctx.progress("constants and identities", 0.1)
+        _Cleaner(model, self.input_size_limit, self.output_size_limit).run()
+        ctx.progress("equal nodes", 0.8)
         if self.merge:
-            CommonSubexpressionEliminationPass()(model)
-        IdentityEliminationPass()(model)
-        RemoveUnusedNodesPass()(model)
-        for value, name in zip(model.graph.outputs, names, strict=True):
-            value.name = name
+            merge_nodes(model)
+        remove_unused(model)
         after = _signature(model)
         if after == before:
             return PassResult(program, False, "nothing to clean")
@@ -114,46 +110,101 @@ class CleanUp(Pass):
 
 
 def _free_initializers(model: ir.Model) -> int:
-    """In ir_version 3 every initializer had to be a graph input too: make them plain, and count them."""
-    if model.ir_version >= 4:
+    """Before IR version 4 every initializer had to be a graph input too: make them plain, and return their number."""
+    listed = [value for value in model.graph.inputs if value.is_initializer() and not is_overridable(value)]
+    if not listed:
         return 0
-    before = len(model.graph.inputs)
+    kept = [value for value in model.graph.inputs if not value.is_initializer()]
+    model.graph.inputs.clear()
+    model.graph.inputs.extend(kept)
     model.ir_version = 4
-    RemoveInitializersFromInputsPass()(model)
-    return before - len(model.graph.inputs)
+    note_ir_version(model)
+    return len(listed)
 
 
-def _fold_constants(model: ir.Model, input_limit: int, output_limit: int) -> None:
-    from onnxscript.optimizer import fold_constants
+class _Cleaner:
+    """One walk over all graphs of a model in topological order, which folds, removes and joins as it goes."""
 
-    def should_fold(node: ir.Node) -> bool | None:
-        return False if node.op_type in _RANDOM else None
+    def __init__(self, model: ir.Model, input_limit: int, output_limit: int) -> None:
+        self.model = model
+        self.facts = GraphFacts(model)
+        self.folder = ConstantFolder(model, self.facts, input_limit, output_limit)
+        self.taken = Counter(_names(model))
 
-    with quiet("onnxscript"):  # warns of each node that it tries to fold and cannot
-        fold_constants(model, input_size_limit=input_limit, output_size_limit=output_limit, should_fold=should_fold)
+    def run(self) -> None:
+        self._graph(list(self.model.graph), dict(self.model.opset_imports), in_function=False)
+        for function in self.model.functions.values():
+            self._graph(list(function), dict(function.opset_imports), in_function=True)
+
+    def _graph(self, nodes: list[ir.Node], domains: dict[str, int], *, in_function: bool) -> None:
+        for node in nodes:
+            branch = _taken_branch(node, in_function=in_function)
+            if branch is not None:
+                self._graph(self._inlined(node, branch), domains, in_function=in_function)
+            else:
+                self._node(node, domains, in_function=in_function)
+
+    def _node(self, node: ir.Node, domains: dict[str, int], *, in_function: bool) -> None:
+        version = node.version or domains.get(node.domain, domains.get("", domains.get("ai.onnx", 1)))
+        self.facts.learn(node, version)
+        same = join_pair(node, self.facts, version, self._name)
+        if same is None:
+            same = copied_input(node, self.facts, version)
+        if same is not None and replace_value(node.outputs[0], same):
+            remove_if_unused(node)
+            return
+        if not self.folder.fold(node, domains, in_function=in_function):
+            for inner in subgraphs(node):
+                self._graph(list(inner), domains, in_function=in_function)
+
+    def _inlined(self, node: ir.Node, branch: ir.Graph) -> list[ir.Node]:
+        """Move the nodes of the branch that an If always takes to its place; return them, and what keeps names."""
+        graph = node.graph
+        assert graph is not None
+        results = list(branch.outputs)
+        branch.outputs.clear()
+        initializers, nodes = list(branch.initializers.values()), list(branch)
+        branch.initializers.clear()
+        branch.remove(nodes)
+        # The other branch, or a graph that has nothing to do with this one, may use the same names.
+        for value in (*initializers, *(v for inner in nodes for v in inner.outputs)):
+            if value.name and self.taken[value.name] > 1:
+                value.name = self._name(value.name)
+        for value in initializers:
+            graph.register_initializer(value)
+        graph.insert_before(node, nodes)
+        for out, result in zip(node.outputs, results, strict=True):
+            if not replace_value(out, result):
+                copy = ir.Node("", "Identity", [result], num_outputs=1)
+                copy.outputs[0].name = self._name("copy")
+                copy.outputs[0].type = out.type
+                graph.insert_before(node, copy)
+                replace_value(out, copy.outputs[0])
+                nodes.append(copy)
+        remove_if_unused(node)
+        return nodes
+
+    def _name(self, base: str) -> str:
+        name = next(n for k in itertools.count(1) if (n := f"{base}_{k}") not in self.taken)
+        self.taken[name] += 1
+        return name
 
 
-def _remove_no_ops(model: ir.Model) -> None:
-    from onnxscript.rewriter import RewritePass
-    from onnxscript.rewriter.rules import common
+def _taken_branch(node: ir.Node, *, in_function: bool) -> ir.Graph | None:
+    """The branch of an If whose condition is constant; functions have no place for a branch's initializers."""
+    tensor = parameter_tensor(node.inputs[0]) if node.op_type == "If" and node.domain in ("", "ai.onnx") else None
+    if tensor is None or tensor.size != 1:
+        return None
+    branch = node.attributes["then_branch" if bool(np.asarray(tensor.numpy()).reshape(())) else "else_branch"]
+    if branch.is_ref() or (in_function and branch.as_graph().initializers):
+        return None
+    return branch.as_graph()
 
-    # Only rules that take nodes away; those that fuse or choose other operators are a matter of taste or of the target.
-    rules = [
-        common.add_0_rule,
-        common.sub_0_rule,
-        common.mul_by_1_rule,
-        common.div_by_1_rule,
-        common.dropout_zero_rule,
-        common.dropout_inference_rule,
-        common.cast_cast_rule,
-        common.no_op_cast_rule,
-        common.no_op_expand_rule,
-        common.no_op_transpose_rule,
-        common.transpose_transpose_rule,
-        common.reshape_reshape_rule,
-        common.unsqueeze_unsqueeze_rule,
-    ]
-    RewritePass(rules)(model)
+
+def _names(model: ir.Model) -> Iterator[str]:
+    for graph in all_graphs(model):
+        values = {*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)}
+        yield from (value.name for value in values if value.name)
 
 
 def _signature(model: ir.Model) -> Counter[str]:
