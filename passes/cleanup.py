@@ -28,20 +28,21 @@ from cipm_ir.passes.replace_values import remove_if_unused, remove_unused, repla
 from cipm_ir.runtime.graphs import all_graphs
 from cipm_ir.symmetry.program import Program
 
+
 @register("fold-batch-norm")
 @dataclass(frozen=True)
 class FoldBatchNorm(Pass):
     """Folds batch normalizations (inference) into the Conv, ConvTranspose or Gemm before them.
 
     1. ``BatchNormalization(Conv(x, W, b))`` becomes ``Conv(x, W·s, (b - mean)·s + bias)`` with
-       s = scale / sqrt(var + ε); ConvTranspose and Gemm likewise.
+       s = scale / sqrt(var + ε), computed in double precision and rounded once; ConvTranspose and Gemm likewise.
     2. Constants and Identity copies that stand for W, b or the normalization's parameters are written as initializers;
-       a weight that another node reads too is copied first.
+       a weight that another node consumes too is copied first.
 
-    Refused, and left as it is: a normalization in training mode or of opset 6 and before, an inner value that something
-    else reads too, parameters that are computed, may be overridden by the caller, or have another type than the
-    weights. In files of ir_version 3, where every initializer is an input too, the inputs become plain initializers
-    first (ir_version 4). Rewriting: onnxscript.rewriter.
+    Refused, with the reason in the summary: a normalization in training mode or of opset 6 and before, in a subgraph,
+    an inner value that something else consumes too, parameters that are computed or that the caller may override, new
+    weights that the type of the old ones cannot hold. In files of IR version 3, where every initializer is an input
+    too, the inputs become plain initializers first (IR version 4).
     """
 
     kind: ClassVar[Kind] = Kind.EXACT
@@ -51,18 +52,19 @@ class FoldBatchNorm(Pass):
         """Fold what can be folded."""
         model = program.emit()
         lifted = _free_initializers(model)
-        folded, left = fold_batch_norms(model)
+        folded, kept = fold_batch_norms(model)
+        metrics = {"folded": folded, "left": kept.total(), "kept": dict(kept)}
         if not folded:
-            return PassResult(program, False, _left(left) if left else "no batch normalization")
+            return PassResult(program, False, _left(kept) if kept else "no batch normalization", metrics=metrics)
         summary = f"{_count(folded, 'batch normalization')} folded"
-        summary += f"; {_left(left)}" if left else ""
+        summary += f"; {_left(kept)}" if kept else ""
         summary += f"; {lifted} initializers are no longer inputs" if lifted else ""
-        metrics = {"folded": folded, "left": left}
         return PassResult(Program.of(model, origin=program.origin), True, summary, metrics=metrics)
 
 
-def _left(left: int) -> str:
-    return f"{_count(left, 'batch normalization')} kept, as nothing before it can take it"
+def _left(kept: Counter[str]) -> str:
+    said = "; ".join(reason if len(kept) == 1 else f"{number}: {reason}" for reason, number in kept.items())
+    return f"{_count(kept.total(), 'batch normalization')} kept ({said})"
 
 
 def _count(number: int, what: str) -> str:

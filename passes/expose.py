@@ -63,8 +63,8 @@ class Expose(Pass):
         model, done = _plain_copy(program), _Done()
         if self.batch_norm:
             ctx.progress("batch normalizations", 0.1)
-            folded, left = fold_batch_norms(model)
-            done.note("batch_norms", folded, "batch normalization", _FOLDED, {"nothing before can take it": left})
+            folded, kept = fold_batch_norms(model)
+            done.note("batch_norms", folded, "batch normalization", _FOLDED, dict(kept))
         draft = Draft(model, self.shared)
         self._rewrite(draft, ctx, done)
         if not any(done.counts.values()):

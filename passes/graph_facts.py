@@ -1,4 +1,4 @@
-"""What is proven about the values of a graph: element types, shapes with symbols, and the entries of small vectors of sizes.
+"""What is proven about the values of a graph: element types, shapes with symbols, entries of small vectors of sizes.
 
 Everything follows from the declared shapes of the inputs, the parameters and the operators. Shapes that a file records
 for inner values are not read: they may be left from a version of the model with other inputs.
@@ -180,7 +180,7 @@ class GraphFacts:
         return f"s{-code - _FIRST_SYMBOL}" if -2 * _FIRST_SYMBOL < code <= -_FIRST_SYMBOL else code
 
     def _has_symbols(self, coded: Array) -> bool:
-        return bool(((coded > -2 * _FIRST_SYMBOL) & (coded <= -_FIRST_SYMBOL)).any()) if coded.dtype.kind == "i" else False
+        return coded.dtype.kind == "i" and bool(((coded > -2 * _FIRST_SYMBOL) & (coded <= -_FIRST_SYMBOL)).any())
 
     def _coded(self, value: ir.Value | None) -> Array | None:
         if value is not None and value in self._entries:

@@ -1,9 +1,9 @@
 """Merging of nodes of one graph that compute the same: equal operators, inputs and attributes, bit for bit.
 
-Never merged: operators that may give something else in every run, operators with subgraphs, operators of domains that are
-not known (and functions that contain any of these), nodes of different graphs, nodes that give different outputs, and
-Constant nodes of more than a few entries, which are weights. An output of a graph keeps its name; where two
-outputs of graphs would need one value, both nodes stay.
+Never merged: operators that may give something else in every run, operators with subgraphs, operators of other domains
+(and functions that contain any of these), nodes of different graphs, nodes that give different outputs, and Constant
+nodes of more than a few entries, which are weights. An output of a graph keeps its name; where two outputs of graphs
+would need one value, both nodes stay.
 
 Why onnx_ir's pass is not used: to it 0.0 equals -0.0, and Bernoulli, Dropout and unknown operators give the same
 twice.

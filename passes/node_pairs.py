@@ -40,7 +40,9 @@ def join_pair(node: ir.Node, facts: GraphFacts, version: int, name: Callable[[st
     """
     value = node.inputs[0] if node.inputs else None
     before = None if value is None else value.producer()
-    if value is None or before is None or before.graph is not node.graph or not {before.domain, node.domain} <= {*_STANDARD}:
+    if value is None or before is None or before.graph is not node.graph:
+        return None
+    if not {before.domain, node.domain} <= {*_STANDARD}:
         return None
     if any(a.is_ref() for n in (before, node) for a in n.attributes.values()):
         return None
@@ -158,5 +160,5 @@ def _holds(wide: ir.DataType, narrow: ir.DataType) -> bool:
         return bits - (kind == "INT") <= _FLOATS[wide][0]
     if narrow in _INTEGERS and wide in _INTEGERS:
         (kind, bits), (other, more) = _INTEGERS[narrow], _INTEGERS[wide]
-        return kind == other and more >= bits or (kind == "UINT" and other == "INT" and more > bits)
+        return (kind == other and more >= bits) or (kind == "UINT" and other == "INT" and more > bits)
     return False

@@ -43,7 +43,17 @@ def remove_if_unused(node: ir.Node) -> bool:
     if node.graph is None or not is_unused(node):
         return False
     node.graph.remove(node, safe=True)
+    _release(node)
     return True
+
+
+def _release(node: ir.Node) -> None:
+    """Let the subgraphs of a removed node consume nothing any more: outer values would look needed."""
+    for graph in subgraphs(node):
+        for inner in graph:
+            for index in range(len(inner.inputs)):
+                inner.replace_input_with(index, None)
+            _release(inner)
 
 
 def remove_unused(model: ir.Model) -> None:
