@@ -15,7 +15,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from cipm_ir.ir.parameters import is_overridable, note_ir_version, parameter_tensor
+from cipm_ir.ir.parameters import parameter_tensor, unlist_parameters
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
 from cipm_ir.passes.batch_norm import fold_batch_norms
 from cipm_ir.passes.fold_constants import ConstantFolder
@@ -51,7 +51,7 @@ class FoldBatchNorm(Pass):
     def run(self, program: Program, ctx: Context) -> PassResult:
         """Fold what can be folded."""
         model = program.emit()
-        lifted = _free_initializers(model)
+        lifted = unlist_parameters(model)
         folded, kept = fold_batch_norms(model)
         metrics = {"folded": folded, "left": kept.total(), "kept": dict(kept)}
         if not folded:
@@ -97,7 +97,7 @@ class CleanUp(Pass):
         """Clean a copy; without effect, the program that came in is returned."""
         model = program.emit()
         before = _signature(model)
-        _free_initializers(model)
+        unlist_parameters(model)
         ctx.progress("constants and identities", 0.1)
         _Cleaner(model, self.input_size_limit, self.output_size_limit).run()
         ctx.progress("equal nodes", 0.8)
@@ -109,19 +109,6 @@ class CleanUp(Pass):
             return PassResult(program, False, "nothing to clean")
         metrics = {"gone": before.total() - after.total()}
         return PassResult(Program.of(model, origin=program.origin), True, _summary(before, after), metrics=metrics)
-
-
-def _free_initializers(model: ir.Model) -> int:
-    """Before IR version 4 every initializer had to be a graph input too: make them plain, and return their number."""
-    listed = [value for value in model.graph.inputs if value.is_initializer() and not is_overridable(value)]
-    if not listed:
-        return 0
-    kept = [value for value in model.graph.inputs if not value.is_initializer()]
-    model.graph.inputs.clear()
-    model.graph.inputs.extend(kept)
-    model.ir_version = 4
-    note_ir_version(model)
-    return len(listed)
 
 
 class _Cleaner:

@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Labels
+from cipm_ir.ir.parameters import is_parameter, parameter_tensor
 from cipm_ir.passes.budget import Mask
 from cipm_ir.passes.candidates import weight_uses
 from cipm_ir.passes.divergence import softmax_over_last
@@ -166,12 +167,13 @@ def grouped(program: Program, layers: list[Layer]) -> list[list[Layer]]:
 
 
 def _constant(value: ir.Value | None) -> Array | None:
-    return None if value is None or value.const_value is None else np.asarray(value.const_value.numpy())
+    tensor = parameter_tensor(value)
+    return None if tensor is None else np.asarray(tensor.numpy())
 
 
 def _bias(program: Program, value: ir.Value | None, gain: Array, uses: dict[str, int], spatial: int = 0) -> Bias | None:
     """A parameter with one entry for each output, ``spatial`` axes before its last, that nothing else uses."""
-    if value is None or value.const_value is None or not value.is_initializer() or uses.get(value.name or "") != 1:
+    if value is None or value.const_value is None or not is_parameter(value) or uses.get(value.name or "") != 1:
         return None
     shape = tuple(value.const_value.shape.numpy())
     lined_up = len(shape) > spatial and shape[len(shape) - 1 - spatial] == len(gain)

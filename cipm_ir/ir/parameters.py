@@ -44,6 +44,22 @@ def parameter_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
     return value.const_value if is_parameter(value) else None
 
 
+def unlist_parameters(model: ir.Model) -> int:
+    """Take the parameters of a file before IR version 4 out of its inputs, in place (it becomes version 4).
+
+    Returns:
+        How many were inputs.
+    """
+    kept = free_inputs(model.graph)
+    number = len(model.graph.inputs) - len(kept)
+    if number:
+        model.graph.inputs.clear()
+        model.graph.inputs.extend(kept)
+        model.ir_version = max(model.ir_version, _FIRST_OVERRIDABLE)
+        note_ir_version(model)
+    return number
+
+
 def parameters(graph: ir.Graph) -> dict[str, ir.Value]:
     """Return the parameters among the initializers of a graph, by name."""
     return {name: value for name, value in graph.initializers.items() if is_parameter(value)}
