@@ -13,6 +13,7 @@ round differently. Never evaluated:
 
 from __future__ import annotations
 
+import ast
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +31,8 @@ DRAWS = frozenset(
     ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout")
 )
 """Operators that may give something else in every run."""
+FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
+"""Metadata of an initializer: the names of what it was computed from; torch's exporter notes the same."""
 _KEPT = DRAWS | {"Constant", "ConstantOfShape", "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
 _UNFIT = {ir.DataType.STRING, ir.DataType.UNDEFINED}
 
@@ -68,6 +71,7 @@ class ConstantFolder:
                     shape=ir.Shape(tensor.shape.numpy()),
                     const_value=tensor,
                 )
+                new.metadata_props[FOLDED_FROM] = repr(_sources(node))
                 replace_value(value, new)
                 value.name = None
                 graph.register_initializer(new)
@@ -132,6 +136,24 @@ class ConstantFolder:
         return [ir.LazyTensor(turn, tensor.dtype, ir.Shape([shape[k] for k in perm]))]
 
 
+def _sources(node: ir.Node) -> list[str]:
+    """Names of the values that a node computes with, and of what these were computed from."""
+    found: set[str] = set()
+    for value in node.inputs:
+        if value is not None and value.name:
+            found |= {value.name, *listed(value.metadata_props.get(FOLDED_FROM))}
+    return sorted(found)
+
+
+def listed(note: str | None) -> tuple[str, ...]:
+    """The names in a note that is a list literal; none where it is anything else."""
+    try:
+        names = ast.literal_eval(note or "[]")
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return ()
+    return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
+
+
 def _tensor(array: Array, dtype: ir.DataType | None) -> ir.TensorProtocol | None:
     """The array as a tensor, where its type is the one that the operator's definition says."""
     if dtype in _UNFIT or (dtype is not None and array.dtype != dtype.numpy()):
@@ -143,6 +165,7 @@ def _run(
     node: ir.Node, tensors: list[ir.TensorProtocol], domains: dict[str, int], ir_version: int
 ) -> list[Array] | None:
     """Outputs of a node whose inputs are given; None where no runtime can evaluate it."""
+    version = node.version or domains.get("", domains.get("ai.onnx", 1))
     waiting = iter(tensors)
     made: dict[int, ir.Value] = {}
     inputs: list[ir.Value | None] = []
@@ -164,7 +187,9 @@ def _run(
     wanted = [value for value in outputs if value.name]
     for value, old in zip(outputs, node.outputs, strict=True):
         value.type = old.type
-    graph = ir.Graph([], wanted, nodes=[copy], initializers=list(made.values()), opset_imports=domains, name="constant")
+    graph = ir.Graph(
+        [], wanted, nodes=[copy], initializers=list(made.values()), opset_imports={"": version}, name="constant"
+    )
     try:
         with Runner(ir.Model(graph, ir_version=ir_version), threads=1) as runner:
             found = runner.run({})

@@ -71,7 +71,7 @@ def _content(attribute: ir.Attr) -> Hashable | None:
         return kind, tuple(attribute.value)
     if kind != ir.AttributeType.TENSOR:
         return None
-    tensor = attribute.as_tensor()
+    tensor: ir.TensorProtocol = attribute.value
     if tensor.size > _LITERAL or tensor.dtype == ir.DataType.STRING:
         return None
     return kind, tensor.dtype, tuple(tensor.shape.numpy()), np.ascontiguousarray(tensor.numpy()).tobytes()

@@ -31,7 +31,8 @@ def constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
         if attr.is_ref():  # an attribute of the function around it
             return None
         if name == "value":
-            return attr.as_tensor()
+            tensor: ir.TensorProtocol = attr.value  # as_tensor would check the whole protocol each time
+            return tensor
         if name in ("value_int", "value_ints"):
             return ir.tensor(np.asarray(attr.value, dtype=np.int64))
         if name in ("value_float", "value_floats"):

@@ -19,7 +19,7 @@ from onnx_ir.passes.common import InlinePass
 from cipm_ir.algebra import Dense, DenseElement, Element, Group
 from cipm_ir.errors import CipmError, SymmetryError
 from cipm_ir.ir.labels import Array
-from cipm_ir.ir.parameters import is_parameter, note_ir_version
+from cipm_ir.ir.parameters import is_parameter, note_ir_version, overridable_inputs
 from cipm_ir.ir.strided import has_detours, remove_detours
 from cipm_ir.symmetry.absorb import absorb_edits
 from cipm_ir.symmetry.action import act_edits
@@ -218,6 +218,11 @@ class Program:
         Other dynamic sizes count at their stand-ins (11 or more; images 211), so compare ratios, not totals, there.
         """
         return sum(self.analysis.walk.macs) // self.analysis.walk.samples
+
+    @property
+    def overridable(self) -> tuple[str, ...]:
+        """Inputs with a default: initializers that are graph inputs too (IR version 4 on). They are pinned."""
+        return tuple(value.name or "" for value in overridable_inputs(self._model.graph))
 
     @property
     def parameters(self) -> int:
