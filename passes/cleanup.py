@@ -25,7 +25,7 @@ from cipm_ir.passes.no_ops import copied_input
 from cipm_ir.passes.node_pairs import join_pair
 from cipm_ir.passes.registry import register
 from cipm_ir.passes.replace_values import remove_if_unused, remove_unused, replace_value, subgraphs
-from cipm_ir.runtime.graphs import all_graphs
+from cipm_ir.runtime.graphs import all_graphs, named
 from cipm_ir.symmetry.program import Program
 
 
@@ -160,6 +160,8 @@ class _Cleaner:
             if value.name and self.taken[value.name] > 1:
                 value.name = self._name(value.name)
         for value in initializers:
+            if value.const_value is not None:
+                value.const_value = named(value.const_value, value.name or "")
             graph.register_initializer(value)
         graph.insert_before(node, nodes)
         for out, result in zip(node.outputs, results, strict=True):
