@@ -158,10 +158,11 @@ class _Cleaner:
         # The other branch, or a graph that has nothing to do with this one, may use the same names.
         for value in (*initializers, *(v for inner in nodes for v in inner.outputs)):
             if value.name and self.taken[value.name] > 1:
-                value.name = self._name(value.name)
+                fresh = self._name(value.name)
+                if value.const_value is not None:  # a tensor of its own: renaming a value renames its tensor
+                    value.const_value = named(value.const_value, fresh)
+                value.name = fresh
         for value in initializers:
-            if value.const_value is not None:
-                value.const_value = named(value.const_value, value.name or "")
             graph.register_initializer(value)
         graph.insert_before(node, nodes)
         for out, result in zip(node.outputs, results, strict=True):

@@ -33,7 +33,8 @@ DRAWS = frozenset(
 """Operators that may give something else in every run."""
 FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
 """Metadata of an initializer: the names of what it was computed from; torch's exporter notes the same."""
-_KEPT = DRAWS | {"Identity", "Constant", "ConstantOfShape", "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
+_KEPT = DRAWS | {"Identity", "Constant", "ConstantOfShape"}
+_KEPT |= {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
 _UNFIT = {ir.DataType.STRING, ir.DataType.UNDEFINED}
 
 
