@@ -78,6 +78,8 @@ def layers_of(program: Program) -> list[Layer]:
         tensor = program.model.graph.initializers.get(reader.weight)
         if uses.get(reader.weight) != 1 or tensor is None or reader.source not in live:
             continue
+        if reader.bias is not None and parameter_tensor(node.inputs[2]) is None:
+            continue  # computed, or given by the caller: what the product adds is not known
         if attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
             continue
         linear = Linear.of(program, reader)

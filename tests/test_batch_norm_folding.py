@@ -1,4 +1,4 @@
-"""Folding of batch normalizations: weights rounded once, in every type; what cannot be folded stays, with the reason."""
+"""Folding of batch normalizations: weights rounded once, in every type; what cannot be folded stays, with a reason."""
 
 from __future__ import annotations
 
