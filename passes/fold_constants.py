@@ -7,6 +7,7 @@ round differently. Never evaluated:
 
 * operators that draw at random, Dropout, operators with subgraphs, calls of functions and operators of other domains;
 * ConstantOfShape (a size stored as a tensor) and the quantizing operators (their result is larger, and says less);
+* products of 8-bit integers, which saturate on some processors;
 * nodes with an attribute that refers to one of the function around them;
 * what the runtime cannot evaluate: a node that fails is left to fail where it did.
 """
@@ -35,6 +36,7 @@ FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
 """Metadata of an initializer: the names of what it was computed from; torch's exporter notes the same."""
 _KEPT = DRAWS | {"Identity", "Constant", "ConstantOfShape"}
 _KEPT |= {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
+_KEPT |= {"QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"}  # may saturate, by processor
 _UNFIT = {ir.DataType.STRING, ir.DataType.UNDEFINED}
 
 

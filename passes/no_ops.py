@@ -68,7 +68,7 @@ def _neutral(constant: float, *, either_side: bool) -> _Rule:
 
 def _is_neutral(node: ir.Node, x: ir.Value, c: ir.Value, constant: float, facts: GraphFacts) -> bool:
     tensor = parameter_tensor(c)
-    if tensor is None or tensor.size != 1 or tensor.dtype in (ir.DataType.STRING, ir.DataType.BOOL):
+    if tensor is None or tensor.size != 1 or not (tensor.dtype.is_floating_point() or tensor.dtype.is_integer()):
         return False
     entry = np.asarray(tensor.numpy()).reshape(())
     if entry != constant or not _keeps_shape(facts.shape(x), tuple(tensor.shape.numpy())):

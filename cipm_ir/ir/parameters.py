@@ -55,8 +55,8 @@ def unlist_parameters(model: ir.Model) -> int:
     if number:
         model.graph.inputs.clear()
         model.graph.inputs.extend(kept)
-        model.ir_version = max(model.ir_version, _FIRST_OVERRIDABLE)
-        note_ir_version(model)
+    model.ir_version = max(model.ir_version, _FIRST_OVERRIDABLE)
+    note_ir_version(model)
     return number
 
 
