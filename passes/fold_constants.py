@@ -55,7 +55,7 @@ class ConstantFolder:
         if graph is None or any(v.is_graph_output() and sum(o is v for o in graph.outputs) != 1 for v in node.outputs):
             return False
         tensors = self._evaluated(node, domains)
-        if tensors is None:
+        if tensors is None or any(_is_bound(v, t) for v, t in zip(node.outputs, tensors, strict=True)):
             return False
         for value, tensor in zip(list(node.outputs), tensors, strict=True):
             if not (value.uses() or value.is_graph_output()):
@@ -137,6 +137,11 @@ class ConstantFolder:
             return ir.tensor(np.ascontiguousarray(np.transpose(source.numpy(), perm)), dtype=source.dtype)
 
         return [ir.LazyTensor(turn, tensor.dtype, ir.Shape([shape[k] for k in perm]))]
+
+
+def _is_bound(value: ir.Value, tensor: ir.TensorProtocol) -> bool:
+    """Whether a Range takes a vector of one entry as a bound: onnxruntime does, but not where it is a constant."""
+    return len(tensor.shape) > 0 and any(use.node.op_type == "Range" for use in value.uses())
 
 
 def _sources(node: ir.Node) -> list[str]:
