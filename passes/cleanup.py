@@ -18,7 +18,7 @@ import onnx_ir as ir
 from cipm_ir.ir.parameters import parameter_tensor, unlist_parameters
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
 from cipm_ir.passes.batch_norm import fold_batch_norms
-from cipm_ir.passes.fold_constants import ConstantFolder
+from cipm_ir.passes.fold_constants import ConstantFolder, scalar_bounds
 from cipm_ir.passes.graph_facts import GraphFacts
 from cipm_ir.passes.merge_nodes import merge_nodes
 from cipm_ir.passes.no_ops import copied_input
@@ -135,6 +135,7 @@ class _Cleaner:
 
     def _node(self, node: ir.Node, domains: dict[str, int], *, in_function: bool) -> None:
         version = node.version or domains.get(node.domain, domains.get("", domains.get("ai.onnx", 1)))
+        scalar_bounds(node, self._name)
         self.facts.learn(node, version)
         same = join_pair(node, self.facts, version, self._name)
         if same is None:

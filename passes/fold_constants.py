@@ -15,6 +15,7 @@ round differently. Never evaluated:
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +25,7 @@ from cipm_ir.errors import InputError, UnsupportedError
 from cipm_ir.ir.labels import Array
 from cipm_ir.ir.parameters import parameter_tensor
 from cipm_ir.passes.graph_facts import GraphFacts
-from cipm_ir.passes.replace_values import replace_value, subgraphs
+from cipm_ir.passes.replace_values import constant_before, replace_value, subgraphs
 from cipm_ir.runtime.session import Runner
 
 _STANDARD = ("", "ai.onnx")
@@ -55,7 +56,7 @@ class ConstantFolder:
         if graph is None or any(v.is_graph_output() and sum(o is v for o in graph.outputs) != 1 for v in node.outputs):
             return False
         tensors = self._evaluated(node, domains)
-        if tensors is None or any(_is_bound(v, t) for v, t in zip(node.outputs, tensors, strict=True)):
+        if tensors is None:
             return False
         for value, tensor in zip(list(node.outputs), tensors, strict=True):
             if not (value.uses() or value.is_graph_output()):
@@ -139,9 +140,12 @@ class ConstantFolder:
         return [ir.LazyTensor(turn, tensor.dtype, ir.Shape([shape[k] for k in perm]))]
 
 
-def _is_bound(value: ir.Value, tensor: ir.TensorProtocol) -> bool:
-    """Whether a Range takes a vector of one entry as a bound: onnxruntime does, but not where it is a constant."""
-    return len(tensor.shape) > 0 and any(use.node.op_type == "Range" for use in value.uses())
+def scalar_bounds(node: ir.Node, name: Callable[[str], str]) -> None:
+    """Make constant bounds of a Range scalars: onnxruntime takes vectors of one entry only where they are computed."""
+    for index, value in enumerate(node.inputs):
+        tensor = parameter_tensor(value)
+        if node.op_type == "Range" and tensor is not None and tensor.size == 1 and len(tensor.shape):
+            node.replace_input_with(index, constant_before(node, np.asarray(tensor.numpy()).reshape(()), name("bound")))
 
 
 def _sources(node: ir.Node) -> list[str]:

@@ -22,6 +22,7 @@ from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.parameters import parameter_tensor
 from cipm_ir.passes.graph_facts import GraphFacts
 from cipm_ir.passes.no_ops import permutation
+from cipm_ir.passes.replace_values import constant_before
 
 _STANDARD = ("", "ai.onnx")
 
@@ -107,15 +108,6 @@ def _unsqueezes(before: ir.Node, node: ir.Node, facts: GraphFacts, name: Callabl
     axes = np.sort(np.concatenate([second, old[first]])).astype(np.int64)
     node.replace_input_with(1, constant_before(node, axes, name("axes")))
     node.replace_input_with(0, before.inputs[0])
-
-
-def constant_before(node: ir.Node, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]], name: str) -> ir.Value:
-    """Insert a Constant node before a node; return its output."""
-    assert node.graph is not None
-    tensor = ir.tensor(array, name=name)
-    out = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
-    node.graph.insert_before(node, ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)], outputs=[out]))
-    return out
 
 
 def _concatenated(before: ir.Node, node: ir.Node, name: str) -> ir.Value:

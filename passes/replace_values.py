@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
+from cipm_ir.ir.labels import Array
 from cipm_ir.runtime.graphs import all_graphs
 
 
@@ -71,6 +72,15 @@ def _remove_nodes(graph: ir.Graph) -> None:
         if not remove_if_unused(node):
             for inner in subgraphs(node):
                 _remove_nodes(inner)
+
+
+def constant_before(node: ir.Node, array: Array, name: str) -> ir.Value:
+    """Insert a Constant node before a node; return its output."""
+    assert node.graph is not None
+    tensor = ir.tensor(array, name=name)
+    out = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
+    node.graph.insert_before(node, ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)], outputs=[out]))
+    return out
 
 
 def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:

@@ -598,3 +598,16 @@ def test_graphs_of_different_branches_are_not_merged() -> None:
     assert stays(proto)
     feeds = {**X, "c": np.array(True)}
     assert same_bits(run(proto, feeds), run(cleaned(proto), feeds))
+
+
+def test_bounds_of_a_range_become_scalars() -> None:
+    """onnxruntime takes a vector of one entry for a bound where it cannot tell, and refuses a constant one."""
+    nodes = [
+        node("Shape", ["x"], ["s"], start=1),
+        node("Range", ["zero", "s", "one"], ["r"]),
+        node("Cast", ["r"], ["f"], to=F),
+    ]
+    proto = model([*nodes, node("Mul", ["x", "f"], ["y"])], {"zero": np.array(0), "one": np.array(1)})
+    after = cleaned(proto)
+    assert operators(after) == ["Mul"]
+    assert np.array_equal(run(after, X)[0], AWKWARD.reshape(3, 4) * np.arange(4, dtype=np.float32), equal_nan=True)
