@@ -65,9 +65,10 @@ def parameters(graph: ir.Graph) -> dict[str, ir.Value]:
     return {name: value for name, value in graph.initializers.items() if is_parameter(value)}
 
 
-def overridable_inputs(graph: ir.Graph) -> list[ir.Value]:
-    """Return the inputs of a graph that have a default, in order."""
-    return [value for value in graph.inputs if is_overridable(value)]
+def overridable_inputs(model: ir.Model) -> list[ir.Value]:
+    """Return the graph inputs that have a default, in order: initializers too, from IR version 4 on."""
+    note_ir_version(model)
+    return [value for value in model.graph.inputs if is_overridable(value)]
 
 
 def free_inputs(graph: ir.Graph) -> list[ir.Value]:

@@ -63,7 +63,7 @@ def infer_shapes(model: ir.Model) -> Shapes:
     """
     known: dict[str, Shape] = {}
     types: dict[str, ir.DataType] = {}
-    replaceable = _replaceable(model.graph)
+    replaceable = _replaceable(model)
     complete = True
     for value in _all_values(model.graph):
         shape = _declared(value)
@@ -85,17 +85,17 @@ def infer_shapes(model: ir.Model) -> Shapes:
     return Shapes(first, second, symbols, types)
 
 
-def _replaceable(graph: ir.Graph) -> set[ir.Value]:
+def _replaceable(model: ir.Model) -> set[ir.Value]:
     """Inner values that depend on an overridable initializer: recorded shapes of theirs hold for its default.
 
     They are inferred again, from its shape alone.
     """
-    found: set[ir.Value] = set(overridable_inputs(graph))
-    for node in graph if found else ():
+    found: set[ir.Value] = set(overridable_inputs(model))
+    for node in model.graph if found else ():
         nested = any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())
         if nested or any(value in found for value in node.inputs):
             found.update(node.outputs)
-    return found - set(graph.inputs)
+    return found - set(model.graph.inputs)
 
 
 def _stripped(model: ir.Model, replaceable: set[ir.Value]) -> onnx.ModelProto:

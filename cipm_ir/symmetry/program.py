@@ -222,7 +222,7 @@ class Program:
     @property
     def overridable(self) -> tuple[str, ...]:
         """Inputs with a default: initializers that are graph inputs too (IR version 4 on). They are pinned."""
-        return tuple(value.name or "" for value in overridable_inputs(self._model.graph))
+        return tuple(value.name or "" for value in overridable_inputs(self._model))
 
     @property
     def parameters(self) -> int:
