@@ -95,3 +95,13 @@ def same_bits(a: Sequence[Array], b: Sequence[Array]) -> bool:
         and (x.dtype.kind != "f" or bool((np.signbit(x) == np.signbit(y))[~np.isnan(x)].all()))
         for x, y in zip(a, b, strict=True)
     )
+
+
+def stays(proto: onnx.ModelProto, **options: Any) -> bool:
+    """Whether clean-up leaves all nodes."""
+    return operators(cleaned(proto, **options)) == operators(proto)
+
+
+def scalar(number: Any, dtype: str = "float32") -> Array:
+    """An array without axes."""
+    return np.array(number, dtype)
