@@ -10,9 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from tests.cleaning import AWKWARD, Array, cleaned, model, node, operators, run, same_bits, scalar, stays, value
 
-F, F16, BF16, F64 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE
-I64, I32, I16, I8, U8 = (getattr(TensorProto, name) for name in ("INT64", "INT32", "INT16", "INT8", "UINT8"))
-BOOL, TEXT = TensorProto.BOOL, TensorProto.STRING
+F, I64, I32, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL
 X = {"x": AWKWARD.reshape(3, 4)}
 
 
@@ -203,4 +201,6 @@ def test_bounds_of_a_range_become_scalars() -> None:
     proto = model([*nodes, node("Mul", ["x", "f"], ["y"])], {"zero": np.array(0), "one": np.array(1)})
     after = cleaned(proto)
     assert operators(after) == ["Mul"]
-    assert np.array_equal(run(after, X)[0], AWKWARD.reshape(3, 4) * np.arange(4, dtype=np.float32), equal_nan=True)
+    with np.errstate(invalid="ignore"):
+        expected = AWKWARD.reshape(3, 4) * np.arange(4, dtype=np.float32)
+    assert np.array_equal(run(after, X)[0], expected, equal_nan=True)

@@ -10,9 +10,7 @@ import pytest
 from onnx import TensorProto
 from tests.cleaning import AWKWARD, Array, cleaned, model, node, operators, run, same_bits, scalar, stays, value
 
-F, F16, BF16, F64 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE
-I64, I32, I16, I8, U8 = (getattr(TensorProto, name) for name in ("INT64", "INT32", "INT16", "INT8", "UINT8"))
-BOOL, TEXT = TensorProto.BOOL, TensorProto.STRING
+I64, BOOL = TensorProto.INT64, TensorProto.BOOL
 X = {"x": AWKWARD.reshape(3, 4)}
 
 
