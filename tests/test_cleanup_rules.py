@@ -13,9 +13,6 @@ from tests.cleaning import AWKWARD, Array, cleaned, model, node, operators, run,
 F, F16, BF16, F64 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE
 I64, I32, I16, I8, U8 = (getattr(TensorProto, name) for name in ("INT64", "INT32", "INT16", "INT8", "UINT8"))
 BOOL, TEXT = TensorProto.BOOL, TensorProto.STRING
-    getattr(TensorProto, name)
-    for name in ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE", "INT64", "INT32", "INT16", "INT8", "UINT8", "BOOL", "STRING")
-)
 X = {"x": AWKWARD.reshape(3, 4)}
 
 
