@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Labels
+from cipm_ir.ir.parameters import is_parameter, parameter_tensor
 from cipm_ir.symmetry.analysis import Analysis
 from cipm_ir.symmetry.leaves import Leaf
 from cipm_ir.symmetry.program import Program
@@ -71,7 +72,7 @@ def _is_relu(node: ir.Node) -> bool:
     if node.op_type != "Clip":
         return node.op_type in ("Relu", "LeakyRelu", "PRelu")
     low, high = (node.inputs[k] if len(node.inputs) > k else None for k in (1, 2))
-    tensor = None if low is None else ir.convenience.get_const_tensor(low)
+    tensor = parameter_tensor(low)
     unbounded = high is None and "max" not in node.attributes and "min" not in node.attributes
     return unbounded and tensor is not None and not np.any(tensor.numpy())
 
@@ -133,7 +134,7 @@ class _Search:
         if len(factors) != 1 or factors[0].size != int(np.prod(leaf.shape)):
             raise _Refusal(f"{leaf.name} is no vector over the units")
         value = self.program.model.graph.initializers.get(leaf.name)
-        if value is None or value.const_value is None or value.is_graph_input():
+        if value is None or not is_parameter(value):
             raise _Refusal(f"{leaf.name} is computed, or may be overridden by the caller")
         if len(value.uses()) != 1:
             raise _Refusal(f"{leaf.name} is shared with other layers; untie it first")

@@ -1,31 +1,32 @@
-"""Generic clean-up and the folding of batch normalizations, delegated to onnxscript's optimizer and onnx_ir's passes.
+"""Generic clean-up: constants are folded, and nodes without effect, equal nodes and what nothing needs are removed.
 
-What is done here is to say which nodes they may touch, and to prepare the graph so that they can.
+What may go, and on which condition, is listed where it is decided: `no_ops` (nodes), `node_pairs` (pairs of nodes),
+`fold_constants` (what is evaluated), `merge_nodes` (what is equal), `replace_values` (which names stay).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import (
-    CommonSubexpressionEliminationPass,
-    IdentityEliminationPass,
-    RemoveInitializersFromInputsPass,
-    RemoveUnusedNodesPass,
-)
 
+from cipm_ir.ir.parameters import parameter_tensor, unlist_parameters
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
 from cipm_ir.passes.batch_norm import fold_batch_norms
+from cipm_ir.passes.fold_constants import ConstantFolder, scalar_bounds
+from cipm_ir.passes.graph_facts import GraphFacts
+from cipm_ir.passes.merge_nodes import merge_nodes
+from cipm_ir.passes.no_ops import copied_input
+from cipm_ir.passes.node_pairs import join_pair
 from cipm_ir.passes.registry import register
-from cipm_ir.runtime.graphs import quiet
+from cipm_ir.passes.replace_values import remove_if_unused, remove_unused, replace_value, subgraphs
+from cipm_ir.runtime.graphs import all_graphs, named
 from cipm_ir.symmetry.program import Program
-
-# Kept out of onnxscript's fold of constants as a whole: each of these draws anew in every run.
-_RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
 
 
 @register("fold-batch-norm")
@@ -34,14 +35,14 @@ class FoldBatchNorm(Pass):
     """Folds batch normalizations (inference) into the Conv, ConvTranspose or Gemm before them.
 
     1. ``BatchNormalization(Conv(x, W, b))`` becomes ``Conv(x, W·s, (b - mean)·s + bias)`` with
-       s = scale / sqrt(var + ε); ConvTranspose and Gemm likewise.
+       s = scale / sqrt(var + ε), computed in double precision and rounded once; ConvTranspose and Gemm likewise.
     2. Constants and Identity copies that stand for W, b or the normalization's parameters are written as initializers;
-       a weight that another node reads too is copied first.
+       a weight that another node consumes too is copied first.
 
-    Refused, and left as it is: a normalization in training mode or of opset 6 and before, an inner value that something
-    else reads too, parameters that are computed, may be overridden by the caller, or have another type than the
-    weights. In files of ir_version 3, where every initializer is an input too, the inputs become plain initializers
-    first (ir_version 4). Rewriting: onnxscript.rewriter.
+    Refused, with the reason in the summary: a normalization in training mode or of opset 6 and before, in a subgraph,
+    an inner value that something else consumes too, parameters that are computed or that the caller may override, new
+    weights that the type of the old ones cannot hold. In files of IR version 3, where every initializer is an input
+    too, the inputs become plain initializers first (IR version 4).
     """
 
     kind: ClassVar[Kind] = Kind.EXACT
@@ -50,19 +51,20 @@ class FoldBatchNorm(Pass):
     def run(self, program: Program, ctx: Context) -> PassResult:
         """Fold what can be folded."""
         model = program.emit()
-        lifted = _free_initializers(model)
-        folded, left = fold_batch_norms(model)
+        lifted = unlist_parameters(model)
+        folded, kept = fold_batch_norms(model)
+        metrics = {"folded": folded, "left": kept.total(), "kept": dict(kept)}
         if not folded:
-            return PassResult(program, False, _left(left) if left else "no batch normalization")
+            return PassResult(program, False, _left(kept) if kept else "no batch normalization", metrics=metrics)
         summary = f"{_count(folded, 'batch normalization')} folded"
-        summary += f"; {_left(left)}" if left else ""
+        summary += f"; {_left(kept)}" if kept else ""
         summary += f"; {lifted} initializers are no longer inputs" if lifted else ""
-        metrics = {"folded": folded, "left": left}
         return PassResult(Program.of(model, origin=program.origin), True, summary, metrics=metrics)
 
 
-def _left(left: int) -> str:
-    return f"{_count(left, 'batch normalization')} kept, as nothing before it can take it"
+def _left(kept: Counter[str]) -> str:
+    said = "; ".join(reason if len(kept) == 1 else f"{number}: {reason}" for reason, number in kept.items())
+    return f"{_count(kept.total(), 'batch normalization')} kept ({said})"
 
 
 def _count(number: int, what: str) -> str:
@@ -74,13 +76,14 @@ def _count(number: int, what: str) -> str:
 class CleanUp(Pass):
     """Folds constants and removes what has no effect: identities, no-op casts and shape changes, unused nodes.
 
-    1. Nodes of constants only are evaluated, within the size limits (onnxscript.optimizer.fold_constants); quantized
-       weights stay quantized, and nothing random is folded.
-    2. Identity, x + 0, x · 1, casts, transposes and reshapes without effect, and pairs of these go
-       (onnxscript.rewriter).
-    3. Nodes that compute the same are merged, if asked (onnx_ir); nodes and initializers that nothing reads go.
+    1. Nodes whose result is the same in every run are evaluated, within the size limits; quantized weights stay
+       quantized, and nothing random is folded. An If with a constant condition becomes the branch that it takes.
+    2. Nodes that give an input back as it is go, and some pairs become one node. Zero and one are zero and one,
+       not numbers near them; a cast goes where it keeps the type; shapes must be proven.
+    3. Nodes of a graph that compute the same, bit for bit, are merged, if asked; what nothing needs goes.
 
-    Names of inputs, outputs and initializers stay, functions stay functions, batch normalizations stay nodes.
+    Names, types and shapes of inputs and outputs stay, so do names of initializers; functions stay functions, batch
+    normalizations stay nodes. Initializers that callers may override are inputs: never folded, never removed.
     """
 
     kind: ClassVar[Kind] = Kind.EXACT
@@ -91,21 +94,16 @@ class CleanUp(Pass):
     merge: bool = option(True, "merge nodes that compute the same")
 
     def run(self, program: Program, ctx: Context) -> PassResult:
-        """Clean a copy; without effect, the program that came in is given back."""
+        """Clean a copy; without effect, the program that came in is returned."""
         model = program.emit()
         before = _signature(model)
-        names = [value.name for value in model.graph.outputs]
-        _free_initializers(model)
-        ctx.progress("constants", 0.1)
-        _fold_constants(model, self.input_size_limit, self.output_size_limit)
-        ctx.progress("rewriting", 0.6)
-        _remove_no_ops(model)
+        unlist_parameters(model)
+        ctx.progress("constants and identities", 0.1)
+        _Cleaner(model, self.input_size_limit, self.output_size_limit).run()
+        ctx.progress("equal nodes", 0.8)
         if self.merge:
-            CommonSubexpressionEliminationPass()(model)
-        IdentityEliminationPass()(model)
-        RemoveUnusedNodesPass()(model)
-        for value, name in zip(model.graph.outputs, names, strict=True):
-            value.name = name
+            merge_nodes(model)
+        remove_unused(model)
         after = _signature(model)
         if after == before:
             return PassResult(program, False, "nothing to clean")
@@ -113,47 +111,93 @@ class CleanUp(Pass):
         return PassResult(Program.of(model, origin=program.origin), True, _summary(before, after), metrics=metrics)
 
 
-def _free_initializers(model: ir.Model) -> int:
-    """In ir_version 3 every initializer had to be a graph input too: make them plain, and count them."""
-    if model.ir_version >= 4:
-        return 0
-    before = len(model.graph.inputs)
-    model.ir_version = 4
-    RemoveInitializersFromInputsPass()(model)
-    return before - len(model.graph.inputs)
+class _Cleaner:
+    """One walk over all graphs of a model in topological order, which folds, removes and joins as it goes."""
+
+    def __init__(self, model: ir.Model, input_limit: int, output_limit: int) -> None:
+        self.model = model
+        self.facts = GraphFacts(model)
+        self.folder = ConstantFolder(model, self.facts, input_limit, output_limit)
+        self.taken = Counter(_names(model))
+
+    def run(self) -> None:
+        self._graph(list(self.model.graph), dict(self.model.opset_imports), in_function=False)
+        for function in self.model.functions.values():
+            self._graph(list(function), dict(function.opset_imports), in_function=True)
+
+    def _graph(self, nodes: list[ir.Node], domains: dict[str, int], *, in_function: bool) -> None:
+        for node in nodes:
+            branch = _taken_branch(node, in_function=in_function)
+            if branch is not None:
+                self._graph(self._inlined(node, branch), domains, in_function=in_function)
+            else:
+                self._node(node, domains, in_function=in_function)
+
+    def _node(self, node: ir.Node, domains: dict[str, int], *, in_function: bool) -> None:
+        version = node.version or domains.get(node.domain, domains.get("", domains.get("ai.onnx", 1)))
+        scalar_bounds(node, self._name)
+        self.facts.learn(node, version)
+        same = join_pair(node, self.facts, version, self._name)
+        if same is None:
+            same = copied_input(node, self.facts, version)
+        if same is not None and replace_value(node.outputs[0], same):
+            remove_if_unused(node)
+            return
+        if not self.folder.fold(node, domains, in_function=in_function):
+            for inner in subgraphs(node):
+                self._graph(list(inner), domains, in_function=in_function)
+
+    def _inlined(self, node: ir.Node, branch: ir.Graph) -> list[ir.Node]:
+        """Move the nodes of the branch that an If always takes to its place; return them, and what keeps names."""
+        graph = node.graph
+        assert graph is not None
+        results = list(branch.outputs)
+        branch.outputs.clear()
+        initializers, nodes = list(branch.initializers.values()), list(branch)
+        branch.initializers.clear()
+        branch.remove(nodes)
+        # The other branch, or a graph that has nothing to do with this one, may use the same names.
+        for value in (*initializers, *(v for inner in nodes for v in inner.outputs)):
+            if value.name and self.taken[value.name] > 1:
+                fresh = self._name(value.name)
+                if value.const_value is not None:  # a tensor of its own: renaming a value renames its tensor
+                    value.const_value = named(value.const_value, fresh)
+                value.name = fresh
+        for value in initializers:
+            graph.register_initializer(value)
+        graph.insert_before(node, nodes)
+        for out, result in zip(node.outputs, results, strict=True):
+            if not replace_value(out, result):
+                copy = ir.Node("", "Identity", [result], num_outputs=1)
+                copy.outputs[0].name = self._name("copy")
+                copy.outputs[0].type = out.type
+                graph.insert_before(node, copy)
+                replace_value(out, copy.outputs[0])
+                nodes.append(copy)
+        remove_if_unused(node)
+        return nodes
+
+    def _name(self, base: str) -> str:
+        name = next(n for k in itertools.count(1) if (n := f"{base}_{k}") not in self.taken)
+        self.taken[name] += 1
+        return name
 
 
-def _fold_constants(model: ir.Model, input_limit: int, output_limit: int) -> None:
-    from onnxscript.optimizer import fold_constants
+def _taken_branch(node: ir.Node, *, in_function: bool) -> ir.Graph | None:
+    """The branch of an If whose condition is constant; functions have no place for a branch's initializers."""
+    tensor = parameter_tensor(node.inputs[0]) if node.op_type == "If" and node.domain in ("", "ai.onnx") else None
+    if tensor is None or tensor.size != 1:
+        return None
+    branch = node.attributes["then_branch" if bool(np.asarray(tensor.numpy()).reshape(())) else "else_branch"]
+    if branch.is_ref() or (in_function and branch.as_graph().initializers):
+        return None
+    return branch.as_graph()
 
-    def should_fold(node: ir.Node) -> bool | None:
-        return False if node.op_type in _RANDOM else None
 
-    with quiet("onnxscript"):  # warns of each node that it tries to fold and cannot
-        fold_constants(model, input_size_limit=input_limit, output_size_limit=output_limit, should_fold=should_fold)
-
-
-def _remove_no_ops(model: ir.Model) -> None:
-    from onnxscript.rewriter import RewritePass
-    from onnxscript.rewriter.rules import common
-
-    # Only rules that take nodes away; those that fuse or choose other operators are a matter of taste or of the target.
-    rules = [
-        common.add_0_rule,
-        common.sub_0_rule,
-        common.mul_by_1_rule,
-        common.div_by_1_rule,
-        common.dropout_zero_rule,
-        common.dropout_inference_rule,
-        common.cast_cast_rule,
-        common.no_op_cast_rule,
-        common.no_op_expand_rule,
-        common.no_op_transpose_rule,
-        common.transpose_transpose_rule,
-        common.reshape_reshape_rule,
-        common.unsqueeze_unsqueeze_rule,
-    ]
-    RewritePass(rules)(model)
+def _names(model: ir.Model) -> Iterator[str]:
+    for graph in all_graphs(model):
+        values = {*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)}
+        yield from (value.name for value in values if value.name)
 
 
 def _signature(model: ir.Model) -> Counter[str]:

@@ -19,6 +19,7 @@ from scipy.spatial.distance import pdist, squareform
 from cipm_ir.errors import InputError
 from cipm_ir.ir.constants import constant_tensor
 from cipm_ir.ir.labels import Array, Labels
+from cipm_ir.ir.parameters import parameter_tensor
 from cipm_ir.symmetry.leaves import Leaf, LeafFactor
 from cipm_ir.symmetry.program import Program, Space
 
@@ -185,7 +186,7 @@ class Weights:
 
 def _tensor(model: ir.Model, name: str) -> ir.TensorProtocol:
     value = model.graph.initializers.get(name)
-    tensor = None if value is None else value.const_value
+    tensor = parameter_tensor(value)
     if tensor is None:
         maker = next((n for n in model.graph if n.outputs and n.outputs[0].name == name), None)
         tensor = None if maker is None else constant_tensor(maker)

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass, RemoveInitializersFromInputsPass
+from onnx_ir.passes.common import InlinePass
 
+from cipm_ir.ir.parameters import unlist_parameters
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
 from cipm_ir.passes.batch_norm import fold_batch_norms
 from cipm_ir.passes.expose_centre import centre_streams
@@ -63,8 +64,8 @@ class Expose(Pass):
         model, done = _plain_copy(program), _Done()
         if self.batch_norm:
             ctx.progress("batch normalizations", 0.1)
-            folded, left = fold_batch_norms(model)
-            done.note("batch_norms", folded, "batch normalization", _FOLDED, {"nothing before can take it": left})
+            folded, kept = fold_batch_norms(model)
+            done.note("batch_norms", folded, "batch normalization", _FOLDED, dict(kept))
         draft = Draft(model, self.shared)
         self._rewrite(draft, ctx, done)
         if not any(done.counts.values()):
@@ -133,9 +134,7 @@ def _plain_copy(program: Program) -> ir.Model:
     model = program.emit()
     if model.functions:
         model = InlinePass()(model).model
-    if model.ir_version < 4:
-        model.ir_version = 4
-        RemoveInitializersFromInputsPass()(model)
+    unlist_parameters(model)
     return model
 
 

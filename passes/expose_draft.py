@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from cipm_ir.ir.constants import attribute, constant_tensor
+from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Array
+from cipm_ir.ir.parameters import parameter_tensor
 from cipm_ir.ir.shapes import Shapes, infer_shapes
 from cipm_ir.runtime.graphs import named
 
@@ -109,8 +110,9 @@ class Draft:
     def sizes(self, value: ir.Value | None) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         """The shape under two assignments of the dynamic sizes, None where it is unknown."""
         name = "" if value is None else value.name or ""
-        if value is not None and value.const_value is not None:
-            shape = tuple(value.const_value.shape.numpy())
+        tensor = parameter_tensor(value)
+        if tensor is not None:
+            shape = tuple(tensor.shape.numpy())
             return shape, shape
         first, second = self.shapes.first.get(name), self.shapes.second.get(name)
         return None if first is None or second is None else (first, second)
@@ -138,16 +140,10 @@ class Draft:
                 return None
             path.append(maker)
             value = maker.inputs[0]
-        tensor = None if value is None else self._tensor(value)
+        tensor = parameter_tensor(value)
         if value is None or tensor is None or tensor.dtype not in REAL:
             return None
         return Weight(node, index, value, tuple(path), tensor)
-
-    def _tensor(self, value: ir.Value) -> ir.TensorProtocol | None:
-        if value.is_graph_input():
-            return None
-        maker = value.producer()
-        return value.const_value if maker is None else constant_tensor(maker)
 
     def constant(self, value: ir.Value | None) -> Array | None:
         """Content of a value that is a constant, of any type."""
@@ -158,7 +154,7 @@ class Draft:
             if maker.op_type == "Constant":
                 break
             value = maker.inputs[0]
-        tensor = None if value is None else self._tensor(value)
+        tensor = parameter_tensor(value)
         if tensor is None or tensor.dtype == ir.DataType.STRING:
             return None
         return np.asarray(tensor.numpy())

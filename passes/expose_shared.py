@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from cipm_ir.ir.parameters import is_parameter
 from cipm_ir.passes.expose_draft import REAL, Draft
 from cipm_ir.passes.expose_gain import directions
 from cipm_ir.symmetry.program import Program
@@ -53,7 +54,7 @@ def _shared(draft: Draft, value: ir.Value) -> bool:
     tensor = value.const_value
     if tensor is None or tensor.dtype not in REAL or tensor.size < 2 or not draft.may_split(tensor):
         return False
-    if value.is_graph_input() or value.is_graph_output() or len(value.uses()) < 2:
+    if not is_parameter(value) or value.is_graph_output() or len(value.uses()) < 2:
         return False
     # one scale for both ends of a quantized value is how other tools know the pair
     return all(use.node.graph is draft.graph and use.node.op_type not in _PAIRED for use in value.uses())

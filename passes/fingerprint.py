@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from cipm_ir.ir.constants import constant_tensor
 from cipm_ir.ir.labels import Array
+from cipm_ir.ir.parameters import free_inputs, parameter_tensor
 from cipm_ir.passes.canonical_members import fill_of
 from cipm_ir.passes.canonicalize import canonical_elements
 from cipm_ir.symmetry.program import Program
@@ -53,10 +54,11 @@ class _Hasher:
 
     def graph(self, graph: ir.Graph) -> bytes:
         digest = hashlib.blake2b(digest_size=16)
-        for value in graph.inputs:
-            if value.name not in graph.initializers:
-                self._number[value] = len(self._number)
-                _feed(digest, "input", self._type(value))
+        for value in free_inputs(graph):
+            self._number[value] = len(self._number)
+            _feed(digest, "input", self._type(value))
+            if value.const_value is not None:  # what it is unless the caller replaces it
+                _feed(digest, "default", self._tensor(value.const_value))
         for node in graph:
             if not self._is_constant(node):
                 self._node(digest, node)
@@ -98,7 +100,7 @@ class _Hasher:
         if producer is not None and shape is not None and producer.op_type == "ConstantOfShape":
             fill = fill_of(producer)
             return _content(fill.dtype, shape, np.broadcast_to(fill.numpy().reshape(()), shape))
-        tensor = value.const_value if producer is None else constant_tensor(producer)
+        tensor = parameter_tensor(value)
         if tensor is not None:
             return self._tensor(tensor)
         if producer is None:

@@ -15,10 +15,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 
 from cipm_ir.errors import InputError, OptionError
 from cipm_ir.ir.constants import constant_tensor
+from cipm_ir.ir.parameters import parameter_tensor
 from cipm_ir.passes.base import Context
 from cipm_ir.symmetry.leaves import Leaf, LeafFactor
 from cipm_ir.symmetry.program import Program, Space
@@ -184,7 +184,7 @@ def _is_statistic(program: Program, leaf: Leaf) -> bool:
 def parameter_array(program: Program, name: str) -> npt.NDArray[Any]:
     """The value of a parameter, as floats of 32 bits or more. Errors: `InputError` where it has none."""
     value = program.model.graph.initializers.get(name)
-    tensor: ir.TensorProtocol | None = None if value is None else value.const_value
+    tensor = parameter_tensor(value)
     if tensor is None:
         maker = next((n for n in program.model.graph if n.outputs and n.outputs[0].name == name), None)
         tensor = None if maker is None else constant_tensor(maker)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cipm_ir.ir.constants import attribute
+from cipm_ir.ir.parameters import parameters
 from cipm_ir.passes.candidates import weight_uses
 from cipm_ir.passes.importance import parameter_array
 from cipm_ir.passes.refit_layers import Layer
@@ -41,7 +42,7 @@ def norms_of(program: Program, layers: Sequence[Layer]) -> list[Norm]:
         if node.op_type != "BatchNormalization" or node.domain or attribute(node, "training_mode", 0):
             continue
         names = [v.name or "" for v in node.inputs if v is not None]
-        known = program.model.graph.initializers
+        known = parameters(program.model.graph)
         if len(names) != 5 or names[0] not in live or names[0] in fitted:
             continue
         if all(name in known and uses.get(name) == 1 for name in names[3:]):

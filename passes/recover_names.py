@@ -7,7 +7,6 @@ exporter notes on nodes and values (torch 2.13) is enough to tell which paramete
 
 from __future__ import annotations
 
-import ast
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult
+from cipm_ir.passes.fold_constants import FOLDED_FROM, listed
 from cipm_ir.passes.registry import register
 from cipm_ir.runtime.graphs import named
 from cipm_ir.symmetry.program import Program
@@ -24,7 +24,6 @@ from cipm_ir.symmetry.program import Program
 _FX_NODE = "pkg.torch.onnx.fx_node"
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _CLASSES = "pkg.torch.onnx.class_hierarchy"
-_FOLDED = "pkg.onnxscript.optimizer.folded_from"
 _PARAMETER = "pkg.torch.export.graph_signature.InputSpec.kind"
 """Written on initializers that kept the name they have in the ``state_dict``."""
 
@@ -153,12 +152,12 @@ def _name_at(node: ir.Node, place: int, value: ir.Value) -> str:
         raise _Refused(f"node {node.name!r} has no note that it multiplies with a parameter of the module")
     spelled = linear[1]
     scoped = _scope_weights(node)
-    if _FOLDED not in value.metadata_props:
+    if FOLDED_FROM not in value.metadata_props:
         fitting = [name for name in scoped if _spelled(name) == spelled]
         if len(fitting) != 1:
             raise _Refused(f"node {node.name!r} does not tell in which module the parameter {spelled!r} lies")
         return fitting[0]
-    sources = _listed(value.metadata_props[_FOLDED])
+    sources = listed(value.metadata_props[FOLDED_FROM])
     if len(sources) != 1:
         raise _Refused("it was computed from more than one tensor")
     numbered = re.fullmatch(re.escape(_spelled(sources[0])) + r"_\d+", spelled) and sources[0] in scoped
@@ -170,21 +169,12 @@ def _name_at(node: ir.Node, place: int, value: ir.Value) -> str:
 def _scope_weights(node: ir.Node) -> tuple[str, ...]:
     """The weights that the innermost module of a node may multiply with, by their full names."""
     # Both lists end with the operation itself; torch.export may write a module's second call as `layer@1`.
-    scopes, classes = _listed(node.metadata_props.get(_SCOPES)), _listed(node.metadata_props.get(_CLASSES))
+    scopes, classes = listed(node.metadata_props.get(_SCOPES)), listed(node.metadata_props.get(_CLASSES))
     if len(scopes) < 2 or len(scopes) != len(classes):
         return ()
     module, kind = re.sub(r"@\d+", "", scopes[-2]), classes[-2].rpartition(".")[2]
     own = ("weight",) if kind.endswith("Linear") else _OWN.get(kind, ())
     return tuple(f"{module}.{name}" if module else name for name in own)
-
-
-def _listed(note: str | None) -> tuple[str, ...]:
-    """The names in a note that is a list literal; none where it is anything else."""
-    try:
-        names = ast.literal_eval(note or "[]")
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        return ()
-    return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
 
 
 def _spelled(name: str) -> str:

@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Labels
+from cipm_ir.ir.parameters import is_parameter, parameter_tensor
 from cipm_ir.passes.budget import Mask
 from cipm_ir.passes.candidates import weight_uses
 from cipm_ir.passes.divergence import softmax_over_last
@@ -77,6 +78,8 @@ def layers_of(program: Program) -> list[Layer]:
         tensor = program.model.graph.initializers.get(reader.weight)
         if uses.get(reader.weight) != 1 or tensor is None or reader.source not in live:
             continue
+        if reader.bias is not None and parameter_tensor(node.inputs[2]) is None:
+            continue  # computed, or given by the caller: what the product adds is not known
         if attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
             continue
         linear = Linear.of(program, reader)
@@ -166,12 +169,13 @@ def grouped(program: Program, layers: list[Layer]) -> list[list[Layer]]:
 
 
 def _constant(value: ir.Value | None) -> Array | None:
-    return None if value is None or value.const_value is None else np.asarray(value.const_value.numpy())
+    tensor = parameter_tensor(value)
+    return None if tensor is None else np.asarray(tensor.numpy())
 
 
 def _bias(program: Program, value: ir.Value | None, gain: Array, uses: dict[str, int], spatial: int = 0) -> Bias | None:
     """A parameter with one entry for each output, ``spatial`` axes before its last, that nothing else uses."""
-    if value is None or value.const_value is None or not value.is_initializer() or uses.get(value.name or "") != 1:
+    if value is None or value.const_value is None or not is_parameter(value) or uses.get(value.name or "") != 1:
         return None
     shape = tuple(value.const_value.shape.numpy())
     lined_up = len(shape) > spatial and shape[len(shape) - 1 - spatial] == len(gain)

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from cipm_ir.algebra import DenseElement
 from cipm_ir.errors import OptionError
+from cipm_ir.ir.parameters import is_parameter
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
 from cipm_ir.passes.registry import register
 from cipm_ir.passes.rotate_metrics import compare
@@ -135,7 +136,7 @@ def _is_weight(program: Program, position: int, index: int) -> bool:
     value = node.inputs[index]
     while value is not None and (maker := value.producer()) is not None and maker.op_type in _MOVES:
         value = maker.inputs[0]
-    return value is not None and (value.is_initializer() or _is_constant(value))
+    return value is not None and (is_parameter(value) or _is_constant(value))
 
 
 def _is_constant(value: ir.Value) -> bool:

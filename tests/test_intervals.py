@@ -173,9 +173,10 @@ def test_parameters_that_a_caller_may_override_are_unknown() -> None:
         if tensor.name.startswith("c_"):
             proto.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
     again = analysed(proto)
-    low, high = hidden(again, find_intervals(again.model, again.analysis))
-    assert np.isinf(low).all()
-    assert np.isinf(high).all()
+    found, last = find_intervals(again.model, again.analysis), len(again.analysis.walk.nodes) - 1
+    bounds = found.operand(last, 0)
+    assert bounds is not None and np.isneginf(bounds.lo).all() and np.isposinf(bounds.hi).all()
+    assert not found.state(last, 0).factors  # nothing of it is free either
 
 
 # ---------------------------------------------------------------- arithmetic

@@ -28,8 +28,11 @@ def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
 def constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
     """Tensor held by a Constant node, whichever attribute form it uses."""
     for name, attr in node.attributes.items():
+        if attr.is_ref():  # an attribute of the function around it
+            return None
         if name == "value":
-            return attr.as_tensor()
+            tensor: ir.TensorProtocol = attr.value  # as_tensor would check the whole protocol each time
+            return tensor
         if name in ("value_int", "value_ints"):
             return ir.tensor(np.asarray(attr.value, dtype=np.int64))
         if name in ("value_float", "value_floats"):
@@ -170,8 +173,9 @@ def evaluate(
     if run is None:
         return None
     given = [a for a in args if a is not None]
-    present = [v for v in node.inputs if v is not None]
-    if len(given) != len(present) or not given:
+    if len(given) != sum(v is not None for v in node.inputs) or not given:
+        return None
+    if any(v is None for v in node.inputs[: len(given)]):  # an input left out before one that is given
         return None
     try:
         out = np.asarray(run(node, given, version))

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from cipm_ir.errors import InputError
 from cipm_ir.ir.labels import Array
+from cipm_ir.ir.parameters import free_inputs, is_parameter, overridable_inputs, parameters
 
 Shape = tuple[int, ...]
 
@@ -62,29 +63,46 @@ def infer_shapes(model: ir.Model) -> Shapes:
     """
     known: dict[str, Shape] = {}
     types: dict[str, ir.DataType] = {}
+    replaceable = _replaceable(model)
     complete = True
     for value in _all_values(model.graph):
         shape = _declared(value)
         if value.dtype is not None:
             types[value.name or ""] = value.dtype
-        if shape is None and value.const_value is not None:
+        if shape is None and is_parameter(value) and value.const_value is not None:
             shape = tuple(value.const_value.shape.numpy())
-        if shape is None:
+        if shape is None or value in replaceable:
             complete = False
         else:
             known[value.name or ""] = shape
     if complete:
         return Shapes(known, known, types=types)
-    dynamic = any(_declared(v) is None and v.const_value is None for v in model.graph.inputs)
-    proto = _stripped(model)
+    dynamic = any(_declared(v) is None for v in free_inputs(model.graph))
+    proto = _stripped(model, replaceable)
     symbols: dict[str, int] = {}
     first = _infer(proto, 0, symbols, types)
     second = _infer(proto, 1, {}, types) if dynamic else first
     return Shapes(first, second, symbols, types)
 
 
-def _stripped(model: ir.Model) -> onnx.ModelProto:
-    """A proto of the main graph in which large weights are inputs, so that inference never copies them."""
+def _replaceable(model: ir.Model) -> set[ir.Value]:
+    """Inner values that depend on an overridable initializer: recorded shapes of theirs hold for its default.
+
+    They are inferred again, from its shape alone.
+    """
+    found: set[ir.Value] = set(overridable_inputs(model))
+    for node in model.graph if found else ():
+        nested = any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())
+        if nested or any(value in found for value in node.inputs):
+            found.update(node.outputs)
+    return found - set(model.graph.inputs)
+
+
+def _stripped(model: ir.Model, replaceable: set[ir.Value]) -> onnx.ModelProto:
+    """A proto of the main graph in which large weights are inputs, so that inference never copies them.
+
+    Recorded shapes of ``replaceable`` values are left out, and the defaults of inputs.
+    """
     proto = onnx.ModelProto(ir_version=max(model.ir_version, 8))
     for domain, version in model.opset_imports.items():
         proto.opset_import.add(domain=domain, version=version)
@@ -93,7 +111,7 @@ def _stripped(model: ir.Model) -> onnx.ModelProto:
     listed = {v.name for v in model.graph.inputs}
     for value in model.graph.inputs:
         _value_into(graph.input.add(), value)
-    for name, value in model.graph.initializers.items():
+    for name, value in parameters(model.graph).items():
         tensor = value.const_value
         if tensor is None:
             continue
@@ -109,7 +127,7 @@ def _stripped(model: ir.Model) -> onnx.ModelProto:
         for attr in node.attributes.values():
             _attribute_into(made.attribute.add(), attr)
         for value in node.outputs:
-            if value.shape is not None and value.name and not value.is_graph_output():
+            if value.shape is not None and value.name and not value.is_graph_output() and value not in replaceable:
                 _value_into(graph.value_info.add(), value)
     for value in model.graph.outputs:
         _value_into(graph.output.add(), value)

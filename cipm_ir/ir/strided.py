@@ -10,8 +10,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from cipm_ir.ir.constants import constant_tensor, evaluate
+from cipm_ir.ir.constants import evaluate
 from cipm_ir.ir.labels import Array
+from cipm_ir.ir.parameters import parameter_tensor
 from cipm_ir.ir.shapes import Shape, infer_shapes
 
 _LIMIT = 1 << 22
@@ -54,15 +55,8 @@ def _source(node: ir.Node) -> ir.Value | None:
     if made is None or made.op_type != "Reshape" or made.domain or index is None:
         return None
     target = made.inputs[1]
-    tensor = None if target is None else _tensor(target)
+    tensor = parameter_tensor(target)
     return made.inputs[0] if tensor is not None and tensor.size == 1 else None
-
-
-def _tensor(value: ir.Value) -> ir.TensorProtocol | None:
-    made = value.producer()
-    if made is not None:
-        return constant_tensor(made) if made.op_type == "Constant" else None
-    return None if value.is_graph_input() else value.const_value
 
 
 def _counts_up(index: ir.Value, shape: Shape | None, known: dict[str, Shape], model: ir.Model) -> bool:
@@ -77,7 +71,7 @@ def _number(value: ir.Value, known: dict[str, Shape], version: int, seen: dict[s
     name = value.name or ""
     if name in seen:
         return seen[name]
-    made, tensor = value.producer(), _tensor(value)
+    made, tensor = value.producer(), parameter_tensor(value)
     seen[name] = None
     if tensor is not None:
         seen[name] = np.asarray(tensor.numpy()) if tensor.size <= _LIMIT else None

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from cipm_ir.ir.labels import ZERO, Factor, State
+from cipm_ir.ir.parameters import parameter_tensor
 from cipm_ir.rules.context import OpContext, fixed
 from cipm_ir.rules.contraction import contract, matmul_letters
 from cipm_ir.rules.convolution import convolve
@@ -75,7 +76,7 @@ def _equal(a: ir.Value | None, b: ir.Value | None) -> bool:
     """Whether two inputs are the same value, or parameters with equal entries."""
     if a is b or a is None or b is None:
         return a is b
-    x, y = ir.convenience.get_const_tensor(a), ir.convenience.get_const_tensor(b)
+    x, y = parameter_tensor(a), parameter_tensor(b)
     return x is not None and y is not None and np.array_equal(x.numpy(), y.numpy())
 
 

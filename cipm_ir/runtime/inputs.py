@@ -13,6 +13,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from cipm_ir.errors import InputError, UnsupportedError
+from cipm_ir.ir.parameters import overridable_inputs
 from cipm_ir.runtime.npz import Archive, Files, Rows
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -161,13 +162,6 @@ def largest_table(model: ir.Model) -> int:
     """Return the size of the largest table that an integer input indexes, 0 without any."""
     tables = (table_size(value) for value in true_inputs(model) if value.dtype is not None and value.dtype.is_integer())
     return max((size for size in tables if size is not None), default=0)
-
-
-def overridable_inputs(model: ir.Model) -> list[ir.Value]:
-    """Return the graph inputs that have a default: initializers too, in a file of IR version 4 or later."""
-    if model.ir_version < 4:
-        return []
-    return [value for value in model.graph.inputs if value.name in model.graph.initializers]
 
 
 def overrides(model: ir.Model, rng: np.random.Generator) -> Feeds:

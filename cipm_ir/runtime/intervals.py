@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from cipm_ir.ir.constants import constant_tensor
 from cipm_ir.ir.labels import Array, Factor, State
+from cipm_ir.ir.parameters import parameters
 from cipm_ir.runtime import interval_elementwise, interval_linear, interval_moves
 from cipm_ir.runtime.interval_arithmetic import REAL, Bounds, Interval, Precision, precision_of
 from cipm_ir.runtime.interval_site import Site, rule_of
@@ -89,9 +90,8 @@ def find_intervals(
         rounding: widen by what a run in the element types of the values may round; without, real arithmetic.
     """
     found = Intervals(analysis)
-    inside = {v.name for v in model.graph.inputs} if model.ir_version >= 4 else set[str | None]()
-    for name, value in model.graph.initializers.items():
-        found.parameters[name] = None if name in inside else value.const_value
+    for name, value in parameters(model.graph).items():
+        found.parameters[name] = value.const_value
     for value in model.graph.inputs:
         name = value.name or ""
         state = analysis.walk.states.get(name)

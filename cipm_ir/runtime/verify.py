@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from cipm_ir.errors import CipmError, InputError, UnsupportedError
+from cipm_ir.ir.parameters import overridable_inputs
 from cipm_ir.runtime.compare import MEASURED, Case, Outputs, Reference, Tolerance, Verification
 from cipm_ir.runtime.endings import Ending, common_endings, endings, output_units
 from cipm_ir.runtime.graphs import all_graphs
@@ -20,7 +21,6 @@ from cipm_ir.runtime.inputs import (
     Recipe,
     batches,
     largest_table,
-    overridable_inputs,
     overrides,
     random_inputs,
     true_inputs,

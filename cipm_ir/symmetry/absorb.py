@@ -10,6 +10,7 @@ import onnx_ir as ir
 from cipm_ir.errors import SymmetryError
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Array, Labels
+from cipm_ir.ir.parameters import parameter_tensor
 from cipm_ir.rules.events import Contraction
 from cipm_ir.rules.registry import lookup
 from cipm_ir.symmetry.analysis import Analysis
@@ -47,11 +48,12 @@ class BiasShift:
                 2, editor.initializer(f"{node.outputs[0].name}_bias", ir.tensor(self.delta.astype(dtype.numpy())))
             )
             return
-        if old.const_value is None:
+        tensor = parameter_tensor(old)
+        if tensor is None:
             raise SymmetryError(
-                f"{node.op_type} {node.name}: its bias {old.name} is computed, so it cannot take a constant shift."
+                f"{node.op_type} {node.name}: its bias {old.name} is computed or may be overridden by the caller, "
+                "so it cannot take a constant shift."
             )
-        tensor = old.const_value
         value = (np.asarray(tensor.numpy(), np.float64) + self.delta).astype(tensor.dtype.numpy())
         node.replace_input_with(2, editor.initializer(old.name or "bias", ir.tensor(value)))
 
@@ -192,7 +194,7 @@ def _shift(
     if node.op_type == "Gemm" and (attribute(node, "alpha", 1.0) != 1.0 or attribute(node, "beta", 1.0) != 1.0):
         raise SymmetryError(f"Gemm {node.name} has alpha or beta; a constant shift of its input is not supported.")
     value = node.inputs[index]
-    tensor = None if value is None else value.const_value
+    tensor = parameter_tensor(value)
     if tensor is None:
         raise SymmetryError(f"The weight of {node.op_type} {node.name} is not an initializer.")
     vector = np.zeros(leaf.shape[f.axes[0]])

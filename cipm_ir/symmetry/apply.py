@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from cipm_ir.ir.constants import constant_tensor
 from cipm_ir.ir.labels import Array
+from cipm_ir.ir.parameters import is_parameter, parameter_tensor
 from cipm_ir.symmetry.analysis import Analysis
 from cipm_ir.symmetry.edits import Edit, EditedTensor
 from cipm_ir.symmetry.leaves import Leaf
@@ -81,10 +81,7 @@ class Editor:
     def _tensor(self, value: ir.Value, leaf: Leaf) -> ir.TensorProtocol | None:
         if leaf.filled:
             return None
-        if value.is_initializer():
-            return value.const_value
-        producer = value.producer()
-        return None if producer is None else constant_tensor(producer)
+        return parameter_tensor(value)
 
     def _fill(self, value: ir.Value) -> Array:
         producer = value.producer()
@@ -137,7 +134,7 @@ class Editor:
             if all(not v.uses() and not v.is_graph_output() for v in node.outputs) and node.outputs[0].name in used:
                 self.graph.remove(node, safe=True)
         for name, value in list(self.graph.initializers.items()):
-            if name in used and not value.uses() and not value.is_graph_output():
+            if name in used and is_parameter(value) and not value.uses() and not value.is_graph_output():
                 del self.graph.initializers[name]
-                if value in self.graph.inputs and self.model.ir_version < 4:
+                if value in self.graph.inputs:
                     self.graph.inputs.remove(value)

@@ -14,8 +14,8 @@ import onnx_ir as ir
 
 from cipm_ir.algebra import Dense, DenseElement
 from cipm_ir.errors import SymmetryError
-from cipm_ir.ir.constants import constant_tensor
 from cipm_ir.ir.labels import Array
+from cipm_ir.ir.parameters import parameter_tensor
 from cipm_ir.symmetry.analysis import Analysis
 from cipm_ir.symmetry.dense_walk import GAMMA, REAL, Survey
 from cipm_ir.symmetry.edits import Edit
@@ -97,11 +97,7 @@ def leaf_array(analysis: Analysis, nodes: list[ir.Node], leaf: int) -> Array | N
     """The entries of a parameter in a graph with these nodes; None where they are not in it."""
     node, index = analysis.walk.leaves[leaf].uses[0]
     value = nodes[node].inputs[index]
-    if value is None:
-        return None
-    tensor, maker = value.const_value, value.producer()
-    if tensor is None and maker is not None and maker.op_type == "Constant":
-        tensor = constant_tensor(maker)
+    tensor = parameter_tensor(value)
     return None if tensor is None else np.asarray(tensor.numpy())
 
 

@@ -19,6 +19,7 @@ from onnx_ir.passes.common import InlinePass
 from cipm_ir.algebra import Dense, DenseElement, Element, Group
 from cipm_ir.errors import CipmError, SymmetryError
 from cipm_ir.ir.labels import Array
+from cipm_ir.ir.parameters import is_parameter, note_ir_version, overridable_inputs
 from cipm_ir.ir.strided import has_detours, remove_detours
 from cipm_ir.symmetry.absorb import absorb_edits
 from cipm_ir.symmetry.action import act_edits
@@ -131,6 +132,7 @@ class Program:
         (`cipm_ir.ir.strided`); what `emit` gives keeps both until something else than values changes.
         """
         clone = model.clone()
+        note_ir_version(clone)
         read = InlinePass()(model.clone()).model if clone.functions else clone
         if has_detours(read):
             read = read.clone()
@@ -216,6 +218,11 @@ class Program:
         Other dynamic sizes count at their stand-ins (11 or more; images 211), so compare ratios, not totals, there.
         """
         return sum(self.analysis.walk.macs) // self.analysis.walk.samples
+
+    @property
+    def overridable(self) -> tuple[str, ...]:
+        """Inputs with a default: initializers that are graph inputs too (IR version 4 on). They are pinned."""
+        return tuple(value.name or "" for value in overridable_inputs(self._model))
 
     @property
     def parameters(self) -> int:
@@ -315,8 +322,9 @@ class Program:
         clone = self._model.clone()
         for name, array in weights.items():
             value = clone.graph.initializers.get(name)
-            if value is None or value.const_value is None:
-                raise SymmetryError(f"There is no parameter named {name!r} to refit.")
+            if value is None or value.const_value is None or not is_parameter(value):
+                also = " (it is an input with a default, which a caller may replace)" if value is not None else ""
+                raise SymmetryError(f"There is no parameter named {name!r} to refit{also}.")
             old = tuple(value.const_value.shape.numpy())
             if tuple(array.shape) != old:
                 raise SymmetryError(

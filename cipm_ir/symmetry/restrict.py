@@ -10,6 +10,7 @@ import onnx_ir as ir
 from cipm_ir.errors import SymmetryError
 from cipm_ir.ir.constants import attribute, evaluate
 from cipm_ir.ir.labels import Array, Labels, State
+from cipm_ir.ir.parameters import is_parameter, parameters
 from cipm_ir.rules.context import Literal
 from cipm_ir.rules.events import Uniform
 from cipm_ir.rules.registry import Opaque, lookup
@@ -103,7 +104,7 @@ def _write(model: ir.Model, analysis: Analysis, sizes: Sizes, edits: dict[int, E
                 new_shapes[name] = shape
     editor = Editor(model, analysis)
     editor.apply(edits)
-    for name, value in model.graph.initializers.items():
+    for name, value in parameters(model.graph).items():
         if value.shape is not None and name in analysis.walk.shapes.first:
             now = tuple(value.shape.numpy())
             if now != analysis.walk.shapes.first[name]:
@@ -113,7 +114,7 @@ def _write(model: ir.Model, analysis: Analysis, sizes: Sizes, edits: dict[int, E
         for value in node.outputs:
             _reshape_value(value, analysis, new_shapes)
     for value in model.graph.inputs:
-        if not value.is_initializer():  # those have been cut
+        if not is_parameter(value):  # those have been cut
             _reshape_value(value, analysis, new_shapes)
     editor.sweep()
 

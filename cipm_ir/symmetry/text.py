@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from cipm_ir.ir.labels import Factor, Labels, State
+from cipm_ir.ir.parameters import free_inputs, is_overridable, parameters
 from cipm_ir.symmetry.leaves import Leaf, OpaqueNode
 from cipm_ir.symmetry.walk import captured_values
 
@@ -161,13 +162,13 @@ def render(program: Program) -> str:
     """The annotated graph: spaces, inputs, parameters, nodes, outputs."""
     annotate, sizes, graph = _Annotator(program), _Sizes(program), program.model.graph
     lines = [f"graph {graph.name or 'main'}", *(_space(s) for s in program.spaces)]
-    for value in graph.inputs:
-        if value.name not in graph.initializers:
-            lines.append(f"input %{value.name} : {_dtype(value.dtype)}{annotate.dims(sizes.of(value), None)}")
+    for value in free_inputs(graph):
+        note = "  // has a default, which the caller may replace: pinned" if is_overridable(value) else ""
+        lines.append(f"input %{value.name} : {_dtype(value.dtype)}{annotate.dims(sizes.of(value), None)}{note}")
     leaves: dict[str, list[Leaf]] = {}
     for leaf in program.analysis.walk.leaves:
         leaves.setdefault(leaf.name, []).append(leaf)
-    for name, value in graph.initializers.items():
+    for name, value in parameters(graph).items():
         lines.append(_parameter(value, leaves.get(name, []), annotate))
     states = _states(program)
     opaque = list(program.opaque)

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from cipm_ir.ir.constants import constant_tensor, evaluate
 from cipm_ir.ir.labels import Array, Factor, State
+from cipm_ir.ir.parameters import parameters
 from cipm_ir.ir.shapes import Shape, Shapes, implied_shape, infer_node, infer_shapes
 from cipm_ir.rules import load_rules
 from cipm_ir.rules.context import Literal, OpContext
@@ -69,7 +70,7 @@ class _Walker:
 
     def run(self) -> Walk:
         graph, shapes = self.graph, self.shapes
-        for name, value in graph.initializers.items():
+        for name, value in parameters(graph).items():
             self.params[name] = (value.const_value, False)
         for value in graph.inputs:
             name = value.name or ""

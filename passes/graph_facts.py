@@ -1,0 +1,198 @@
+"""What is proven about the values of a graph: element types, shapes with symbols, entries of small vectors of sizes.
+
+Everything follows from the declared shapes of the inputs, the parameters and the operators. Shapes that a file records
+for inner values are not read: they may be left from a version of the model with other inputs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import TypeAlias
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from cipm_ir.ir.constants import attribute, evaluate
+from cipm_ir.ir.labels import Array
+from cipm_ir.ir.parameters import is_parameter, parameter_tensor
+from cipm_ir.passes.replace_values import subgraphs
+
+Dim: TypeAlias = int | str | None
+"""A size, the symbol of an unknown one (equal symbols are equal sizes), or nothing known."""
+Dims: TypeAlias = tuple[Dim, ...]
+
+_STANDARD = ("", "ai.onnx")
+_SMALL = 64
+_SIZES = {ir.DataType.INT64, ir.DataType.INT32}
+_AS_DATA = {*_SIZES, ir.DataType.FLOAT, ir.DataType.BOOL}
+# An unknown size stands in a vector of sizes as one of these numbers, which are only moved, never computed with.
+_FIRST_SYMBOL = 1 << 40
+_MOVES = ("Identity", "Gather", "Squeeze", "Unsqueeze", "Slice", "Reshape", "Concat")
+
+
+class GraphFacts:
+    """Facts about the values of one model, learned node by node in topological order."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._types: dict[ir.Value, ir.DataType] = {}
+        self._shapes: dict[ir.Value, Dims] = {}
+        self._entries: dict[ir.Value, Array] = {}
+        self._numbers = itertools.count()
+        for value in model.graph.inputs:
+            if value.shape is not None and not is_parameter(value):
+                # A symbol in a file is a hope: each unknown size gets one of its own.
+                self._shapes[value] = tuple(d if isinstance(d, int) and d > 0 else self._symbol() for d in value.shape)
+
+    # ------------------------------------------------------------ answers
+    def dtype(self, value: ir.Value | None) -> ir.DataType | None:
+        """Return the element type of a tensor, None where it is not known."""
+        if value is None:
+            return None
+        tensor = parameter_tensor(value)
+        return tensor.dtype if tensor is not None else self._types.get(value, value.dtype)
+
+    def shape(self, value: ir.Value | None) -> Dims | None:
+        """Return the proven shape, None where not even the rank is known."""
+        tensor = parameter_tensor(value)
+        if tensor is not None:
+            return tuple(tensor.shape.numpy())
+        return None if value is None else self._shapes.get(value)
+
+    def entries(self, value: ir.Value | None) -> list[Dim] | None:
+        """Return the entries of a small vector of sizes, of which some may be symbols."""
+        found = self._coded(value)
+        return None if found is None else [self._decoded(int(code)) for code in found.reshape(-1)]
+
+    def constant_entries(self, value: ir.Value) -> Array | None:
+        """Return a computed vector of sizes whose entries are all known numbers."""
+        found = self._entries.get(value)
+        return None if found is None or self._has_symbols(found) else found
+
+    # ------------------------------------------------------------ learning
+    def learn(self, node: ir.Node, version: int) -> None:
+        """Derive what holds for the outputs of a node from what holds for its inputs."""
+        if node.domain not in _STANDARD or any(True for _ in subgraphs(node)) or node.op_type == "Constant":
+            return
+        if any(attr.is_ref() for attr in node.attributes.values()):
+            return
+        self._infer(node, version)
+        self._learn_entries(node, version)
+        if node.op_type == "Reshape" and len(node.inputs) > 1:
+            self._learn_reshape(node)
+        if node.op_type == "Expand":
+            self._learn_expand(node)
+
+    def _infer(self, node: ir.Node, version: int) -> None:
+        """ONNX's inference of one node; what it leaves open stays unknown."""
+        types: dict[str, onnx.TypeProto] = {}
+        data: dict[str, onnx.TensorProto] = {}
+        for value in node.inputs:
+            if value is None:
+                continue
+            dtype = self.dtype(value)
+            if dtype is None or not (value.type is None or isinstance(value.type, ir.TensorType)):
+                return
+            types[value.name or ""] = onnx.helper.make_tensor_type_proto(int(dtype), self.shape(value))
+            array = self._as_data(value, dtype)
+            if array is not None:
+                data[value.name or ""] = onnx.numpy_helper.from_array(array)
+        try:
+            schema = onnx.defs.get_schema(node.op_type, version, "")
+            found = onnx.shape_inference.infer_node_outputs(
+                schema, ir.to_proto(node), types, data, opset_imports=[onnx.helper.make_opsetid("", version)]
+            )
+        except (onnx.defs.SchemaError, onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError):
+            return
+        for value in node.outputs:
+            proto = found.get(value.name or "")
+            if proto is None or not proto.HasField("tensor_type"):
+                continue
+            if proto.tensor_type.elem_type:
+                self._types[value] = ir.DataType(proto.tensor_type.elem_type)
+            if proto.tensor_type.HasField("shape"):
+                self._shapes[value] = tuple(map(_dim, proto.tensor_type.shape.dim))
+
+    def _as_data(self, value: ir.Value, dtype: ir.DataType) -> Array | None:
+        computed = self.constant_entries(value)
+        tensor = parameter_tensor(value)
+        if computed is not None or tensor is None or dtype not in _AS_DATA or tensor.size > _SMALL:
+            return computed
+        return np.asarray(tensor.numpy())
+
+    def _learn_entries(self, node: ir.Node, version: int) -> None:
+        if node.op_type in ("Shape", "Size"):
+            shape = self.shape(node.inputs[0])
+            if shape is None or (node.op_type == "Size" and not all(isinstance(d, int) for d in shape)):
+                return
+            coded = np.array([self._coded_dim(d) for d in shape], np.int64)
+            if node.op_type == "Size":
+                found: Array | None = np.asarray(coded.prod(), np.int64)
+            else:
+                found = coded[slice(attribute(node, "start", 0), attribute(node, "end"))]
+        elif node.op_type in _MOVES or (node.op_type == "Cast" and attribute(node, "to") == int(ir.DataType.INT64)):
+            args = [self._coded(value) for value in node.inputs]
+            moved = args if node.op_type == "Concat" else args[:1]
+            if any(a is None for a in moved) or any(a is not None and self._has_symbols(a) for a in args[len(moved) :]):
+                return
+            found = evaluate(node, args, None, version)
+        else:
+            return
+        if found is not None and found.size <= _SMALL:
+            self._entries[node.outputs[0]] = found
+
+    def _learn_reshape(self, node: ir.Node) -> None:
+        out, target = node.outputs[0], self.entries(node.inputs[1])
+        known = self._shapes.get(out)
+        if target is None or (known is not None and all(isinstance(d, int) for d in known)):
+            return
+        shape, keeps_zero = self.shape(node.inputs[0]), attribute(node, "allowzero", 0)
+        made: list[Dim] = []
+        for k, d in enumerate(target):
+            if d == 0 and not keeps_zero:
+                made.append(shape[k] if shape is not None and k < len(shape) else None)
+            else:
+                made.append(None if d == -1 else d)
+        if known is not None and len(known) == len(made):
+            made = [b if isinstance(b, int) else a for a, b in zip(made, known, strict=True)]
+        self._shapes[out] = tuple(made)
+
+    def _learn_expand(self, node: ir.Node) -> None:
+        out, target, shape = node.outputs[0], self.entries(node.inputs[1]), self.shape(node.inputs[0])
+        known = self._shapes.get(out)
+        if target is None or shape is None or (known is not None and all(isinstance(d, int) for d in known)):
+            return
+        rank = max(len(shape), len(target))
+        a = [1] * (rank - len(shape)) + list(shape)
+        b = [1] * (rank - len(target)) + target
+        self._shapes[out] = tuple(y if x == 1 else x if y == 1 or x == y else None for x, y in zip(a, b, strict=True))
+
+    # ------------------------------------------------------------ symbols
+    def _symbol(self) -> str:
+        return f"s{next(self._numbers)}"
+
+    def _coded_dim(self, dim: Dim) -> int:
+        if isinstance(dim, int):
+            return dim
+        return -_FIRST_SYMBOL - int((dim or self._symbol())[1:])
+
+    def _decoded(self, code: int) -> Dim:
+        return f"s{-code - _FIRST_SYMBOL}" if -2 * _FIRST_SYMBOL < code <= -_FIRST_SYMBOL else code
+
+    def _has_symbols(self, coded: Array) -> bool:
+        return coded.dtype.kind == "i" and bool(((coded > -2 * _FIRST_SYMBOL) & (coded <= -_FIRST_SYMBOL)).any())
+
+    def _coded(self, value: ir.Value | None) -> Array | None:
+        if value is not None and value in self._entries:
+            return self._entries[value]
+        tensor = parameter_tensor(value)
+        if tensor is None or tensor.dtype not in _SIZES or tensor.size > _SMALL:
+            return None
+        array = np.asarray(tensor.numpy()).astype(np.int64)
+        return None if self._has_symbols(array) else array
+
+
+def _dim(proto: onnx.TensorShapeProto.Dimension) -> Dim:
+    if proto.WhichOneof("value") == "dim_value":
+        return int(proto.dim_value)
+    return proto.dim_param or None

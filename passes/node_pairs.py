@@ -1,0 +1,156 @@
+"""Two nodes in a row that clean-up may write as one, each with the condition that makes it exact.
+
+| pair | becomes | where |
+|---|---|---|
+| Transpose, Transpose | one Transpose, or nothing | both permutations are known |
+| Reshape, Reshape | the second | its target is constant, without an entry that copies an axis of the first's result |
+| Unsqueeze, Unsqueeze | one Unsqueeze | the axes are constant, not negative unless the rank is known (opset 13 on) |
+| Cast, Cast | the second | the first loses nothing, and the second rounds or wraps the same way from either type |
+| ConcatFromSequence of a SequenceConstruct | Concat | along an existing axis |
+
+The value between may have no other consumer, unless the pair becomes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from cipm_ir.ir.constants import attribute
+from cipm_ir.ir.parameters import parameter_tensor
+from cipm_ir.passes.graph_facts import GraphFacts
+from cipm_ir.passes.no_ops import permutation
+from cipm_ir.passes.replace_values import constant_before
+
+_STANDARD = ("", "ai.onnx")
+
+
+def join_pair(node: ir.Node, facts: GraphFacts, version: int, name: Callable[[str], str]) -> ir.Value | None:
+    """Rewrite a node in place to take the input of the node before it; see the table above.
+
+    Args:
+        node: the second of the pair.
+        facts: about the values of the model.
+        version: of the operator set.
+        name: gives an unused name for a new value.
+
+    Returns:
+        What the pair always equals, where that is a value which exists; the node is not changed then.
+    """
+    value = node.inputs[0] if node.inputs else None
+    before = None if value is None else value.producer()
+    if value is None or before is None or before.graph is not node.graph:
+        return None
+    if not {before.domain, node.domain} <= {*_STANDARD}:
+        return None
+    if any(a.is_ref() for n in (before, node) for a in n.attributes.values()):
+        return None
+    pair = (before.op_type, node.op_type)
+    if pair == ("Transpose", "Transpose"):
+        return _transposes(before, node, facts)
+    if len(value.uses()) != 1 or value.is_graph_output():
+        return None
+    if pair == ("Reshape", "Reshape"):
+        _reshapes(before, node, name)
+    elif pair == ("Unsqueeze", "Unsqueeze") and version >= 13:
+        _unsqueezes(before, node, facts, name)
+    elif pair == ("Cast", "Cast") and _same_rounding(before, node, facts):
+        node.replace_input_with(0, before.inputs[0])
+    elif pair == ("SequenceConstruct", "ConcatFromSequence") and not attribute(node, "new_axis", 0):
+        return _concatenated(before, node, name("joined"))
+    return None
+
+
+def _transposes(before: ir.Node, node: ir.Node, facts: GraphFacts) -> ir.Value | None:
+    first, second = permutation(before, facts), permutation(node, facts)
+    if first is None or second is None or len(first) != len(second):
+        return None
+    joined = [first[k] for k in second]
+    if joined == list(range(len(joined))):
+        return before.inputs[0]
+    between = before.outputs[0]
+    if len(between.uses()) == 1 and not between.is_graph_output():
+        node.attributes["perm"] = ir.AttrInt64s("perm", joined)
+        node.replace_input_with(0, before.inputs[0])
+    return None
+
+
+def _reshapes(before: ir.Node, node: ir.Node, name: Callable[[str], str]) -> None:
+    if len(node.inputs) < 2 or len(before.inputs) < 2:
+        return
+    tensor = parameter_tensor(node.inputs[1])
+    if tensor is None:
+        return
+    target = np.array(tensor.numpy())
+    if not attribute(node, "allowzero", 0) and (target == 0).any():
+        # The axis that is copied is what is left when all other sizes are known.
+        if (target == 0).sum() > 1 or (target == -1).any():
+            return
+        target[target == 0] = -1
+        node.replace_input_with(1, constant_before(node, target, name("target")))
+    node.replace_input_with(0, before.inputs[0])
+
+
+def _unsqueezes(before: ir.Node, node: ir.Node, facts: GraphFacts, name: Callable[[str], str]) -> None:
+    inner, outer = (parameter_tensor(n.inputs[1]) for n in (before, node))
+    if inner is None or outer is None:
+        return
+    first, second = np.array(inner.numpy()).reshape(-1), np.array(outer.numpy()).reshape(-1)
+    shape = facts.shape(before.inputs[0])
+    if shape is not None:
+        first = first % (len(shape) + len(first))
+        second = second % (len(shape) + len(first) + len(second))
+    if (first < 0).any() or (second < 0).any():
+        return
+    old = np.setdiff1d(np.arange(max(*first, *second) + len(first) + len(second) + 1), second)
+    axes = np.sort(np.concatenate([second, old[first]])).astype(np.int64)
+    node.replace_input_with(1, constant_before(node, axes, name("axes")))
+    node.replace_input_with(0, before.inputs[0])
+
+
+def _concatenated(before: ir.Node, node: ir.Node, name: str) -> ir.Value:
+    assert node.graph is not None
+    out = ir.Value(name=name, type=node.outputs[0].type, shape=node.outputs[0].shape)
+    attributes = [ir.AttrInt64("axis", attribute(node, "axis"))]
+    node.graph.insert_before(node, ir.Node("", "Concat", list(before.inputs), attributes, outputs=[out]))
+    return out
+
+
+# Bits of precision, and how far the exponent goes down and up: a type holds another that has no more of any of them.
+_FLOATS = {
+    ir.DataType.FLOAT16: (11, 24, 16),
+    ir.DataType.BFLOAT16: (8, 133, 128),
+    ir.DataType.FLOAT: (24, 149, 128),
+    ir.DataType.DOUBLE: (53, 1074, 1024),
+}
+_INTEGERS = {ir.DataType[f"{kind}{bits}"]: (kind, bits) for kind in ("INT", "UINT") for bits in (8, 16, 32, 64)}
+
+
+def _same_rounding(before: ir.Node, node: ir.Node, facts: GraphFacts) -> bool:
+    source, between, target = facts.dtype(before.inputs[0]), ir.DataType(attribute(before, "to")), attribute(node, "to")
+    target = ir.DataType(target)
+    if source is None or not _holds(between, source):
+        return False
+    if target in _FLOATS:
+        return True  # one rounding, of the same number
+    if target in _INTEGERS and between in _INTEGERS:
+        return True  # both wrap the same number
+    # From a float: what does not fit has no defined result, so all that the source holds must fit.
+    return target in _INTEGERS and source in (*_INTEGERS, ir.DataType.BOOL) and _holds(target, source)
+
+
+def _holds(wide: ir.DataType, narrow: ir.DataType) -> bool:
+    """Whether each number of one type is a number of the other."""
+    if narrow == ir.DataType.BOOL:
+        return wide in _FLOATS or wide in _INTEGERS
+    if narrow in _FLOATS and wide in _FLOATS:
+        return all(a >= b for a, b in zip(_FLOATS[wide], _FLOATS[narrow], strict=True))
+    if narrow in _INTEGERS and wide in _FLOATS:
+        kind, bits = _INTEGERS[narrow]
+        return bits - (kind == "INT") <= _FLOATS[wide][0]
+    if narrow in _INTEGERS and wide in _INTEGERS:
+        (kind, bits), (other, more) = _INTEGERS[narrow], _INTEGERS[wide]
+        return (kind == other and more >= bits) or (kind == "UINT" and other == "INT" and more > bits)
+    return False
