@@ -19,11 +19,13 @@ from onnx_ir.passes.common import InlinePass
 from cipm_ir.algebra import Dense, DenseElement, Element, Group
 from cipm_ir.errors import CipmError, SymmetryError
 from cipm_ir.ir.labels import Array
+from cipm_ir.ir.shapes import forget_impossible_sizes
 from cipm_ir.ir.strided import has_detours, remove_detours
 from cipm_ir.symmetry.absorb import absorb_edits
 from cipm_ir.symmetry.action import act_edits
 from cipm_ir.symmetry.analysis import Analysis, uncollected
 from cipm_ir.symmetry.apply import Editor
+from cipm_ir.symmetry.counting import Count, count_macs
 from cipm_ir.symmetry.dense import Levels, Linearity
 from cipm_ir.symmetry.edits import Edit
 from cipm_ir.symmetry.leaves import OpaqueNode
@@ -131,6 +133,7 @@ class Program:
         (`cipm_ir.ir.strided`); what `emit` gives keeps both until something else than values changes.
         """
         clone = model.clone()
+        forget_impossible_sizes(clone.graph)
         read = InlinePass()(model.clone()).model if clone.functions else clone
         if has_detours(read):
             read = read.clone()
@@ -209,13 +212,22 @@ class Program:
         """Nodes that pinned something, and why."""
         return tuple(self.analysis.walk.opaque)
 
+    def count(self, sizes: Mapping[str, int] | None = None) -> Count:
+        """Multiply-accumulates of one run, with the nodes that could not be counted.
+
+        Args:
+            sizes: of dynamic dimensions, by name; the others count at the stand-ins of `cipm_ir.symmetry.counting`.
+        """
+        key = tuple(sorted((sizes or {}).items()))
+        counts = self.analysis.counts
+        if key not in counts:
+            counts[key] = count_macs(self._model, sizes)
+        return counts[key]
+
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of one run; per sample where the batch is dynamic.
-
-        Other dynamic sizes count at their stand-ins (11 or more; images 211), so compare ratios, not totals, there.
-        """
-        return sum(self.analysis.walk.macs) // self.analysis.walk.samples
+        """Multiply-accumulates of one run, as far as they could be counted, at stand-in sizes; see `count`."""
+        return self.count().total
 
     @property
     def parameters(self) -> int:
