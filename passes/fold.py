@@ -14,6 +14,7 @@ from scipy.sparse import csr_array
 from cipm_ir.errors import OptionError, SymmetryError
 from cipm_ir.ir.labels import Labels
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
+from cipm_ir.passes.blockers import check_counted, pins, within
 from cipm_ir.passes.budget import Choice, Search, allowed_levels, even, grids_of, link_spaces, make_choice
 from cipm_ir.passes.canonical_members import Floats, Members
 from cipm_ir.passes.cost import CostModel, Mask
@@ -25,7 +26,8 @@ from cipm_ir.passes.importance import Magnitude
 from cipm_ir.passes.registry import register
 from cipm_ir.symmetry.program import Program, Space
 
-_BUDGETS = ("macs", "params", "ratio")
+_WORDS = {"macs": "multiply-accumulates", "params": "parameters", "ratio": "units"}
+_BUDGETS = tuple(_WORDS)
 _NAMED = 3
 """So many spaces are named for each reason in a summary."""
 
@@ -78,6 +80,8 @@ class Fold(Pass):
         budget = next((name for name in _BUDGETS if getattr(self, name) is not None), None)
         if budget is not None and METHODS[self.method].needs_data and ctx.data is None:
             raise OptionError(f"Pass 'fold': method {self.method!r} looks at data, but none was given; pass data=.")
+        if budget == "macs":
+            check_counted("fold", program.count(ctx.sizes_of(program)), "params= or ratio=")
         tally = _Tally(program)
         current = self._duplicates(program, tally, ctx)
         if budget is not None:
@@ -133,7 +137,7 @@ class Fold(Pass):
         planner = Planner(program, members, METHODS[self.method], ctx, self.correct, self.streams)
         able = planner.able(rows, tally.refuse)
         choices = self._choices(program, able, tally, ctx)
-        costs = CostModel(program)
+        costs = CostModel(program, ctx.sizes_of(program))
         cost, limit, whole = self._limit(program, choices, ctx, costs, budget)
         while True:
             search = Search(program.analysis, choices, cost)
@@ -147,6 +151,7 @@ class Fold(Pass):
                 if choice.levels[level] < program.spaces[k].size
             }
             if not numbers:
+                tally.idle = self._idle(program, choices, found.cost, whole, limit, budget)
                 return program
             ranks = {k: o for c in choices for k, o in zip(c.spaces, c.order, strict=True)}
             merges = planner.merges({k: able[k] for k in numbers}, numbers, ranks)
@@ -169,6 +174,7 @@ class Fold(Pass):
             floor = ceil(self.min_keep * max(sizes)) if self.min_keep < 1 else int(self.min_keep)
             levels = allowed_levels(min(sizes), max(sizes), floor, self.round_to)
             if len(levels) < 2:
+                tally.refuse(program.spaces[group[0]], "min_keep and round_to leave no smaller width")
                 continue
             scores = [criterion.score(program, program.spaces[k], ctx) for k in group]
             choice = make_choice(program.analysis, group, scores, levels, local=True)
@@ -185,7 +191,8 @@ class Fold(Pass):
         """What a mask costs, what it may cost, and what the whole costs."""
         original = ctx.original or program
         if budget == "macs":
-            return costs.macs, (self.macs or 0.0) * original.macs, original.macs
+            whole = original.count(ctx.sizes_of(program)).total
+            return costs.macs, (self.macs or 0.0) * whole, whole
         if budget == "params":
             return costs.params, (self.params or 0.0) * original.parameters, original.parameters
         tables = [program.analysis.spaces[k].table[:, 0] for choice in choices for k in choice.spaces]
@@ -195,12 +202,20 @@ class Fold(Pass):
 
     def _out_of_reach(self, budget: str, least: float, tally: _Tally) -> str:
         asked = getattr(self, budget) if budget != "ratio" else 1.0 - (self.ratio or 0.0)
-        what = {"macs": "multiply-accumulates", "params": "parameters", "ratio": "units"}[budget]
+        what = _WORDS[budget]
         refused = tally.refusals()
         return (
             f"fold cannot come down to {asked:.3g} of the {what}: with all spaces that it may merge at their minimum, "
             f"{least:.3g} remain{f' ({refused})' if refused else ''}; allow more, or lower min_keep or round_to."
         )
+
+    def _idle(
+        self, program: Program, choices: Sequence[Choice], cost: float, whole: float, limit: float, budget: str
+    ) -> str:
+        """Why nothing is merged for the budget."""
+        if not choices and budget == "ratio":
+            return "; ".join(["no space can be merged", *pins(program)])
+        return within(_WORDS[budget], cost, whole, limit)
 
 
 def _all_merged(program: Program, merges: Mapping[int, Merge]) -> tuple[Program, dict[int, str]]:
@@ -267,6 +282,8 @@ class _Tally:
     merged: int = 0
     method: str = ""
     warnings: list[str] = field(default_factory=list)
+    idle: str = ""
+    """Why the budget asked for nothing."""
 
     def refuse(self, space: Space, why: str) -> None:
         """Note why a space stays as it is."""
@@ -324,7 +341,7 @@ class _Tally:
         ]
         where = f"in {len(self.kept)} space{'s' * (len(self.kept) > 1)}"
         summary = f"units merged: {', '.join(parts)}, {where}" if parts else "nothing to merge"
-        summary = "; ".join(part for part in (summary, *self.warnings, self.refusals()) if part)
+        summary = "; ".join(part for part in (summary, self.idle, *self.warnings, self.refusals()) if part)
         if not parts:
             return PassResult(self.program, False, summary, metrics=metrics)
         kind = Kind.APPROXIMATE if self.merged else Kind.EXACT

@@ -16,6 +16,7 @@ from cipm_ir.passes.base import Context, Kind, Pass, PassResult, Progress, ignor
 from cipm_ir.passes.report import Report, Step, Totals, opaque_lines, space_lines
 from cipm_ir.passes.text import parse_passes
 from cipm_ir.runtime.checks import check_finite, check_shapes
+from cipm_ir.runtime.data_sizes import data_sizes
 from cipm_ir.runtime.inputs import Data, batches
 from cipm_ir.runtime.verify import Verification, verify_models
 from cipm_ir.symmetry.program import Program
@@ -144,6 +145,7 @@ class _Run:
     options: dict[str, Any]
     first: Program = field(init=False)
     before: Totals = field(init=False)
+    sizes: Mapping[str, int] = field(init=False)
     steps: list[Step] = field(default_factory=list)
     witness: list[Witness] = field(default_factory=list)
     unverifiable: str = ""
@@ -151,7 +153,8 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.first = self.program
-        self.before = Totals.of(self.program)
+        self.sizes = data_sizes(self.program.model, self.data)
+        self.before = Totals.of(self.program, self.sizes)
 
     def check_data(self) -> None:
         """Fail before the first pass where the data does not fit the model."""
@@ -166,14 +169,14 @@ class _Run:
 
         self.progress(str(one), index / count)
         start = time.perf_counter()
-        ctx = Context(self.data, self.seed, report_progress, self.verify, self.options, self.first, index)
+        ctx = Context(self.data, self.seed, report_progress, self.verify, self.options, self.first, index, self.sizes)
         result = self._call(one, ctx)
         seconds = time.perf_counter() - start
         kind = result.kind or one.kind
         changed = result.changed and result.program is not self.program
         verification, checked = self._checked(one, kind, result) if changed else (None, "unchanged")
         before = self.steps[-1].after if self.steps else self.before
-        after = Totals.of(result.program) if changed else before
+        after = Totals.of(result.program, self.sizes) if changed else before
         said = result.summary, before, after, seconds, verification, checked, result.metrics, result.figures
         made = Step(str(one), kind.value, changed, *said)
         self.steps.append(made)

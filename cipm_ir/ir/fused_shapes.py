@@ -109,6 +109,11 @@ def _group_query(node: ir.Node, inputs: Inputs) -> Shape:
     return (batch, length, width * heads // (heads + 2 * kv))
 
 
+def _recurrent(node: ir.Node, inputs: Inputs) -> Shape:
+    steps, batch, _ = _known(inputs, 0)
+    return (steps, _known(inputs, 2)[0], batch, _known(inputs, 2)[1])
+
+
 def _embedded(node: ir.Node, inputs: Inputs) -> Shape:
     return (*_known(inputs, 0), _known(inputs, 2)[-1])
 
@@ -131,6 +136,7 @@ _RULES: dict[str, Callable[[ir.Node, Inputs], Shape | None]] = {
     "MultiHeadAttention": _multi_head,
     "GroupQueryAttention": _group_query,
     "EmbedLayerNormalization": _embedded,
+    "DynamicQuantizeLSTM": _recurrent,
     "CDist": lambda n, i: (_known(i, 0)[0], _known(i, 1)[0]),
     "Inverse": lambda n, i: _known(i, 0),
 }

@@ -99,6 +99,7 @@ class _Scope:
         if known or node.op_type in ("Shape", "Size"):
             first = place.inputs[0] if place.inputs else None
             made = evaluate(node, place.numbers, first, 0, LIMIT)
+            made = _more_numbers(place) if made is None else made
             if made is not None:
                 name = node.outputs[0].name or ""
                 self.numbers[name] = made
@@ -142,9 +143,13 @@ class _Scope:
         return scope
 
     def _branches(self, place: Place) -> None:
-        """Both branches; a result is as large as the larger of them makes it."""
+        """Both branches, or the one that a constant condition takes; results are as large as the larger makes them."""
         ends: list[list[Shape | None]] = []
-        for graph in subgraphs(place.node):
+        condition = place.numbers[0]
+        graphs = [attribute(place.node, name) for name in ("then_branch", "else_branch")]
+        if condition is not None and condition.size == 1:
+            graphs = graphs[:1] if bool(condition.reshape(-1)[0]) else graphs[1:]
+        for graph in graphs:
             scope = self._inner(graph, [])
             place.bodies.append(scope.places(graph))
             ends.append([scope.shapes.get(v.name or "") for v in graph.outputs])
@@ -208,3 +213,17 @@ class _Scope:
     def _set(self, value: ir.Value, shape: Shape | None) -> None:
         if shape is not None and value.name:
             self.shapes.setdefault(value.name, shape)
+
+
+def _more_numbers(place: Place) -> Array | None:
+    """Small numbers that the analysis must not take for constants, since labels move along them; here they may be."""
+    node, first = place.node, place.numbers[0] if place.numbers else None
+    if first is None or node.domain not in ("", "ai.onnx"):
+        return None
+    if node.op_type == "Transpose":
+        return np.transpose(first, attribute(node, "perm"))
+    if node.op_type == "ConstantOfShape" and int(np.prod(first)) <= _NUMBERS:
+        fill = node.attributes.get("value")
+        value = np.zeros(1, np.float32) if fill is None else fill.as_tensor().numpy()
+        return np.full(tuple(int(d) for d in first), value.reshape(-1)[0], value.dtype)
+    return None

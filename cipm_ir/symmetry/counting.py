@@ -3,7 +3,7 @@
 Dynamic sizes count at small stand-ins, or at those of the data that is given: the first axis at 1 (per sample), other
 axes at 128, axes of images (the third and later of four or more) at 224. Where a model cannot run at these (a window of
 400 steps over 128), larger ones are tried. An If costs its dearer branch; a Loop its body times the most runs that it
-can make; a Scan its body times the length that it scans.
+can make; a Scan its body times the length that it scans. Where the condition is a constant, only its branch counts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cipm_ir.ir.shapes import dynamic_sizes, subgraphs
 from cipm_ir.rules import load_rules
 from cipm_ir.rules.costs import Site, Uncounted, is_free, macs_of
 
-STAND_INS = ((128, 224), (1024, 512), (16384, 1024))
+STAND_INS = ((128, 224), (512, 256), (1024, 512), (16384, 1024))
 """Sizes for dynamic axes in general and for those of images, in the order in which they are tried."""
 _SHARE = 1e-3
 """Nodes that cannot be counted do not matter where they cost at most this fraction of what is counted."""
@@ -73,10 +73,10 @@ class Count:
             return ()
         return self.unknown
 
-    @property
-    def at(self) -> str:
-        """The dynamic sizes in words: ``N=1, T=128``; empty where all sizes are fixed."""
-        return ", ".join(f"{_axis(name)}={size}" for name, size in self.sizes.items())
+
+def sizes_in_words(sizes: Mapping[str, int]) -> str:
+    """Dynamic sizes in words: ``N=1, T=128``; empty where all sizes are fixed."""
+    return ", ".join(f"{_axis(name)}={size}" for name, size in sizes.items())
 
 
 def named(unknown: Sequence[Unknown]) -> str:
@@ -190,4 +190,4 @@ def _first_output(place: Place) -> str:
 
 
 def _axis(name: str) -> str:
-    return f"axis {name[1:]}" if name.startswith("?") else name
+    return f"axis {name[1:]}" if name[:1] == "?" and name[1:].isdigit() else name
