@@ -51,6 +51,15 @@ class Site:
         shape = self.inputs[index] if index < len(self.inputs) else None
         return self._known(shape, f"input {index}")
 
+    def length(self, index: int, axis: int) -> int:
+        """Size along an axis of an optional input, which may be empty; 0 where there is none. Raises: `Uncounted`."""
+        if not self.has(index):
+            return 0
+        shape = self.inputs[index]
+        if shape is None:
+            raise Uncounted(f"the shape of input {index} is not known")
+        return shape[axis]
+
     def output(self, index: int = 0) -> Shape:
         """Shape of an output. Raises: `Uncounted`."""
         return self._known(self.outputs[index], f"output {index}")
@@ -72,7 +81,7 @@ class Site:
     def _known(self, shape: Shape | None, what: str) -> Shape:
         if shape is None:
             raise Uncounted(f"the shape of {what} is not known")
-        if any(size < 0 for size in shape):
+        if any(size <= 0 for size in shape):
             raise Uncounted(f"the shape of {what} comes out as {list(shape)}")
         return shape
 
@@ -159,12 +168,23 @@ def gemm_macs(site: Site) -> int:
 @cost("Conv", "ConvInteger")
 def conv_macs(site: Site) -> int:
     """Entries of the output times taps times input channels of a group."""
-    return math.prod(site.output()) * math.prod(site.input(1)[1:])
+    return _convolution(site, site.input(1))
 
 
 @cost("QLinearConv")
 def _qlinear_conv(site: Site) -> int:
-    return math.prod(site.output()) * math.prod(site.input(3)[1:])
+    return _convolution(site, site.input(3))
+
+
+def _convolution(site: Site, weight: Shape) -> int:
+    """ONNX infers one output position where the kernel is larger than its input; no runtime computes that."""
+    d = len(weight) - 2
+    pads, dilations = site.attr("pads") or [0] * (2 * d), site.attr("dilations") or [1] * d
+    if site.text("auto_pad", "NOTSET") in ("NOTSET", "VALID"):
+        for k, (size, taps) in enumerate(zip(site.input(0)[2:], weight[2:], strict=True)):
+            if size + pads[k] + pads[k + d] < dilations[k] * (taps - 1) + 1:
+                raise Uncounted(f"its kernel of {taps} does not fit into {size}")
+    return math.prod(site.output()) * math.prod(weight[1:])
 
 
 @cost("ConvTranspose")
@@ -226,7 +246,7 @@ def attention_products(queries: int, outputs: int, keys: int) -> int:
 
 @cost("Attention")
 def _attention(site: Site) -> int:
-    keys = site.input(1)[-2] + (site.input(4)[2] if site.has(4) else 0)
+    keys = site.input(1)[-2] + site.length(4, 2)
     return attention_products(math.prod(site.input(0)), math.prod(site.output()), keys)
 
 

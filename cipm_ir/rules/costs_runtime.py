@@ -20,7 +20,7 @@ from cipm_ir.rules.costs import (
 
 _OURS = "com.microsoft"
 
-cost("FusedConv", "NhwcFusedConv", "NhwcConv", domain=_OURS)(conv_macs)
+cost("FusedConv", domain=_OURS)(conv_macs)
 cost("ConvTransposeWithDynamicPads", domain=_OURS)(transpose_macs)
 cost("FusedGemm", domain=_OURS)(gemm_macs)
 cost("GridSample", domain=_OURS)(grid_sample_macs)
@@ -44,6 +44,11 @@ def _quantized_matmul(site: Site) -> int:
 @cost("QGemm", domain=_OURS)
 def _quantized_gemm(site: Site) -> int:
     return math.prod(site.output()) * site.input(0)[0 if site.attr("transA", 0) else 1]
+
+
+@cost("NhwcFusedConv", "NhwcConv", domain=_OURS)
+def _last_channels_conv(site: Site) -> int:
+    return math.prod(site.output()) * math.prod(site.input(1)[1:])
 
 
 @cost("QLinearConv", domain=_OURS)
@@ -94,7 +99,7 @@ def _fused_attention(site: Site, past: int) -> int:
     batch, length, width = site.input(0)
     weight = site.input(1)
     sizes = [int(n) for n in site.attr("qkv_hidden_sizes", ())] or [weight[-1] // 3] * 3
-    keys = length + (site.input(past)[3] if site.has(past) else 0)
+    keys = length + site.length(past, 3)
     rows = batch * length
     return rows * width * weight[-1] + attention_products(rows * sizes[0], rows * sizes[2], keys)
 
@@ -117,9 +122,7 @@ def _multi_head_attention(site: Site) -> int:
     packed = len(query) == 5  # (batch, length, heads, 3, size)
     queries = math.prod(query) // 3 if packed else math.prod(query)
     key = site.input(1) if site.has(1) else query
-    keys = key[2] if len(key) == 4 else key[1]
-    if site.has(6):
-        keys += site.input(6)[2]
+    keys = (key[2] if len(key) == 4 else key[1]) + site.length(6, 2)
     return attention_products(queries, out, keys)
 
 
@@ -129,7 +132,7 @@ def _group_query_attention(site: Site) -> int:
     batch, length, _ = site.input(0)
     keys = site.number(6)
     if keys is None:
-        keys = (site.input(1)[1] if site.has(1) else length) + (site.input(3)[2] if site.has(3) else 0)
+        keys = (site.input(1)[1] if site.has(1) else length) + site.length(3, 2)
     width = math.prod(site.output()) // max(batch * length, 1)
     if site.has(1):
         width = site.input(0)[2]
