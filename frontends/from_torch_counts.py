@@ -24,7 +24,7 @@ _FREE = set(
     clone col2im constant_pad_nd copy copy_ count_nonzero cumprod cumsum detach detach_ embedding empty empty_like
     empty_strided expand eye fill fill_ flip full full_like gather histc im2col index index_add index_copy index_fill
     index_put index_put_ index_select kthvalue lift lift_fresh lift_fresh_copy linalg_vector_norm linspace logsumexp
-    masked_fill masked_fill_ masked_scatter masked_select max max_pool2d_with_indices max_pool3d_with_indices mean
+    masked_fill masked_fill_ masked_scatter masked_select max max_pool2d_with_indices max_pool3d_with_indices max_unpool2d max_unpool3d mean
     median min mode multinomial nansum native_batch_norm native_dropout native_group_norm native_layer_norm new_empty
     new_empty_strided new_full new_ones new_zeros nonzero norm normal one_hot ones ones_like permute pixel_shuffle
     pixel_unshuffle prod rand rand_like randint randn randn_like randperm reflection_pad1d reflection_pad2d
@@ -38,8 +38,15 @@ _FOURIER = {"_fft_r2c": True, "_fft_c2r": True, "_fft_c2c": False}
 """Whether one side of the transform is real."""
 
 
-def count_call(run: Callable[[], Any]) -> tuple[int | None, str]:
-    """Multiply-accumulates of what a function runs on tensors without numbers; None and the reason where unknown."""
+def count_call(name: str, run: Callable[[], Any]) -> tuple[int | None, str]:
+    """Multiply-accumulates of an operation; None and the reason where unknown.
+
+    Args:
+        name: of the operation, without its overload.
+        run: calls it on tensors without numbers.
+    """
+    if name in _FREE:  # some cannot be run that way: sizes of the result depend on values
+        return 0, ""
     counting = _Counting()
     try:
         with torch.no_grad(), counting:

@@ -28,7 +28,7 @@ from cipm_ir.frontends.from_torch_values import (
     static_shape,
 )
 from cipm_ir.ir.capture import Capture, Results
-from cipm_ir.runtime.torch_shapes import is_tensor, rerun
+from cipm_ir.runtime.torch_shapes import ShapeError, is_tensor, rerun
 
 OPSET = 23
 _ABSENT = object()
@@ -197,7 +197,11 @@ class Lowerer:
 
     def _cost(self, node: fx.Node) -> dict[str, str]:
         """What an opaque call costs, for `cipm_ir.rules.costs`."""
-        macs, why = count_call(lambda: rerun(self.traced.root, node, self.traced.fakes))
+        try:
+            run = rerun(self.traced.root, node, self.traced.fakes)
+        except ShapeError as error:
+            return {"uncounted": str(error)}
+        macs, why = count_call(bare_name(node.target)[0], run)
         return {"uncounted": why} if macs is None else {"macs": str(macs)}
 
     def _named(self, node: fx.Node, made: Any) -> tuple[str, ...]:

@@ -111,8 +111,9 @@ def _products(node: onnx.NodeProto, inputs: list[Shape], outputs: list[Shape]) -
 
 def _einsum(equation: str, shapes: list[Shape]) -> int:
     """Two operands: all letters that both have or that are kept; brute force over sets of index tuples is the same."""
-    left, _, kept = equation.replace(" ", "").partition("->")
+    left, arrow, kept = equation.replace(" ", "").partition("->")
     terms = left.split(",")
+    kept = kept if arrow else "".join(x for x in set(left) if left.count(x) == 1)
     if "." in equation or len(terms) != 2:
         raise NotImplementedError(equation)
     sizes = {x: n for term, shape in zip(terms, shapes, strict=True) for x, n in zip(term, shape, strict=True)}

@@ -1,4 +1,4 @@
-"""Output shapes of onnxruntime's own operators (domain com.microsoft), of which ONNX has no schema."""
+"""Output shapes that ONNX's inference does not know: of onnxruntime's own operators, and of some normalizations."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ _LIKE_FIRST = set(
     QLinearSoftmax QuantizeLinear DequantizeLinear RotaryEmbedding SkipGroupNorm SkipLayerNormalization
     SkipSimplifiedLayerNormalization Trilu""".split()
 )
+_NORMALIZATIONS = set(
+    """BatchNormalization GroupNormalization InstanceNormalization LayerNormalization LpNormalization
+    MeanVarianceNormalization RMSNormalization RotaryEmbedding SimplifiedLayerNormalization Celu Gelu HardSwish Mish
+    Swish""".split()
+)
+"""Operators of ONNX with the shape of their first input, the bodies of which inference may fail on."""
 _BROADCAST = {"QLinearAdd": (0, 3), "QLinearMul": (0, 3)}
 _AS_ONNX: dict[str, tuple[str, int, tuple[int, ...]]] = {
     "FusedConv": ("Conv", 22, (0, 1)),
@@ -35,7 +41,9 @@ _AS_ONNX: dict[str, tuple[str, int, tuple[int, ...]]] = {
 def fused_shapes(node: ir.Node, inputs: Inputs) -> list[Shape | None] | None:
     """Shapes of the outputs, None where the operator or a shape is not known; ``inputs``: concrete shapes."""
     name = node.op_type
-    if name == "QLinearConv" or name in _AS_ONNX:
+    if node.domain != "com.microsoft":
+        return [inputs[0], *[None] * (len(node.outputs) - 1)] if name in _NORMALIZATIONS else None
+    if name in _AS_ONNX:
         if attribute(node, "channels_last", 0):
             return None
         return _as_onnx(node, inputs)

@@ -107,7 +107,7 @@ class _Scope:
                 return
         if all(v.name in self.shapes or not v.name for v in node.outputs):
             return
-        found = fused_shapes(node, place.inputs) if node.domain == "com.microsoft" else None
+        found = fused_shapes(node, place.inputs) if node.domain in ("", "ai.onnx", "com.microsoft") else None
         if found is None:
             found = infer_node(node, place.inputs, place.version, self.types, place.numbers)
         for value, shape in zip(node.outputs, found, strict=False):

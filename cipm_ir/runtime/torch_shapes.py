@@ -62,10 +62,10 @@ def propagate(
     return {node: _merged(value, second[node]) for node, value in first.items()}
 
 
-def rerun(root: nn.Module | None, node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
-    """Compute one node again, on tensors without numbers, from what is known of the nodes before it.
+def rerun(root: nn.Module | None, node: fx.Node, known: Mapping[fx.Node, Any]) -> Callable[[], Any]:
+    """A function that computes one node again, on tensors without numbers, from what is known of those before it.
 
-    Raises: `ShapeError` where a size before it is dynamic; whatever torch raises.
+    Raises: `ShapeError` where a size before it is dynamic; the function whatever torch raises.
     """
     run = _Run(nn.Module() if root is None else root, {})
     for before in node.all_input_nodes:
@@ -73,7 +73,7 @@ def rerun(root: nn.Module | None, node: fx.Node, known: Mapping[fx.Node, Any]) -
         if isinstance(value, Symbolic) or any(isinstance(s, torch.SymInt) for s in getattr(value, "shape", ())):
             raise ShapeError(f"a size of {before.name!r} is dynamic", node.name)
         run.values[before] = run._every(on_meta, value)
-    return run._visit(node)
+    return lambda: run._visit(node)
 
 
 class Symbolic:
