@@ -19,6 +19,7 @@ from onnx_ir.passes.common import InlinePass
 from cipm_ir.algebra import Dense, DenseElement, Element, Group
 from cipm_ir.errors import CipmError, SymmetryError
 from cipm_ir.ir.labels import Array
+from cipm_ir.ir.lifted import held_weights, lift_weights, put_back
 from cipm_ir.ir.shapes import forget_impossible_sizes
 from cipm_ir.ir.strided import has_detours, remove_detours
 from cipm_ir.symmetry.absorb import absorb_edits
@@ -129,8 +130,9 @@ class Program:
     def of(cls, model: ir.Model, *, origin: Origin | None = None) -> Program:
         """Program of an ONNX model; the model itself is never changed.
 
-        For the analysis functions are inlined, and gathers that give a value back as it is are taken out
-        (`cipm_ir.ir.strided`); what `emit` gives keeps both until something else than values changes.
+        For the analysis functions are inlined, weights in Constant nodes become initializers (`cipm_ir.ir.lifted`), and
+        gathers that give a value back as it is are taken out (`cipm_ir.ir.strided`); what `emit` gives keeps all of
+        them until something else than values changes.
         """
         clone = model.clone()
         forget_impossible_sizes(clone.graph)
@@ -139,6 +141,9 @@ class Program:
             read = read.clone()
             if not remove_detours(read) and not clone.functions:
                 read = clone
+        if next(held_weights(read.graph), None) is not None:
+            read = read.clone() if read is clone else read
+            lift_weights(read)
         return cls(read, source=None if read is clone else clone, origin=origin)
 
     # ------------------------------------------------------------ reading
@@ -354,12 +359,15 @@ class Program:
         """The source with functions, holding the changed values; None where a value lives inside a function."""
         if self._source is None:
             return None
-        clone = self._source.clone()
+        clone, before = self._source.clone(), self._model.graph.initializers
         for name, value in changed.graph.initializers.items():
-            own = clone.graph.initializers.get(name)
-            if own is None:
+            own, tensor = clone.graph.initializers.get(name), value.const_value
+            if name in before and before[name].const_value is tensor:
+                continue
+            if own is not None:
+                own.const_value = tensor
+            elif tensor is None or not put_back(clone.graph, name, tensor):
                 return None
-            own.const_value = value.const_value
         return clone
 
     # ------------------------------------------------------------ writing
