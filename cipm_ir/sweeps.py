@@ -29,8 +29,8 @@ from cipm_ir.passes.sweep_report import Point, SweepReport, read_record, write_f
 from cipm_ir.passes.text import parse_passes
 from cipm_ir.runtime.closeness import Closeness, closeness
 from cipm_ir.runtime.content import data_hash, model_hash
-from cipm_ir.runtime.files import write_text
 from cipm_ir.runtime.data_sizes import data_sizes
+from cipm_ir.runtime.files import write_text
 from cipm_ir.runtime.inputs import Data, Feeds, batches
 from cipm_ir.runtime.session import Runner
 from cipm_ir.runtime.timing import compare_latency, timing_feeds

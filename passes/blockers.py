@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -31,15 +31,35 @@ def within(what: str, cost: float, original: float, budget: float) -> str:
     """Why a budget asks for nothing: how much there is, and how much there may be."""
     if not original:
         return f"nothing to remove: the model has no {what}"
-    return (
-        f"nothing to remove: {cost / original:.3g} of the {what} are there, within the budget of {budget / original:.3g}"
-    )
+    share, allowed = cost / original, budget / original
+    return f"nothing to remove: {share:.3g} of the {what} are there, within the budget of {allowed:.3g}"
 
 
 def listed(names: Sequence[str], limit: int = _NAMED) -> str:
     """Some names, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return f"{', '.join(names[:limit])}{more}"
+
+
+def left_alone(refused: Mapping[str, str]) -> str:
+    """Spaces that stay as they are, by reason, in one line; ``refused``: the reason for each by name."""
+    by_reason: dict[str, list[str]] = {}
+    for name, why in refused.items():
+        by_reason.setdefault(why.rstrip("."), []).append(f"@{name}")
+    parts = [f"{listed(names)} ({why})" for why, names in by_reason.items()]
+    more = f"; {len(parts) - _NAMED} more reasons" if len(parts) > _NAMED else ""
+    return f"left as they are: {'; '.join(parts[:_NAMED])}{more}" if parts else ""
+
+
+def idle(program: Program, what: str) -> str:
+    """Why a pass that moves spaces had nothing to do: what it looked for, and what keeps axes from being spaces."""
+    return "; ".join([what, *(pinned_note(program) if program.spaces else pins(program))])
+
+
+def rounding(program: Program) -> str:
+    """Spaces with scales that exact passes leave alone, since powers of two round; empty where there are none."""
+    kept = [f"@{s.name}" for s in program.spaces if not all(s.exact)]
+    return f"scales of {listed(kept)} stay, since powers of two round behind an epsilon" if kept else ""
 
 
 def pins(program: Program) -> list[str]:

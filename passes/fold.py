@@ -14,7 +14,7 @@ from scipy.sparse import csr_array
 from cipm_ir.errors import OptionError, SymmetryError
 from cipm_ir.ir.labels import Labels
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
-from cipm_ir.passes.blockers import check_counted, pins, within
+from cipm_ir.passes.blockers import check_counted, left_alone, pins, within
 from cipm_ir.passes.budget import Choice, Search, allowed_levels, even, grids_of, link_spaces, make_choice
 from cipm_ir.passes.canonical_members import Floats, Members
 from cipm_ir.passes.cost import CostModel, Mask
@@ -28,8 +28,6 @@ from cipm_ir.symmetry.program import Program, Space
 
 _WORDS = {"macs": "multiply-accumulates", "params": "parameters", "ratio": "units"}
 _BUDGETS = tuple(_WORDS)
-_NAMED = 3
-"""So many spaces are named for each reason in a summary."""
 
 
 @register("fold")
@@ -203,7 +201,7 @@ class Fold(Pass):
     def _out_of_reach(self, budget: str, least: float, tally: _Tally) -> str:
         asked = getattr(self, budget) if budget != "ratio" else 1.0 - (self.ratio or 0.0)
         what = _WORDS[budget]
-        refused = tally.refusals()
+        refused = left_alone(tally.refused)
         return (
             f"fold cannot come down to {asked:.3g} of the {what}: with all spaces that it may merge at their minimum, "
             f"{least:.3g} remain{f' ({refused})' if refused else ''}; allow more, or lower min_keep or round_to."
@@ -311,18 +309,6 @@ class _Tally:
         self.kept[space.name] = before[kept]
         self.mixing[space.name] = mixing if earlier is None else np.asarray(csr_array(earlier) @ mixing)
 
-    def refusals(self) -> str:
-        """The refused spaces, by reason."""
-        by_reason: dict[str, list[str]] = {}
-        for name, why in self.refused.items():
-            by_reason.setdefault(why.rstrip("."), []).append(f"@{name}")
-        parts = []
-        for why, names in by_reason.items():
-            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-            parts.append(f"{', '.join(names[:_NAMED])}{more} ({why})")
-        more = f"; {len(parts) - _NAMED} more reasons" if len(parts) > _NAMED else ""
-        return f"left as they are: {'; '.join(parts[:_NAMED])}{more}" if parts else ""
-
     def result(self, program: Program) -> PassResult:
         """Summary, witness and numbers."""
         sizes = {space.name: space.size for space in self.program.spaces}
@@ -341,7 +327,7 @@ class _Tally:
         ]
         where = f"in {len(self.kept)} space{'s' * (len(self.kept) > 1)}"
         summary = f"units merged: {', '.join(parts)}, {where}" if parts else "nothing to merge"
-        summary = "; ".join(part for part in (summary, self.idle, *self.warnings, self.refusals()) if part)
+        summary = "; ".join(part for part in (summary, self.idle, *self.warnings, left_alone(self.refused)) if part)
         if not parts:
             return PassResult(self.program, False, summary, metrics=metrics)
         kind = Kind.APPROXIMATE if self.merged else Kind.EXACT

@@ -92,17 +92,15 @@ class Prune(Pass):
                 return PassResult(program, False, "; ".join([*why, *remarks]))
             stays = search.mask(found.levels)
             try:
-                made = self._applied(program, keep, ctx)
+                made, said = self._applied(program, keep, ctx)
             except SymmetryError as refusal:
                 choices = _without_refused(program, choices, found.levels, refusal)
                 notes = [*notes, str(refusal)]
                 continue
-            return self._result(program, made, keep, costs, stays, [*notes, *remarks])
+            return self._result(program, made, keep, costs, stays, [*notes, *remarks, *said])
 
     # ------------------------------------------------------------ budget
-    def _budget(
-        self, program: Program, ctx: Context, costs: CostModel
-    ) -> tuple[Callable[[Mask], float], float, float]:
+    def _budget(self, program: Program, ctx: Context, costs: CostModel) -> tuple[Callable[[Mask], float], float, float]:
         """What a mask costs, what it may cost, and what the original costs."""
         original = ctx.original or program
         if self.macs is not None:
@@ -188,12 +186,19 @@ class Prune(Pass):
         return scores / mean if mean > 0 else scores
 
     # ------------------------------------------------------------ doing it
-    def _applied(self, program: Program, keep: Mapping[Space, Labels], ctx: Context) -> Program:
-        if not self.compensate:
-            return program.restrict(keep)
+    def _applied(self, program: Program, keep: Mapping[Space, Labels], ctx: Context) -> tuple[Program, list[str]]:
+        """The program without the other units, and what could not be compensated."""
+        if not self.compensate or ctx.data is None:
+            return program.restrict(keep), []
         stays = program.kept_classes(keep)
-        made = Compensation(ctx.data, seed=ctx.seed, progress=ctx.progress).run(program, stays).program  # type: ignore[arg-type]
-        return made.restrict({made.space(space.name): kept for space, kept in keep.items()})
+        done = Compensation(ctx.data, seed=ctx.seed, progress=ctx.progress).run(program, stays)
+        made = done.program
+        notes = (
+            done.notes
+            if done.sums
+            else [*done.notes, "nothing was compensated: no product that loses units was refitted"]
+        )
+        return made.restrict({made.space(space.name): kept for space, kept in keep.items()}), notes
 
     def _result(
         self,

@@ -100,9 +100,7 @@ def _products(node: onnx.NodeProto, inputs: list[Shape], outputs: list[Shape]) -
         q, k, v = inputs[:3]
         if len(q) == 3:
             heads, groups = given["q_num_heads"], given["kv_num_heads"]
-            q, k, v = (
-                (s[0], n, s[1], s[2] // n) for s, n in zip((q, k, v), (heads, groups, groups), strict=True)
-            )
+            q, k, v = ((s[0], n, s[1], s[2] // n) for s, n in zip((q, k, v), (heads, groups, groups), strict=True))
         return q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
     if op in ("DFT", "STFT", "GridSample", "DeformConv"):
         raise NotImplementedError(op)

@@ -12,16 +12,16 @@ from cipm_ir.ir.shapes import Shape, infer_node
 
 Inputs = Sequence[Shape | None]
 
-_LIKE_FIRST = set(
-    """BiasAdd BiasDropout BiasGelu BiasSoftmax FastGelu Gelu GroupNorm QuickGelu QLinearLeakyRelu QLinearSigmoid
-    QLinearSoftmax QuantizeLinear DequantizeLinear RotaryEmbedding SkipGroupNorm SkipLayerNormalization
-    SkipSimplifiedLayerNormalization Trilu""".split()
-)
-_NORMALIZATIONS = set(
-    """BatchNormalization GroupNormalization InstanceNormalization LayerNormalization LpNormalization
-    MeanVarianceNormalization RMSNormalization RotaryEmbedding SimplifiedLayerNormalization Celu Gelu HardSwish Mish
-    Swish""".split()
-)
+_LIKE_FIRST = """
+BiasAdd BiasDropout BiasGelu BiasSoftmax FastGelu Gelu GroupNorm QuickGelu QLinearLeakyRelu QLinearSigmoid
+QLinearSoftmax QuantizeLinear DequantizeLinear RotaryEmbedding SkipGroupNorm SkipLayerNormalization
+SkipSimplifiedLayerNormalization Trilu
+"""
+_NORMALIZATIONS = """
+BatchNormalization GroupNormalization InstanceNormalization LayerNormalization LpNormalization
+MeanVarianceNormalization RMSNormalization RotaryEmbedding SimplifiedLayerNormalization Celu Gelu HardSwish Mish
+Swish
+"""
 """Operators of ONNX with the shape of their first input, the bodies of which inference may fail on."""
 _BROADCAST = {"QLinearAdd": (0, 3), "QLinearMul": (0, 3)}
 _AS_ONNX: dict[str, tuple[str, int, tuple[int, ...]]] = {
@@ -42,12 +42,12 @@ def fused_shapes(node: ir.Node, inputs: Inputs) -> list[Shape | None] | None:
     """Shapes of the outputs, None where the operator or a shape is not known; ``inputs``: concrete shapes."""
     name = node.op_type
     if node.domain != "com.microsoft":
-        return [inputs[0], *[None] * (len(node.outputs) - 1)] if name in _NORMALIZATIONS else None
+        return [inputs[0], *[None] * (len(node.outputs) - 1)] if name in _NORMALIZATIONS.split() else None
     if name in _AS_ONNX:
         if attribute(node, "channels_last", 0):
             return None
         return _as_onnx(node, inputs)
-    if name in _LIKE_FIRST:
+    if name in _LIKE_FIRST.split():
         return [inputs[0], *[None] * (len(node.outputs) - 1)]
     if name in _BROADCAST:
         a, b = (inputs[k] for k in _BROADCAST[name])

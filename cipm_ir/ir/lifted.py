@@ -20,9 +20,10 @@ def held_weights(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.TensorProtocol]]
         if node.op_type != "Constant" or node.domain not in ("", "ai.onnx") or node.outputs[0].is_graph_output():
             continue
         tensor = constant_tensor(node)
-        if tensor is not None and tensor.size > 1 and len(tensor.shape):
-            if tensor.dtype.is_floating_point() or tensor.dtype in _SMALL_INTS:
-                yield node, tensor
+        if tensor is None or tensor.size < 2 or not len(tensor.shape):
+            continue
+        if tensor.dtype.is_floating_point() or tensor.dtype in _SMALL_INTS:
+            yield node, tensor
 
 
 def lift_weights(model: ir.Model) -> None:

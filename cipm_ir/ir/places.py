@@ -1,8 +1,8 @@
 """Every node of a graph with the concrete shapes around it, subgraphs included, at given sizes of the inputs.
 
 For the analysis dynamic sizes are primes (`cipm_ir.ir.shapes`); here they are sizes that a run could have. ONNX's
-inference of the whole graph comes first; where it gives up, nodes are taken one by one, small numbers are evaluated, and
-operators of onnxruntime's own domain are inferred by `cipm_ir.ir.fused_shapes`.
+inference of the whole graph comes first; where it gives up, nodes are taken one by one, small numbers are evaluated,
+and operators of onnxruntime's own domain are inferred by `cipm_ir.ir.fused_shapes`.
 """
 
 from __future__ import annotations

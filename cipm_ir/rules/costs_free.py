@@ -1,4 +1,4 @@
-"""Operators that are known to have no multiply-accumulates: a declaration, so that a new operator is not free by default.
+"""Operators that are known to have no multiply-accumulates: declared, so that a new operator is not free by default.
 
 What scales, normalizes, pools, resizes or adds up entries has products or sums, but no sums of products with weights or
 with another value; by the usual convention it counts nothing.

@@ -7,7 +7,6 @@ Sigmoid and tanh admit no scaling; a Relu cell is treated alike (coarse, but sou
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import numpy as np
