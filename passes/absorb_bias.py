@@ -43,6 +43,11 @@ class AbsorbBias(Pass):
     observed: bool = option(False, "take what is seen on the data for a bound (approximate)")
     quantile: float = option(0.0, "with observed: the fraction of values that may be cut off", low=0.0, high=0.5)
 
+    @property
+    def approximates(self) -> bool:
+        """With what is seen on data."""
+        return self.observed
+
     def run(self, program: Program, ctx: Context) -> PassResult:
         """Bound, and move space by space."""
         if self.observed and ctx.data is None:

@@ -116,6 +116,11 @@ class Pass(ABC):
     ensures: ClassVar[frozenset[str]] = frozenset()
     preserves: ClassVar[frozenset[str]] = frozenset()
 
+    @property
+    def approximates(self) -> bool:
+        """Whether, with these options, the result may compute something else: it is made to be kept."""
+        return self.kind is Kind.APPROXIMATE
+
     def __post_init__(self) -> None:
         check_options(self, self.name or type(self).__name__)
 

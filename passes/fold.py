@@ -73,6 +73,11 @@ class Fold(Pass):
         if len(given) > 1:
             raise OptionError(f"Pass 'fold' takes at most one of macs, params and ratio; got {' and '.join(given)}.")
 
+    @property
+    def approximates(self) -> bool:
+        """With a budget."""
+        return any(getattr(self, name) is not None for name in _BUDGETS)
+
     def run(self, program: Program, ctx: Context) -> PassResult:
         """Merge duplicates; then, with a budget, what is nearly the same."""
         budget = next((name for name in _BUDGETS if getattr(self, name) is not None), None)

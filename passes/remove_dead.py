@@ -53,6 +53,11 @@ class RemoveDead(Pass):
     constants: bool = option(True, "also remove units that are constant, by a shift of the biases of their readers")
     rounds: int = option(4, "how often the result is looked at again after constants are gone", low=1)
 
+    @property
+    def approximates(self) -> bool:
+        """With units that are zero on the data."""
+        return self.never_firing
+
     def run(self, program: Program, ctx: Context) -> PassResult:
         """Analyse, restrict, absorb, until nothing more is found."""
         if self.never_firing and ctx.data is None:

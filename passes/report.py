@@ -56,6 +56,11 @@ class Totals:
         )
 
     @property
+    def costs(self) -> list[str]:
+        """Parameters and multiply-accumulates, with what must be known to read them."""
+        return [f"{self.parameters:,} parameters, {self.macs:,} multiply-accumulates (MACs)", *self.counting]
+
+    @property
     def counting(self) -> list[str]:
         """What must be known to read the multiply-accumulates: at which sizes, and without which nodes."""
         at = f"MACs are counted at {sizes_in_words(self.sizes)}" if self.sizes else ""
