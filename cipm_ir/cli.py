@@ -91,11 +91,12 @@ def inspect(
     if as_json:
         print(json.dumps(_described(program), indent=2))
         return
+    costs = Totals.of(program).costs
     if spaces:
         _print_spaces(program)
+        print(*costs, sep="\n")
     else:
-        print(program)
-    print("\n".join(Totals.of(program).costs))
+        print(program, *(f"// {line}" for line in costs), sep="\n")
 
 
 @app.command()

@@ -121,7 +121,7 @@ class _Parser:
         cls = lookup(name)
         values: dict[str, Any] = {}
         behind = self.peek()
-        if name != word or (behind is not None and behind.text not in ("{", ",")):
+        if name != word or (behind is not None and (behind.kind == "word" or behind.text in ("(", "="))):
             raise self._misspelled(cls, token.at + len(name))
         if self.take("{") and not self.take("}"):
             try:
@@ -145,7 +145,7 @@ class _Parser:
             meant = respelled(cls.name, self.source[at:], options_of(cls))
             what = "options of a pass stand in braces behind its name"
             what = what if "{" in meant else "a pass without options is its name alone"
-        return OptionError(f"The passes {self.source!r} cannot be read: {what}; write {meant!r}.")
+        return OptionError(f"The passes {self.source!r} cannot be read: column {at + 1}: {what}; write {meant!r}.")
 
     def one_option(self, cls: type[Pass], values: dict[str, Any]) -> None:
         key = self.word("the name of an option").replace("-", "_")

@@ -50,7 +50,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_inspect_shows_the_graph(capsys: Capture) -> None:
-    assert works(["inspect", DIGITS], capsys) == f"{cipm_ir.load(DIGITS)}\n"
+    program = cipm_ir.load(DIGITS)
+    costs = f"// {program.parameters:,} parameters, {program.macs:,} multiply-accumulates (MACs)"
+    assert works(["inspect", DIGITS], capsys) == f"{program}\n{costs}\n// MACs are counted at batch=1\n"
 
 
 def test_inspect_shows_the_spaces(capsys: Capture) -> None:
