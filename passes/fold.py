@@ -206,10 +206,10 @@ class Fold(Pass):
     def _out_of_reach(self, budget: str, least: float, tally: _Tally) -> str:
         asked = getattr(self, budget) if budget != "ratio" else 1.0 - (self.ratio or 0.0)
         what = _WORDS[budget]
-        refused = left_alone(tally.refused)
+        why = "; ".join(x for x in (left_alone(tally.refused), *pins(tally.program)) if x)
         return (
             f"fold cannot come down to {asked:.3g} of the {what}: with all spaces that it may merge at their minimum, "
-            f"{least:.3g} remain{f' ({refused})' if refused else ''}; allow more, or lower min_keep or round_to."
+            f"{least:.3g} remain{f' ({why})' if why else ''}; allow more, or lower min_keep or round_to."
         )
 
     def _idle(

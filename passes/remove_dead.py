@@ -13,6 +13,7 @@ from cipm_ir.errors import OptionError, SymmetryError
 from cipm_ir.ir.labels import Labels
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
 from cipm_ir.passes.blockers import left_alone
+from cipm_ir.passes.candidates import between_blocks
 from cipm_ir.passes.contributions import Sum, find_sums
 from cipm_ir.passes.liveness import Liveness
 from cipm_ir.passes.registry import register
@@ -233,14 +234,18 @@ class _Tally:
     def note_staying(self, seen: _Seen, keep: Mapping[Space, Labels]) -> None:
         """Note dead units that stay, by space, with the reason."""
         program, analysis = seen.program, seen.program.analysis
-        dead = ~seen.liveness.alive(seen.sums, np.zeros(analysis.classes.count, bool))
+        apart = seen.liveness
+        if analysis.walk.rec.normalized:  # without the statistics that keep a unit alive
+            apart = Liveness(between_blocks(analysis, analysis.walk.rec.normalized))
+            apart.read(seen.found, seen.sums)
+        dead = ~apart.alive(seen.sums, np.zeros(analysis.classes.count, bool))
         gone = ~np.asarray(program.kept_classes(keep), bool)
         for space, raw in zip(program.spaces, analysis.spaces, strict=True):
             classes = raw.table[:, 0]
             left = classes[dead[classes] & ~gone[classes]] if space.kind == "units" else classes[:0]
             if not len(left) or gone[classes].sum() + 1 == len(classes):  # a space keeps one unit
                 continue
-            held = not seen.liveness.removable[left].any()
+            held = seen.liveness.summed[left].any()
             why = "a normalization, softmax or mean runs over them" if held else "rows would become uneven"
             self.staying[space.name] = f"{len(left)} of {space.size} units are dead, but {why}"
 

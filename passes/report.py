@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cipm_ir.ir.lifted import held_weights
 from cipm_ir.passes.figures import Figure
 from cipm_ir.runtime.graphs import all_graphs
 from cipm_ir.runtime.verify import Verification
@@ -44,12 +45,14 @@ class Totals:
     def of(cls, program: Program, sizes: Mapping[str, int] | None = None) -> Totals:
         """Measure a program; ``sizes``: of dynamic dimensions, as for `Program.count`."""
         model, counted = program.written, program.count(sizes)
-        weights = [value.const_value for graph in all_graphs(model) for value in graph.initializers.values()]
+        graphs = list(all_graphs(model))
+        weights = [value.const_value for graph in graphs for value in graph.initializers.values()]
+        weights += [tensor for graph in graphs for _, tensor in held_weights(graph)]
         return cls(
             program.parameters,
             counted.total,
             sum(tensor.nbytes for tensor in weights if tensor is not None),
-            sum(len(graph) for graph in all_graphs(model)),
+            sum(len(graph) for graph in graphs),
             sum(space.size for space in program.spaces if space.kind == "units"),
             dict(counted.sizes),
             tuple(map(str, counted.unknown)),
