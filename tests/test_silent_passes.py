@@ -12,7 +12,7 @@ from onnx import helper, numpy_helper
 
 import cipm_ir
 from cipm_ir.passes import rotate as rotate_pass
-from cipm_ir.passes.registry import names
+from cipm_ir.passes.registry import lookup, names
 
 Node = onnx.NodeProto
 
@@ -240,7 +240,8 @@ EXAMPLES: dict[str, Callable[[], str]] = {
 
 
 def test_no_pass_is_left_out() -> None:
-    assert set(EXAMPLES) == {name for name in names() if name in EXAMPLES or "." not in name} & set(names())
+    """A new pass gets an example; those that other tests register are not the product's."""
+    assert set(EXAMPLES) == {name for name in names() if lookup(name).__module__.startswith("cipm_ir.")}
 
 
 @pytest.mark.parametrize("name", sorted(EXAMPLES))
