@@ -214,7 +214,7 @@ def test_single_operators(expected: int, made: Any) -> None:
 
 @pytest.mark.parametrize("op", ["FusedMatMul", "FusedConv", "FusedGemm"])
 def test_operators_of_onnxruntime_are_counted_as_they_run(op: str) -> None:
-    shapes = {
+    shapes: dict[str, tuple[list[int], np.ndarray, dict[str, Any]]] = {
         "FusedMatMul": ([2, 4, 3], weights(2, 4, 5), {"transA": 1}),
         "FusedConv": ([2, 4, 6, 6], weights(8, 2, 3, 3), {"group": 2, "activation": "Relu", "pads": [1] * 4}),
         "FusedGemm": ([4, 3], weights(5, 3), {"transB": 1, "activation": "Relu"}),

@@ -50,7 +50,7 @@ def opaque() -> onnx.ModelProto:
     return model(nodes, {"w": weights(8, 16), "v": weights(16, 4)}, own=1)
 
 
-def layers(activation: str = "Relu", **parameters: np.ndarray) -> onnx.ModelProto:
+def layers(activation: str = "Relu", **parameters: Any) -> onnx.ModelProto:
     nodes = [
         helper.make_node("Gemm", ["x", "w", "b"], ["h"]),
         helper.make_node(activation, ["h"], ["r"]),
@@ -122,7 +122,7 @@ def test_equalize_names_dead_units_and_weights_that_are_no_numbers() -> None:
         n: a.astype(np.float16)
         for n, a in {"w": weights(8, 16), "b": weights(16), "v": weights(16, 4), "d": weights(4)}.items()
     }
-    summary = said(layers(**half), "equalize")
+    summary = said(layers("Relu", **half), "equalize")
     assert "no weight has a scale that is free" in summary and "float16 may round; exact=false scales it" in summary
 
 
