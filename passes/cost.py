@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
+from cipm_ir.errors import SymmetryError
 from cipm_ir.ir.labels import Labels
 from cipm_ir.ir.places import Place
-from cipm_ir.rules.costs import Site, macs_of
+from cipm_ir.rules.costs import Site, Uncounted, macs_of
 from cipm_ir.symmetry.counting import site_of
 from cipm_ir.symmetry.leaves import Leaf
 from cipm_ir.symmetry.program import Program
@@ -228,5 +229,9 @@ class CostModel:
         if key not in node.known:
             inputs = [None if p is None else self._shape(p, sizes) for p in node.inputs]
             outputs = [None if p is None else self._shape(p, sizes) for p in node.outputs]
-            node.known[key] = macs_of(replace(node.site, inputs=inputs, outputs=outputs))
+            try:
+                node.known[key] = macs_of(replace(node.site, inputs=inputs, outputs=outputs))
+            except Uncounted as reason:
+                which = f"{node.site.node.op_type} {node.site.node.name!r}"
+                raise SymmetryError(f"What {which} costs with fewer units cannot be predicted: {reason}.") from reason
         return node.known[key]

@@ -89,10 +89,11 @@ def left_out(program: Program, layers: Sequence[Layer], stays: Mask) -> list[str
     """Products with a weight that lose some of their units and are not refitted, with the reason."""
     analysis, fitted = program.analysis, {layer.reader.node for layer in layers}
     uses, by_node = weight_uses(program), {reader.node: reader for reader in products(program)}
+    live = moving(program.model)
     why: dict[int, str] = {}
     for event in analysis.walk.rec.contractions:
         node = analysis.walk.nodes[event.node]
-        weighted = any((event.node, k) in analysis.walk.use_leaf for k in range(len(node.inputs)))
+        weighted = any(v is not None and v.name not in live for v in node.inputs[:2])
         if event.node in fitted or not weighted or stays[analysis.classes.of[event.a]].all():
             continue
         reader = by_node.get(event.node)

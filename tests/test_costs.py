@@ -465,3 +465,47 @@ def test_a_budget_without_spaces_names_what_pins() -> None:
 def test_spaces_without_a_smaller_width_are_named() -> None:
     with pytest.raises(SymmetryError, match="min_keep and round_to leave no smaller width"):
         Prune(macs=0.5, round_to=512).run(cipm_ir.load(sequence(1, 8, 16)), Context())
+
+
+# ---------------------------------------------------------------- sizes that are easy to get wrong
+def test_a_squeeze_of_all_ones_keeps_the_batch() -> None:
+    """Over one sample it would drop the first axis too, so two are counted, and that is said."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"]),
+        helper.make_node("Unsqueeze", ["a", "ax"], ["u"]),
+        helper.make_node("Squeeze", ["u"], ["s"]),
+        helper.make_node("Relu", ["s"], ["r"]),
+        helper.make_node("MatMul", ["r", "v"], ["y"]),
+    ]
+    parameters = {"w": weights(8, 16), "v": weights(16, 4), "ax": np.array([1], np.int64)}
+    made = model(nodes, {"x": ["N", 8]}, {"y": None}, parameters)
+    assert (count(made).total, count(made).sizes) == (2 * 16 * 12, {"N": 2})
+    report = cipm_ir.optimize(made, ["prune{macs=0.5}"]).report
+    assert report.after.macs == report.before.macs // 2
+
+
+def test_a_size_that_is_also_a_length_is_no_batch() -> None:
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"]),
+        helper.make_node("MatMul", ["mask", "a"], ["b"]),
+        helper.make_node("Relu", ["b"], ["r"]),
+        helper.make_node("MatMul", ["r", "v"], ["y"]),
+    ]
+    parameters = {"w": weights(8, 16), "v": weights(16, 4)}
+    counted = count(model(nodes, {"x": ["N", 8], "mask": ["N", "N"]}, {"y": None}, parameters))
+    assert (counted.sizes, counted.total) == ({"N": 128}, 128 * 8 * 16 + 128 * 128 * 16 + 128 * 16 * 4)
+
+
+def test_axes_without_a_name_have_sizes_of_their_own() -> None:
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"]),
+        helper.make_node("MatMul", ["z", "w"], ["b"]),
+        helper.make_node("Transpose", ["b"], ["t"], perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["a", "t"], ["s"]),
+        helper.make_node("MatMul", ["s", "b"], ["y"]),
+    ]
+    made = model(nodes, {"x": [None, None, 8], "z": [None, None, 8]}, {"y": None}, {"w": weights(8, 16)})
+    data = {"x": weights(2, 5, 8), "z": weights(2, 9, 8)}
+    before = cipm_ir.optimize(made, ["canonicalize"], data=data).report.before
+    assert before.sizes == {"x[0]": 1, "x[1]": 5, "z[0]": 1, "z[1]": 9}
+    assert before.macs == sum(second_count(made, {k: v[:1] for k, v in data.items()}).values())

@@ -247,3 +247,16 @@ def test_no_pass_is_left_out() -> None:
 @pytest.mark.parametrize("name", sorted(EXAMPLES))
 def test_a_pass_that_does_nothing_says_something(name: str) -> None:
     assert EXAMPLES[name]().strip()
+
+
+def test_compensation_names_a_weight_behind_a_copy() -> None:
+    """It is no parameter of the product itself."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"]),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("Identity", ["v"], ["copy"]),
+        helper.make_node("MatMul", ["r", "copy"], ["y"], name="last"),
+    ]
+    made = model(nodes, {"w": weights(8, 16), "v": weights(16, 4)})
+    summary = said(made, "prune{ratio=0.5, compensate=true}", data=True)
+    assert "MatMul 'last' loses units and is not refitted" in summary and "nothing was compensated" in summary

@@ -133,20 +133,25 @@ def infer_at(model: ir.Model, sizes: Mapping[str, int]) -> Shapes:
         if value.const_value is not None and value.shape is not None:
             own = zip(value.shape, value.const_value.shape.numpy(), strict=False)
             given.update({d.value: n for d, n in own if not isinstance(d, int) and d.value})
-    found = _infer(_stripped(model), lambda name, _rank, _axis: given.get(name, 1), {}, types)
+    found = _infer(_stripped(model), lambda name, _rank, _axis: given.get(name, 1), {}, types, _own_name)
     return Shapes({**found, **known}, {}, given, types)
 
 
 def dynamic_sizes(graph: ir.Graph) -> dict[str, list[tuple[ir.Value, int]]]:
-    """The dynamic dimensions of the inputs by name, with where each stands; ``?1`` for axis 1 without a name."""
+    """The dynamic dimensions of the inputs by name, with where each stands; ``x[1]`` where it has no name."""
     found: dict[str, list[tuple[ir.Value, int]]] = {}
     for value in graph.inputs:
         if value.const_value is not None or value.shape is None:
             continue
         for axis, d in enumerate(value.shape):
             if not isinstance(d, int):
-                found.setdefault(d.value or f"?{axis}", []).append((value, axis))
+                found.setdefault(d.value or _own_name(value.name or "", axis), []).append((value, axis))
     return found
+
+
+def _own_name(name: str, axis: int) -> str:
+    """Name of a dimension that has none in the file."""
+    return f"{name}[{axis}]"
 
 
 def _primes(which: int) -> Callable[[str, int, int], int]:
@@ -232,8 +237,12 @@ def _infer(
     pick: Callable[[str, int, int], int],
     symbols: dict[str, int],
     types: dict[str, ir.DataType],
+    unnamed: Callable[[str, int], str] = lambda _, axis: f"?{axis}",
 ) -> dict[str, Shape]:
-    """``pick``: the size of a dynamic dimension from its name, the rank of its input and its axis."""
+    """``pick``: the size of a dynamic dimension from its name, the rank of its input and its axis.
+
+    ``unnamed``: names dimensions without a name, by input and axis; by default equal axes are taken to be equal.
+    """
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     graph = copy.graph
@@ -242,7 +251,7 @@ def _infer(
         for axis, dim in enumerate(dims):
             if dim.WhichOneof("value") == "dim_value":
                 continue
-            name = dim.dim_param or f"?{axis}"
+            name = dim.dim_param or unnamed(info.name, axis)
             if name not in symbols:
                 symbols[name] = pick(name, len(dims), axis)
             dim.dim_value = symbols[name]

@@ -1,9 +1,10 @@
 """What a run of a program costs in multiply-accumulates, which nodes could not be counted, and at which sizes.
 
-Dynamic sizes count at small stand-ins, or at those of the data that is given: the first axis at 1 (per sample), other
-axes at 128, axes of images (the third and later of four or more) at 224. Where a model cannot run at these (a window of
-400 steps over 128), larger ones are tried. An If costs its dearer branch; a Loop its body times the most runs that it
-can make; a Scan its body times the length that it scans. Where the condition is a constant, only its branch counts.
+Dynamic sizes count at small stand-ins, or at those of the data that is given: the first axis at 1 (per sample; 2 where
+a Squeeze would drop it), other axes at 128, axes of images (the third and later of four or more) at 224. Where a model
+cannot run at these (a window of 400 steps over 128), larger ones are tried. An If costs its dearer branch, or the one
+that a constant condition takes; a Loop its body times the most runs that it can make; a Scan its body times the length
+that it scans.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Count:
     Attributes:
         total: of the nodes that could be counted.
         unknown: the others.
-        sizes: dynamic sizes by name (``?2`` for the third axis of an input, without a name), empty where none is.
+        sizes: dynamic sizes by name (``x[2]`` where an axis of input x has none), empty where none is.
         nodes: of each node of the main graph.
         places: the nodes of the main graph with their shapes at these sizes.
     """
@@ -76,7 +77,7 @@ class Count:
 
 def sizes_in_words(sizes: Mapping[str, int]) -> str:
     """Dynamic sizes in words: ``N=1, T=128``; empty where all sizes are fixed."""
-    return ", ".join(f"{_axis(name)}={size}" for name, size in sizes.items())
+    return ", ".join(f"{name}={size}" for name, size in sizes.items())
 
 
 def named(unknown: Sequence[Unknown]) -> str:
@@ -117,13 +118,19 @@ def _choices(graph: ir.Graph, given: Mapping[str, int]) -> Iterator[dict[str, in
     found = dynamic_sizes(graph)
     batch = {name for name, places in found.items() if all(axis == 0 for _, axis in places)}
     image = {name for name, places in found.items() if any(axis > 1 and len(v.shape or ()) > 3 for v, axis in places)}
+    first = 2 if any(map(_drops_ones, graph)) else 1
     tried: list[dict[str, int]] = []
     for length, side in STAND_INS:
-        stand_in = {name: 1 if name in batch else side if name in image else length for name in found}
+        stand_in = {name: first if name in batch else side if name in image else length for name in found}
         chosen = {name: given.get(name, size) for name, size in stand_in.items()}
         if chosen not in tried:
             tried.append(chosen)
             yield chosen
+
+
+def _drops_ones(node: ir.Node) -> bool:
+    """A Squeeze of all axes of length 1: over a single sample it would drop the first axis too."""
+    return node.op_type == "Squeeze" and "axes" not in node.attributes and len(node.inputs) < 2
 
 
 def _cost(place: Place, unknown: list[Unknown]) -> int:
@@ -187,7 +194,3 @@ _SMALL_ATTRIBUTES = (ir.AttributeType.INT, ir.AttributeType.FLOAT, ir.AttributeT
 
 def _first_output(place: Place) -> str:
     return next((v.name for v in place.node.outputs if v.name), "")
-
-
-def _axis(name: str) -> str:
-    return f"axis {name[1:]}" if name[:1] == "?" and name[1:].isdigit() else name
