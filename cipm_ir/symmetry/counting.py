@@ -86,12 +86,23 @@ def named(unknown: Sequence[Unknown]) -> str:
     return "; ".join(map(str, unknown[:_NAMED])) + more
 
 
-def count_macs(model: ir.Model, sizes: Mapping[str, int] | None = None) -> Count:
-    """Count a model without model-local functions; ``sizes``: dynamic sizes that are known, by name."""
+def count_macs(
+    model: ir.Model, sizes: Mapping[str, int] | None = None, shapes: Mapping[str, Sequence[int]] | None = None
+) -> Count:
+    """Count a model without model-local functions.
+
+    Args:
+        model: the model.
+        sizes: dynamic sizes that are known, by name.
+        shapes: of its values by the analysis, where more than one sample is taken: a value of another rank here says
+            that a first axis of 1 was squeezed.
+    """
     load_rules()
     best: Count | None = None
     for chosen in _choices(model.graph, sizes or {}):
         found = _counted(model, chosen)
+        if _squeezed(found.places, shapes or {}):
+            found = _counted(model, {name: max(size, 2) for name, size in chosen.items()})
         if best is None or len(found.unknown) < len(best.unknown):
             best = found
         if not found.unknown:
@@ -118,19 +129,19 @@ def _choices(graph: ir.Graph, given: Mapping[str, int]) -> Iterator[dict[str, in
     found = dynamic_sizes(graph)
     batch = {name for name, places in found.items() if all(axis == 0 for _, axis in places)}
     image = {name for name, places in found.items() if any(axis > 1 and len(v.shape or ()) > 3 for v, axis in places)}
-    first = 2 if any(map(_drops_ones, graph)) else 1
     tried: list[dict[str, int]] = []
     for length, side in STAND_INS:
-        stand_in = {name: first if name in batch else side if name in image else length for name in found}
+        stand_in = {name: 1 if name in batch else side if name in image else length for name in found}
         chosen = {name: given.get(name, size) for name, size in stand_in.items()}
         if chosen not in tried:
             tried.append(chosen)
             yield chosen
 
 
-def _drops_ones(node: ir.Node) -> bool:
-    """A Squeeze of all axes of length 1: over a single sample it would drop the first axis too."""
-    return node.op_type == "Squeeze" and "axes" not in node.attributes and len(node.inputs) < 2
+def _squeezed(places: Sequence[Place], shapes: Mapping[str, Sequence[int]]) -> bool:
+    """Whether a Squeeze of all axes of length 1 dropped the first one, too."""
+    names = [(v.name or "", s) for p in places for v, s in zip(p.node.outputs, p.outputs, strict=True)]
+    return any(s is not None and name in shapes and len(shapes[name]) != len(s) for name, s in names)
 
 
 def _cost(place: Place, unknown: list[Unknown]) -> int:

@@ -226,7 +226,7 @@ class Program:
         key = tuple(sorted((sizes or {}).items()))
         counts = self.analysis.counts
         if key not in counts:
-            counts[key] = count_macs(self._model, sizes)
+            counts[key] = count_macs(self._model, sizes, self.analysis.walk.shapes.first)
         return counts[key]
 
     @property
