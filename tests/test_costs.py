@@ -14,6 +14,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from tests import zoo
+from tests.cost_models import count, model, sequence, weights
 from tests.second_count import second_count
 
 import cipm_ir
@@ -36,37 +37,6 @@ NOBODY = {
     # subgraphs are counted where they stand; for the others there is no rule yet
     "If", "Loop", "Scan", "SequenceMap", "CausalConvWithState", "LinearAttention",
 }  # fmt: skip
-
-
-def weights(*shape: int) -> np.ndarray:
-    return np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float32)
-
-
-def model(
-    nodes: list[onnx.NodeProto],
-    inputs: Mapping[str, list[Any]],
-    outputs: Mapping[str, list[Any] | None],
-    parameters: Mapping[str, np.ndarray],
-    opset: int = 20,
-    **domains: int,
-) -> onnx.ModelProto:
-    def value(name: str, shape: list[Any] | None) -> onnx.ValueInfoProto:
-        return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-
-    graph = helper.make_graph(
-        nodes, "g",
-        [value(*pair) for pair in inputs.items()], [value(*pair) for pair in outputs.items()],
-        [numpy_helper.from_array(a, n) for n, a in parameters.items()],
-    )  # fmt: skip
-    imports = [
-        helper.make_opsetid("", opset),
-        *(helper.make_opsetid(d.replace("_", "."), v) for d, v in domains.items()),
-    ]
-    return helper.make_model(graph, opset_imports=imports, ir_version=9)
-
-
-def count(made: onnx.ModelProto, sizes: Mapping[str, int] | None = None) -> Count:
-    return cipm_ir.load(made).count(sizes)
 
 
 def sizes_of(program: Program, feeds: Mapping[str, Any]) -> dict[str, int]:
@@ -288,85 +258,6 @@ def test_a_loop_costs_its_body_times_its_trips() -> None:
     assert "how often" in unknown.unknown[0].reason
 
 
-# ---------------------------------------------------------------- sizes
-def sequence(*shape: Any) -> onnx.ModelProto:
-    nodes = [
-        helper.make_node("MatMul", ["x", "wq"], ["q"]),
-        helper.make_node("Transpose", ["x"], ["t"], perm=[0, 2, 1]),
-        helper.make_node("MatMul", ["q", "t"], ["s"]),
-        helper.make_node("MatMul", ["s", "x"], ["a"]),
-        helper.make_node("MatMul", ["a", "w1"], ["h"]),
-        helper.make_node("Relu", ["h"], ["r"]),
-        helper.make_node("MatMul", ["r", "w2"], ["y"]),
-    ]
-    parameters = {"wq": weights(16, 16), "w1": weights(16, 64), "w2": weights(64, 16)}
-    return model(nodes, {"x": list(shape)}, {"y": list(shape)}, parameters)
-
-
-def sequence_macs(n: int) -> int:
-    return n * 16 * 16 + 2 * n * n * 16 + 2 * n * 16 * 64
-
-
-def test_dynamic_sizes_count_at_stand_ins_that_are_said() -> None:
-    counted = count(sequence("N", "T", 16))
-    assert counted.sizes == {"N": 1, "T": 128}
-    assert counted.total == sequence_macs(128)
-    result = cipm_ir.optimize(sequence("N", "T", 16), ["prune{macs=0.9}"])
-    assert "MACs are counted at N=1, T=128" in str(result.report)
-    assert result.report.to_dict()["before"]["sizes"] == {"N": 1, "T": 128}
-
-
-@pytest.mark.parametrize("length", [7, 50])
-def test_sizes_are_those_of_the_data(length: int) -> None:
-    """A budget is one of the sequences that are given: at other lengths attention weighs differently."""
-    data = {"x": weights(4, length, 16)}
-    result = cipm_ir.optimize(sequence("N", "T", 16), ["prune{macs=0.7}"], data=data)
-    assert result.report.before.macs == sequence_macs(length)
-    assert f"MACs are counted at N=1, T={length}" in str(result.report)
-    made = ir.to_proto(result.program.emit())
-    second = sum(second_count(made, {"x": weights(1, length, 16)}).values())
-    assert result.report.after.macs == second <= 0.7 * sequence_macs(length)
-    assert second > 0.6 * sequence_macs(length)
-
-
-def test_sizes_grow_until_a_model_can_run() -> None:
-    node = helper.make_node("Conv", ["x", "w"], ["y"], strides=[160])
-    made = model([node], {"x": ["N", 1, "T"]}, {"y": None}, {"w": weights(8, 1, 400)})
-    counted = count(made)
-    assert counted.sizes == {"N": 1, "T": 512} and counted.total == 8 * 400
-    assert "does not fit into 128" in count(made, {"T": 128}).unknown[0].reason
-
-
-@pytest.mark.parametrize("size", [-1, 0, "n", None])
-@pytest.mark.parametrize("place", ["input", "both"])
-def test_a_size_of_minus_one_or_zero_is_unknown(size: Any, place: str) -> None:
-    """Some exporters write such sizes for what they do not know; the model counts and prunes as with a name."""
-    nodes = [
-        helper.make_node("Conv", ["x", "w0"], ["a"], pads=[1] * 4),
-        helper.make_node("Relu", ["a"], ["b"]),
-        helper.make_node("Conv", ["b", "w1"], ["y"], pads=[1] * 4),
-    ]
-    parameters = {"w0": weights(32, 3, 3, 3), "w1": weights(8, 32, 3, 3)}
-    made = model(nodes, {"x": [size, 3, 16, 16]}, {"y": [size if place == "both" else "m", 8, 16, 16]}, parameters)
-    if place == "both":
-        made.graph.value_info.append(helper.make_tensor_value_info("b", TensorProto.FLOAT, [size, 32, 16, 16]))
-    program = cipm_ir.load(made)
-    assert program.macs == 256 * 27 * 32 + 256 * 288 * 8
-    result = cipm_ir.optimize(made, ["prune{macs=0.5}"])
-    assert result.report.steps[0].changed and 0 < result.report.after.macs <= 0.5 * program.macs
-
-
-def test_an_empty_tensor_keeps_its_size_of_zero() -> None:
-    """The region of a Resize is an empty constant, and means it."""
-    nodes = [helper.make_node("Resize", ["x", "roi", "scales"], ["r"]), helper.make_node("Conv", ["r", "w"], ["y"])]
-    parameters = {
-        "roi": np.zeros(0, np.float32),
-        "scales": np.array([1, 1, 2, 2], np.float32),
-        "w": weights(4, 3, 3, 3),
-    }
-    assert count(model(nodes, {"x": [1, 3, 8, 8]}, {"y": None}, parameters)).total == 4 * 14 * 14 * 27
-
-
 # ---------------------------------------------------------------- what cannot be counted
 def with_custom(
     after: list[onnx.NodeProto] | None = None, shape: list[int] | None = None, domain: str = "own"
@@ -465,47 +356,3 @@ def test_a_budget_without_spaces_names_what_pins() -> None:
 def test_spaces_without_a_smaller_width_are_named() -> None:
     with pytest.raises(SymmetryError, match="min_keep and round_to leave no smaller width"):
         Prune(macs=0.5, round_to=512).run(cipm_ir.load(sequence(1, 8, 16)), Context())
-
-
-# ---------------------------------------------------------------- sizes that are easy to get wrong
-def test_a_squeeze_of_all_ones_keeps_the_batch() -> None:
-    """Over one sample it would drop the first axis too, so two are counted, and that is said."""
-    nodes = [
-        helper.make_node("MatMul", ["x", "w"], ["a"]),
-        helper.make_node("Unsqueeze", ["a", "ax"], ["u"]),
-        helper.make_node("Squeeze", ["u"], ["s"]),
-        helper.make_node("Relu", ["s"], ["r"]),
-        helper.make_node("MatMul", ["r", "v"], ["y"]),
-    ]
-    parameters = {"w": weights(8, 16), "v": weights(16, 4), "ax": np.array([1], np.int64)}
-    made = model(nodes, {"x": ["N", 8]}, {"y": None}, parameters)
-    assert (count(made).total, count(made).sizes) == (2 * 16 * 12, {"N": 2})
-    report = cipm_ir.optimize(made, ["prune{macs=0.5}"]).report
-    assert report.after.macs == report.before.macs // 2
-
-
-def test_a_size_that_is_also_a_length_is_no_batch() -> None:
-    nodes = [
-        helper.make_node("MatMul", ["x", "w"], ["a"]),
-        helper.make_node("MatMul", ["mask", "a"], ["b"]),
-        helper.make_node("Relu", ["b"], ["r"]),
-        helper.make_node("MatMul", ["r", "v"], ["y"]),
-    ]
-    parameters = {"w": weights(8, 16), "v": weights(16, 4)}
-    counted = count(model(nodes, {"x": ["N", 8], "mask": ["N", "N"]}, {"y": None}, parameters))
-    assert (counted.sizes, counted.total) == ({"N": 128}, 128 * 8 * 16 + 128 * 128 * 16 + 128 * 16 * 4)
-
-
-def test_axes_without_a_name_have_sizes_of_their_own() -> None:
-    nodes = [
-        helper.make_node("MatMul", ["x", "w"], ["a"]),
-        helper.make_node("MatMul", ["z", "w"], ["b"]),
-        helper.make_node("Transpose", ["b"], ["t"], perm=[0, 2, 1]),
-        helper.make_node("MatMul", ["a", "t"], ["s"]),
-        helper.make_node("MatMul", ["s", "b"], ["y"]),
-    ]
-    made = model(nodes, {"x": [None, None, 8], "z": [None, None, 8]}, {"y": None}, {"w": weights(8, 16)})
-    data = {"x": weights(2, 5, 8), "z": weights(2, 9, 8)}
-    before = cipm_ir.optimize(made, ["canonicalize"], data=data).report.before
-    assert before.sizes == {"x[0]": 1, "x[1]": 5, "z[0]": 1, "z[1]": 9}
-    assert before.macs == sum(second_count(made, {k: v[:1] for k, v in data.items()}).values())
