@@ -9,7 +9,6 @@ from typing import Literal, TypeAlias
 from cipm_ir.errors import OutputError
 
 Form: TypeAlias = Literal["onnx", "exported", "plan"]
-_PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 
 
 def torch_form(path: str | os.PathLike[str]) -> Form:
@@ -30,16 +29,16 @@ def torch_form(path: str | os.PathLike[str]) -> Form:
 
 
 def onnx_form(path: str | os.PathLike[str]) -> Form:
-    """How an ONNX model is written under a name: ``.pt2`` through torch, everything else as ONNX.
+    """How an ONNX model is written under a name: ``.pt2`` through torch, ``.onnx``, ``.pb`` or no suffix as ONNX.
 
-    Errors: `OutputError` for the suffixes of torch's weight files.
+    Errors: `OutputError` for another suffix: the name would promise something else.
     """
     suffix = Path(path).suffix
-    if suffix in _PICKLES:
+    if suffix.lower() not in ("", ".onnx", ".pb", ".pt2"):
         raise OutputError(
             f"{os.fspath(path)!r}: an ONNX model is written as .onnx, or as .pt2 (torch.export), not as {suffix}."
         )
-    return "exported" if suffix == ".pt2" else "onnx"
+    return "exported" if suffix.lower() == ".pt2" else "onnx"
 
 
 def check_target(path: str | os.PathLike[str], *, folder: bool = False) -> None:

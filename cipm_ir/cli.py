@@ -96,19 +96,23 @@ def inspect(
 ) -> None:
     """Show the annotated graph: which axes move with which space of hidden units, and by which group."""
     from cipm_ir.api import load
-    from cipm_ir.sources import check_output, save_annotated
+    from cipm_ir.passes.report import Totals
+    from cipm_ir.sources import check_annotated, save_annotated
 
     if annotate is not None:
-        check_output(annotate)
+        check_annotated(annotate)
     program = load(model)
     if annotate is not None:
         save_annotated(program, annotate)
     if as_json:
         print(json.dumps(_described(program), indent=2))
-    elif spaces:
+        return
+    costs = Totals.of(program).costs
+    if spaces:
         _print_spaces(program)
+        print(*costs, sep="\n")
     else:
-        print(program)
+        print(program, *(f"// {line}" for line in costs), sep="\n")
 
 
 @app.command()
@@ -148,6 +152,7 @@ def optimize(
     atol: Annotated[float | None, typer.Option("--atol", min=0.0, help=_ATOL)] = None,
     annotate: Annotated[bool, typer.Option("--annotate", help="Write the groups into the metadata.")] = False,
     seed: Seed = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the report and write no model.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Show neither progress nor report.")] = False,
 ) -> None:
     """Run passes, check after each that the model still computes what it should, and write the result.
@@ -156,8 +161,10 @@ def optimize(
     """
     from cipm_ir import api
     from cipm_ir.passes.html import check_matplotlib, render
+    from cipm_ir.passes.keeping import check_kept
     from cipm_ir.sources import check_output
 
+    check_kept(passes or None, output=output is not None, dry=dry_run, report=(report or html) is not None)
     _check_apart({"--data": data}, {"-o": output})
     _check_apart({"the model": model, "--data": data, "-o": output}, {"--report": report, "--html": html})
     if output is not None:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from cipm_ir.backends.targets import check_target, onnx_form, torch_form
 from cipm_ir.backends.to_onnx import save_onnx
-from cipm_ir.errors import InputError, UnsupportedError
+from cipm_ir.errors import InputError, OutputError, UnsupportedError
 from cipm_ir.frontends.from_onnx import check_shapes, load_onnx
 from cipm_ir.runtime.inputs import Data, true_inputs
 from cipm_ir.runtime.npz import Files, mapped
@@ -166,6 +166,16 @@ def check_output(path: str | os.PathLike[str], source: Source = None) -> None:
     else:
         is_torch = _is_torch(source) or _names_torch(source)
     check_target(path, folder=(torch_form if is_torch else onnx_form)(path) == "plan")
+
+
+def check_annotated(path: str | os.PathLike[str]) -> None:
+    """Fail before the work where a program could not be written with its groups, or not as ONNX.
+
+    Errors: `OutputError`.
+    """
+    if onnx_form(path) != "onnx":
+        raise OutputError(f"{os.fspath(path)!r}: groups are written into the metadata of an .onnx file, not of a .pt2.")
+    check_target(path)
 
 
 def save_annotated(program: Program, path: str) -> None:

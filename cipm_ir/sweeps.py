@@ -29,6 +29,7 @@ from cipm_ir.passes.sweep_report import Point, SweepReport, read_record, write_f
 from cipm_ir.passes.text import parse_passes
 from cipm_ir.runtime.closeness import Closeness, closeness
 from cipm_ir.runtime.content import data_hash, model_hash
+from cipm_ir.runtime.data_sizes import data_sizes
 from cipm_ir.runtime.files import write_text
 from cipm_ir.runtime.inputs import Data, Feeds, batches
 from cipm_ir.runtime.session import Runner
@@ -294,7 +295,7 @@ class _Work:
         return ".onnx" if isinstance(origin_of(self.program), OnnxOrigin) else ".pt2"
 
     def _sized(self, point: Point, program: Program) -> Point:
-        totals = Totals.of(program)
+        totals = Totals.of(program, data_sizes(self.program.model, self.data))
         return replace(point, macs=totals.macs, params=totals.parameters, bytes=totals.bytes)
 
     def _key(self, passes: str) -> str:

@@ -145,9 +145,11 @@ def unknown(traced: Traced) -> set[str]:
     modules = dict(traced.root.named_modules(remove_duplicate=False)) if traced.root is not None else {}
     for node in traced.graph.nodes:
         if node.op == "call_module" and traced.root is not None:
-            kind = type(modules[node.target])
-            if module_entry(kind) is None:
-                found.add(kind.__name__)
+            module = modules[node.target]
+            if module_entry(type(module)) is None:
+                found.add(type(module).__name__)
+            elif module._forward_hooks or module._forward_pre_hooks:
+                found.add(f"{type(module).__name__} with hooks")  # a call of it is opaque; export goes through them
         elif node.op in ("call_function", "call_method"):
             name = bare_name(node.target)[0]
             if function_entry(node.target) is None and name not in _IGNORED:

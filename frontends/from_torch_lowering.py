@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from cipm_ir.errors import UnsupportedError
 from cipm_ir.frontends.from_torch_capture import Traced
+from cipm_ir.frontends.from_torch_counts import count_call
 from cipm_ir.frontends.from_torch_memory import Memory
 from cipm_ir.frontends.from_torch_parameters import Parameters
 from cipm_ir.frontends.from_torch_table import Entry, bare_name, bind, function_entry, module_entry, written
@@ -27,7 +28,7 @@ from cipm_ir.frontends.from_torch_values import (
     static_shape,
 )
 from cipm_ir.ir.capture import Capture, Results
-from cipm_ir.runtime.torch_shapes import is_tensor
+from cipm_ir.runtime.torch_shapes import ShapeError, is_tensor, rerun
 
 OPSET = 23
 _ABSENT = object()
@@ -187,12 +188,21 @@ class Lowerer:
             return None
         made = ir.Node(
             OPAQUE, name, [x.value for x in operands], outputs=[x.value for x in outputs],
-            name=node.name, metadata_props={"reason": reason},
+            name=node.name, metadata_props={"reason": reason, **self._cost(node)},
         )  # fmt: skip
         self.graph.append(made)
         b.made.append(made)
         found = iter(outputs)
         return pytree.tree_map(lambda x: next(found) if is_tensor(x) else x, b.out, is_leaf=is_tensor)
+
+    def _cost(self, node: fx.Node) -> dict[str, str]:
+        """What an opaque call costs, for `cipm_ir.rules.costs`."""
+        try:
+            run = rerun(self.traced.root, node, self.traced.fakes)
+        except ShapeError as error:
+            return {"uncounted": str(error)}
+        macs, why = count_call(bare_name(node.target)[0], run)
+        return {"uncounted": why} if macs is None else {"macs": str(macs)}
 
     def _named(self, node: fx.Node, made: Any) -> tuple[str, ...]:
         """Give the values that this node computes the node's name, and the shapes that torch says."""
@@ -245,7 +255,7 @@ class Lowerer:
             inputs = [x.value, *(v for v in sources if v is not x.value)]
             made = ir.Node(
                 OPAQUE, bare_name(node.target)[0], inputs, outputs=[value], name=value.name,
-                metadata_props={"reason": "it is changed in place"},
+                metadata_props={"reason": "it is changed in place", "macs": "0"},
             )  # fmt: skip
             self.graph.append(made)
             names.append(value.name or "")

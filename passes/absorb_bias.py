@@ -10,6 +10,7 @@ import numpy as np
 from cipm_ir.errors import OptionError, SymmetryError
 from cipm_ir.passes.absorb_bias_sites import Place, find_places
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
+from cipm_ir.passes.blockers import idle, left_alone
 from cipm_ir.passes.canonical_members import Floats
 from cipm_ir.passes.registry import register
 from cipm_ir.runtime.intervals import along, find_intervals
@@ -42,6 +43,11 @@ class AbsorbBias(Pass):
     observed: bool = option(False, "take what is seen on the data for a bound (approximate)")
     quantile: float = option(0.0, "with observed: the fraction of values that may be cut off", low=0.0, high=0.5)
 
+    @property
+    def approximates(self) -> bool:
+        """With what is seen on data."""
+        return self.observed
+
     def run(self, program: Program, ctx: Context) -> PassResult:
         """Bound, and move space by space."""
         if self.observed and ctx.data is None:
@@ -65,7 +71,7 @@ class AbsorbBias(Pass):
                 except SymmetryError as refusal:
                     refused[name] = str(refusal)
         cut = _cut(program, places, moved.constants, ctx) if approximate and self.quantile else _Cut()
-        return moved.result(refused, cut, Kind.APPROXIMATE if approximate else None)
+        return moved.result(refused, cut, Kind.APPROXIMATE if approximate else None, len(places))
 
 
 def proven(program: Program, places: list[Place]) -> dict[str, Floats]:
@@ -192,16 +198,21 @@ class _Moved:
         self.program = lowered.absorb(lowered.space(name), np.arange(size), np.eye(size), lost)
         self.constants[name] = lost
 
-    def result(self, refused: dict[str, str], cut: _Cut, kind: Kind | None) -> PassResult:
-        """Summary, witness and numbers."""
+    def result(self, refused: dict[str, str], cut: _Cut, kind: Kind | None, behind: int) -> PassResult:
+        """Summary, witness and numbers; ``behind``: how many spaces have a Relu from which constants could move."""
         units = sum(int((c > 0).sum()) for c in self.constants.values())
         largest = max((float(c.max()) for c in self.constants.values()), default=0.0)
         metrics = {"units": units, "spaces": len(self.constants), "largest": largest, "refused": refused}
+        metrics["behind"] = behind
         metrics |= {"cut": cut.share, "cut_worst": cut.worst, "bound": largest if kind else 0.0}
+        stay = left_alone(refused)
         if not units:
-            return PassResult(self.first, False, "no constant to move", metrics=metrics)
+            why = stay or ("" if metrics["behind"] else idle(self.first, "no Relu behind a bias feeds a space alone"))
+            summary = "; ".join(x for x in ("no constant to move", why) if x)
+            return PassResult(self.first, False, summary, metrics=metrics)
         summary = f"constants of {units} units in {len(self.constants)} spaces moved on, the largest {largest:.3g}"
         if kind is not None:
             summary += f"; {100 * cut.share:.2g}% of the values on the data are cut off, by at most {cut.worst:.3g}"
+        summary += f"; {stay}" if stay else ""
         witness = {"shift": {name: c.tolist() for name, c in self.constants.items()}}
         return PassResult(self.program, True, summary, witness, metrics, kind)

@@ -16,6 +16,7 @@ import numpy as np
 
 from cipm_ir.passes.figures import Figure
 from cipm_ir.passes.options import check_options, print_options
+from cipm_ir.runtime.data_sizes import data_sizes
 from cipm_ir.runtime.inputs import Data
 from cipm_ir.symmetry.program import Program
 
@@ -72,6 +73,7 @@ class Context:
         options: settings shared by all passes of a run, by name; passes ignore names that they do not know.
         original: the program before the first pass: budgets such as ``macs=0.5`` are fractions of this one.
         step: the number of the pass in its pipeline, from 0.
+        sizes: of dynamic dimensions, by name, at which costs are counted; those of the data.
     """
 
     data: Data | None = None
@@ -81,6 +83,13 @@ class Context:
     options: Mapping[str, Any] = field(default_factory=dict)
     original: Program | None = None
     step: int = 0
+    sizes: Mapping[str, int] | None = None
+
+    def sizes_of(self, program: Program) -> Mapping[str, int]:
+        """Sizes at which the costs of a program are counted; see `Program.count`."""
+        if self.sizes is None:
+            self.sizes = data_sizes(program.model, self.data)
+        return self.sizes
 
     @cached_property
     def rng(self) -> np.random.Generator:
@@ -108,6 +117,11 @@ class Pass(ABC):
     requires: ClassVar[frozenset[str]] = frozenset()
     ensures: ClassVar[frozenset[str]] = frozenset()
     preserves: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def approximates(self) -> bool:
+        """Whether, with these options, the result may compute something else: it is made to be kept."""
+        return self.kind is Kind.APPROXIMATE
 
     def __post_init__(self) -> None:
         check_options(self, self.name or type(self).__name__)

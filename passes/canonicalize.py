@@ -12,6 +12,7 @@ from cipm_ir.algebra import Element
 from cipm_ir.errors import SymmetryError
 from cipm_ir.ir.labels import Labels
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
+from cipm_ir.passes.blockers import idle, rounding
 from cipm_ir.passes.canonical_gauge import Gauge
 from cipm_ir.passes.canonical_members import Members
 from cipm_ir.passes.canonical_order import Ordering
@@ -40,13 +41,15 @@ class Canonicalize(Pass):
         """Find the elements, and act with them."""
         ctx.progress("canonicalize", None)
         elements = canonical_elements(program, exact=self.exact)
+        notes = [note for note in (rounding(program) if self.exact else "",) if note]
         if not elements:
-            return PassResult(program, changed=False, summary="already canonical")
+            what = "already canonical" if program.spaces else "there is no space to bring into canonical form"
+            return PassResult(program, changed=False, summary="; ".join([idle(program, what), *notes]))
         moved = sum(space.size for space in elements)
         witness = {space.name: as_lists(element) for space, element in elements.items()}
         summary = f"{len(elements)} of {len(program.spaces)} spaces brought into canonical form ({moved} classes)"
         metrics = {"spaces": len(elements), "classes": moved}
-        return PassResult(program.act(elements), True, summary, witness, metrics)
+        return PassResult(program.act(elements), True, "; ".join([summary, *notes]), witness, metrics)
 
 
 def canonical_elements(program: Program, *, exact: bool = True) -> dict[Space, Element]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from cipm_ir.algebra import Element
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
+from cipm_ir.passes.blockers import idle
 from cipm_ir.passes.canonical_gauge import Gauge
 from cipm_ir.passes.canonical_members import Floats, Member, Members
 from cipm_ir.passes.registry import register
@@ -48,7 +49,9 @@ class CanonicalizeSigns(Pass):
         units = sum(len(rows) for space in flipped.values() for rows in space)
         metrics = {"flipped": units, "spaces": len(elements), **metrics}
         if not elements:
-            return PassResult(program, False, "no sign to change", metrics=metrics)
+            signed = any(space.group.signs for space in program.spaces)
+            what = "no sign to change" if signed else "no space admits signs"
+            return PassResult(program, False, idle(program, what), metrics=metrics)
         summary = f"{units} signs of units in {len(elements)} spaces changed"
         if self.by == "range" and metrics["range_after"] < metrics["range_before"]:
             share = 1 - np.exp(metrics["range_after"] - metrics["range_before"])

@@ -11,6 +11,7 @@ import numpy as np
 from cipm_ir.algebra import Element
 from cipm_ir.errors import InputError, UnsupportedError
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
+from cipm_ir.passes.blockers import idle
 from cipm_ir.passes.cluster_affinity import MEASURES, Affinities, activation_affinities, weight_affinities
 from cipm_ir.passes.cluster_order import METHODS
 from cipm_ir.passes.cluster_report import Shown, by_chance, figures_of, measure_all, summary_of
@@ -63,7 +64,9 @@ class Cluster(Pass):
         spaces = [s for s in program.spaces if s.kind != "cells" and s.group.permutes and s.size >= self.smallest]
         found = self._affinities(program, spaces, ctx)
         if not found.spaces:
-            return PassResult(program, False, "; ".join(["no space of units that could be ordered", *found.remarks]))
+            return PassResult(
+                program, False, "; ".join([idle(program, "no space of units that could be ordered"), *found.remarks])
+            )
         couplings = {} if self.scale == "layer" else Weights(program).couplings(tuple(found.spaces))
 
         def tick(done: int, count: int) -> None:

@@ -20,7 +20,17 @@ from cipm_ir.passes.joint import Duo, find_duos, together
 from cipm_ir.passes.logits import refit_logits
 from cipm_ir.passes.re_estimate import Norm, norms_of, re_estimated
 from cipm_ir.passes.reading import Reading
-from cipm_ir.passes.refit_layers import SMALL, Layer, draw_places, gone_places, grouped, layers_of, rows_wanted, silence
+from cipm_ir.passes.refit_layers import (
+    SMALL,
+    Layer,
+    draw_places,
+    gone_places,
+    grouped,
+    layers_of,
+    left_out,
+    rows_wanted,
+    silence,
+)
 from cipm_ir.passes.selection import solve
 from cipm_ir.runtime.design import Array, Linear, Normal
 from cipm_ir.runtime.frontier import Frontier
@@ -67,7 +77,7 @@ class Compensation:
         quiet = self.mute(stays) if self.mute is not None else {}
         nodes = [layer.reader.node for layer in layers]
         first = next((k for k, node in enumerate(nodes) if len(gone[node]) or node in quiet), None)
-        made = Compensated(program, program, {}, [])
+        made = Compensated(program, program, {}, left_out(program, layers, stays))
         if first is None:
             return made
         groups = grouped(program, layers[first:])

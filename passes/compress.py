@@ -10,6 +10,7 @@ from threadpoolctl import threadpool_limits
 from cipm_ir.errors import OptionError, SymmetryError, VerificationError
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
 from cipm_ir.passes.bilinear import prepared
+from cipm_ir.passes.blockers import check_counted, pins
 from cipm_ir.passes.candidates import find_candidates, kept_elements, wanted_spaces
 from cipm_ir.passes.compress_cost import BUDGETS
 from cipm_ir.passes.compress_plan import BATCH, Plan, Settings, make_plan
@@ -17,7 +18,6 @@ from cipm_ir.passes.compress_report import figures_of, metrics_of
 from cipm_ir.passes.compress_search import Evaluate, smallest_within
 from cipm_ir.passes.latency import BLOCK
 from cipm_ir.passes.registry import register
-from cipm_ir.passes.report import pinned_note
 from cipm_ir.runtime.verify import verify_models
 from cipm_ir.symmetry.program import Program
 
@@ -125,6 +125,8 @@ class Compress(Pass):
 
         ``ctx.options["plans"]``: a dictionary that the runs share.
         """
+        if self.macs is not None:
+            check_counted("compress", program.count(ctx.sizes_of(program)), "params=, bytes= or latency=")
         plans = ctx.options.get("plans", {})
         other = (f.name for f in fields(self) if f.name not in (*BUDGETS, "max_drop", "evaluate"))
         objects = (id(program), id(ctx.original), id(ctx.data))
@@ -135,7 +137,7 @@ class Compress(Pass):
             program, pairs = prepared(program, wanted, ctx.data, size=BATCH, limit=self.samples, seed=ctx.seed)
             candidates, notes = find_candidates(program, wanted, self.min_keep, self._multiple(), self.steps, pairs)
             if not candidates:
-                why = [*(notes or [self._no_choice(wanted)]), *pinned_note(program)]
+                why = [*(notes or [self._no_choice(wanted)]), *pins(program)]
                 raise SymmetryError(f"compress finds no units that it may drop: {'; '.join(why)}.")
             settings = Settings(
                 self.samples, self.probes, self.rounds, self.damping, self.divergence, self.threads, self.joint

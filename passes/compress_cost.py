@@ -101,7 +101,7 @@ def make_budget(
     if original is program:
         first = costs
     else:
-        first = CostModel(original)
+        first = CostModel(original, ctx.sizes_of(program))
         whole = np.ones(original.analysis.classes.count, bool)
     total = {"macs": first.macs, "params": first.params, "bytes": first.bytes}[kind](whole)
     return Counted(kind, _WORDS[kind], float(total), costs)

@@ -174,7 +174,7 @@ def make_plan(
     fine = [c.finer() for c in candidates]
     curves = [between(f.levels, c.levels, curve) for f, c, curve in zip(fine, candidates, coarse, strict=True)]
     candidates = fine
-    costs = CostModel(program)
+    costs = CostModel(program, ctx.sizes_of(program))
     budget = make_budget(kind, program, candidates, costs, ctx, settings.threads, share(ctx, 0.45, 0.5))
     mute = partial(muted, program, pairs)
     compensation = Compensation(

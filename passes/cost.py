@@ -1,22 +1,24 @@
 """What a choice of units would cost, without building the model: multiply-accumulates, parameters, units.
 
 The numbers are those that the restricted program reports. Sizes come from counting kept labels, all one-axis factors in
-one pass; the operators' own rules turn shapes into multiply-accumulates.
+one pass; `cipm_ir.rules.costs` turns shapes into multiply-accumulates.
 """
 
 from __future__ import annotations
 
 import builtins
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from cipm_ir.ir.labels import Labels, State
-from cipm_ir.rules.context import OpContext
-from cipm_ir.rules.registry import MacRule, lookup
+from cipm_ir.errors import SymmetryError
+from cipm_ir.ir.labels import Labels
+from cipm_ir.ir.places import Place
+from cipm_ir.rules.costs import Site, Uncounted, macs_of
+from cipm_ir.symmetry.counting import site_of
 from cipm_ir.symmetry.leaves import Leaf
 from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.sizes import grid_shape, outer_first
@@ -32,8 +34,7 @@ Sized = tuple[tuple[int, ...], Slots]
 class _Node:
     """A node whose cost depends on what is kept; ``known``: costs by the sizes that it follows."""
 
-    op: OpContext
-    rule: MacRule
+    site: Site
     inputs: list[Sized | None]
     outputs: list[Sized | None]
     known: dict[builtins.bytes, int] = field(default_factory=dict)
@@ -63,6 +64,8 @@ class _Counter:
     grids: list[tuple[Labels, list[int], int]] = field(default_factory=list)
     alive: list[Labels] = field(default_factory=list)
     count: int = 0
+    full: Labels = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Sizes with everything kept."""
 
     def add(self, labels: Labels) -> int:
         """First slot of the sizes of a label array (atoms); the same array is counted once."""
@@ -84,6 +87,7 @@ class _Counter:
         self._index = np.concatenate(self.flat) if self.flat else np.zeros(0, np.int64)
         self._start = np.cumsum([0, *lengths[:-1]]).astype(np.int64)
         self._slots = np.asarray(self.flat_slot, np.int64)
+        self.full = self.sizes(np.ones(int(self.of.max(initial=-1)) + 1, bool))
 
     def sizes(self, stays: Mask) -> Labels:
         """All sizes; a ragged grid counts as its longest row."""
@@ -100,28 +104,33 @@ class _Counter:
 
 
 class CostModel:
-    """Costs of a program as functions of the mask of classes that stay (closed under blocks)."""
+    """Costs of a program as functions of the mask of classes that stay (closed under blocks).
 
-    def __init__(self, program: Program) -> None:
+    Args:
+        program: the program before anything goes.
+        sizes: of dynamic dimensions, by name, as for `Program.count`.
+    """
+
+    def __init__(self, program: Program, sizes: Mapping[str, int] | None = None) -> None:
         self.program = program
         walk = program.analysis.walk
+        self.counted = program.count(sizes)
         self._counter = _Counter(program.analysis.classes.of)
         self._fixed = 0
-        self._samples = walk.samples
         self._nodes: list[_Node] = []
         self._leaves: dict[int, Sized] = {}
-        for position, macs in enumerate(walk.macs):
+        for position, macs in enumerate(self.counted.nodes):
             if macs:
-                self._add_node(position, macs)
-        self._tensors = self._group_tensors()
+                self._add_node(position, macs, self.counted.places[position])
+        self._tensors = self._group_tensors(walk.leaves)
         self._units = [s.table[:, 0] for s in program.analysis.spaces if s.kind == "units"]
         self._counter.close()
 
     # ------------------------------------------------------------ costs
     def macs(self, stays: Mask) -> int:
-        """Multiply-accumulates as `Program.macs` counts them."""
+        """Multiply-accumulates as `Program.count` counts them."""
         sizes = self._counter.sizes(stays)
-        return (self._fixed + sum(_node_macs(node, sizes) for node in self._nodes)) // self._samples
+        return self._fixed + sum(self._node_macs(node, sizes) for node in self._nodes)
 
     def params(self, stays: Mask) -> int:
         """Entries of floating-point parameters."""
@@ -134,7 +143,7 @@ class CostModel:
     def _entries(self, stays: Mask) -> Iterator[tuple[_Tensor, int]]:
         sizes = self._counter.sizes(stays)
         for tensor in self._tensors:
-            shapes = [_shape(base, slots, sizes) for base, slots in tensor.shapes]
+            shapes = [self._shape((base, slots), sizes) for base, slots in tensor.shapes]
             if len(shapes) == 1:
                 yield tensor, math.prod(shapes[0])
             else:
@@ -146,36 +155,36 @@ class CostModel:
         return sum(int(stays[classes].sum()) for classes in self._units)
 
     # ------------------------------------------------------------ building
-    def _add_node(self, position: int, macs: int) -> None:
+    def _add_node(self, position: int, macs: int, place: Place) -> None:
+        """A node with a cost: it stays fixed, or follows what is kept."""
         walk = self.program.analysis.walk
-        node = walk.nodes[position]
-        domain = "" if node.domain == "ai.onnx" else node.domain
-        entry = lookup(domain, node.op_type)
-        if entry is None or entry.macs is None:
-            self._fixed += macs
-            return
+        node = place.node
         inputs: list[Sized | None] = []
         for k, value in enumerate(node.inputs):
             leaf = walk.use_leaf.get((position, k))
-            name = "" if value is None else value.name or ""
-            inputs.append(self._leaf(walk.leaves[leaf]) if leaf is not None else self._value(name))
-        outputs = [self._value(v.name or "") for v in node.outputs]
-        if not any(pair is not None and pair[1] for pair in [*inputs, *outputs]):
+            shape = place.inputs[k]
+            if leaf is not None:
+                inputs.append(self._leaf(walk.leaves[leaf]))
+            else:
+                inputs.append(self._value("" if value is None else value.name or "", shape))
+        outputs = [self._value(v.name or "", shape) for v, shape in zip(node.outputs, place.outputs, strict=True)]
+        if place.bodies or not any(pair is not None and pair[1] for pair in [*inputs, *outputs]):
             self._fixed += macs
             return
-        version = node.version or self.program.model.opset_imports.get(domain, 1)
-        op = OpContext(node, version, [], [], [], walk.rec)
-        self._nodes.append(_Node(op, entry.macs, inputs, outputs))
+        self._nodes.append(_Node(site_of(place), inputs, outputs))
 
-    def _value(self, name: str) -> Sized | None:
-        state = self.program.analysis.walk.states.get(name)
-        if state is None:
+    def _value(self, name: str, shape: tuple[int, ...] | None) -> Sized | None:
+        """A value with the axes that labels move along; at other sizes than those of the analysis it has the same."""
+        if shape is None:
             return None
+        state = self.program.analysis.walk.states.get(name)
+        if state is None or state.rank != len(shape):
+            return shape, ()
         slots: list[tuple[int, int]] = []
         for f in state.factors:
             first = self._counter.add(f.labels)
             slots.extend((axis, first + k) for k, axis in enumerate(f.axes))
-        return state.shape, tuple(slots)
+        return shape, tuple(slots)
 
     def _leaf(self, leaf: Leaf) -> Sized:
         known = self._leaves.get(id(leaf))
@@ -189,9 +198,9 @@ class CostModel:
             known = self._leaves[id(leaf)] = (leaf.shape, tuple(slots))
         return known
 
-    def _group_tensors(self) -> list[_Tensor]:
+    def _group_tensors(self, leaves: list[Leaf]) -> list[_Tensor]:
         by_name: dict[str, _Tensor] = {}
-        for leaf in self.program.analysis.walk.leaves:
+        for leaf in leaves:
             if not leaf.dtype.is_floating_point():
                 continue
             tensor = by_name.setdefault(leaf.name, _Tensor([], []))
@@ -203,22 +212,26 @@ class CostModel:
         of = self.program.analysis.classes.of
         return b"".join(stays[of[f.base : f.base + f.size]].tobytes() for f in leaf.factors if f.active)
 
+    # ------------------------------------------------------------ sizes
+    def _shape(self, sized: Sized, sizes: Labels) -> tuple[int, ...]:
+        """The shape that would remain: an axis shrinks as its labels do."""
+        base, slots = sized
+        if not slots:
+            return base
+        out = list(base)
+        for axis, slot in slots:
+            out[axis] = out[axis] * int(sizes[slot]) // max(int(self._counter.full[slot]), 1)
+        return tuple(out)
 
-def _shape(base: tuple[int, ...], slots: Slots, sizes: Labels) -> tuple[int, ...]:
-    if not slots:
-        return base
-    out = list(base)
-    for axis, slot in slots:
-        out[axis] = int(sizes[slot])
-    return tuple(out)
-
-
-def _node_macs(node: _Node, sizes: Labels) -> int:
-    """The operator's own rule, on the shapes that would remain."""
-    key = sizes[node.follows].tobytes()
-    if key not in node.known:
-        op = node.op
-        op.inputs = [None if p is None else State(_shape(*p, sizes)) for p in node.inputs]
-        op.shapes = [None if p is None else _shape(*p, sizes) for p in node.outputs]
-        node.known[key] = node.rule(op)
-    return node.known[key]
+    def _node_macs(self, node: _Node, sizes: Labels) -> int:
+        """The operator's own rule, on the shapes that would remain."""
+        key = sizes[node.follows].tobytes()
+        if key not in node.known:
+            inputs = [None if p is None else self._shape(p, sizes) for p in node.inputs]
+            outputs = [None if p is None else self._shape(p, sizes) for p in node.outputs]
+            try:
+                node.known[key] = macs_of(replace(node.site, inputs=inputs, outputs=outputs))
+            except Uncounted as reason:
+                which = f"{node.site.node.op_type} {node.site.node.name!r}"
+                raise SymmetryError(f"What {which} costs with fewer units cannot be predicted: {reason}.") from reason
+        return node.known[key]

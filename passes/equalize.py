@@ -9,6 +9,7 @@ import numpy as np
 
 from cipm_ir.algebra import Element
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
+from cipm_ir.passes.blockers import idle, rounding
 from cipm_ir.passes.canonical_members import Floats, Members
 from cipm_ir.passes.canonicalize import as_lists
 from cipm_ir.passes.equalize_report import figures_of, metrics_of, summary_of
@@ -57,9 +58,11 @@ class Equalize(Pass):
         data = ctx.data
         look = None if data is None else lambda names: channels(program, names, data, self.samples)
         terms = terms_of(members, look)
-        free = np.setdiff1d(indices(terms), np.flatnonzero(frozen(members, terms)))
+        still, reasons = frozen(members, terms)
+        free = np.setdiff1d(indices(terms), np.flatnonzero(still))
+        notes = [*reasons, *([rounding(program)] if self.exact and rounding(program) else [])]
         if not len(free):
-            return PassResult(program, False, "no weight has a scale that is free")
+            return PassResult(program, False, "; ".join([idle(program, "no weight has a scale that is free"), *notes]))
         objective = Objective(terms, free, self.per, self.alpha if data is not None else 0.0)
         found = solve(objective, lambda done: ctx.progress("equalize", 0.9 * done))
         flat = np.zeros(members.count * max(members.scales, 1))
@@ -68,10 +71,13 @@ class Equalize(Pass):
         lost = give_up_rounding(members, scale)
         elements = _elements(program, scale)
         if not elements:
-            return PassResult(program, False, "already equalized: no scale by a power of two would help")
+            what = "already equalized: no scale by a power of two would help"
+            if lost:
+                what = f"scales of {lost} units would help, but a weight could not take them exactly"
+            return PassResult(program, False, "; ".join([what, *notes]))
         metrics = metrics_of(program, terms, scale, self.per)
         witness = {space.name: as_lists(element) for space, element in elements.items()}
-        summary = summary_of(metrics, len(elements), lost)
+        summary = "; ".join([summary_of(metrics, len(elements), lost), *notes])
         acted, pictures = program.act(elements), figures_of(metrics)
         return PassResult(acted, True, summary, witness, metrics, figures=pictures, bit_exact=self.exact)
 

@@ -21,6 +21,7 @@ from scipy import sparse
 
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Labels
+from cipm_ir.passes.blockers import listed
 from cipm_ir.passes.canonical_members import Floats, Member, Members
 from cipm_ir.symmetry.leaves import Leaf
 
@@ -249,12 +250,19 @@ def _weigh(members: Members, terms: Mapping[int, Term], given: Collection[str]) 
         flow.used(term)
 
 
-def frozen(members: Members, terms: Sequence[Term]) -> npt.NDArray[np.bool_]:
-    """Unknowns that stay: of dead units (a weight has a row or column of zeros), and of weights that are no numbers."""
+def frozen(members: Members, terms: Sequence[Term]) -> tuple[npt.NDArray[np.bool_], list[str]]:
+    """Unknowns that stay, and why: dead units (a weight has a row or column of zeros), and weights that are no numbers.
+
+    With exact scales also those of half precision, which a power of two may make subnormal.
+    """
+    names: dict[str, list[str]] = {}
     still = np.zeros(members.count * max(members.scales, 1), bool)
     for term in terms:
         for table, alive in ((term.rows, term.energy.sum(2)), (term.columns, term.energy.sum(1))):
-            still[table[np.flatnonzero(alive.ravel() == 0)].indices] = True
+            dead = table[np.flatnonzero(alive.ravel() == 0)].indices
+            still[dead] = True
+            if len(dead) and term.name not in names.setdefault("it has rows or columns of zeros", []):
+                names["it has rows or columns of zeros"].append(term.name)
     for leaf, found in members.on_leaf.items():
         array = members.array(leaf)
         kind = members.analysis.walk.leaves[leaf].dtype
@@ -264,7 +272,9 @@ def frozen(members: Members, terms: Sequence[Term]) -> npt.NDArray[np.bool_]:
         if narrow or not np.isfinite(array if array.dtype.kind == "f" else array.astype(np.float32)).all():
             for m in found:
                 still[_table(members, m).indices] = True
-    return still
+            why = f"{kind.name.lower()} may round; exact=false scales it" if narrow else "it holds NaN or infinities"
+            names.setdefault(why, []).append(members.analysis.walk.leaves[leaf].name)
+    return still, [f"units of {listed(found)} keep their scale ({why})" for why, found in names.items()]
 
 
 def indices(terms: Sequence[Term]) -> Labels:

@@ -14,6 +14,7 @@ from scipy.sparse import csr_array
 from cipm_ir.errors import OptionError, SymmetryError
 from cipm_ir.ir.labels import Labels
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
+from cipm_ir.passes.blockers import check_counted, left_alone, pins, within
 from cipm_ir.passes.budget import Choice, Search, allowed_levels, even, grids_of, link_spaces, make_choice
 from cipm_ir.passes.canonical_members import Floats, Members
 from cipm_ir.passes.cost import CostModel, Mask
@@ -25,9 +26,8 @@ from cipm_ir.passes.importance import Magnitude
 from cipm_ir.passes.registry import register
 from cipm_ir.symmetry.program import Program, Space
 
-_BUDGETS = ("macs", "params", "ratio")
-_NAMED = 3
-"""So many spaces are named for each reason in a summary."""
+_WORDS = {"macs": "multiply-accumulates", "params": "parameters", "ratio": "units"}
+_BUDGETS = tuple(_WORDS)
 
 
 @register("fold")
@@ -73,11 +73,18 @@ class Fold(Pass):
         if len(given) > 1:
             raise OptionError(f"Pass 'fold' takes at most one of macs, params and ratio; got {' and '.join(given)}.")
 
+    @property
+    def approximates(self) -> bool:
+        """With a budget."""
+        return any(getattr(self, name) is not None for name in _BUDGETS)
+
     def run(self, program: Program, ctx: Context) -> PassResult:
         """Merge duplicates; then, with a budget, what is nearly the same."""
         budget = next((name for name in _BUDGETS if getattr(self, name) is not None), None)
         if budget is not None and METHODS[self.method].needs_data and ctx.data is None:
             raise OptionError(f"Pass 'fold': method {self.method!r} looks at data, but none was given; pass data=.")
+        if budget == "macs":
+            check_counted("fold", program.count(ctx.sizes_of(program)), "params= or ratio=")
         tally = _Tally(program)
         current = self._duplicates(program, tally, ctx)
         if budget is not None:
@@ -133,7 +140,7 @@ class Fold(Pass):
         planner = Planner(program, members, METHODS[self.method], ctx, self.correct, self.streams)
         able = planner.able(rows, tally.refuse)
         choices = self._choices(program, able, tally, ctx)
-        costs = CostModel(program)
+        costs = CostModel(program, ctx.sizes_of(program))
         cost, limit, whole = self._limit(program, choices, ctx, costs, budget)
         while True:
             search = Search(program.analysis, choices, cost)
@@ -147,6 +154,7 @@ class Fold(Pass):
                 if choice.levels[level] < program.spaces[k].size
             }
             if not numbers:
+                tally.idle = self._idle(program, choices, found.cost, whole, limit, budget)
                 return program
             ranks = {k: o for c in choices for k, o in zip(c.spaces, c.order, strict=True)}
             merges = planner.merges({k: able[k] for k in numbers}, numbers, ranks)
@@ -169,6 +177,7 @@ class Fold(Pass):
             floor = ceil(self.min_keep * max(sizes)) if self.min_keep < 1 else int(self.min_keep)
             levels = allowed_levels(min(sizes), max(sizes), floor, self.round_to)
             if len(levels) < 2:
+                tally.refuse(program.spaces[group[0]], "min_keep and round_to leave no smaller width")
                 continue
             scores = [criterion.score(program, program.spaces[k], ctx) for k in group]
             choice = make_choice(program.analysis, group, scores, levels, local=True)
@@ -185,7 +194,8 @@ class Fold(Pass):
         """What a mask costs, what it may cost, and what the whole costs."""
         original = ctx.original or program
         if budget == "macs":
-            return costs.macs, (self.macs or 0.0) * original.macs, original.macs
+            whole = original.count(ctx.sizes_of(program)).total
+            return costs.macs, (self.macs or 0.0) * whole, whole
         if budget == "params":
             return costs.params, (self.params or 0.0) * original.parameters, original.parameters
         tables = [program.analysis.spaces[k].table[:, 0] for choice in choices for k in choice.spaces]
@@ -195,12 +205,20 @@ class Fold(Pass):
 
     def _out_of_reach(self, budget: str, least: float, tally: _Tally) -> str:
         asked = getattr(self, budget) if budget != "ratio" else 1.0 - (self.ratio or 0.0)
-        what = {"macs": "multiply-accumulates", "params": "parameters", "ratio": "units"}[budget]
-        refused = tally.refusals()
+        what = _WORDS[budget]
+        why = "; ".join(x for x in (left_alone(tally.refused), *pins(tally.program)) if x)
         return (
             f"fold cannot come down to {asked:.3g} of the {what}: with all spaces that it may merge at their minimum, "
-            f"{least:.3g} remain{f' ({refused})' if refused else ''}; allow more, or lower min_keep or round_to."
+            f"{least:.3g} remain{f' ({why})' if why else ''}; allow more, or lower min_keep or round_to."
         )
+
+    def _idle(
+        self, program: Program, choices: Sequence[Choice], cost: float, whole: float, limit: float, budget: str
+    ) -> str:
+        """Why nothing is merged for the budget."""
+        if not choices and budget == "ratio":
+            return "; ".join(["no space can be merged", *pins(program)])
+        return within(_WORDS[budget], cost, whole, limit)
 
 
 def _all_merged(program: Program, merges: Mapping[int, Merge]) -> tuple[Program, dict[int, str]]:
@@ -267,6 +285,8 @@ class _Tally:
     merged: int = 0
     method: str = ""
     warnings: list[str] = field(default_factory=list)
+    idle: str = ""
+    """Why the budget asked for nothing."""
 
     def refuse(self, space: Space, why: str) -> None:
         """Note why a space stays as it is."""
@@ -294,18 +314,6 @@ class _Tally:
         self.kept[space.name] = before[kept]
         self.mixing[space.name] = mixing if earlier is None else np.asarray(csr_array(earlier) @ mixing)
 
-    def refusals(self) -> str:
-        """The refused spaces, by reason."""
-        by_reason: dict[str, list[str]] = {}
-        for name, why in self.refused.items():
-            by_reason.setdefault(why.rstrip("."), []).append(f"@{name}")
-        parts = []
-        for why, names in by_reason.items():
-            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-            parts.append(f"{', '.join(names[:_NAMED])}{more} ({why})")
-        more = f"; {len(parts) - _NAMED} more reasons" if len(parts) > _NAMED else ""
-        return f"left as they are: {'; '.join(parts[:_NAMED])}{more}" if parts else ""
-
     def result(self, program: Program) -> PassResult:
         """Summary, witness and numbers."""
         sizes = {space.name: space.size for space in self.program.spaces}
@@ -324,7 +332,7 @@ class _Tally:
         ]
         where = f"in {len(self.kept)} space{'s' * (len(self.kept) > 1)}"
         summary = f"units merged: {', '.join(parts)}, {where}" if parts else "nothing to merge"
-        summary = "; ".join(part for part in (summary, *self.warnings, self.refusals()) if part)
+        summary = "; ".join(part for part in (summary, self.idle, *self.warnings, left_alone(self.refused)) if part)
         if not parts:
             return PassResult(self.program, False, summary, metrics=metrics)
         kind = Kind.APPROXIMATE if self.merged else Kind.EXACT

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cipm_ir.errors import OptionError
+from cipm_ir.passes.spelling import hint
 
 _BARE = re.compile(r"[^\s,{}()=\"\\]+")
 
@@ -216,7 +217,8 @@ def checked(value: Any, option: Option, name: str) -> Any:
         if not all(_within(entry, option) for entry in entries):
             raise _Unfit
     except _Unfit:
-        raise OptionError(f"Pass {name!r}: option {option.name!r} takes {option.allowed}, not {value!r}.") from None
+        said = f"{option.allowed}, not {value!r}{hint(value, option)}"
+        raise OptionError(f"Pass {name!r}: option {option.name!r} takes {said}.") from None
     return fitting
 
 

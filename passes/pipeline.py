@@ -14,6 +14,7 @@ from cipm_ir.passes.base import Context, Kind, Pass, PassResult, Progress, ignor
 from cipm_ir.passes.report import Report, Step, Totals, opaque_lines, space_lines
 from cipm_ir.passes.text import parse_passes
 from cipm_ir.runtime.checks import check_finite, check_shapes
+from cipm_ir.runtime.data_sizes import data_sizes
 from cipm_ir.runtime.inputs import Data, batches
 from cipm_ir.runtime.verify import Tolerance, Verification, Verifier, verify_models
 from cipm_ir.symmetry.program import Program
@@ -179,6 +180,7 @@ class _Run:
     options: dict[str, Any]
     first: Program = field(init=False)
     before: Totals = field(init=False)
+    sizes: Mapping[str, int] = field(init=False)
     steps: list[Step] = field(default_factory=list)
     witness: list[Witness] = field(default_factory=list)
     unverifiable: str = ""
@@ -187,7 +189,8 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.first = self.base = self.program
-        self.before = Totals.of(self.program)
+        self.sizes = data_sizes(self.program.model, self.data)
+        self.before = Totals.of(self.program, self.sizes)
         self._verifier: Any = None
         self.against_first: Verification | None = None
 
@@ -218,7 +221,8 @@ class _Run:
             )
             return
         start = time.perf_counter()
-        ctx = Context(self.data, self.seed, report_progress, bool(self.verify), self.options, self.first, index)
+        verify = bool(self.verify)
+        ctx = Context(self.data, self.seed, report_progress, verify, self.options, self.first, index, self.sizes)
         try:
             result = self._call(one, ctx)
         except VerificationError as error:  # a check of its own
@@ -239,7 +243,7 @@ class _Run:
             self._leave_out(one, broken.why, seconds, broken.verification)
             return
         before = self.steps[-1].after if self.steps else self.before
-        after = Totals.of(result.program) if changed else before
+        after = Totals.of(result.program, self.sizes) if changed else before
         said = result.summary, before, after, seconds, verification, checked, result.metrics, result.figures
         made = Step(str(one), kind.value, changed, *said)
         self.steps.append(made)

@@ -11,6 +11,7 @@ import numpy as np
 from cipm_ir.errors import OptionError, SymmetryError
 from cipm_ir.ir.labels import Labels
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
+from cipm_ir.passes.blockers import check_counted, listed, pins, within
 from cipm_ir.passes.budget import (
     Choice,
     Found,
@@ -26,10 +27,9 @@ from cipm_ir.passes.compensation import Compensation
 from cipm_ir.passes.cost import CostModel, Mask
 from cipm_ir.passes.importance import Importance, ScoreFunction, make_importance
 from cipm_ir.passes.registry import register
-from cipm_ir.passes.report import pinned_note
 from cipm_ir.symmetry.program import Program, Space
 
-_BUDGETS = ("macs", "params", "ratio")
+_BUDGETS = {"macs": "multiply-accumulates", "params": "parameters", "ratio": "units"}
 _TIE = 1e-9
 """How far equal scores are drawn apart, in means of a space."""
 
@@ -78,49 +78,54 @@ class Prune(Pass):
         """Rank, search, restrict."""
         if self.compensate and ctx.data is None:
             raise OptionError("Pass 'prune': compensate looks at activations; give it calibration inputs with data=.")
-        costs = CostModel(program)
-        cost, budget = self._budget(program, ctx, costs)
+        costs = CostModel(program, ctx.sizes_of(program))
+        cost, budget, original = self._budget(program, ctx, costs)
         choices, notes, remarks = self._choices(program, ctx)
         while True:
             search = Search(program.analysis, choices, cost)
             found = search.run(budget)
             if found.cost > budget:
-                raise SymmetryError(self._out_of_reach(program, ctx, found, notes))
+                raise SymmetryError(self._out_of_reach(program, found, original, [*notes, *remarks]))
             keep = _kept(program, choices, found.levels)
             if not keep:
-                return PassResult(program, False, "nothing to remove: the model is within the budget already")
+                why = [within(self._what, found.cost, original, budget), *([] if choices else pins(program)), *notes]
+                return PassResult(program, False, "; ".join([*why, *remarks]))
             stays = search.mask(found.levels)
             try:
-                made = self._applied(program, keep, ctx)
+                made, said = self._applied(program, keep, ctx)
             except SymmetryError as refusal:
                 choices = _without_refused(program, choices, found.levels, refusal)
                 notes = [*notes, str(refusal)]
                 continue
-            return self._result(program, made, keep, costs, stays, [*notes, *remarks])
+            return self._result(program, made, keep, costs, stays, [*notes, *remarks, *said])
 
     # ------------------------------------------------------------ budget
-    def _budget(self, program: Program, ctx: Context, costs: CostModel) -> tuple[Callable[[Mask], float], float]:
+    def _budget(self, program: Program, ctx: Context, costs: CostModel) -> tuple[Callable[[Mask], float], float, float]:
+        """What a mask costs, what it may cost, and what the original costs."""
         original = ctx.original or program
         if self.macs is not None:
-            return costs.macs, self.macs * original.macs
+            check_counted("prune", costs.counted, "params= or ratio=")
+            whole = original.count(ctx.sizes_of(program)).total
+            return costs.macs, self.macs * whole, whole
         if self.params is not None:
-            return costs.params, self.params * original.parameters
+            return costs.params, self.params * original.parameters, original.parameters
         units = costs.units(np.ones(program.analysis.classes.count, bool))
-        return costs.units, (1.0 - (self.ratio or 0.0)) * units + 1e-9
+        return costs.units, (1.0 - (self.ratio or 0.0)) * units + 1e-9, units
 
-    def _out_of_reach(self, program: Program, ctx: Context, found: Found, notes: Sequence[str]) -> str:
+    @property
+    def _what(self) -> str:
+        """What the budget counts."""
+        return next(word for name, word in _BUDGETS.items() if getattr(self, name) is not None)
+
+    def _out_of_reach(self, program: Program, found: Found, original: float, notes: Sequence[str]) -> str:
         name = next(n for n in _BUDGETS if getattr(self, n) is not None)
-        original = ctx.original or program
-        units = sum(s.size for s in program.spaces if s.kind == "units")
-        whole = {"macs": original.macs, "params": original.parameters, "ratio": units}[name]
-        reached = found.least / max(whole, 1)
+        reached = found.least / max(original, 1)
         asked = getattr(self, name) if name != "ratio" else 1.0 - (self.ratio or 0.0)
-        what = {"macs": "multiply-accumulates", "params": "parameters", "ratio": "units"}[name]
-        notes = [*notes, *pinned_note(program)]
-        why = f" ({'; '.join(notes)})" if notes else ""
+        why = "; ".join([*notes, *pins(program)])
         return (
-            f"prune cannot come down to {asked:.3g} of the {what}: with all spaces that it may touch at their minimum, "
-            f"{reached:.3g} remain{why}; allow more, or lower min_keep, round_to or exclude."
+            f"prune cannot come down to {asked:.3g} of the {self._what}: with all spaces that it may touch at their "
+            f"minimum, {reached:.3g} remain{f' ({why})' if why else ''}; allow more, or lower min_keep, round_to or "
+            "exclude."
         )
 
     # ------------------------------------------------------------ choices
@@ -130,7 +135,7 @@ class Prune(Pass):
         links = link_spaces(analysis)
         wanted = wanted_spaces(program, "prune", self.include, self.exclude, self.blocks)
         criterion = make_importance(self.importance, self.norm)
-        choices, stuck, equal = [], [], []
+        choices, stuck, fixed, equal = [], [], [], []
         grids = grids_of(analysis)
         for group in links.groups:
             spaces = [program.spaces[k] for k in group]
@@ -138,6 +143,7 @@ class Prune(Pass):
                 continue
             levels = kept_numbers(spaces, self.min_keep, self.round_to)
             if len(levels) < 2:
+                fixed.append(spaces[0].name)
                 continue
             scores = [self._score(criterion, program, s, ctx) for s in spaces]
             equal += [space.name for space, score in zip(spaces, scores, strict=True) if np.ptp(score) == 0]
@@ -146,11 +152,12 @@ class Prune(Pass):
                 choices.append(choice)
             else:
                 stuck.append(spaces[0].name)
-        notes = (
-            [f"left as they are, because rows would become uneven: {', '.join('@' + n for n in stuck)}"]
-            if stuck
-            else []
-        )
+        reasons = {"rows would become uneven": stuck, "min_keep and round_to leave no smaller width": fixed}
+        notes = [
+            f"left as they are, because {why}: {listed(['@' + n for n in names], 8)}"
+            for why, names in reasons.items()
+            if names
+        ]
         remarks = [*getattr(criterion, "warnings", ())]
         if equal:
             more = f" (and those of {len(equal) - 1} more)" if len(equal) > 1 else ""
@@ -179,12 +186,19 @@ class Prune(Pass):
         return scores / mean if mean > 0 else scores
 
     # ------------------------------------------------------------ doing it
-    def _applied(self, program: Program, keep: Mapping[Space, Labels], ctx: Context) -> Program:
-        if not self.compensate:
-            return program.restrict(keep)
+    def _applied(self, program: Program, keep: Mapping[Space, Labels], ctx: Context) -> tuple[Program, list[str]]:
+        """The program without the other units, and what could not be compensated."""
+        if not self.compensate or ctx.data is None:
+            return program.restrict(keep), []
         stays = program.kept_classes(keep)
-        made = Compensation(ctx.data, seed=ctx.seed, progress=ctx.progress).run(program, stays).program  # type: ignore[arg-type]
-        return made.restrict({made.space(space.name): kept for space, kept in keep.items()})
+        done = Compensation(ctx.data, seed=ctx.seed, progress=ctx.progress).run(program, stays)
+        made = done.program
+        notes = (
+            done.notes
+            if done.sums
+            else [*done.notes, "nothing was compensated: no product that loses units was refitted"]
+        )
+        return made.restrict({made.space(space.name): kept for space, kept in keep.items()}), notes
 
     def _result(
         self,

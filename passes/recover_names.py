@@ -30,6 +30,9 @@ _PARAMETER = "pkg.torch.export.graph_signature.InputSpec.kind"
 _LINEAR = re.compile(r"call_function\[target=torch\.ops\.aten\.linear\.default\]\(args = \(%\w+, %p_(\w+)[,)]")
 """An fx node that multiplies with a parameter itself; the group is what became of the parameter's name."""
 
+_NAMED = 3
+"""So many weights that keep their names are named in the summary."""
+
 _OWN = {"MultiheadAttention": ("in_proj_weight", "out_proj.weight")}
 """Modules that multiply with weights of their own, and how these are called; a Linear has ``weight``."""
 
@@ -78,7 +81,9 @@ class RecoverNames(Pass):
 
 
 def _summary(found: Mapping[str, str], left: Mapping[str, str]) -> str:
-    kept = f"{len(left)} kept theirs" if left else ""
+    few = "; ".join(f"{name!r}: {why}" for name, why in list(left.items())[:_NAMED])
+    more = f"; {len(left) - _NAMED} more" if len(left) > _NAMED else ""
+    kept = f"{len(left)} kept theirs ({few}{more})" if left else ""
     if not found:
         return f"no weight was renamed{'; ' if kept else ''}{kept}"
     renamed = "1 weight has its" if len(found) == 1 else f"{len(found)} weights have their"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,6 +86,31 @@ def layers_of(program: Program) -> list[Layer]:
         linear = Linear.of(program, reader)
         made.append(Layer(reader, linear, *_surroundings(program, node, linear, uses, live, place)))
     return made
+
+
+def left_out(program: Program, layers: Sequence[Layer], stays: Mask) -> list[str]:
+    """Products with a weight that lose some of their units and are not refitted, with the reason."""
+    analysis, fitted = program.analysis, {layer.reader.node for layer in layers}
+    uses, by_node = weight_uses(program), {reader.node: reader for reader in products(program)}
+    live = moving(program.model)
+    why: dict[int, str] = {}
+    for event in analysis.walk.rec.contractions:
+        node = analysis.walk.nodes[event.node]
+        weighted = any(v is not None and v.name not in live for v in node.inputs[:2])
+        if event.node in fitted or not weighted or stays[analysis.classes.of[event.a]].all():
+            continue
+        reader = by_node.get(event.node)
+        if reader is None:
+            why[event.node] = "only Conv (group 1), Gemm and MatMul with a weight are"
+        elif uses.get(reader.weight) != 1:
+            why[event.node] = f"{reader.weight} is used in several places"
+        else:
+            why[event.node] = "its weight is computed, or its padding follows its input"
+    named = {k: analysis.walk.nodes[k] for k in sorted(why)}
+    return [
+        f"{node.op_type} {node.name or (node.outputs[0].name or '')!r} loses units and is not refitted: {why[k]}"
+        for k, node in named.items()
+    ]
 
 
 def _surroundings(

@@ -12,6 +12,8 @@ import numpy.typing as npt
 from cipm_ir.errors import OptionError, SymmetryError
 from cipm_ir.ir.labels import Labels
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
+from cipm_ir.passes.blockers import left_alone
+from cipm_ir.passes.candidates import between_blocks
 from cipm_ir.passes.contributions import Sum, find_sums
 from cipm_ir.passes.liveness import Liveness
 from cipm_ir.passes.registry import register
@@ -52,6 +54,11 @@ class RemoveDead(Pass):
     constants: bool = option(True, "also remove units that are constant, by a shift of the biases of their readers")
     rounds: int = option(4, "how often the result is looked at again after constants are gone", low=1)
 
+    @property
+    def approximates(self) -> bool:
+        """With units that are zero on the data."""
+        return self.never_firing
+
     def run(self, program: Program, ctx: Context) -> PassResult:
         """Analyse, restrict, absorb, until nothing more is found."""
         if self.never_firing and ctx.data is None:
@@ -74,6 +81,8 @@ class RemoveDead(Pass):
     def _dead(self, seen: _Seen, tally: _Tally, ctx: Context, number: int) -> Program:
         program = seen.program
         keep, made = removable_units(program, seen.liveness, seen.sums)
+        if number == 0:
+            tally.note_staying(seen, keep)
         if self.never_firing and number == 0:
             proven = program.kept_classes(keep)
             keep, made = removable_units(program, seen.liveness, find_sums(_observed(seen, ctx)))
@@ -201,6 +210,8 @@ class _Tally:
         self.approximate = False
         self.refused: dict[str, str] = {}
         """Per space, why its constant units stay."""
+        self.staying: dict[str, str] = {}
+        """Per space, why its dead units stay."""
 
     def fits(self, keep: Mapping[Space, Labels]) -> bool:
         """Whether the spaces are those that came in, as far as they are left."""
@@ -220,16 +231,36 @@ class _Tally:
                 self.blocks += space.size - len(index)
             self.kept[space.name] = before[index]
 
+    def note_staying(self, seen: _Seen, keep: Mapping[Space, Labels]) -> None:
+        """Note dead units that stay, by space, with the reason."""
+        program, analysis = seen.program, seen.program.analysis
+        apart = seen.liveness
+        if analysis.walk.rec.normalized:  # without the statistics that keep a unit alive
+            apart = Liveness(between_blocks(analysis, analysis.walk.rec.normalized))
+            apart.read(seen.found, seen.sums)
+        dead = ~apart.alive(seen.sums, np.zeros(analysis.classes.count, bool))
+        gone = ~np.asarray(program.kept_classes(keep), bool)
+        for space, raw in zip(program.spaces, analysis.spaces, strict=True):
+            classes = raw.table[:, 0]
+            left = classes[dead[classes] & ~gone[classes]] if space.kind == "units" else classes[:0]
+            if not len(left) or gone[classes].sum() + 1 == len(classes):  # a space keeps one unit
+                continue
+            held = seen.liveness.summed[left].any()
+            why = "a normalization, softmax or mean runs over them" if held else "rows would become uneven"
+            self.staying[space.name] = f"{len(left)} of {space.size} units are dead, but {why}"
+
     def result(self, program: Program) -> PassResult:
         """Summary, witness and numbers."""
+        stay = left_alone({**self.refused, **self.staying})
         kept = {s.name: self.kept[s.name] for s in self.program.spaces if len(self.kept[s.name]) < s.size}
         metrics = {
             "dead": self.units - self.silent, "never_firing": self.silent, "constant": self.constant,
             "blocks": self.blocks, "widths": {n: [self.program.space(n).size, len(k)] for n, k in kept.items()},
-            "refused": self.refused,
+            "refused": {**self.refused, **self.staying},
         }  # fmt: skip
         if not kept:
-            return PassResult(self.program, False, "nothing dead", metrics=metrics)
+            what = "nothing dead" if not stay else "nothing dead that could go"
+            return PassResult(self.program, False, "; ".join(x for x in (what, stay) if x), metrics=metrics)
         parts = [
             f"{count} {what}"
             for count, what in (
@@ -241,7 +272,7 @@ class _Tally:
         ]
         whole = f"{self.blocks} block{'s' * (self.blocks != 1)}" if self.blocks else ""
         units = f"units removed: {', '.join(parts)}" if parts else ""
-        summary = "; ".join(x for x in (units, f"{whole} removed" if whole else "") if x)
+        summary = "; ".join(x for x in (units, f"{whole} removed" if whole else "", stay) if x)
         kind = Kind.APPROXIMATE if self.approximate else None
         witness = {"kept": kept, "shift": self.shifts} if self.shifts else {"kept": kept}
         return PassResult(program, True, summary, witness, metrics, kind)

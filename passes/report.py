@@ -7,7 +7,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cipm_ir.ir.lifted import held_weights
 from cipm_ir.passes.figures import Figure
 from cipm_ir.runtime.graphs import all_graphs
 from cipm_ir.runtime.verify import Verification
+from cipm_ir.symmetry.counting import sizes_in_words
 from cipm_ir.symmetry.program import Program
 
 _WIDTH = 118
@@ -26,26 +28,48 @@ _WIDTH = 118
 
 @dataclass(frozen=True)
 class Totals:
-    """Sizes of a program: float parameters, multiply-accumulates of a run, bytes of all weights, nodes, free units."""
+    """Sizes of a program: float parameters, multiply-accumulates of a run, bytes of all weights, nodes, free units.
+
+    ``sizes``: at which dynamic dimensions were counted; ``uncounted``: nodes whose multiply-accumulates are not known.
+    """
 
     parameters: int
     macs: int
     bytes: int
     nodes: int
     units: int
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    uncounted: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, program: Program) -> Totals:
-        """Measure a program; macs and units come from its analysis."""
-        model = program.written
-        weights = [value.const_value for graph in all_graphs(model) for value in graph.initializers.values()]
+    def of(cls, program: Program, sizes: Mapping[str, int] | None = None) -> Totals:
+        """Measure a program; ``sizes``: of dynamic dimensions, as for `Program.count`."""
+        model, counted = program.written, program.count(sizes)
+        graphs = list(all_graphs(model))
+        weights = [value.const_value for graph in graphs for value in graph.initializers.values()]
+        weights += [tensor for graph in graphs for _, tensor in held_weights(graph)]
         return cls(
             program.parameters,
-            program.macs,
+            counted.total,
             sum(tensor.nbytes for tensor in weights if tensor is not None),
-            sum(len(graph) for graph in all_graphs(model)),
+            sum(len(graph) for graph in graphs),
             sum(space.size for space in program.spaces if space.kind == "units"),
+            dict(counted.sizes),
+            tuple(map(str, counted.unknown)),
         )
+
+    @property
+    def costs(self) -> list[str]:
+        """Parameters and multiply-accumulates, with what must be known to read them."""
+        return [f"{self.parameters:,} parameters, {self.macs:,} multiply-accumulates (MACs)", *self.counting]
+
+    @property
+    def counting(self) -> list[str]:
+        """What must be known to read the multiply-accumulates: at which sizes, and without which nodes."""
+        at = f"MACs are counted at {sizes_in_words(self.sizes)}" if self.sizes else ""
+        more = f" and {len(self.uncounted) - 3} more" if len(self.uncounted) > 3 else ""
+        without = f"MACs are without what cannot be counted: {'; '.join(self.uncounted[:3])}{more}"
+        return [line for line in (at, without if self.uncounted else "") if line]
 
 
 @dataclass(frozen=True)
@@ -166,6 +190,7 @@ class Report:
         if self.opaque:
             more = f" and {len(self.opaque) - 3} more" if len(self.opaque) > 3 else ""
             lines.append(f"opaque, so that what they touch stays fixed: {'; '.join(self.opaque[:3])}{more}")
+        lines += dict.fromkeys([*self.before.counting, *self.after.counting])
         return lines + list(self.notes)
 
     def to_dict(self) -> dict[str, Any]:

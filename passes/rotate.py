@@ -14,6 +14,7 @@ from cipm_ir.algebra import DenseElement
 from cipm_ir.errors import OptionError
 from cipm_ir.ir.parameters import is_parameter
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
+from cipm_ir.passes.blockers import idle, listed
 from cipm_ir.passes.registry import register
 from cipm_ir.passes.rotate_metrics import compare
 from cipm_ir.symmetry.action import act_edits
@@ -76,9 +77,16 @@ class Rotate(Pass):
         for space, role in roles.items():
             if getattr(self, role) and space not in elements and space.size <= LARGEST:
                 elements[space] = draw(self.method, space.size, ctx.rng)
-        left = obstacles(program) if self.stream and "stream" not in roles.values() else ""
+        large = [
+            f"@{s.name}" for s, role in roles.items() if getattr(self, role) and s.size > LARGEST and s not in elements
+        ]
+        notes = [obstacles(program)] if self.stream and "stream" not in roles.values() else []
+        notes += [f"{listed(large)} stay: more than {LARGEST} units"] if large else []
+        unasked = Counter(role for space, role in roles.items() if not getattr(self, role) and space not in elements)
+        notes += [f"{n} {_plural(_WORDS[role], n)} not asked for ({role}=true)" for role, n in unasked.items()]
+        left = "; ".join(notes)
         if not elements:
-            return PassResult(program, changed=False, summary=left or "no space admits a rotation")
+            return PassResult(program, changed=False, summary=left or idle(program, "no space admits a rotation"))
         edits = act_edits(program.analysis, {program.index(space): g for space, g in elements.items()})
         found = compare(program, edits)
         metrics = {"spaces": len(elements), "method": self.method, **found.metrics()}

@@ -17,7 +17,8 @@ from typing import Any
 from cipm_ir.errors import OptionError
 from cipm_ir.passes.base import Pass
 from cipm_ir.passes.options import Word, options_of
-from cipm_ir.passes.registry import lookup
+from cipm_ir.passes.registry import lookup, names
+from cipm_ir.passes.spelling import NAME, respelled
 
 _TOKEN = re.compile(r'\s*(?:(?P<mark>[,{}()=])|(?P<quoted>"(?:[^"\\]|\\.)*")|(?P<word>[^\s,{}()="\\]+))')
 
@@ -28,7 +29,10 @@ def parse_passes(source: str | Pass | Iterable[str | Pass | type[Pass]]) -> tupl
     Errors: `OptionError` naming pass and option, with what is allowed.
     """
     if isinstance(source, str):
-        return _Parser(source).pipeline()
+        try:
+            return _Parser(source).pipeline()
+        except _UnreadableError as error:
+            raise OptionError(str(error)) from None
     if isinstance(source, Pass):
         return (source,)
     if not isinstance(source, Iterable):
@@ -71,6 +75,10 @@ def _options_hint(key: str, options: Iterable[str]) -> str:
     return f"it takes {', '.join(options)}." if options else "it takes none."
 
 
+class _UnreadableError(OptionError):
+    """The text does not follow the grammar."""
+
+
 @dataclass(frozen=True)
 class _Token:
     kind: str
@@ -105,14 +113,39 @@ class _Parser:
         return tuple(passes)
 
     def one_pass(self) -> Pass:
-        cls = lookup(self.word("the name of a pass"))
+        token = self.peek()
+        word = self.word("the name of a pass")
+        assert token is not None
+        bare = NAME.match(word)
+        name = word if bare is None else bare[0]
+        cls = lookup(name)
         values: dict[str, Any] = {}
+        behind = self.peek()
+        if name != word or (behind is not None and (behind.kind == "word" or behind.text in ("(", "="))):
+            raise self._misspelled(cls, token.at + len(name))
         if self.take("{") and not self.take("}"):
-            self.one_option(cls, values)
-            while self.take(","):
+            try:
                 self.one_option(cls, values)
-            self.expect("}")
+                while self.take(","):
+                    self.one_option(cls, values)
+                self.expect("}")
+            except _UnreadableError as error:
+                rest = self.source[token.at + len(name) :]
+                raise OptionError(
+                    f"{str(error).rstrip('.')}; write {respelled(name, rest, options_of(cls))!r}."
+                ) from None
         return make_pass(cls, values)
+
+    def _misspelled(self, cls: type[Pass], at: int) -> OptionError:
+        """The options of a pass do not stand in braces right behind its name."""
+        behind = self.peek()
+        if behind is not None and behind.text in names():
+            what, meant = "a comma stands between passes", f"{cls.name}, {behind.text}"
+        else:
+            meant = respelled(cls.name, self.source[at:], options_of(cls))
+            what = "options of a pass stand in braces behind its name"
+            what = what if "{" in meant else "a pass without options is its name alone"
+        return OptionError(f"The passes {self.source!r} cannot be read: column {at + 1}: {what}; write {meant!r}.")
 
     def one_option(self, cls: type[Pass], values: dict[str, Any]) -> None:
         key = self.word("the name of an option").replace("-", "_")
@@ -162,4 +195,4 @@ class _Parser:
         if column is None:
             token = self.peek()
             column = (len(self.source) if token is None else token.at) + 1
-        return OptionError(f"The passes {self.source!r} cannot be read: column {column} has {what}.")
+        return _UnreadableError(f"The passes {self.source!r} cannot be read: column {column} has {what}.")

@@ -50,7 +50,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_inspect_shows_the_graph(capsys: Capture) -> None:
-    assert works(["inspect", DIGITS], capsys) == f"{cipm_ir.load(DIGITS)}\n"
+    program = cipm_ir.load(DIGITS)
+    costs = f"// {program.parameters:,} parameters, {program.macs:,} multiply-accumulates (MACs)"
+    assert works(["inspect", DIGITS], capsys) == f"{program}\n{costs}\n// MACs are counted at batch=1\n"
 
 
 def test_inspect_shows_the_spaces(capsys: Capture) -> None:
@@ -373,3 +375,54 @@ def test_full_stdout_is_one_sentence() -> None:
 def test_terminal_without_unicode() -> None:
     done = run(["optimize", str(DIGITS), "-p", "fold-batch-norm"], subprocess.PIPE, PYTHONIOENCODING="ascii")
     assert done.returncode == 0 and b"max |?|" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "prune{macs=0.5}",
+        "compress{macs=0.5}",
+        "fold{ratio=0.5}",
+        "absorb-bias{observed=true}",
+        "remove-dead{never_firing=true}",
+    ],
+)
+def test_an_approximate_pass_needs_somewhere_to_go(spec: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error comes before the work: nothing is loaded."""
+    monkeypatch.setattr("cipm_ir.api.optimize", lambda *_, **__: pytest.fail("the work began"))
+    err = fails(["optimize", DIGITS, "-p", "clean-up", "-p", spec], capsys)
+    assert spec.split("{")[0] in err and "-o OUT.onnx" in err and "--dry-run" in err
+
+
+def test_a_dry_run_shows_the_report(capsys: Capture, tmp_path: Path) -> None:
+    words: list[str | Path] = ["optimize", DIGITS, "-p", "prune{macs=0.5}"]
+    assert "units" in works([*words, "--dry-run"], capsys)
+    works([*words, "--report", tmp_path / "r.json", "-q"], capsys)
+    assert (tmp_path / "r.json").exists()
+    assert "--dry-run" in fails([*words, "--dry-run", "-o", tmp_path / "o.onnx"], capsys)
+    assert not (tmp_path / "o.onnx").exists()
+
+
+@pytest.mark.parametrize("name", ["out.txt", "out.json", "out.ort", "out.pth", "out.onnx.gz", "out.npz"])
+def test_a_suffix_that_is_no_model_is_refused_before_the_work(
+    name: str, capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cipm_ir.api.optimize", lambda *_, **__: pytest.fail("the work began"))
+    assert "is written as .onnx" in fails(["optimize", DIGITS, "-p", "clean-up", "-o", tmp_path / name], capsys)
+
+
+@pytest.mark.parametrize("name", ["out.onnx", "out.ONNX", "out.pb", "out"])
+def test_a_name_of_a_model_is_taken(name: str, capsys: Capture, tmp_path: Path) -> None:
+    """Control of the suffixes."""
+    works(["optimize", DIGITS, "-p", "clean-up", "-o", tmp_path / name, "-q"], capsys)
+    assert cipm_ir.load(tmp_path / name).macs == cipm_ir.load(DIGITS).macs
+
+
+def test_groups_are_written_into_onnx_files_only(capsys: Capture, tmp_path: Path) -> None:
+    for name in ("a.txt", "a.pt2"):
+        assert "onnx" in fails(["inspect", DIGITS, "--annotate", tmp_path / name], capsys)
+
+
+def test_brackets_around_options_are_an_error(capsys: Capture, tmp_path: Path) -> None:
+    err = fails(["optimize", DIGITS, "-p", "prune(macs=0.5)", "-o", tmp_path / "o.onnx"], capsys)
+    assert "write 'prune{macs=0.5}'" in err

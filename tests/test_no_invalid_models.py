@@ -19,6 +19,7 @@ REAL = [n for n in zoo.names(without=("large", "constant", "synthetic")) if n !=
 SLOW = ["densenet121", "resnet50"]
 # What is pinned is more than half of these: their hidden layer is read in a fixed order.
 OUT_OF_REACH = {("gather_dynamic", 0.5), ("gated_by_input", 0.5), ("topk_hidden", 0.5)}
+UNCOUNTED = {"custom_op"}
 # A row of zeros divided by its own norm is not a number: dead units are not well defined there.
 DEAD = [n for n in SMALL if n != "mlp_weight_norm"]
 BUDGETS = (0.7, 0.5)
@@ -32,6 +33,12 @@ def check(name: str, budget: float) -> None:
     program = program_of(name)
     if not any(s.kind == "units" for s in program.spaces):
         pytest.skip("nothing in this model is free")
+    if name in UNCOUNTED:  # what the unknown operator costs could be anything: another budget will do
+        with pytest.raises(SymmetryError, match="RampUp 'rampup_9': there is no rule that counts this operator"):
+            pruned(program, budget)
+        result = Prune(params=budget).run(program, Context())
+        assert result.changed and result.program.parameters <= budget * program.parameters
+        return
     if (name, budget) in OUT_OF_REACH:
         with pytest.raises(SymmetryError, match=r"cannot come down to 0\.5 of the multiply-accumulates"):
             pruned(program, budget)

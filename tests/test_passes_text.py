@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -194,3 +195,71 @@ def test_entry_points_of_other_packages(monkeypatch: pytest.MonkeyPatch) -> None
         registry.lookup("broken")
     faults = {line.name: line.fault for line in registry.listing()}
     assert faults["broken"] and not faults["foreign"] and not faults["toy"]
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("prune(macs=0.5)", "prune{macs=0.5}"),
+        ("prune[macs=0.5]", "prune{macs=0.5}"),
+        ("prune<macs=0.5>", "prune{macs=0.5}"),
+        ("prune:macs=0.5", "prune{macs=0.5}"),
+        ("prune macs=0.5", "prune{macs=0.5}"),
+        ("prune --macs 0.5", "prune{macs=0.5}"),
+        ("prune={macs=0.5}", "prune{macs=0.5}"),
+        ("prune{{macs=0.5}}", "prune{macs=0.5}"),
+        ("prune{macs:0.5}", "prune{macs=0.5}"),
+        ("prune{'macs': 0.5}", "prune{macs=0.5}"),
+        ("prune{macs==0.5}", "prune{macs=0.5}"),
+        ("prune{macs=0,5}", "prune{macs=0.5}"),
+        ("prune{macs=0.5", "prune{macs=0.5}"),
+        ("prune{0.5}", "prune{macs=0.5}"),
+        ("prune(0.5)", "prune{macs=0.5}"),
+        ("prune(50%)", "prune{macs=0.5}"),
+        ("prune(macs=50%, norm=l1)", "prune{macs=0.5, norm=l1}"),
+        ("prune{include=[a,b], macs=0.5}", "prune{include=(a,b), macs=0.5}"),
+        ("clean-up, prune(min-keep=4, macs=0.5)", "prune{min_keep=4, macs=0.5}"),
+        ("canonicalize prune{macs=0.5}", "canonicalize, prune"),
+        ("equalize()", "equalize"),
+    ],
+)
+def test_the_right_spelling_is_named(text: str, meant: str) -> None:
+    """What is named can be read, as far as it is a whole pass."""
+    with pytest.raises(OptionError, match=re.escape(f"write {meant!r}")):
+        parse_passes(text)
+    if meant != "canonicalize, prune":
+        parse_passes(meant)
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("prune{macs=50}", "write 0.5 for 50%"),
+        ("prune{macs=50%}", "write 0.5 for 50%"),
+        ('prune{macs="50%"}', "write 0.5 for 50%"),
+        ("prune{macs=1/2}", "write 0.5"),
+        ('prune{macs="0.5"}', "without quotation marks"),
+        ("fold{ratio=12.5%}", "write 0.125 for 12.5%"),
+        ("prune{mac=0.5}", "did you mean macs?"),
+        ("Prune{macs=0.5}", "did you mean prune?"),
+        ("fold_batch_norm", "did you mean fold-batch-norm?"),
+    ],
+)
+def test_values_and_names_near_a_right_one(text: str, hint: str) -> None:
+    with pytest.raises(OptionError, match=re.escape(hint)):
+        parse_passes(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["prune{macs=0.5}", "prune{macs=.5, include=(a, b)}", 'prune{macs=1, include="a b"}', "equalize{}"]
+)
+def test_what_is_spelled_right_is_read(text: str) -> None:
+    """Control: no hint where nothing is wrong."""
+    assert parse_passes(text)
+
+
+@pytest.mark.parametrize("text", ["prune{macs=150}", "prune{macs=-1}", "prune{macs=half}", "prune{round_to=50%}"])
+def test_no_hint_where_none_is_known(text: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        parse_passes(text)
+    assert "write" not in str(caught.value)

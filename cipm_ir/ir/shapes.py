@@ -7,6 +7,8 @@ and nothing that depends on it may be taken for a constant. A static, fully anno
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -49,6 +51,35 @@ def _declared(value: ir.Value) -> Shape | None:
     return tuple(shape.numpy())
 
 
+def forget_impossible_sizes(graph: ir.Graph) -> None:
+    """Make sizes of -1 or 0 unknown, as files of some exporters mean them; in subgraphs too.
+
+    A negative size is none. A size of 0 is one where a tensor is known to be empty (an initializer, a Constant); of an
+    input it says that the exporter had nothing to write.
+    """
+    inner = {g for node in graph for g in subgraphs(node)}
+    for value in [*graph.inputs, *(v for node in graph for v in node.outputs)]:
+        if value.shape is None or value.const_value is not None:
+            continue
+        made = value.producer()
+        least = 0 if made is not None and (made.op_type == "Constant" or not made.inputs) else 1
+        if any(isinstance(d, int) and d < least for d in value.shape):
+            value.shape = ir.Shape([None if isinstance(d, int) and d < least else d for d in value.shape])
+    for one in inner:
+        forget_impossible_sizes(one)
+
+
+def subgraphs(node: ir.Node) -> list[ir.Graph]:
+    """The graphs among the attributes of a node (If, Loop, Scan)."""
+    found: list[ir.Graph] = []
+    for attr in node.attributes.values():
+        if attr.type == ir.AttributeType.GRAPH:
+            found.append(attr.as_graph())
+        elif attr.type == ir.AttributeType.GRAPHS:
+            found.extend(attr.as_graphs())
+    return found
+
+
 def _all_values(graph: ir.Graph) -> list[ir.Value]:
     values = list(graph.inputs) + list(graph.initializers.values())
     for node in graph:
@@ -61,9 +92,22 @@ def infer_shapes(model: ir.Model) -> Shapes:
 
     Errors: `InputError` when ONNX's shape inference finds the model inconsistent.
     """
+    replaceable = _replaceable(model)
+    known, types, complete = _annotated(model, replaceable)
+    if complete:
+        return Shapes(known, known, types=types)
+    dynamic = any(_declared(v) is None for v in free_inputs(model.graph))
+    proto = _stripped(model, replaceable)
+    symbols: dict[str, int] = {}
+    first = _infer(proto, _primes(0), symbols, types)
+    second = _infer(proto, _primes(1), {}, types) if dynamic else first
+    return Shapes(first, second, symbols, types)
+
+
+def _annotated(model: ir.Model, replaceable: set[ir.Value]) -> tuple[dict[str, Shape], dict[str, ir.DataType], bool]:
+    """Shapes and types of the main graph's values that the model states, and whether all shapes are among them."""
     known: dict[str, Shape] = {}
     types: dict[str, ir.DataType] = {}
-    replaceable = _replaceable(model)
     complete = True
     for value in _all_values(model.graph):
         shape = _declared(value)
@@ -75,14 +119,54 @@ def infer_shapes(model: ir.Model) -> Shapes:
             complete = False
         else:
             known[value.name or ""] = shape
+    return known, types, complete
+
+
+def infer_at(model: ir.Model, sizes: Mapping[str, int]) -> Shapes:
+    """Concrete shapes of the main graph's values at given sizes of the dynamic dimensions (`dynamic_sizes`).
+
+    Raises: `InputError` when ONNX's shape inference finds the model inconsistent at these sizes.
+    """
+    replaceable = _replaceable(model)
+    known, types, complete = _annotated(model, replaceable)
     if complete:
         return Shapes(known, known, types=types)
-    dynamic = any(_declared(v) is None for v in free_inputs(model.graph))
-    proto = _stripped(model, replaceable)
-    symbols: dict[str, int] = {}
-    first = _infer(proto, 0, symbols, types)
-    second = _infer(proto, 1, {}, types) if dynamic else first
-    return Shapes(first, second, symbols, types)
+    given = dict(sizes)
+    for value in model.graph.inputs:  # a default has the sizes that it has
+        if value.const_value is not None and value.shape is not None:
+            own = zip(value.shape, value.const_value.shape.numpy(), strict=False)
+            given.update({d.value: n for d, n in own if not isinstance(d, int) and d.value})
+    found = _infer(_stripped(model, replaceable), lambda name, _rank, _axis: given.get(name, 1), {}, types, _own_name)
+    return Shapes({**found, **known}, {}, given, types)
+
+
+def dynamic_sizes(graph: ir.Graph) -> dict[str, list[tuple[ir.Value, int]]]:
+    """The dynamic dimensions of the inputs by name, with where each stands; ``x[1]`` where it has no name."""
+    found: dict[str, list[tuple[ir.Value, int]]] = {}
+    for value in graph.inputs:
+        if value.const_value is not None or value.shape is None:
+            continue
+        for axis, d in enumerate(value.shape):
+            if not isinstance(d, int):
+                found.setdefault(d.value or _own_name(value.name or "", axis), []).append((value, axis))
+    return found
+
+
+def _own_name(name: str, axis: int) -> str:
+    """Name of a dimension that has none in the file."""
+    return f"{name}[{axis}]"
+
+
+def _primes(which: int) -> Callable[[str, int, int], int]:
+    """Stand-ins that tell dynamic sizes from each other and from all others."""
+    small, spatial = iter(_SMALL[which]), iter(_SPATIAL[which])
+    count = itertools.count()
+
+    def pick(_name: str, rank: int, axis: int) -> int:
+        pool = spatial if rank >= 4 and axis >= 2 else small
+        return next(pool, _LATE[which] + 12 * next(count))
+
+    return pick
 
 
 def _replaceable(model: ir.Model) -> set[ir.Value]:
@@ -168,21 +252,27 @@ def _attribute_into(proto: onnx.AttributeProto, attr: ir.Attr) -> None:
 
 
 def _infer(
-    proto: onnx.ModelProto, which: int, symbols: dict[str, int], types: dict[str, ir.DataType]
+    proto: onnx.ModelProto,
+    pick: Callable[[str, int, int], int],
+    symbols: dict[str, int],
+    types: dict[str, ir.DataType],
+    unnamed: Callable[[str, int], str] = lambda _, axis: f"?{axis}",
 ) -> dict[str, Shape]:
+    """``pick``: the size of a dynamic dimension from its name, the rank of its input and its axis.
+
+    ``unnamed``: names dimensions without a name, by input and axis; by default equal axes are taken to be equal.
+    """
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
-    small, spatial = iter(_SMALL[which]), iter(_SPATIAL[which])
     graph = copy.graph
     for info in graph.input:
         dims = info.type.tensor_type.shape.dim
         for axis, dim in enumerate(dims):
             if dim.WhichOneof("value") == "dim_value":
                 continue
-            name = dim.dim_param or f"?{axis}"
+            name = dim.dim_param or unnamed(info.name, axis)
             if name not in symbols:
-                pool = spatial if len(dims) >= 4 and axis >= 2 else small
-                symbols[name] = next(pool, _LATE[which] + 12 * len(symbols))
+                symbols[name] = pick(name, len(dims), axis)
             dim.dim_value = symbols[name]
     for info in list(graph.output):
         info.type.tensor_type.ClearField("shape")

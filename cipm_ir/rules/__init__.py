@@ -6,11 +6,11 @@ import importlib
 
 FAMILIES = (
     "elementwise", "contraction", "convolution", "normalization", "reduction", "shaping", "indexing", "padding",
-    "recurrent", "attention", "quantized",
+    "recurrent", "attention", "quantized", "costs", "costs_free", "costs_runtime",
 )  # fmt: skip
 
 
 def load_rules() -> None:
-    """Import every family, which registers its operators."""
+    """Import every family, which registers its operators and what they cost."""
     for family in FAMILIES:
         importlib.import_module(f"cipm_ir.rules.{family}")

@@ -70,15 +70,6 @@ def _masked(op: OpContext, scores: State, index: int) -> State:
     return broadcast(replace(op, shapes=[scores.shape]), [scores, mask], "Attention mask")
 
 
-def _attention_macs(op: OpContext) -> int:
-    """Q K' and the product with V."""
-    q, k, v = op.state(0), op.state(1), op.state(2)
-    heads = int(op.attr("q_num_heads", 1)) if q.rank == 3 else q.shape[1]
-    values = v.shape[3] * heads if v.rank == 4 else v.shape[2] * heads // int(op.attr("kv_num_heads", 1))
-    keys = q.shape[-1] * (heads if q.rank == 4 else 1)
-    return q.shape[0] * q.shape[-2] * k.shape[-2] * (keys + values)
-
-
 def _resize_attention(r: Resize) -> None:
     """Numbers of heads follow; the default 1 / sqrt(d) becomes explicit where d shrinks."""
     if len(r.old(0)) == 3:
@@ -101,7 +92,7 @@ def _resize_attention(r: Resize) -> None:
         r.set_attr("scale", 1.0 / math.sqrt(before))
 
 
-@operator("Attention", resize=_resize_attention, macs=_attention_macs)
+@operator("Attention", resize=_resize_attention)
 def attention(op: OpContext) -> None:
     """softmax(Q K' scale + mask) V per head (ONNX Attention 23, 24, 25); a cache of past keys is opaque."""
     if op.optional(4) is not None or op.optional(5) is not None:

@@ -166,13 +166,7 @@ def matmul_letters(a: State, b: State, out_rank: int) -> tuple[Letters, Letters,
     return tuple(left), tuple(right), tuple(out)
 
 
-def matmul_macs(op: OpContext) -> int:
-    """Products: output size times the contracted length."""
-    a = op.state(0)
-    return math.prod(op.shape()) * (a.shape[-1] if a.shape else 1)
-
-
-@operator("MatMul", "MatMulInteger", macs=matmul_macs)
+@operator("MatMul", "MatMulInteger")
 def matmul(op: OpContext) -> None:
     """Numpy-style matrix product."""
     a, b = op.state(0), op.state(1)
@@ -188,13 +182,7 @@ def matmul(op: OpContext) -> None:
     op.like(0, contract(op, [a, b], [left, right], out))
 
 
-def gemm_macs(op: OpContext) -> int:
-    """M * N * K."""
-    a = op.state(0)
-    return math.prod(op.shape()) * a.shape[0 if op.attr("transA", 0) else 1]
-
-
-@operator("Gemm", macs=gemm_macs)
+@operator("Gemm")
 def gemm(op: OpContext) -> None:
     """alpha A B + beta C, with transposes; C broadcasts."""
     a, b = op.state(0), op.state(1)
@@ -249,21 +237,12 @@ def einsum_terms(equation: str, ranks: Sequence[int]) -> tuple[list[list[str]], 
     return operands, [*names, *sorted(x for x in set(flat) if flat.count(x) == 1)]
 
 
-def einsum_macs(op: OpContext) -> int:
-    """Product of all index ranges."""
-    states = [op.state(k) for k in range(len(op.node.inputs))]
-    operands, _ = einsum_terms(_equation(op), [s.rank for s in states])
-    return math.prod(
-        {x: n for o, s in zip(operands, states, strict=True) for x, n in zip(o, s.shape, strict=True)}.values()
-    )
-
-
 def _equation(op: OpContext) -> str:
     value = op.attr("equation", "")
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
-@operator("Einsum", macs=einsum_macs)
+@operator("Einsum")
 def einsum(op: OpContext) -> None:
     """Any contraction of one or two operands; more operands are opaque."""
     states = [op.state(k) for k in range(len(op.node.inputs))]

@@ -15,17 +15,6 @@ from cipm_ir.rules.registry import Opaque, operator
 from cipm_ir.rules.resize import Resize
 
 
-def conv_macs(op: OpContext) -> int:
-    """Output positions times taps times input channels of a group."""
-    weight = op.state(1).shape
-    return math.prod(op.shape()) * math.prod(weight[1:])
-
-
-def transpose_macs(op: OpContext) -> int:
-    """Input positions times taps times output channels of a group."""
-    return math.prod(op.state(0).shape) * math.prod(op.state(1).shape[1:])
-
-
 def resize_group(r: Resize) -> None:
     """Groups follow the channels: a group keeps its width or goes as a whole."""
     group = r.attr("group", 1)
@@ -58,7 +47,7 @@ def _with_bias(op: OpContext, out: State, index: int) -> None:
     op.like(0, out)
 
 
-@operator("Conv", "ConvInteger", macs=conv_macs, resize=resize_group)
+@operator("Conv", "ConvInteger", resize=resize_group)
 def conv(op: OpContext) -> None:
     """Channels contract, whatever the kernel, strides, dilations and zero padding."""
     if op.node.op_type == "ConvInteger":
@@ -131,7 +120,7 @@ def _grouped(op: OpContext, x: State, w: State, group: int, weight: int) -> tupl
     return (Factor((1,), fo.labels, fo.var, fo.repeats),)
 
 
-@operator("ConvTranspose", macs=transpose_macs, resize=resize_group)
+@operator("ConvTranspose", resize=resize_group)
 def conv_transpose(op: OpContext) -> None:
     """Weight (in, out / group, kernel)."""
     x, w = _channels(op, op.state(0), "spatial position"), _channels(op, op.state(1), "kernel tap")

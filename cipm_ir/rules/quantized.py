@@ -128,17 +128,13 @@ def dynamic_quantize(op: OpContext) -> None:
     op.set(2)
 
 
-def _conv_macs(op: OpContext) -> int:
-    return math.prod(op.shape()) * math.prod(op.state(3).shape[1:])
-
-
 def _resize_group(r: Resize) -> None:
     """A group keeps its width or goes as a whole."""
     if r.attr("group", 1) != 1 and r.old(0)[1] != r.new(0)[1]:
         r.set_attr("group", r.new(0)[1] // r.new(3)[1])
 
 
-@operator("QLinearConv", macs=_conv_macs, resize=_resize_group)
+@operator("QLinearConv", resize=_resize_group)
 def qlinear_conv(op: OpContext) -> None:
     """A convolution; scale and zero point of the weight may be per output channel."""
     x, w = op.state(0), op.state(3)
@@ -152,11 +148,7 @@ def qlinear_conv(op: OpContext) -> None:
         _per_axis(op, out, 1, 4, 5)
 
 
-def _matmul_macs(op: OpContext) -> int:
-    return math.prod(op.shape()) * op.state(0).shape[-1]
-
-
-@operator("QLinearMatMul", macs=_matmul_macs)
+@operator("QLinearMatMul")
 def qlinear_matmul(op: OpContext) -> None:
     """A matrix product; scale and zero point of the second operand may be per column."""
     a, b = op.state(0), op.state(3)

@@ -7,7 +7,6 @@ Sigmoid and tanh admit no scaling; a Relu cell is treated alike (coarse, but sou
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -22,19 +21,13 @@ _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 _LENGTHS, _STATE, _CELL, _PEEPHOLES = 4, 5, 6, 7
 
 
-def _macs(op: OpContext) -> int:
-    """Per step, item and direction: every gate row times inputs and hidden units."""
-    steps, items = op.state(0).shape[:2]
-    return steps * items * (math.prod(op.state(1).shape) + math.prod(op.state(2).shape))
-
-
 def _resize(r: Resize) -> None:
     """The width of the hidden space is an attribute."""
     if r.attr("hidden_size") is not None:
         r.set_attr("hidden_size", r.new(2)[2])
 
 
-@operator("LSTM", "GRU", "RNN", resize=_resize, macs=_macs)
+@operator("LSTM", "GRU", "RNN", resize=_resize)
 def recurrent(op: OpContext) -> None:
     """One unit: its row in every gate of W, R, B and P, its column of R, its place in the states and outputs."""
     x, weight, again = op.state(0), op.state(1), op.state(2)

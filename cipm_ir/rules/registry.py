@@ -1,8 +1,8 @@
 """The operator registry: one entry per ONNX operator, holding all that is known of it.
 
 An entry is a function ``labels(op)`` that reads the states of the inputs and sets those of the outputs, decorated
-with the operator's names. The decorator also takes how literals follow a change of size (``resize``), which inputs are
-such literals, and how many multiply-accumulates a node costs (``macs``).
+with the operator's names. The decorator also takes how literals follow a change of size (``resize``), and which inputs
+are such literals. What a node costs is in `cipm_ir.rules.costs`: that needs shapes only, and no rule for labels.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 LabelRule = Callable[["OpContext"], None]
 ResizeRule = Callable[["Resize"], None]
-MacRule = Callable[["OpContext"], int]
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,6 @@ class Operator:
     labels: LabelRule
     resize: ResizeRule | None = None
     literals: tuple[int, ...] = ()
-    macs: MacRule | None = None
 
 
 class Opaque(Exception):
@@ -45,7 +43,6 @@ def operator(
     domain: str = "",
     resize: ResizeRule | None = None,
     literals: tuple[int, ...] = (),
-    macs: MacRule | None = None,
 ) -> Callable[[LabelRule], LabelRule]:
     """Register a label rule for operators; registering one twice is an error."""
 
@@ -54,7 +51,7 @@ def operator(
             key = (domain, name)
             if key in _REGISTRY:
                 raise ValueError(f"operator {domain}::{name} is registered twice")
-            _REGISTRY[key] = Operator(name, domain, rule, resize, literals, macs)
+            _REGISTRY[key] = Operator(name, domain, rule, resize, literals)
         return rule
 
     return register

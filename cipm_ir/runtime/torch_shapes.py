@@ -62,6 +62,20 @@ def propagate(
     return {node: _merged(value, second[node]) for node, value in first.items()}
 
 
+def rerun(root: nn.Module | None, node: fx.Node, known: Mapping[fx.Node, Any]) -> Callable[[], Any]:
+    """A function that computes one node again, on tensors without numbers, from what is known of those before it.
+
+    Raises: `ShapeError` where a size before it is dynamic; the function whatever torch raises.
+    """
+    run = _Run(nn.Module() if root is None else root, {})
+    for before in node.all_input_nodes:
+        value = known.get(before)
+        if isinstance(value, Symbolic) or any(isinstance(s, torch.SymInt) for s in getattr(value, "shape", ())):
+            raise ShapeError(f"a size of {before.name!r} is dynamic", node.name)
+        run.values[before] = run._every(on_meta, value)
+    return lambda: run._visit(node)
+
+
 class Symbolic:
     """Stands for a tensor some sizes of which are dynamic (None)."""
 

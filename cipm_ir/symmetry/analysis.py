@@ -15,6 +15,7 @@ import onnx_ir as ir
 from cipm_ir.algebra import Element
 from cipm_ir.ir.labels import Array, Labels
 from cipm_ir.symmetry.classes import Classes, find_classes
+from cipm_ir.symmetry.counting import Count
 from cipm_ir.symmetry.leaves import LeafFactor
 from cipm_ir.symmetry.scales import Directions, solve_scales
 from cipm_ir.symmetry.spaces import RawSpace, find_spaces
@@ -46,6 +47,8 @@ class Analysis:
     directions: list[Directions]
     linear: list[Linearity] | None = field(default=None, repr=False)
     """Which spaces admit dense groups, once `cipm_ir.symmetry.dense.linearities` was asked."""
+    counts: dict[tuple[tuple[str, int], ...], Count] = field(default_factory=dict, repr=False)
+    """Multiply-accumulates at the sizes that were asked for (`Program.count`)."""
 
     @classmethod
     def of(cls, model: ir.Model) -> Analysis:

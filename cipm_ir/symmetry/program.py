@@ -19,12 +19,15 @@ from onnx_ir.passes.common import InlinePass
 from cipm_ir.algebra import Dense, DenseElement, Element, Group
 from cipm_ir.errors import CipmError, SymmetryError
 from cipm_ir.ir.labels import Array
+from cipm_ir.ir.lifted import held_weights, lift_weights, put_back
 from cipm_ir.ir.parameters import is_parameter, note_ir_version, overridable_inputs
+from cipm_ir.ir.shapes import forget_impossible_sizes
 from cipm_ir.ir.strided import has_detours, remove_detours
 from cipm_ir.symmetry.absorb import absorb_edits
 from cipm_ir.symmetry.action import act_edits
 from cipm_ir.symmetry.analysis import Analysis, uncollected
 from cipm_ir.symmetry.apply import Editor
+from cipm_ir.symmetry.counting import Count, count_macs
 from cipm_ir.symmetry.dense import Levels, Linearity
 from cipm_ir.symmetry.edits import Edit
 from cipm_ir.symmetry.leaves import OpaqueNode
@@ -128,16 +131,21 @@ class Program:
     def of(cls, model: ir.Model, *, origin: Origin | None = None) -> Program:
         """Program of an ONNX model; the model itself is never changed.
 
-        For the analysis functions are inlined, and gathers that give a value back as it is are taken out
-        (`cipm_ir.ir.strided`); what `emit` gives keeps both until something else than values changes.
+        For the analysis functions are inlined, weights in Constant nodes become initializers (`cipm_ir.ir.lifted`), and
+        gathers that give a value back as it is are taken out (`cipm_ir.ir.strided`); what `emit` gives keeps all of
+        them until something else than values changes.
         """
         clone = model.clone()
         note_ir_version(clone)
+        forget_impossible_sizes(clone.graph)
         read = InlinePass()(model.clone()).model if clone.functions else clone
         if has_detours(read):
             read = read.clone()
             if not remove_detours(read) and not clone.functions:
                 read = clone
+        if next(held_weights(read.graph), None) is not None:
+            read = read.clone() if read is clone else read
+            lift_weights(read)
         return cls(read, source=None if read is clone else clone, origin=origin)
 
     # ------------------------------------------------------------ reading
@@ -211,13 +219,22 @@ class Program:
         """Nodes that pinned something, and why."""
         return tuple(self.analysis.walk.opaque)
 
+    def count(self, sizes: Mapping[str, int] | None = None) -> Count:
+        """Multiply-accumulates of one run, with the nodes that could not be counted.
+
+        Args:
+            sizes: of dynamic dimensions, by name; the others count at the stand-ins of `cipm_ir.symmetry.counting`.
+        """
+        key = tuple(sorted((sizes or {}).items()))
+        counts = self.analysis.counts
+        if key not in counts:
+            counts[key] = count_macs(self._model, sizes, self.analysis.walk.shapes.first)
+        return counts[key]
+
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of one run; per sample where the batch is dynamic.
-
-        Other dynamic sizes count at their stand-ins (11 or more; images 211), so compare ratios, not totals, there.
-        """
-        return sum(self.analysis.walk.macs) // self.analysis.walk.samples
+        """Multiply-accumulates of one run, as far as they could be counted, at stand-in sizes; see `count`."""
+        return self.count().total
 
     @property
     def overridable(self) -> tuple[str, ...]:
@@ -350,12 +367,15 @@ class Program:
         """The source with functions, holding the changed values; None where a value lives inside a function."""
         if self._source is None:
             return None
-        clone = self._source.clone()
+        clone, before = self._source.clone(), self._model.graph.initializers
         for name, value in changed.graph.initializers.items():
-            own = clone.graph.initializers.get(name)
-            if own is None:
+            own, tensor = clone.graph.initializers.get(name), value.const_value
+            if name in before and before[name].const_value is tensor:
+                continue
+            if own is not None:
+                own.const_value = tensor
+            elif tensor is None or not put_back(clone.graph, name, tensor):
                 return None
-            own.const_value = value.const_value
         return clone
 
     # ------------------------------------------------------------ writing

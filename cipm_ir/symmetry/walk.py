@@ -37,9 +37,6 @@ class Walk:
     literals: dict[str, Literal]
     opaque: list[OpaqueNode]
     nodes: list[ir.Node]
-    macs: list[int]
-    samples: int = 1
-    """Stand-in size of a dynamic batch axis, which all multiply-accumulates are a multiple of."""
 
 
 def walk(model: ir.Model) -> Walk:
@@ -61,7 +58,6 @@ class _Walker:
         self.literals: dict[str, Literal] = {}
         self.opaque: list[OpaqueNode] = []
         self.nodes = list(model.graph)
-        self.macs: list[int] = []
         self.tied: dict[str, int] = {}
         self.params: dict[str, tuple[ir.TensorProtocol | None, bool]] = {}
         self.grouped_cache: dict[tuple[int, int], Factor] = {}
@@ -98,16 +94,7 @@ class _Walker:
             self.literals,
             self.opaque,
             self.nodes,
-            self.macs,
-            self._samples(),
         )
-
-    def _samples(self) -> int:
-        for value in self.graph.inputs:
-            shape = self.shapes.first.get(value.name or "", ())
-            if value.shape is not None and value.shape.rank() and not isinstance(value.shape[0], int) and shape:
-                return shape[0] if all(m % shape[0] == 0 for m in self.macs) else 1
-        return 1
 
     # ------------------------------------------------------------ parameters
     def _literal(self, value: ir.Value | None) -> Literal | None:
@@ -187,7 +174,6 @@ class _Walker:
 
     # ------------------------------------------------------------ nodes
     def _visit(self, node: ir.Node) -> None:
-        self.macs.append(0)
         if node.op_type == "Constant" and not node.domain:
             self._constant(node)
             return
@@ -215,8 +201,6 @@ class _Walker:
             if any(v is not None and s is None for v, s in zip(node.inputs, inputs, strict=True)):
                 raise Opaque("the shape of an input is not known")
             entry.labels(op)
-            if entry.macs is not None:
-                self.macs[-1] = entry.macs(op)
         except (Opaque, ValueError, IndexError) as reason:
             said = str(reason) if isinstance(reason, Opaque) else f"its shapes do not fit the operator ({reason})"
             self._pin_all(op, said)

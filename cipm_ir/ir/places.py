@@ -1,0 +1,229 @@
+"""Every node of a graph with the concrete shapes around it, subgraphs included, at given sizes of the inputs.
+
+For the analysis dynamic sizes are primes (`cipm_ir.ir.shapes`); here they are sizes that a run could have. ONNX's
+inference of the whole graph comes first; where it gives up, nodes are taken one by one, small numbers are evaluated,
+and operators of onnxruntime's own domain are inferred by `cipm_ir.ir.fused_shapes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from cipm_ir.ir.constants import LIMIT, attribute, constant_tensor, evaluate
+from cipm_ir.ir.fused_shapes import fused_shapes
+from cipm_ir.ir.labels import Array
+from cipm_ir.ir.shapes import Shape, infer_at, infer_node, subgraphs
+
+_NUMBERS = 4096
+"""Parameters with so many entries or fewer are known as numbers."""
+
+
+@dataclass
+class Place:
+    """One node with the shapes of its inputs and outputs, None where unknown.
+
+    Attributes:
+        node: the node.
+        version: of its operator set.
+        inputs, outputs: concrete shapes.
+        numbers: values of small constant inputs.
+        bodies: the nodes of each subgraph.
+        trips: how often a Loop or Scan runs its body at most; None where that is not known.
+    """
+
+    node: ir.Node
+    version: int
+    inputs: list[Shape | None]
+    outputs: list[Shape | None]
+    numbers: list[Array | None]
+    bodies: list[list[Place]] = field(default_factory=list)
+    trips: int | None = None
+
+
+def place_nodes(model: ir.Model, sizes: Mapping[str, int]) -> list[Place]:
+    """The nodes of the main graph of a model without model-local functions, in its order.
+
+    Raises: `InputError` when ONNX's shape inference finds the model inconsistent at these sizes.
+    """
+    found = infer_at(model, sizes)
+    return _Scope(model, dict(found.first), dict(found.types), {}).places(model.graph)
+
+
+@dataclass
+class _Scope:
+    """What is known inside one graph; a subgraph starts from what is known around it."""
+
+    model: ir.Model
+    shapes: dict[str, Shape]
+    types: dict[str, ir.DataType]
+    numbers: dict[str, Array]
+
+    def places(self, graph: ir.Graph) -> list[Place]:
+        for name, value in graph.initializers.items():
+            tensor = value.const_value
+            if tensor is not None:
+                self._tensor(name, tensor)
+        return [self._place(node) for node in graph]
+
+    def _tensor(self, name: str, tensor: ir.TensorProtocol) -> None:
+        self.shapes[name] = tuple(tensor.shape.numpy())
+        self.types[name] = tensor.dtype
+        if tensor.size <= _NUMBERS and tensor.dtype != ir.DataType.STRING:
+            self.numbers[name] = np.asarray(tensor.numpy())
+
+    def _place(self, node: ir.Node) -> Place:
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        version = node.version or self.model.opset_imports.get(domain, 1)
+        names = [None if v is None else v.name or "" for v in node.inputs]
+        inputs = [None if n is None else self.shapes.get(n) for n in names]
+        numbers = [None if n is None else self.numbers.get(n) for n in names]
+        place = Place(node, version, inputs, [], numbers)
+        if node.op_type == "Constant" and not domain:
+            tensor = constant_tensor(node)
+            if tensor is not None:
+                self._tensor(node.outputs[0].name or "", tensor)
+        elif subgraphs(node):
+            self._nested(place)
+        else:
+            self._inferred(place)
+        place.outputs = [self.shapes.get(v.name or "") for v in node.outputs]
+        return place
+
+    def _inferred(self, place: Place) -> None:
+        node = place.node
+        known = all(v is None or a is not None for v, a in zip(node.inputs, place.numbers, strict=True))
+        if known or node.op_type in ("Shape", "Size"):
+            first = place.inputs[0] if place.inputs else None
+            made = evaluate(node, place.numbers, first, 0, LIMIT)
+            made = _more_numbers(place) if made is None else made
+            if made is not None:
+                name = node.outputs[0].name or ""
+                self.numbers[name] = made
+                self.shapes[name] = made.shape
+                return
+        if all(v.name in self.shapes or not v.name for v in node.outputs):
+            return
+        found = fused_shapes(node, place.inputs) if node.domain in ("", "ai.onnx", "com.microsoft") else None
+        if found is None:
+            found = infer_node(node, place.inputs, place.version, self.types, place.numbers)
+        for value, shape in zip(node.outputs, found, strict=False):
+            if shape is not None and value.name:
+                self.shapes.setdefault(value.name, shape)
+
+    # ------------------------------------------------------------ subgraphs
+    def _nested(self, place: Place) -> None:
+        node = place.node
+        if node.op_type == "If" and not node.domain:
+            self._branches(place)
+        elif node.op_type == "Loop" and not node.domain:
+            self._loop(place)
+        elif node.op_type == "Scan" and not node.domain and place.version >= 9:
+            self._scan(place)
+        else:
+            place.bodies = [self._inner(graph, []).places(graph) for graph in subgraphs(node)]
+
+    def _inner(self, graph: ir.Graph, inputs: list[Shape | None]) -> _Scope:
+        scope = _Scope(self.model, dict(self.shapes), dict(self.types), dict(self.numbers))
+        for k, value in enumerate(graph.inputs):
+            shape = inputs[k] if k < len(inputs) else None
+            if value.dtype is not None:
+                scope.types[value.name or ""] = value.dtype
+            if shape is not None:
+                scope.shapes[value.name or ""] = shape
+        for made in graph:
+            for value in made.outputs:
+                if value.name and value.shape is not None and value.shape.is_static():
+                    scope.shapes[value.name] = tuple(value.shape.numpy())
+                if value.name and value.dtype is not None:
+                    scope.types[value.name] = value.dtype
+        return scope
+
+    def _branches(self, place: Place) -> None:
+        """Both branches, or the one that a constant condition takes; results are as large as the larger makes them."""
+        ends: list[list[Shape | None]] = []
+        condition = place.numbers[0]
+        graphs = [attribute(place.node, name) for name in ("then_branch", "else_branch")]
+        if condition is not None and condition.size == 1:
+            graphs = graphs[:1] if bool(condition.reshape(-1)[0]) else graphs[1:]
+        for graph in graphs:
+            scope = self._inner(graph, [])
+            place.bodies.append(scope.places(graph))
+            ends.append([scope.shapes.get(v.name or "") for v in graph.outputs])
+        for value, made in zip(place.node.outputs, zip(*ends, strict=False), strict=False):
+            known = [s for s in made if s is not None]
+            if len(known) == len(made) and len({len(s) for s in known}) == 1:
+                self._set(value, tuple(map(max, *known)) if len(known) > 1 else known[0])
+
+    def _loop(self, place: Place) -> None:
+        graph = attribute(place.node, "body")
+        most, go = place.numbers[0], place.numbers[1] if len(place.numbers) > 1 else None
+        place.trips = None if most is None or most.size != 1 else max(0, int(most.reshape(-1)[0]))
+        if go is not None and go.size == 1 and not bool(go.reshape(-1)[0]):
+            place.trips = 0
+        carried = place.inputs[2:]
+        ends = self._body(place, graph, [(), (), *carried], {k + 2: k + 1 for k in range(len(carried))})
+        count = len(carried)
+        for value, shape in zip(place.node.outputs[:count], ends[1:], strict=False):
+            self._set(value, shape)
+        for value, shape in zip(place.node.outputs[count:], ends[1 + count :], strict=False):
+            self._set(value, None if shape is None or place.trips is None else (place.trips, *shape))
+
+    def _scan(self, place: Place) -> None:
+        graph, scanned = attribute(place.node, "body"), int(attribute(place.node, "num_scan_inputs", 0))
+        count = len(place.inputs) - scanned
+        axes = list(attribute(place.node, "scan_input_axes", [0] * scanned))
+        rows: list[Shape | None] = []
+        for shape, axis in zip(place.inputs[count:], axes, strict=True):
+            if shape is None:
+                rows.append(None)
+                continue
+            axis %= len(shape)
+            place.trips = shape[axis]
+            rows.append((*shape[:axis], *shape[axis + 1 :]))
+        ends = self._body(place, graph, [*place.inputs[:count], *rows], {k: k for k in range(count)})
+        for value, shape in zip(place.node.outputs[:count], ends, strict=False):
+            self._set(value, shape)
+        outs = list(attribute(place.node, "scan_output_axes", [0] * (len(place.node.outputs) - count)))
+        for value, shape, axis in zip(place.node.outputs[count:], ends[count:], outs, strict=False):
+            if shape is not None and place.trips is not None:
+                axis %= len(shape) + 1
+                self._set(value, (*shape[:axis], place.trips, *shape[axis:]))
+
+    def _body(
+        self, place: Place, graph: ir.Graph, inputs: list[Shape | None], carried: dict[int, int]
+    ) -> list[Shape | None]:
+        """Shapes at the end of one run of a body; what does not keep its shape from run to run has none.
+
+        ``carried``: which output each input takes its next value from.
+        """
+        while True:
+            scope = self._inner(graph, inputs)
+            nodes = scope.places(graph)
+            ends = [scope.shapes.get(v.name or "") for v in graph.outputs]
+            changed = {k for k, out in carried.items() if inputs[k] is not None and ends[out] != inputs[k]}
+            if not changed:
+                place.bodies = [nodes]
+                return ends
+            inputs = [None if k in changed else s for k, s in enumerate(inputs)]
+
+    def _set(self, value: ir.Value, shape: Shape | None) -> None:
+        if shape is not None and value.name:
+            self.shapes.setdefault(value.name, shape)
+
+
+def _more_numbers(place: Place) -> Array | None:
+    """Small numbers that the analysis must not take for constants, since labels move along them; here they may be."""
+    node, first = place.node, place.numbers[0] if place.numbers else None
+    if first is None or node.domain not in ("", "ai.onnx"):
+        return None
+    if node.op_type == "Transpose":
+        return np.transpose(first, attribute(node, "perm"))
+    if node.op_type == "ConstantOfShape" and int(np.prod(first)) <= _NUMBERS:
+        fill = node.attributes.get("value")
+        value = np.zeros(1, np.float32) if fill is None else fill.as_tensor().numpy()
+        return np.full(tuple(int(d) for d in first), value.reshape(-1)[0], value.dtype)
+    return None
