@@ -123,7 +123,8 @@ def attention(op: OpContext) -> None:
         replace(op, shapes=[(batch, heads, length, v.shape[3])]),
         [scores, _repeated(v, heads)], [("b", "h", "s", "t"), ("b", "h", "t", "e")], ("b", "h", "s", "e"),
     )  # fmt: skip
-    op.like(0, y if op.state(0).rank == 4 else reshaped(op, _swapped(y), op.shape()))
+    made = y if op.state(0).rank == 4 else reshaped(op, _swapped(y), op.shape())
+    op.like(0, made, made.uniform)
     for index, state in ((1, k), (2, v), (3, scores)):
         if index < len(op.node.outputs) and op.node.outputs[index].name:
             op.like(index, State(state.shape, state.factors))
@@ -141,11 +142,11 @@ def _resize_rotary(r: Resize) -> None:
 @operator("RotaryEmbedding", resize=_resize_rotary)
 def rotary_embedding(op: OpContext) -> None:
     """Rotates planes of two positions of a head; the tables' columns move with the planes (ONNX RotaryEmbedding 23)."""
-    x, tables = op.state(0), (op.state(1), op.state(2))
+    x, tables = op.state(0), []
     op.pin(op.optional(3), "positions")
-    for table in tables:
+    for table in (op.state(1), op.state(2)):
         op.freeze(table)
-        op.pin(table, "positions of RotaryEmbedding", range(table.rank - 1))
+        tables.append(op.without(table, range(table.rank - 1), "positions of RotaryEmbedding"))
     grid = _heads(op, x, op.attr("num_heads"))
     f = grid.factor_of(3)
     if f is None or f.repeats or f.axes not in ((3,), (1, 3)):
@@ -167,4 +168,4 @@ def rotary_embedding(op: OpContext) -> None:
     if x.rank == 3:
         op.like(0, State(x.shape, x.factors))
     else:
-        op.like(0, State(x.shape, grid.factors, grid.uniform & {1}))
+        op.set(0, grid.factors, grid.uniform & {1}, x.shape)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cipm_ir.ir.labels import Factor, State
+from cipm_ir.ir.labels import Factor, State, alike
 from cipm_ir.rules.context import OpContext
 from cipm_ir.rules.registry import Opaque, operator
 
@@ -185,7 +185,8 @@ def matmul(op: OpContext) -> None:
             if zero is not None and math.prod(zero.shape) > 1:
                 raise Opaque("per-row zero points of MatMulInteger")
     left, right, out = matmul_letters(a, b, len(op.shape()))
-    op.like(0, contract(op, [a, b], [left, right], out))
+    made = contract(op, [a, b], [left, right], out)
+    op.like(0, made, made.uniform)
 
 
 def gemm_macs(op: OpContext) -> int:
@@ -202,7 +203,8 @@ def gemm(op: OpContext) -> None:
     right: Letters = ("n", "k") if op.attr("transB", 0) else ("k", "n")
     out = contract(op, [a, b], [left, right], ("m", "n"))
     bias = op.optional(2)
-    op.like(0, out if bias is None else add_bias(op, out, bias))
+    made = out if bias is None else add_bias(op, out, bias)
+    op.like(0, made, made.uniform)
 
 
 def add_bias(op: OpContext, out: State, bias: State, index: int = 2) -> State:
@@ -224,7 +226,7 @@ def add_bias(op: OpContext, out: State, bias: State, index: int = 2) -> State:
     for f in moved.values():
         op.rec.pin(f.labels, "bias against a fixed axis")
         op.freeze_factor(f)
-    return out
+    return State(out.shape, out.factors, alike([out, bias], out.shape))
 
 
 def einsum_terms(equation: str, ranks: Sequence[int]) -> tuple[list[list[str]], list[str]]:
@@ -285,4 +287,5 @@ def einsum(op: OpContext) -> None:
         for f in s.factors:
             if any(o[a] not in out and o[a] not in others for a in f.axes):
                 op.freeze_factor(f)  # summed over
-    op.like(0, contract(op, states, letters, tuple(out)))
+    made = contract(op, states, letters, tuple(out))
+    op.like(0, made, made.uniform)

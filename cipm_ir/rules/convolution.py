@@ -48,14 +48,14 @@ def _channels(op: OpContext, state: State, kind: str) -> State:
     return State(state.shape[:2], state.factors, frozenset(a for a in state.uniform if a < 2))
 
 
-def _with_bias(op: OpContext, out: State, index: int) -> None:
-    bias = op.optional(index)
-    out = State(op.shape(), out.factors, frozenset(a for a in out.uniform if a == 0))
+def _with_bias(op: OpContext, out: State, index: int | None) -> None:
+    bias = None if index is None else op.optional(index)
+    out = State(op.shape(), out.factors, out.uniform & {0, 1})
     if bias is not None:
         d = out.rank - 2
         lifted = State(bias.shape + (1,) * d, bias.factors, bias.uniform)
-        add_bias(op, out, lifted, index)
-    op.like(0, out)
+        out = add_bias(op, out, lifted, index)
+    op.like(0, out, out.uniform)
 
 
 @operator("Conv", "ConvInteger", macs=conv_macs, resize=resize_group)
@@ -77,11 +77,8 @@ def convolve(op: OpContext, x: State, w: State, weight: int, bias: int | None) -
         out = contract(op, [x, w], [("n", "c"), ("o", "c")], ("n", "o"), (0, weight))
     else:
         batch = tuple(f for f in x.factors if f.axes == (0,))
-        out = State(op.shape()[:2], (*batch, *_grouped(op, x, w, group, weight)))
-    if bias is None:
-        op.like(0, State(op.shape(), out.factors))
-    else:
-        _with_bias(op, out, bias)
+        out = State(op.shape()[:2], (*batch, *_grouped(op, x, w, group, weight)), x.uniform & {0})
+    _with_bias(op, out, bias)
 
 
 def _simple(state: State, axis: int) -> Factor | None:
@@ -97,8 +94,8 @@ def _grouped(op: OpContext, x: State, w: State, group: int, weight: int) -> tupl
     fx, fo = _simple(x, 1), _simple(w, 0)
     channels, outs = x.shape[1], w.shape[0]
     if fx is None or fo is None:
-        op.pin(x, "grouped convolution with fixed channels", [1])
-        op.pin(w, "grouped convolution with fixed channels", [0, 1])
+        op.without(x, [1], "grouped convolution with fixed channels")
+        op.pin(w, "grouped convolution with fixed channels")
         return ()
     if channels == group and outs == group:  # depthwise
         op.unify(fx, fo)
@@ -183,7 +180,7 @@ def pool(op: OpContext) -> None:
         factors = tuple(op.scaled(f, 1, sign=False) for f in factors)
     elif "Average" not in name:
         op.freeze(x, scale=False)
-    op.set(0, factors)
+    op.set(0, factors, x.uniform)
     if len(op.node.outputs) > 1 and op.node.outputs[1].name:  # indices count positions across the channels
         raise Opaque("MaxPool with indices")
 
@@ -192,4 +189,5 @@ def pool(op: OpContext) -> None:
 def lrn(op: OpContext) -> None:
     """Local response normalization mixes neighbouring channels."""
     op.freeze(op.state(0))
-    op.like(0, op.without(op.state(0), [1], "LRN mixes neighbouring channels"))
+    rest = op.without(op.state(0), [1], "LRN mixes neighbouring channels")
+    op.like(0, rest, rest.uniform)

@@ -119,7 +119,7 @@ def slice_(op: OpContext) -> None:
             continue
         sizes = tuple(len(index) if a == axis else n for a, n in enumerate(current.shape))
         current = select(op, current, axis, index, sizes)
-    op.like(0, State(shape, current.factors, current.uniform))
+    op.set(0, current.factors, current.uniform)
 
 
 def _known(op: OpContext) -> bool:
@@ -152,14 +152,16 @@ def split(op: OpContext) -> None:
         shape = op.shape(k)
         index = np.arange(at, at + shape[axis])
         at += shape[axis]
-        op.like(k, select(op, state, axis, index, shape) if len(index) < state.shape[axis] else state)
+        part = select(op, state, axis, index, shape) if len(index) < state.shape[axis] else state
+        op.like(k, part, part.uniform)
 
 
 @operator("Concat")
 def concat(op: OpContext) -> None:
     """Labels follow each other; each part keeps its own scale equation."""
     states = [op.state(k) for k in range(len(op.node.inputs))]
-    op.like(0, joined(op, states, int(op.attr("axis", 0)) % states[0].rank, op.shape()))
+    made = joined(op, states, int(op.attr("axis", 0)) % states[0].rank, op.shape())
+    op.like(0, made, made.uniform)
 
 
 def joined(op: OpContext, states: Sequence[State], axis: int, shape: tuple[int, ...]) -> State:

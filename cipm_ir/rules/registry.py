@@ -2,7 +2,8 @@
 
 An entry is a function ``labels(op)`` that reads the states of the inputs and sets those of the outputs, decorated
 with the operator's names. The decorator also takes how literals follow a change of size (``resize``), which inputs are
-such literals, and how many multiply-accumulates a node costs (``macs``).
+such literals, how many multiply-accumulates a node costs (``macs``), and whether it works on each entry alone
+(``elementwise``).
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ MacRule = Callable[["OpContext"], int]
 
 @dataclass(frozen=True)
 class Operator:
-    """Everything the framework knows about one operator."""
+    """Everything the framework knows about one operator.
+
+    ``elementwise``: an entry of an output is a function of the entries at its place (inputs aligned from the right), the
+    same function everywhere. Only then does `OpContext.like` hand on that an axis is uniform.
+    """
 
     name: str
     domain: str
@@ -31,6 +36,7 @@ class Operator:
     resize: ResizeRule | None = None
     literals: tuple[int, ...] = ()
     macs: MacRule | None = None
+    elementwise: bool = False
 
 
 class Opaque(Exception):
@@ -46,6 +52,7 @@ def operator(
     resize: ResizeRule | None = None,
     literals: tuple[int, ...] = (),
     macs: MacRule | None = None,
+    elementwise: bool = False,
 ) -> Callable[[LabelRule], LabelRule]:
     """Register a label rule for operators; registering one twice is an error."""
 
@@ -54,7 +61,7 @@ def operator(
             key = (domain, name)
             if key in _REGISTRY:
                 raise ValueError(f"operator {domain}::{name} is registered twice")
-            _REGISTRY[key] = Operator(name, domain, rule, resize, literals, macs)
+            _REGISTRY[key] = Operator(name, domain, rule, resize, literals, macs, elementwise)
         return rule
 
     return register
