@@ -16,20 +16,25 @@ from cipm_ir.passes.canonicalize import canonical_elements
 from cipm_ir.symmetry.program import Program
 
 _STANDARD = ("", "ai.onnx")
+_LISTS = (ir.AttributeType.INTS, ir.AttributeType.FLOATS, ir.AttributeType.STRINGS)
 _SLICE = 1 << 22
+_DEFAULTS_SINCE = 4
+"""IR version from which on an initializer need not be a graph input, and one that is can be overridden."""
 
 
 def fingerprint_program(program: Program) -> str:
-    """Hash (BLAKE2b, 128 bits, hexadecimal) of the canonical form: structure and weights, not names nor metadata.
+    """Return a hash (BLAKE2b, 128 bits, hexadecimal) of the canonical form: structure and weights, not names.
 
-    Programs that differ by permutations, signs and power-of-two scales of hidden units agree; a changed bit of a
-    weight, operator, attribute, type, shape or connection makes another hash. The order of the nodes counts. A weight
-    counts where it is used, so that it does not matter whether equal tensors are stored once or twice.
+    Programs that differ by permutations, signs and power-of-two scales of hidden units agree, and equal hashes mean
+    equal outputs. A changed bit of a weight, operator, attribute, type, shape, opset or connection makes another hash.
+    The order of inputs, outputs and nodes counts; their names, and all other metadata, do not. A weight counts where it
+    is used, so that it does not matter whether equal tensors are stored once or twice; an initializer that is also a
+    graph input (IR 4 and later) is an input with a default: both count, that it can be overridden and its value.
     """
     elements = canonical_elements(program)
     canonical = program.act(elements) if elements else program
     filled = {leaf.name: leaf.shape for leaf in canonical.analysis.walk.leaves if leaf.filled}
-    return _Hasher(filled).model(canonical.model)
+    return _Hasher(filled, overridable=(canonical.model.ir_version or 0) >= _DEFAULTS_SINCE).model(canonical.model)
 
 
 class _Hasher:
@@ -38,8 +43,8 @@ class _Hasher:
     ``filled``: shapes of the ConstantOfShape outputs that are parameters; they count by content, like any other.
     """
 
-    def __init__(self, filled: dict[str, tuple[int, ...]]) -> None:
-        self._filled = filled
+    def __init__(self, filled: dict[str, tuple[int, ...]], *, overridable: bool) -> None:
+        self._filled, self._overridable = filled, overridable
         self._number: dict[ir.Value, int] = {}
         self._tensors: dict[int, tuple[Any, bytes]] = {}
         self._dims: dict[str, int] = {}
@@ -54,9 +59,15 @@ class _Hasher:
     def graph(self, graph: ir.Graph) -> bytes:
         digest = hashlib.blake2b(digest_size=16)
         for value in graph.inputs:
-            if value.name not in graph.initializers:
-                self._number[value] = len(self._number)
+            default = graph.initializers.get(value.name or "")
+            if default is None:
                 _feed(digest, "input", self._type(value))
+            elif self._overridable and default.const_value is not None:
+                _feed(digest, "input with a default", self._type(value), self._tensor(default.const_value))
+                self._number[default] = len(self._number)
+            else:
+                continue
+            self._number.setdefault(value, len(self._number))
         for node in graph:
             if not self._is_constant(node):
                 self._node(digest, node)
@@ -67,6 +78,7 @@ class _Hasher:
     def _node(self, digest: Any, node: ir.Node) -> None:
         domain = "" if node.domain in _STANDARD else node.domain
         _feed(digest, "node", domain, node.op_type, node.overload, len(node.inputs), len(node.outputs))
+        _feed(digest, *(int(bool(value.name)) for value in node.outputs))  # BatchNormalization trains where asked for more
         for value in node.inputs:
             _feed(digest, self._source(value))
         for name, attribute in sorted(node.attributes.items()):
@@ -85,6 +97,8 @@ class _Hasher:
             return [self._tensor(attribute.as_tensor())]
         if attribute.type == ir.AttributeType.TENSORS:
             return [self._tensor(t) for t in attribute.as_tensors()]
+        if attribute.type in _LISTS:
+            return [repr([x.item() if isinstance(x, np.generic) else x for x in attribute.value])]
         return [repr(attribute.value)]
 
     def _source(self, value: ir.Value | None) -> bytes | str:

@@ -29,18 +29,23 @@ def _swapped(state: State) -> State:
 
 
 def _heads(op: OpContext, state: State, count: int | None) -> State:
-    """(batch, heads, sequence, d); batch and sequence fixed."""
+    """(batch, heads, sequence, d); batch and sequence fixed.
+
+    Heads that lie after each other in one uniform axis count as fixed: it could not follow heads or positions that go.
+    """
+    uniform = state.uniform & {1, 3}
     if state.rank == 3:
+        uniform = frozenset()
         if not count:
             raise Opaque("the number of heads is not given")
         batch, length, size = state.shape
         state = _swapped(reshaped(op, state, (batch, length, count, size // count)))
     state = op.without(state, (0, 2), f"batch or position of {op.node.op_type}")
-    return State(state.shape, state.factors, state.uniform - {0, 2})
+    return State(state.shape, state.factors, uniform)
 
 
 def _repeated(state: State, heads: int) -> State:
-    """Each key head serves a run of query heads."""
+    """Each key head serves a run of query heads. Only a single head is known to be the same for all of them."""
     own = state.shape[1]
     if own == heads:
         return state
@@ -53,8 +58,7 @@ def _repeated(state: State, heads: int) -> State:
             labels = np.repeat(f.labels, heads // own, axis=f.axes.index(1))
             f = Factor(f.axes, labels, f.var, True)
         factors.append(f)
-    grown = {1} if own == 1 else set[int]()
-    return State(shape, tuple(factors), state.uniform | grown)
+    return State(shape, tuple(factors), frozenset({1} if own == 1 else ()))
 
 
 def _masked(op: OpContext, scores: State, index: int) -> State:
@@ -67,7 +71,7 @@ def _masked(op: OpContext, scores: State, index: int) -> State:
         last = mask.rank - 1
         mask = op.without(mask, (last,), "mask of Attention")
         mask = State((*mask.shape[:-1], scores.shape[-1]), mask.factors, mask.uniform - {last})
-    return broadcast(replace(op, shapes=[scores.shape]), [scores, mask], "Attention mask")
+    return broadcast(replace(op, shapes=[scores.shape]), [scores, mask], "Attention mask", (None, index))
 
 
 def _attention_macs(op: OpContext) -> int:
@@ -93,7 +97,8 @@ def _resize_attention(r: Resize) -> None:
         for name, count in rows.items():
             r.set_attr(name, count)
     else:
-        before, after = r.old(0)[3], r.new(0)[3]
+        before = r.old(0)[3]
+        after = min(r.new(0)[3], r.new(1)[3])  # one of them may be uniform, and is cut to the other's length
         for name, k in (("q_num_heads", 0), ("kv_num_heads", 1)):
             if r.attr(name) is not None:
                 r.set_attr(name, r.new(k)[1])
@@ -112,16 +117,19 @@ def attention(op: OpContext) -> None:
     v = _heads(op, op.state(2), op.attr("kv_num_heads"))
     batch, heads, length, _ = q.shape
     keys = k.shape[2]
+    # inputs whose axes are those of the products
+    inputs = [index if s is not None and s.rank == 4 and s.shape[1] == heads else None
+              for index, s in enumerate(op.inputs[:3])]  # fmt: skip
     scores = contract(
         replace(op, shapes=[(batch, heads, length, keys)]),
-        [q, _repeated(k, heads)], [("b", "h", "s", "d"), ("b", "h", "t", "d")], ("b", "h", "s", "t"),
+        [q, _repeated(k, heads)], [("b", "h", "s", "d"), ("b", "h", "t", "d")], ("b", "h", "s", "t"), inputs[:2],
     )  # fmt: skip
     op.freeze(scores)
     scores = State(scores.shape, tuple(fixed(f) for f in scores.factors), scores.uniform)
     scores = _masked(op, scores, 3)
     y = contract(
         replace(op, shapes=[(batch, heads, length, v.shape[3])]),
-        [scores, _repeated(v, heads)], [("b", "h", "s", "t"), ("b", "h", "t", "e")], ("b", "h", "s", "e"),
+        [scores, _repeated(v, heads)], [("b", "h", "s", "t"), ("b", "h", "t", "e")], ("b", "h", "s", "e"), (None, inputs[2]),
     )  # fmt: skip
     made = y if op.state(0).rank == 4 else reshaped(op, _swapped(y), op.shape())
     op.like(0, made, made.uniform)
@@ -159,7 +167,8 @@ def rotary_embedding(op: OpContext) -> None:
     op.rec.mark(two)
     op.rec.unify(one, two)
     plane = op.rec.marginal(Factor(f.axes, one, ZERO), (3,)).labels
-    for table in tables:
+    for index, table in enumerate(tables, start=1):
+        op.meets(index, table.rank - 1, Factor((3,), plane), 3)
         own = table.factor_of(table.rank - 1)
         if own is not None and own.axes == (table.rank - 1,):
             op.rec.unify(plane, own.labels)

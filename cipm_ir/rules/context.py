@@ -177,13 +177,10 @@ class OpContext:
             self.rec.zero(labels, var)
         return made
 
-    def meets(self, state: State, axis: int, factor: Factor, place: int, index: int | None = None) -> None:
-        """An input (``index``, or the one of this state) that is uniform along ``axis`` meets axis ``place`` there."""
-        if axis not in state.uniform or state.shape[axis] < 2:
-            return
-        if index is None:
-            index = next((k for k, own in enumerate(self.inputs) if own is state), None)
-        if index is not None:
+    def meets(self, index: int, axis: int, factor: Factor, place: int) -> None:
+        """Note that an input meets axis ``place`` of a factor with its own ``axis``, if it is uniform along that."""
+        state = self.state(index)
+        if axis in state.uniform and state.shape[axis] > 1:
             self.rec.uniforms.append(Uniform(self.rec.node, index, axis, factor, place))
 
     def unify(self, a: Factor, b: Factor) -> None:
@@ -223,7 +220,7 @@ class OpContext:
             if not state.broadcasts(axis):
                 self.rec.pin(factor.labels, f"input {index} of {self.node.op_type} is fixed along this axis")
                 self.pin(state, "mixed axes")
-            self.meets(state, axis, factor, factor.axes[-1])
+            self.meets(index, axis, factor, factor.axes[-1])
             return None
         self.unify(factor, own)
         return own

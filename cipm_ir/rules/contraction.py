@@ -32,12 +32,12 @@ def contract(
     states: Sequence[State],
     letters: Sequence[Letters],
     out_letters: Letters,
-    inputs: Sequence[int | None] = (None, None),
+    inputs: Sequence[int | None] = (0, 1),
 ) -> State:
     """State of the output of a contraction of one or two operands.
 
     ``letters[k]`` names the axes of operand k; None names an axis of size 1 that broadcasts. ``inputs[k]``: which input
-    of the node it is, where its state is not the very one that came in.
+    of the node it is, with its axes as they came in (or the first of them); None where it was reshaped.
     """
     rec = op.rec
     out_set = {x for x in out_letters if x is not None}
@@ -64,7 +64,8 @@ def contract(
             for p in mine:
                 for a, x in enumerate(names):
                     if x in p.letters and state.broadcasts(a):
-                        op.meets(state, a, p.factor, p.factor.axes[p.letters.index(x)], inputs[other])
+                        if (index := inputs[other]) is not None:
+                            op.meets(index, a, p.factor, p.factor.axes[p.letters.index(x)])
                 _against(op, p, blind[other], flat, out_set)
     factors: list[Factor] = []
     where = {x: a for a, x in enumerate(out_letters) if x is not None}
@@ -220,7 +221,8 @@ def add_bias(op: OpContext, out: State, bias: State, index: int = 2) -> State:
         elif all(bias.broadcasts(a) for a in axes):
             op.freeze_factor(f)  # the same bias everywhere
             for a in axes:
-                op.meets(bias, a, f, a + d, index)
+                if a < op.state(index).rank:
+                    op.meets(index, a, f, a + d)
         else:
             op.rec.pin(f.labels, "bias that is fixed along this axis")
     for f in moved.values():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
@@ -174,22 +176,22 @@ def var_on(state: State, shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
     return ZERO
 
 
-def broadcast(op: OpContext, states: list[State], what: str) -> State:
+def broadcast(op: OpContext, states: list[State], what: str, inputs: Sequence[int | None] | None = None) -> State:
     """Align inputs from the right, tie what meets, pin what meets a fixed axis. Output factors carry no scale.
 
-    Of factors over nested sets of axes, the finer goes on; the coarser is tied to its blocks.
+    Of factors over nested sets of axes, the finer goes on; the coarser is tied to its blocks. ``inputs``: which inputs of
+    the node these are (by default the first ones), None for what is not an input as it came in.
     """
     shape = op.shape()
     moved = [shifted(s, len(shape)) for s in states]
     out: list[Factor] = []
-    for s in moved:
-        for f in s.factors:
-            _join(op, f, out)
-    for original, s in zip(states, moved, strict=True):
+    for f in sorted((f for s in moved for f in s.factors), key=lambda f: -len(f.axes)):  # the finest first
+        _join(op, f, out)
+    for index, original, s in zip(inputs or range(len(states)), states, moved, strict=True):
         for f in list(out):
             for a in f.axes:
-                if s.broadcasts(a) and a >= s.rank - original.rank:
-                    op.meets(original, a - s.rank + original.rank, f, a)
+                if index is not None and s.broadcasts(a) and a >= s.rank - original.rank:
+                    op.meets(index, a - s.rank + original.rank, f, a)
             blind = tuple(a for a in f.axes if not s.broadcasts(a) and s.factor_of(a) is None)
             if blind:
                 op.rec.pin(op.rec.marginal(f, blind).labels, f"{what} with a value that is fixed along this axis")
@@ -199,17 +201,12 @@ def broadcast(op: OpContext, states: list[State], what: str) -> State:
 
 
 def _join(op: OpContext, f: Factor, out: list[Factor]) -> None:
-    for k, g in enumerate(out):
+    for g in out:
         common = tuple(a for a in f.axes if a in g.axes)
         if not common:
             continue
         op.rec.unify(op.rec.marginal(f, common).labels, op.rec.marginal(g, common).labels)
         if common == f.axes:
-            return
-        if common == g.axes:
-            if any(other is not g and set(other.axes) & set(f.axes) for other in out):
-                raise Opaque("labels over overlapping axes meet")
-            out[k] = f
             return
         raise Opaque("labels over overlapping axes meet")
     out.append(f)

@@ -206,11 +206,11 @@ def joined(op: OpContext, states: Sequence[State], axis: int, shape: tuple[int, 
             op.freeze_factor(g)
             if len(f.axes) > len(g.axes):
                 factors[factors.index(g)] = f
-    for s in states:  # a part that is fixed where another moves
+    for index, s in enumerate(states):  # a part that is fixed where another moves
         for f in list(factors):
             for a in f.axes:
                 if a != axis and s.factor_of(a) is None:
-                    op.meets(s, a, f, a)
+                    op.meets(index, a, f, a)
             blind = tuple(
                 a for a in f.axes if a != axis and s.factor_of(a) is None and (s.shape[a] > 1 or shape[a] > 1)
             )
@@ -231,13 +231,13 @@ def _mixed(
     rec = op.rec
     var = rec.variable()
     pieces = []
-    for s, f in zip(states, along, strict=True):
+    for index, (s, f) in enumerate(zip(states, along, strict=True)):
         if f is not None:
             rec.same(f.labels, var, f.var)
             pieces.append(f.labels)
         else:
             own = rec.fresh(s.shape[axis])
-            op.meets(s, axis, Factor((axis,), own), axis)
+            op.meets(index, axis, Factor((axis,), own), axis)
             if not s.broadcasts(axis) or s.shape[axis] == 1:
                 rec.pin(own, "Concat with a fixed part")
             rec.zero(own, var)

@@ -102,7 +102,8 @@ def layer_normalization(op: OpContext) -> None:
     x = op.state(0)
     axis = int(op.attr("axis", -1)) % x.rank
     params = [op.optional(1), op.optional(2) if not signs else None]
-    out = broadcast(op, [x, *(p for p in params if p is not None)], op.node.op_type)
+    present = [k for k in (0, 1, 2) if k == 0 or params[k - 1] is not None]
+    out = broadcast(op, [op.state(k) for k in present], op.node.op_type, present)
     _normalized(op, x, range(axis, x.rank), signs=signs)
     made = _affine(op, x, out, params if not signs else params[:1], signs=signs)
     op.like(0, made, made.uniform)

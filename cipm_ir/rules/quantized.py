@@ -163,7 +163,7 @@ def qlinear_matmul(op: OpContext) -> None:
     op.freeze(b)
     _scalar(op, 1, 2, 6, 7)
     left, right, names = matmul_letters(a, b, len(op.shape()))
-    out = contract(op, [a, b], [left, right], names)
+    out = contract(op, [a, b], [left, right], names, (0, 3))
     if b.rank == 1:
         _scalar(op, 4, 5)
     else:

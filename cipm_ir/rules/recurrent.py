@@ -98,11 +98,11 @@ def _along(op: OpContext, index: int, hidden: Labels, count: int) -> None:
         table = _rows(op, own, count)
         if table is not None:
             op.rec.unify(hidden, table)
-    elif not state.broadcasts(last):
+    elif not state.broadcasts(last) or count > 1:  # gates of a uniform axis could not follow units that go
         op.rec.pin(hidden, f"input {index} of {op.node.op_type} is fixed along the hidden axis")
         op.pin(state, "mixed axes")
     else:
-        op.meets(state, last, Factor((last,), hidden, ZERO), last, index)
+        op.meets(index, last, Factor((last,), hidden, ZERO), last)
 
 
 def _outputs(op: OpContext, hidden: Labels | None) -> None:
