@@ -78,7 +78,9 @@ class _Hasher:
     def _node(self, digest: Any, node: ir.Node) -> None:
         domain = "" if node.domain in _STANDARD else node.domain
         _feed(digest, "node", domain, node.op_type, node.overload, len(node.inputs), len(node.outputs))
-        _feed(digest, *(int(bool(value.name)) for value in node.outputs))  # BatchNormalization trains where asked for more
+        _feed(
+            digest, *(int(bool(value.name)) for value in node.outputs)
+        )  # BatchNormalization trains where asked for more
         for value in node.inputs:
             _feed(digest, self._source(value))
         for name, attribute in sorted(node.attributes.items()):

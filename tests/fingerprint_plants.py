@@ -36,7 +36,13 @@ def tensors(model: onnx.ModelProto) -> list[onnx.TensorProto]:
 
 def attributes(model: onnx.ModelProto) -> list[AttributeProto]:
     """Every attribute that is a number, a string or a list of such, in a fixed order."""
-    plain = (AttributeProto.FLOAT, AttributeProto.INT, AttributeProto.STRING, AttributeProto.FLOATS, AttributeProto.INTS)
+    plain = (
+        AttributeProto.FLOAT,
+        AttributeProto.INT,
+        AttributeProto.STRING,
+        AttributeProto.FLOATS,
+        AttributeProto.INTS,
+    )
     nodes = (node for top in (model.graph, *model.functions) for graph in graphs(top) for node in graph.node)
     return [a for node in nodes for a in node.attribute if a.type in plain and not a.ref_attr_name]
 
@@ -49,7 +55,7 @@ def changed(array: Array, kind: str) -> Array | None:
     if kind == "entry":
         place = int(np.argmax(np.abs(array.astype(np.float64)))) if array.dtype.kind != "b" else 0
         old = out.flat[place]
-        out.flat[place] = ~old if array.dtype.kind == "b" else old + 1 if array.dtype.kind in "iu" else old * 1.5 + 0.25
+        out.flat[place] = ~old if array.dtype.kind == "b" else old ^ 1 if array.dtype.kind in "iu" else old * 1.5 + 0.25
     else:
         long = [a for a, n in enumerate(array.shape) if n > 1]
         if not long:
@@ -128,7 +134,9 @@ def with_structure(model: onnx.ModelProto) -> Iterator[tuple[str, onnx.ModelProt
     if free:
         copy = copied()
         kind = copy.graph.input[free[0]].type.tensor_type
-        kind.elem_type = onnx.TensorProto.DOUBLE if kind.elem_type != onnx.TensorProto.DOUBLE else onnx.TensorProto.FLOAT
+        kind.elem_type = (
+            onnx.TensorProto.DOUBLE if kind.elem_type != onnx.TensorProto.DOUBLE else onnx.TensorProto.FLOAT
+        )
         yield "another input type", copy
     single = [t for t in model.graph.initializer if t.name not in {v.name for v in model.graph.input}]
     if single and model.ir_version >= 4:

@@ -42,31 +42,39 @@ class Site:
     types: list[int]
 
     @classmethod
-    def of(cls, case: Case) -> Site:
-        """Run a case and cut its operator out."""
+    def all_of(cls, case: Case) -> list[Site]:
+        """Run a case and cut every node with its operator out."""
         proto, sample = case.build()
-        node = next(n for n in proto.graph.node if n.op_type == case.op)
+        nodes = [n for n in proto.graph.node if n.op_type == case.op]
         values: dict[str, Array] = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer} | sample.feeds
         computed = {name for n in proto.graph.node for name in n.output}
-        wanted = [name for name in (*node.input, *node.output) if name in computed]
+        wanted = sorted({name for n in nodes for name in (*n.input, *n.output)} & computed)
         with Runner(ir.from_proto(proto), extra_outputs=wanted) as runner:
             values |= runner.run(sample.feeds)
-        outs = [values[name] if name else None for name in node.output]
-        return cls(
-            case.name,
-            node,
-            proto.opset_import[0].version,
-            [values[name] if name else None for name in node.input],
-            [None if v is None else v.shape for v in outs],
-            [0 if v is None else helper.np_dtype_to_tensor_dtype(v.dtype) for v in outs],
-        )
+        found = []
+        for node in nodes:
+            given, outs = ([values[name] if name else None for name in names] for names in (node.input, node.output))
+            shapes = [None if v is None else v.shape for v in outs]
+            types = [0 if v is None else helper.np_dtype_to_tensor_dtype(v.dtype) for v in outs]
+            found.append(cls(case.name, node, proto.opset_import[0].version, given, shapes, types))
+        return found
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What tells this use of the operator from others: attributes, sizes, and which inputs are literals."""
+        bare = onnx.NodeProto(op_type=self.node.op_type, attribute=self.node.attribute)
+        given = [None if a is None else (a.shape, a.dtype.str, a.tobytes() if k not in self.varied else b"")
+                 for k, a in enumerate(self.arrays)]  # fmt: skip
+        return bare.SerializeToString(), self.opset, tuple(given), tuple(self.shapes)
 
     @property
     def varied(self) -> list[int]:
         """Inputs that can be in different states: tensors, but for sizes, axes and positions."""
         last = 1 if self.node.op_type in ("Resize", "Upsample", "MaxRoiPool", "RoiAlign") else len(self.arrays)
         return [
-            k for k, a in enumerate(self.arrays[:last]) if a is not None and a.size > 1 and a.dtype != np.dtype(np.int64)
+            k
+            for k, a in enumerate(self.arrays[:last])
+            if a is not None and a.size > 1 and a.dtype != np.dtype(np.int64)
         ]
 
 
@@ -223,7 +231,9 @@ class Bench:
 
     def model(self) -> onnx.ModelProto:
         """The finished model."""
-        graph = helper.make_graph(self.nodes, "bench", self.inputs, self.outputs, self.initializers, value_info=self.shapes)
+        graph = helper.make_graph(
+            self.nodes, "bench", self.inputs, self.outputs, self.initializers, value_info=self.shapes
+        )
         imports = [helper.make_opsetid("", self.opset)]
         model = helper.make_model(graph, opset_imports=imports)
         model.ir_version = max(9, helper.find_min_ir_version_for(imports))

@@ -146,7 +146,9 @@ class _Alone:
                 continue
             if k in self.varied:
                 self.feeds[name] = array
-                inputs.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape))
+                inputs.append(
+                    helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+                )
             else:
                 constants.append(onnx.numpy_helper.from_array(array, name))
         outputs = []
@@ -171,7 +173,11 @@ class _Alone:
         n = array.shape[axis]
         orders = [np.random.default_rng(seed).permutation(n) for seed in (3, 4)]
         orders = [np.roll(np.arange(n), 1) if (order == np.arange(n)).all() else order for order in orders]
-        choices = [[(j, None), *((j, a) for a, m in enumerate(self.feeds[f"i{j}"].shape) if m == n)] for j in self.varied if j != k]
+        choices = [
+            [(j, None), *((j, a) for a, m in enumerate(self.feeds[f"i{j}"].shape) if m == n)]
+            for j in self.varied
+            if j != k
+        ]
         for along in itertools.islice(itertools.product(*choices), 64):
             if all(self._follows({k: axis} | {j: a for j, a in along if a is not None}, order) for order in orders):
                 return True

@@ -36,6 +36,7 @@ COARSE: dict[str, tuple[str, str]] = {
     "BatchNormalization": ("joint", "parameters are per channel: a joint factor over channels is pinned"),
     "Bernoulli": ("uniform", "equal only by chance"),
     "Concat": ("uniform", "along the joined axis, of equal parts"),
+    "Conv": ("joint uniform", "joint channels of a grouped one are pinned; space counts as fixed"),
     "ConvInteger": ("uniform", "space counts as fixed"),
     "ConvTranspose": ("uniform", "space, and the batch of a grouped one"),
     "DepthToSpace": ("free uniform", "more than two labelled axes in one reshape are opaque"),
@@ -48,6 +49,7 @@ COARSE: dict[str, tuple[str, str]] = {
     "Hardmax": ("uniform", "equal only by chance"),
     "LSTM": ("uniform", "states and outputs are never uniform"),
     "LayerNormalization": (ALL, "opaque where its statistics are asked for"),
+    "LessOrEqual": ("uniform", "equal only by chance"),
     "LpPool": ("uniform", "space counts as fixed"),
     "MaxPool": ("uniform", "space counts as fixed; with indices it is opaque"),
     "MaxRoiPool": ("uniform", "space counts as fixed"),
@@ -74,14 +76,13 @@ COARSE: dict[str, tuple[str, str]] = {
 def check(name: str, *, thorough: bool = False) -> tuple[list[str], dict[str, set[str]]]:
     """False claims over all cases of an operator, and its coarse places by kind of state."""
     wrong, coarse = [], dict[str, set[str]]()
-    for case in (c for c in CASES if c.op == name):
-        site = Site.of(case)
-        if site.varied:
-            found, places = complaints(site, thorough=thorough)
-            wrong += [f"{case.name}: {one}" for one in found]
-            for place in places:
-                kind = "uniform" if "->" in place else place.split(": ")[1].split()[0]
-                coarse.setdefault(kind, set()).add(f"{case.name}: {place}")
+    sites = {site.kind: site for case in CASES if case.op == name for site in Site.all_of(case) if site.varied}
+    for site in sites.values():
+        found, places = complaints(site, thorough=thorough)
+        wrong += [f"{site.case}: {one}" for one in found]
+        for place in places:
+            kind = "uniform" if "->" in place else place.split(": ")[1].split()[0]
+            coarse.setdefault(kind, set()).add(f"{site.case}: {place}")
     return wrong, coarse
 
 

@@ -14,6 +14,8 @@ from cipm_ir.rules.registry import Opaque, operator
 from cipm_ir.rules.resize import Resize
 
 Attributes = Callable[[str], Any]
+_FAR = 2**62
+"""Beyond the ends of every axis."""
 
 
 def taken(op: OpContext, f: Factor, axis: int, index: Labels) -> Factor | None:
@@ -90,13 +92,14 @@ def _resize_slice(r: Resize) -> None:
             return
         starts[j] = int(new[0])
         stop = int(new[-1]) + (1 if step > 0 else -1)
-        ends[j] = stop if stop >= 0 else -(2**62)
+        ends[j] = stop if stop >= 0 else -_FAR
     if r.version < 10:
         r.set_attr("starts", starts)
         r.set_attr("ends", ends)
     else:
-        r.set_literal(1, np.asarray(starts, inputs[0].dtype if inputs[0] is not None else np.int64))
-        r.set_literal(2, np.asarray(ends, inputs[1].dtype if inputs[1] is not None else np.int64))
+        for index, values in ((1, starts), (2, ends)):
+            kind = np.int64 if (given := inputs[index - 1]) is None else given.dtype
+            r.set_literal(index, np.clip(values, np.iinfo(kind).min, np.iinfo(kind).max).astype(kind))
 
 
 @operator("Slice", resize=_resize_slice, literals=(1, 2))

@@ -87,6 +87,12 @@ _retarget = target_rule(1)
 def _resize(r: Resize) -> None:
     if r.node.op_type == "Reshape":
         _retarget(r)
+    elif r.node.op_type == "Squeeze" and r.literal(1) is None and r.attr("axes") is None:
+        axes = [a for a, n in enumerate(r.old(0)) if n == 1]  # an axis that shrinks to 1 stays
+        if r.version < 13:
+            r.set_attr("axes", axes)
+        else:
+            r.set_literal(1, np.asarray(axes, np.int64))
 
 
 @operator("Expand", resize=target_rule(1), literals=(1,))
