@@ -158,16 +158,18 @@ class Bench:
     def source(self, array: Array, state: str, dynamic: bool) -> str:
         """A value with this array's shape and type, and entries from it, in a state."""
         if array.dtype == bool or (array.dtype.kind in "iu" and (dynamic or state not in ("free", "fixed"))):
-            kind = helper.np_dtype_to_tensor_dtype(array.dtype)  # of constants, a rule would see numbers and no labels
-            return self.op("Cast", self.source(array.astype(np.float32), state, True), to=kind)
+            target = helper.np_dtype_to_tensor_dtype(
+                array.dtype
+            )  # of constants, a rule would see numbers and no labels
+            return self.op("Cast", self.source(array.astype(np.float32), state, True), to=target)
         kind, *rest = state.split()
         axis = int(rest[0]) if rest else -1
         shape = np.asarray(array.shape, np.int64)
         if kind == "fixed":
             return self.fed(array)
         if kind == "uniform":
-            small = array.take([0], axis=axis) if rest else array.reshape(-1)[:1].reshape([1] * array.ndim)
-            made = self.fed(small) if len(rest) > 1 else self.root(small, dynamic)
+            one = array.take([0], axis=axis) if rest else array.reshape(-1)[:1].reshape([1] * array.ndim)
+            made = self.fed(one) if len(rest) > 1 else self.root(one, dynamic)
             return self.op("Expand", made, self.const(shape))
         if kind == "joint":
             new = [*shape[:axis], -1, *shape[axis + 2 :]] if rest else [-1]

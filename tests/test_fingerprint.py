@@ -277,8 +277,9 @@ TORCH = ["lstm_tagger", "resnet20_random", "group_norm", "attention_rotary", "fa
 @pytest.mark.parametrize("name", TORCH)
 def test_differences_in_torch_modules_show(name: str) -> None:
     torch = pytest.importorskip("torch")
-    import cipm_ir
     from tests.torch_zoo import case, output_tensors
+
+    import cipm_ir
 
     one = case(name)
     args, kwargs = one.inputs()

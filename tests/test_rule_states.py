@@ -169,12 +169,12 @@ def test_a_rule_that_claims_too_little_is_caught(monkeypatch: pytest.MonkeyPatch
 
 
 # ---------------------------------------------------------------- rules from elsewhere, written in the obvious way
-def program_with(op_type: str, **attributes: int) -> Program:
+def program_with(op_type: str) -> Program:
     """(4, 1) expanded to (4, 6), an operator of another domain, and a product with a weight."""
     rng = np.random.default_rng(0)
     nodes = [
         helper.make_node("Expand", ["x", "shape"], ["e"]),
-        helper.make_node(op_type, ["e"], ["c"], domain="elsewhere", **attributes),
+        helper.make_node(op_type, ["e"], ["c"], domain="elsewhere"),
         helper.make_node("MatMul", ["c", "w"], ["h"]),
         helper.make_node("Relu", ["h"], ["r"]),
         helper.make_node("MatMul", ["r", "v"], ["y"]),

@@ -129,7 +129,8 @@ def attention(op: OpContext) -> None:
     scores = _masked(op, scores, 3)
     y = contract(
         replace(op, shapes=[(batch, heads, length, v.shape[3])]),
-        [scores, _repeated(v, heads)], [("b", "h", "s", "t"), ("b", "h", "t", "e")], ("b", "h", "s", "e"), (None, inputs[2]),
+        [scores, _repeated(v, heads)], [("b", "h", "s", "t"), ("b", "h", "t", "e")], ("b", "h", "s", "e"),
+        (None, inputs[2]),
     )  # fmt: skip
     made = y if op.state(0).rank == 4 else reshaped(op, _swapped(y), op.shape())
     op.like(0, made, made.uniform)

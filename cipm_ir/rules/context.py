@@ -102,8 +102,8 @@ class OpContext:
     def like(self, index: int, state: State, uniform: Iterable[int] = ()) -> None:
         """Set an output to the labels of ``state``, but not to its uniform axes: an operator may tell indices apart.
 
-        Uniform are the axes in ``uniform`` (see `set`), and behind an ``elementwise`` operator those along which none of
-        its inputs changes.
+        Uniform are the axes in ``uniform`` (see `set`), and behind an ``elementwise`` operator those along which none
+        of its inputs changes.
         """
         if self.elementwise:
             uniform = alike((s for s in self.inputs if s is not None), state.shape)

@@ -63,9 +63,8 @@ def contract(
             flat = {x for a, x in enumerate(names) if x and state.broadcasts(a)}
             for p in mine:
                 for a, x in enumerate(names):
-                    if x in p.letters and state.broadcasts(a):
-                        if (index := inputs[other]) is not None:
-                            op.meets(index, a, p.factor, p.factor.axes[p.letters.index(x)])
+                    if x in p.letters and state.broadcasts(a) and (index := inputs[other]) is not None:
+                        op.meets(index, a, p.factor, p.factor.axes[p.letters.index(x)])
                 _against(op, p, blind[other], flat, out_set)
     factors: list[Factor] = []
     where = {x: a for a, x in enumerate(out_letters) if x is not None}

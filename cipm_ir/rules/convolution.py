@@ -48,8 +48,8 @@ def _channels(op: OpContext, state: State, kind: str) -> State:
     return State(state.shape[:2], state.factors, frozenset(a for a in state.uniform if a < 2))
 
 
-def _with_bias(op: OpContext, out: State, index: int | None) -> None:
-    bias = None if index is None else op.optional(index)
+def _with_bias(op: OpContext, out: State, index: int) -> None:
+    bias = op.optional(index)
     out = State(op.shape(), out.factors, out.uniform & {0, 1})
     if bias is not None:
         d = out.rank - 2
@@ -78,7 +78,10 @@ def convolve(op: OpContext, x: State, w: State, weight: int, bias: int | None) -
     else:
         batch = tuple(f for f in x.factors if f.axes == (0,))
         out = State(op.shape()[:2], (*batch, *_grouped(op, x, w, group, weight)), x.uniform & {0})
-    _with_bias(op, out, bias)
+    if bias is not None:
+        _with_bias(op, out, bias)
+    else:
+        op.set(0, out.factors, out.uniform & {0, 1})
 
 
 def _simple(state: State, axis: int) -> Factor | None:

@@ -179,8 +179,8 @@ def var_on(state: State, shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
 def broadcast(op: OpContext, states: list[State], what: str, inputs: Sequence[int | None] | None = None) -> State:
     """Align inputs from the right, tie what meets, pin what meets a fixed axis. Output factors carry no scale.
 
-    Of factors over nested sets of axes, the finer goes on; the coarser is tied to its blocks. ``inputs``: which inputs of
-    the node these are (by default the first ones), None for what is not an input as it came in.
+    Of factors over nested sets of axes, the finer goes on; the coarser is tied to its blocks. ``inputs``: which inputs
+    of the node these are (by default the first ones), None for what is not an input as it came in.
     """
     shape = op.shape()
     moved = [shifted(s, len(shape)) for s in states]

@@ -105,7 +105,7 @@ def _resize_slice(r: Resize) -> None:
 @operator("Slice", resize=_resize_slice, literals=(1, 2))
 def slice_(op: OpContext) -> None:
     """Constant bounds select labels; bounds that are computed may only touch fixed axes."""
-    state, shape = op.state(0), op.shape()
+    state = op.state(0)
     for k in range(1, len(op.node.inputs)):
         op.pin(op.optional(k), "bound of Slice")
     bounds = _bounds(op.version, op.attr, [op.const(k) for k in range(1, 5)], state.rank) if _known(op) else None

@@ -26,8 +26,8 @@ MacRule = Callable[["OpContext"], int]
 class Operator:
     """Everything the framework knows about one operator.
 
-    ``elementwise``: an entry of an output is a function of the entries at its place (inputs aligned from the right), the
-    same function everywhere. Only then does `OpContext.like` hand on that an axis is uniform.
+    ``elementwise``: an entry of an output is a function of the entries at its place (inputs aligned from the right),
+    the same function everywhere. Only then does `OpContext.like` hand on that an axis is uniform.
     """
 
     name: str

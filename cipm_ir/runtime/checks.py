@@ -75,11 +75,11 @@ def _spell_out_defaults(node: ir.Node, opsets: Mapping[str, int]) -> None:
     if node.domain not in _STANDARD or not version or not onnx.defs.has(node.op_type, version, node.domain):
         return
     schema = onnx.defs.get_schema(node.op_type, version, node.domain)
-    if not schema.has_function or schema.has_type_and_shape_inference_function:
+    if schema.has_type_and_shape_inference_function or not schema.function_body.node:
         return
     for name, attribute in schema.attributes.items():
         if name not in node.attributes and attribute.default_value.type:
-            node.attributes[name] = ir.from_proto(attribute.default_value)
+            node.attributes[name] = ir.serde.deserialize_attribute(attribute.default_value)
 
 
 def _drop_value_infos(graph: onnx.GraphProto) -> None:
