@@ -10,6 +10,7 @@ All variants of a case are one model without edges between them, so that one ana
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -91,7 +92,7 @@ def states(shape: tuple[int, ...]) -> Iterator[str]:
         if shape[a] > 3:
             yield f"tiled {a}"
             yield f"runs {a}"
-    for a, b in zip(long, long[1:], strict=False):
+    for a, b in itertools.pairwise(long):
         if b == a + 1:
             yield f"joint {a}"
     if len(long) > 1:
@@ -158,9 +159,8 @@ class Bench:
     def source(self, array: Array, state: str, dynamic: bool) -> str:
         """A value with this array's shape and type, and entries from it, in a state."""
         if array.dtype == bool or (array.dtype.kind in "iu" and (dynamic or state not in ("free", "fixed"))):
-            target = helper.np_dtype_to_tensor_dtype(
-                array.dtype
-            )  # of constants, a rule would see numbers and no labels
+            # of constants, a rule would see numbers and no labels
+            target = helper.np_dtype_to_tensor_dtype(array.dtype)
             return self.op("Cast", self.source(array.astype(np.float32), state, True), to=target)
         kind, *rest = state.split()
         axis = int(rest[0]) if rest else -1

@@ -1,6 +1,6 @@
 """Models with equal fingerprints compute the same: differences planted in every tensor, attribute and in the structure.
 
-A copy with another fingerprint proves nothing and costs nothing; one with an equal fingerprint is run beside the original.
+A copy with another fingerprint needs no run; one with an equal fingerprint is run beside the original.
 Uniform axes, overridable initializers, functions and operators that change with the opset are cases of their own.
 """
 

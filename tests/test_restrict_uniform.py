@@ -1,4 +1,4 @@
-"""`restrict` beside uniform inputs, which are cut to the length of what they meet, and literals that sizes would break."""
+"""`restrict` beside uniform inputs, which are cut to what they meet, and literals that sizes would break."""
 
 from __future__ import annotations
 
