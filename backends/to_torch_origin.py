@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,9 +20,10 @@ from cipm_ir.backends.to_torch import Emitted, emit_graph, emit_torch, example_t
 from cipm_ir.backends.to_torch_state import as_torch
 from cipm_ir.errors import CipmError, InputError
 from cipm_ir.ir.capture import Capture
-from cipm_ir.runtime.inputs import Data, Feeds, batches, random_inputs, true_inputs
-from cipm_ir.runtime.session import Runner
-from cipm_ir.runtime.verify import Array, Verification, compare_outputs
+from cipm_ir.runtime.compare import MEASURED, Array, Case, Outputs, Reference, Tolerance, Verification
+from cipm_ir.runtime.inputs import Data, Feeds, batches, random_inputs_like, true_inputs
+from cipm_ir.runtime.noise import DRAWS, MORE_DRAWS, nudged
+from cipm_ir.runtime.verify import BATCHES, RECIPES, OnnxVariants, affordable_cases, own_cases, tried
 from cipm_ir.symmetry.program import Program
 
 
@@ -43,9 +47,15 @@ class TorchOrigin:
 
         write(self.capture, self.emit(model), path)
 
-    def compare(self, a: ir.Model, b: ir.Model, **settings: Any) -> Verification:
-        """Run both in torch; ``settings`` as for `compare_programs`."""
-        return compare_programs(Program(a, origin=self), Program(b, origin=self), **settings)
+    def verifier(self, model: ir.Model, **settings: Any) -> TorchVerifier:
+        """Return what compares other models of this origin with one; ``settings`` as for `TorchVerifier`."""
+        return TorchVerifier(Program(model, origin=self), self, **settings)
+
+    def compare(
+        self, a: ir.Model, b: ir.Model, *, rtol: float | None = None, atol: float | None = None, **settings: Any
+    ) -> Verification:
+        """Run both in torch; ``settings`` as for `TorchVerifier`."""
+        return self.verifier(a, **settings).check(b, Tolerance(rtol, atol))
 
     def run(self, graph: fx.GraphModule, feeds: Feeds) -> dict[str, Array]:
         """Outputs by position, as arrays.
@@ -61,22 +71,159 @@ class TorchOrigin:
         outputs = [x for x in pytree.tree_leaves(made) if isinstance(x, torch.Tensor)]
         return {f"output {k}": tensor_adapters.TorchTensor(x.detach().cpu()).numpy() for k, x in enumerate(outputs)}
 
-    def drawn(self, model: ir.Model, rng: np.random.Generator, cases: int) -> list[Feeds]:
-        """The example inputs, and random ones like these."""
+    def examples(self) -> Feeds:
+        """Return the example inputs by name; empty where there are none."""
         if self.capture.args is None:
-            return [random_inputs(model, rng) for _ in range(cases)]
-        examples = dict(zip(self.capture.inputs, example_tensors(self.capture), strict=True))
-        return [{name: _like(x, rng, case) for name, x in examples.items()} for case in range(cases)]
+            return {}
+        tensors = zip(self.capture.inputs, example_tensors(self.capture), strict=True)
+        return {name: np.asarray(tensor_adapters.TorchTensor(x.cpu()).numpy()) for name, x in tensors}
 
 
-def _like(example: torch.Tensor, rng: np.random.Generator, case: int) -> Array:
-    """The example first; then random numbers of its shape: floats N(0, 1), integers drawn from its entries."""
-    array = np.asarray(tensor_adapters.TorchTensor(example.cpu()).numpy())
-    if case == 0 or not array.size or array.dtype == bool:
-        return array
-    if example.dtype.is_floating_point:
-        return np.asarray(rng.standard_normal(array.shape)).astype(array.dtype)
-    return np.asarray(rng.permutation(array.ravel()).reshape(array.shape))
+class TorchVariants:
+    """A torch program, run plainly, in other kernels, and with weights and inputs moved by rounding."""
+
+    backend = "torch"
+
+    def __init__(self, origin: TorchOrigin, graph: fx.GraphModule, seed: int) -> None:
+        self._origin, self._graph, self._seed = origin, graph, seed
+
+    def others(self) -> Sequence[str]:
+        """Return the names of all ways to run but the plain one."""
+        return ["other kernels", *(f"draw {k}" for k in range(DRAWS))]
+
+    def more(self) -> Sequence[str]:
+        """Return further names, for cases of doubt."""
+        return [f"draw {k}" for k in range(DRAWS, DRAWS + MORE_DRAWS)]
+
+    def outputs(self, feeds: Sequence[Feeds], way: str = "") -> Iterator[Outputs]:
+        """Run on each of several inputs; "" is the plain way."""
+        graph, move = self._graph, None
+        if way.startswith("draw "):
+            rng = np.random.default_rng((self._seed, int(way.removeprefix("draw "))))
+            graph, move = _nudged_graph(graph, rng), rng
+        with torch.backends.mkldnn.flags(enabled=way != "other kernels"):
+            for one in feeds:
+                moved = one if move is None else {name: nudged(x, move) for name, x in one.items()}
+                yield self._origin.run(graph, moved)
+
+
+def _nudged_graph(graph: fx.GraphModule, rng: np.random.Generator) -> fx.GraphModule:
+    copied = copy.deepcopy(graph)
+    with torch.no_grad():
+        for tensor in (*copied.parameters(), *copied.buffers()):
+            if tensor.is_floating_point() and not tensor.is_meta:
+                array = np.asarray(tensor_adapters.TorchTensor(tensor.detach().cpu().contiguous()).numpy())
+                tensor.data = as_torch(ir.tensor(nudged(array, rng))).to(tensor.device)
+    return copied
+
+
+class ByPosition:
+    """Runs of an ONNX model under the names of a torch program: inputs by theirs, outputs by number."""
+
+    def __init__(self, side: OnnxVariants, names: Mapping[str, str]) -> None:
+        self._side, self._names = side, names
+        self.backend = side.backend
+
+    def others(self) -> Sequence[str]:
+        """Return the names of all ways to run but the plain one."""
+        return self._side.others()
+
+    def more(self) -> Sequence[str]:
+        """Return further names, for cases of doubt."""
+        return self._side.more()
+
+    def outputs(self, feeds: Sequence[Feeds], way: str = "") -> Iterator[Outputs]:
+        """Run on each of several inputs; "" is the plain way."""
+        renamed = [{self._names[name]: x for name, x in one.items()} for one in feeds]
+        for got in self._side.outputs(renamed, way):
+            yield {f"output {k}": x for k, x in enumerate(got.values())}
+
+
+class TorchVerifier:
+    """Compare programs with one that is taken as right, inputs and outputs by position.
+
+    They run in evaluation mode, on data, on the example inputs and on inputs of our own of the examples' sizes.
+
+    Args:
+        program: taken as right; of torch or ONNX.
+        origin: of a torch program: of this one, or of those that it is compared with.
+        data: samples, see `batches`.
+        seed: of the random inputs.
+        cases: at most so many inputs of our own, and batches of data; None: what time allows.
+
+    Raises:
+        InputError: where the data does not fit.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        origin: TorchOrigin,
+        *,
+        data: Data | None = None,
+        seed: int = 0,
+        cases: int | None = None,
+        inputs: ir.Model | None = None,
+    ) -> None:
+        self._program, self._origin, self._seed, self._cases = program, origin, seed, cases
+        self._inputs = inputs or program.model
+        given = [] if data is None else list(itertools.islice(batches(data, self._inputs), cases or BATCHES))
+        self._given = given
+        self._made: Reference | None = None
+
+    def check(self, other: ir.Model | Program, tolerance: Tolerance = MEASURED) -> Verification:
+        """Compare another program, or another model of the same origin."""
+        start = time.perf_counter()
+        program = other if isinstance(other, Program) else Program(other, origin=self._origin)
+        return replace(self._check(program, tolerance), seconds=time.perf_counter() - start)
+
+    def _check(self, program: Program, tolerance: Tolerance) -> Verification:
+        counts = len(true_inputs(self._program.model)), len(true_inputs(program.model))
+        if counts[0] != counts[1]:
+            return Verification(False, reason=f"the first takes {counts[0]} inputs, the second {counts[1]}")
+        try:
+            reference = self._reference()
+        except CipmError as error:
+            return Verification(None, reason=str(error).rstrip("."), backend="torch")
+        try:
+            actual = list(self._side(program).outputs(reference.feeds))
+        except CipmError as error:
+            return Verification(False, reason=f"the second model fails: {error}", backend="torch")
+        counts = len(reference.sticks[0]), len(actual[0])
+        if counts[0] != counts[1]:
+            return Verification(False, reason=f"the first gives {counts[0]} outputs, the second {counts[1]}")
+        return reference.compare(actual, tolerance)
+
+    def _side(self, program: Program) -> TorchVariants | ByPosition:
+        model = program.emit()
+        if isinstance(program.origin, TorchOrigin):
+            return TorchVariants(program.origin, emit_graph(program.origin.capture, model), self._seed)
+        own = [value.name or "" for value in true_inputs(self._inputs)]
+        names = dict(zip(own, (value.name or "" for value in true_inputs(model)), strict=True))
+        return ByPosition(OnnxVariants(model, (), self._seed, None), names)
+
+    def _reference(self) -> Reference:
+        if self._made is None:
+            side = self._side(self._program)
+
+            def run(feeds: Feeds) -> Outputs:
+                return next(iter(side.outputs([feeds])))
+
+            made = [Case(f"batch {k} of the data", feeds, run(feeds)) for k, feeds in enumerate(self._given)]
+            made += self._own(run, np.random.default_rng(self._seed), bool(made))
+            self._made = Reference(side, made)
+        return self._made
+
+    def _own(self, run: Callable[[Feeds], Outputs], rng: np.random.Generator, given: bool) -> list[Case]:
+        examples = self._origin.examples()
+        if not examples:
+            return own_cases(self._inputs, run, rng, self._cases)
+        start = time.perf_counter()
+        made = [] if given else [Case("example", examples, run(examples))]
+        most = affordable_cases(time.perf_counter() - start) if self._cases is None else self._cases
+        for recipe in RECIPES[: most - len(made)]:
+            made += tried(recipe.name, random_inputs_like(self._inputs, examples, rng, recipe), run)
+        return made
 
 
 def compare_programs(
@@ -85,43 +232,17 @@ def compare_programs(
     *,
     data: Data | None = None,
     seed: int = 0,
-    cases: int = 3,
+    cases: int | None = None,
     rtol: float | None = None,
     atol: float | None = None,
 ) -> Verification:
-    """Compare two programs of which at least one came from torch, inputs and outputs by position.
+    """Compare two programs of which at least one came from torch; see `TorchVerifier`.
 
-    They run in evaluation mode, on data, on the example inputs and on random ones like these.
-
-    Errors: `InputError` where the data does not fit.
+    Raises:
+        InputError: where the data does not fit.
     """
     torch_one = a if isinstance(a.origin, TorchOrigin) else b
-    origin = torch_one.origin
-    assert isinstance(origin, TorchOrigin)
-    model, names = torch_one.emit(), [[v.name or "" for v in true_inputs(p.model)] for p in (a, b)]
-    if len(names[0]) != len(names[1]):
-        return Verification(False, reason=f"the first takes {len(names[0])} inputs, the second {len(names[1])}")
-    given = list(itertools.islice(batches(data, model), cases)) if data is not None else []
-    feeds = [*given, *origin.drawn(model, np.random.default_rng(seed), cases)]
-    own = [v.name or "" for v in true_inputs(model)]
-    results: list[list[dict[str, Array]]] = []
-    for program, wanted in zip((a, b), names, strict=True):
-        renamed = [{w: one[o] for o, w in zip(own, wanted, strict=True)} for one in feeds]
-        try:
-            results.append(_outputs(program, renamed))
-        except CipmError as error:
-            first = program is a
-            reason = str(error).rstrip(".") if first else f"the second model fails: {error}"
-            return Verification(None if first else False, reason=reason, backend="torch")
-    counts = [len(r[0]) for r in results]
-    if counts[0] != counts[1]:
-        return Verification(False, reason=f"the first gives {counts[0]} outputs, the second {counts[1]}")
-    return compare_outputs(results[0], results[1], rtol, atol, "torch")
-
-
-def _outputs(program: Program, feeds: list[Feeds]) -> list[dict[str, Array]]:
-    if isinstance(program.origin, TorchOrigin):
-        graph = emit_graph(program.origin.capture, program.emit())
-        return [program.origin.run(graph, one) for one in feeds]
-    with Runner(program.emit()) as runner:
-        return [{f"output {k}": x for k, x in enumerate(runner.run(one).values())} for one in feeds]
+    assert isinstance(torch_one.origin, TorchOrigin)
+    inputs = torch_one.model
+    verifier = TorchVerifier(a, torch_one.origin, data=data, seed=seed, cases=cases, inputs=inputs)
+    return verifier.check(b, Tolerance(rtol, atol))
