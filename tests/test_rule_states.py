@@ -56,7 +56,10 @@ COARSE: dict[str, tuple[str, str]] = {
     "Pad": ("uniform", "mirrored entries of a uniform axis are equal"),
     "QLinearConv": ("uniform", "space counts as fixed"),
     "QuantizeLinear": ("free uniform", "by blocks it is opaque; along the axis of the scales nothing is uniform"),
-    "RNN": ("free runs tiled uniform", "lengths of the sequences are from outside; states and outputs are never uniform"),
+    "RNN": (
+        "free runs tiled uniform",
+        "lengths of the sequences are from outside; states and outputs are never uniform",
+    ),
     "Reshape": ("free uniform", "more than two labelled axes in one reshape are opaque"),
     "Resize": ("uniform", "an interpolation of equal entries"),
     "ReverseSequence": ("uniform", "opaque"),
