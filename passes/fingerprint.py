@@ -17,15 +17,18 @@ from cipm_ir.passes.canonicalize import canonical_elements
 from cipm_ir.symmetry.program import Program
 
 _STANDARD = ("", "ai.onnx")
+_LISTS = (ir.AttributeType.INTS, ir.AttributeType.FLOATS, ir.AttributeType.STRINGS)
 _SLICE = 1 << 22
 
 
 def fingerprint_program(program: Program) -> str:
-    """Hash (BLAKE2b, 128 bits, hexadecimal) of the canonical form: structure and weights, not names nor metadata.
+    """Return a hash (BLAKE2b, 128 bits, hexadecimal) of the canonical form: structure and weights, not names.
 
-    Programs that differ by permutations, signs and power-of-two scales of hidden units agree; a changed bit of a
-    weight, operator, attribute, type, shape or connection makes another hash. The order of the nodes counts. A weight
-    counts where it is used, so that it does not matter whether equal tensors are stored once or twice.
+    Programs that differ by permutations, signs and power-of-two scales of hidden units agree, and equal hashes mean
+    equal outputs. A changed bit of a weight, operator, attribute, type, shape, opset or connection makes another hash.
+    The order of inputs, outputs and nodes counts; their names, and all other metadata, do not. A weight counts where it
+    is used, so that it does not matter whether equal tensors are stored once or twice; an initializer that is also a
+    graph input (IR 4 and later) is an input with a default: both count, that it can be overridden and its value.
     """
     elements = canonical_elements(program)
     canonical = program.act(elements) if elements else program
@@ -69,6 +72,9 @@ class _Hasher:
     def _node(self, digest: Any, node: ir.Node) -> None:
         domain = "" if node.domain in _STANDARD else node.domain
         _feed(digest, "node", domain, node.op_type, node.overload, len(node.inputs), len(node.outputs))
+        _feed(
+            digest, *(int(bool(value.name)) for value in node.outputs)
+        )  # BatchNormalization trains where asked for more
         for value in node.inputs:
             _feed(digest, self._source(value))
         for name, attribute in sorted(node.attributes.items()):
@@ -87,6 +93,8 @@ class _Hasher:
             return [self._tensor(attribute.as_tensor())]
         if attribute.type == ir.AttributeType.TENSORS:
             return [self._tensor(t) for t in attribute.as_tensors()]
+        if attribute.type in _LISTS:
+            return [repr([x.item() if isinstance(x, np.generic) else x for x in attribute.value])]
         return [repr(attribute.value)]
 
     def _source(self, value: ir.Value | None) -> bytes | str:

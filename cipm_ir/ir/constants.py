@@ -74,7 +74,13 @@ def _slice(node: ir.Node, args: list[Array], version: int) -> Array:
 
 
 def slice_positions(size: int, start: int, end: int, step: int) -> np.ndarray:
-    """Positions that ONNX Slice (opset 13) takes along an axis of this size."""
+    """Return the positions that ONNX Slice (opset 13) takes along an axis of this size.
+
+    Raises:
+        ValueError: the step is 0.
+    """
+    if not step:
+        raise ValueError("a Slice with a step of 0")
     if step > 0:
         lo = min(max(start + size if start < 0 else start, 0), size)
         hi = min(max(end + size if end < 0 else end, 0), size)

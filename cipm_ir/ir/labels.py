@@ -57,7 +57,11 @@ class Factor:
 
 @dataclass(slots=True, eq=False)
 class State:
-    """Concrete shape of a value, its factors (over disjoint axes) and its uniform axes."""
+    """Concrete shape of a value, its factors (over disjoint axes) and its uniform axes.
+
+    That an axis is uniform says something of an operator, not of labels: it holds behind an operator only where that
+    treats every index of the axis alike. No helper hands it on unasked; see `OpContext.like`.
+    """
 
     shape: tuple[int, ...]
     factors: tuple[Factor, ...] = ()
@@ -78,6 +82,15 @@ class State:
     def broadcasts(self, axis: int) -> bool:
         """Whether the value is the same all along ``axis``."""
         return self.shape[axis] == 1 or axis in self.uniform
+
+
+def alike(states: Iterable[State], shape: Sequence[int]) -> frozenset[int]:
+    """Axes of a broadcast result of this shape along which none of the inputs (aligned from the right) changes."""
+    rank = len(shape)
+    shifted = [(s, s.rank - rank) for s in states]
+    return frozenset(
+        a for a in range(rank) if shape[a] > 1 and all(a + d < 0 or s.broadcasts(a + d) for s, d in shifted)
+    )
 
 
 def simplified(shape: Sequence[int], labels: Labels, axes: Sequence[int], var: int, repeats: bool) -> Factor | None:

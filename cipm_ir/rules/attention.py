@@ -29,18 +29,23 @@ def _swapped(state: State) -> State:
 
 
 def _heads(op: OpContext, state: State, count: int | None) -> State:
-    """(batch, heads, sequence, d); batch and sequence fixed."""
+    """(batch, heads, sequence, d); batch and sequence fixed.
+
+    Heads that lie after each other in one uniform axis count as fixed: it could not follow heads or positions that go.
+    """
+    uniform = state.uniform & {1, 3}
     if state.rank == 3:
+        uniform = frozenset()
         if not count:
             raise Opaque("the number of heads is not given")
         batch, length, size = state.shape
         state = _swapped(reshaped(op, state, (batch, length, count, size // count)))
     state = op.without(state, (0, 2), f"batch or position of {op.node.op_type}")
-    return State(state.shape, state.factors, state.uniform - {0, 2})
+    return State(state.shape, state.factors, uniform)
 
 
 def _repeated(state: State, heads: int) -> State:
-    """Each key head serves a run of query heads."""
+    """Each key head serves a run of query heads. Only a single head is known to be the same for all of them."""
     own = state.shape[1]
     if own == heads:
         return state
@@ -53,8 +58,7 @@ def _repeated(state: State, heads: int) -> State:
             labels = np.repeat(f.labels, heads // own, axis=f.axes.index(1))
             f = Factor(f.axes, labels, f.var, True)
         factors.append(f)
-    grown = {1} if own == 1 else set[int]()
-    return State(shape, tuple(factors), state.uniform | grown)
+    return State(shape, tuple(factors), frozenset({1} if own == 1 else ()))
 
 
 def _masked(op: OpContext, scores: State, index: int) -> State:
@@ -67,7 +71,7 @@ def _masked(op: OpContext, scores: State, index: int) -> State:
         last = mask.rank - 1
         mask = op.without(mask, (last,), "mask of Attention")
         mask = State((*mask.shape[:-1], scores.shape[-1]), mask.factors, mask.uniform - {last})
-    return broadcast(replace(op, shapes=[scores.shape]), [scores, mask], "Attention mask")
+    return broadcast(replace(op, shapes=[scores.shape]), [scores, mask], "Attention mask", (None, index))
 
 
 def _resize_attention(r: Resize) -> None:
@@ -84,7 +88,8 @@ def _resize_attention(r: Resize) -> None:
         for name, count in rows.items():
             r.set_attr(name, count)
     else:
-        before, after = r.old(0)[3], r.new(0)[3]
+        before = r.old(0)[3]
+        after = min(r.new(0)[3], r.new(1)[3])  # one of them may be uniform, and is cut to the other's length
         for name, k in (("q_num_heads", 0), ("kv_num_heads", 1)):
             if r.attr(name) is not None:
                 r.set_attr(name, r.new(k)[1])
@@ -103,9 +108,12 @@ def attention(op: OpContext) -> None:
     v = _heads(op, op.state(2), op.attr("kv_num_heads"))
     batch, heads, length, _ = q.shape
     keys = k.shape[2]
+    # inputs whose axes are those of the products
+    inputs = [index if s is not None and s.rank == 4 and s.shape[1] == heads else None
+              for index, s in enumerate(op.inputs[:3])]  # fmt: skip
     scores = contract(
         replace(op, shapes=[(batch, heads, length, keys)]),
-        [q, _repeated(k, heads)], [("b", "h", "s", "d"), ("b", "h", "t", "d")], ("b", "h", "s", "t"),
+        [q, _repeated(k, heads)], [("b", "h", "s", "d"), ("b", "h", "t", "d")], ("b", "h", "s", "t"), inputs[:2],
     )  # fmt: skip
     op.freeze(scores)
     scores = State(scores.shape, tuple(fixed(f) for f in scores.factors), scores.uniform)
@@ -113,8 +121,10 @@ def attention(op: OpContext) -> None:
     y = contract(
         replace(op, shapes=[(batch, heads, length, v.shape[3])]),
         [scores, _repeated(v, heads)], [("b", "h", "s", "t"), ("b", "h", "t", "e")], ("b", "h", "s", "e"),
+        (None, inputs[2]),
     )  # fmt: skip
-    op.like(0, y if op.state(0).rank == 4 else reshaped(op, _swapped(y), op.shape()))
+    made = y if op.state(0).rank == 4 else reshaped(op, _swapped(y), op.shape())
+    op.like(0, made, made.uniform)
     for index, state in ((1, k), (2, v), (3, scores)):
         if index < len(op.node.outputs) and op.node.outputs[index].name:
             op.like(index, State(state.shape, state.factors))
@@ -132,11 +142,11 @@ def _resize_rotary(r: Resize) -> None:
 @operator("RotaryEmbedding", resize=_resize_rotary)
 def rotary_embedding(op: OpContext) -> None:
     """Rotates planes of two positions of a head; the tables' columns move with the planes (ONNX RotaryEmbedding 23)."""
-    x, tables = op.state(0), (op.state(1), op.state(2))
+    x, tables = op.state(0), []
     op.pin(op.optional(3), "positions")
-    for table in tables:
+    for table in (op.state(1), op.state(2)):
         op.freeze(table)
-        op.pin(table, "positions of RotaryEmbedding", range(table.rank - 1))
+        tables.append(op.without(table, range(table.rank - 1), "positions of RotaryEmbedding"))
     grid = _heads(op, x, op.attr("num_heads"))
     f = grid.factor_of(3)
     if f is None or f.repeats or f.axes not in ((3,), (1, 3)):
@@ -149,7 +159,8 @@ def rotary_embedding(op: OpContext) -> None:
     op.rec.mark(two)
     op.rec.unify(one, two)
     plane = op.rec.marginal(Factor(f.axes, one, ZERO), (3,)).labels
-    for table in tables:
+    for index, table in enumerate(tables, start=1):
+        op.meets(index, table.rank - 1, Factor((3,), plane), 3)
         own = table.factor_of(table.rank - 1)
         if own is not None and own.axes == (table.rank - 1,):
             op.rec.unify(plane, own.labels)
@@ -158,4 +169,4 @@ def rotary_embedding(op: OpContext) -> None:
     if x.rank == 3:
         op.like(0, State(x.shape, x.factors))
     else:
-        op.like(0, State(x.shape, grid.factors, grid.uniform & {1}))
+        op.set(0, grid.factors, grid.uniform & {1}, x.shape)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import onnx_ir as ir
 
 from cipm_ir.ir.constants import attribute
-from cipm_ir.ir.labels import ZERO, Array, Factor, Labels, State, simplified
+from cipm_ir.ir.labels import ZERO, Array, Factor, Labels, State, alike, simplified
 from cipm_ir.rules.events import Recorder, Uniform
 from cipm_ir.rules.registry import Opaque
 
@@ -44,6 +44,7 @@ class OpContext:
     rec: Recorder
     second: dict[str, Shape] = field(default_factory=dict)
     seeds: Seeds | None = None
+    elementwise: bool = False
     outputs: list[State | None] = field(default_factory=list)
 
     def attr(self, name: str, default: Any = None) -> Any:
@@ -85,41 +86,66 @@ class OpContext:
     def set(
         self, index: int, factors: Iterable[Factor] = (), uniform: Iterable[int] = (), shape: Shape | None = None
     ) -> None:
-        """Set the state of an output."""
+        """Set the state of an output.
+
+        Args:
+            index: number of the output.
+            factors: its labels.
+            uniform: axes along which all entries are equal wherever they are in the inputs. To name one is to state
+                that the operator treats every index of that axis alike.
+            shape: concrete shape, where it is not the inferred one.
+        """
         while len(self.outputs) <= index:
             self.outputs.append(None)
         self.outputs[index] = State(self.shape(index) if shape is None else shape, tuple(factors), frozenset(uniform))
 
-    def like(self, index: int, state: State) -> None:
-        """An output with the same labels as ``state``."""
-        while len(self.outputs) <= index:
-            self.outputs.append(None)
-        self.outputs[index] = state
+    def like(self, index: int, state: State, uniform: Iterable[int] = ()) -> None:
+        """Set an output to the labels of ``state``, but not to its uniform axes: an operator may tell indices apart.
 
-    def pin(self, state: State | None, reason: str, axes: Sequence[int] | None = None) -> None:
-        """Pin what moves along some axes (all by default) of an input."""
-        if state is None:
-            return
-        for factor in state.factors:
-            hit = factor.axes if axes is None else tuple(a for a in factor.axes if a in axes)
-            if hit:
-                self.rec.pin(self.rec.marginal(factor, hit).labels, reason)
-                self.freeze_factor(factor)
+        Uniform are the axes in ``uniform`` (see `set`), and behind an ``elementwise`` operator those along which none
+        of its inputs changes.
+        """
+        if self.elementwise:
+            uniform = alike((s for s in self.inputs if s is not None), state.shape)
+        self.set(index, state.factors, uniform, state.shape)
+
+    def pin(self, state: State | None, reason: str) -> None:
+        """Pin all that moves in an input; where the other axes of a value go on, see `without`."""
+        for factor in () if state is None else state.factors:
+            self.rec.pin(factor.labels, reason)
+            self.freeze_factor(factor)
 
     def without(self, state: State, axes: Iterable[int], reason: str) -> State:
-        """Pin what moves along some axes; a joint factor goes on over its other axes, by its blocks there."""
+        """Pin what moves along some axes, which are fixed from here on, whatever was uniform along them.
+
+        A joint factor goes on over its other axes, by its blocks there.
+        """
         gone = set(axes)
-        if not gone or not any(gone & set(f.axes) for f in state.factors):
+        if not gone & state.uniform and not any(gone & set(f.axes) for f in state.factors):
             return state
-        self.pin(state, reason, sorted(gone))
         factors = []
         for f in state.factors:
             rest = tuple(a for a in f.axes if a not in gone)
             if len(rest) == len(f.axes):
                 factors.append(f)
-            elif rest:
+                continue
+            self.rec.pin(self.rec.marginal(f, tuple(a for a in f.axes if a in gone)).labels, reason)
+            self.freeze_factor(f)
+            if rest:
                 factors.append(self.rec.marginal(f, rest))
-        return State(state.shape, tuple(factors), state.uniform)
+        return State(state.shape, tuple(factors), state.uniform - gone)
+
+    def normalizes(self, state: State, axes: Iterable[int]) -> None:
+        """Note that a statistic is taken along some axes, at each place of the others on its own.
+
+        Of a factor over axes of both kinds, what is summed together moves as a block.
+        """
+        over = set(axes)
+        for f in state.factors:
+            if over & set(f.axes):
+                self.rec.normalizes(f.labels)
+                if rest := tuple(a for a in f.axes if a not in over):
+                    self.rec.marginal(f, rest)
 
     def freeze_factor(self, factor: Factor, *, scale: bool = True, sign: bool = True) -> None:
         """No scaling (no sign) on this factor."""
@@ -151,13 +177,10 @@ class OpContext:
             self.rec.zero(labels, var)
         return made
 
-    def meets(self, state: State, axis: int, factor: Factor, place: int, index: int | None = None) -> None:
-        """An input (``index``, or the one of this state) that is uniform along ``axis`` meets axis ``place`` there."""
-        if axis not in state.uniform or state.shape[axis] < 2:
-            return
-        if index is None:
-            index = next((k for k, own in enumerate(self.inputs) if own is state), None)
-        if index is not None:
+    def meets(self, index: int, axis: int, factor: Factor, place: int) -> None:
+        """Note that an input meets axis ``place`` of a factor with its own ``axis``, if it is uniform along that."""
+        state = self.state(index)
+        if axis in state.uniform and state.shape[axis] > 1:
             self.rec.uniforms.append(Uniform(self.rec.node, index, axis, factor, place))
 
     def unify(self, a: Factor, b: Factor) -> None:
@@ -197,7 +220,7 @@ class OpContext:
             if not state.broadcasts(axis):
                 self.rec.pin(factor.labels, f"input {index} of {self.node.op_type} is fixed along this axis")
                 self.pin(state, "mixed axes")
-            self.meets(state, axis, factor, factor.axes[-1])
+            self.meets(index, axis, factor, factor.axes[-1])
             return None
         self.unify(factor, own)
         return own

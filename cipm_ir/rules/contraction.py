@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cipm_ir.ir.labels import Factor, State
+from cipm_ir.ir.labels import Factor, State, alike
 from cipm_ir.rules.context import OpContext
 from cipm_ir.rules.registry import Opaque, operator
 
@@ -32,12 +32,12 @@ def contract(
     states: Sequence[State],
     letters: Sequence[Letters],
     out_letters: Letters,
-    inputs: Sequence[int | None] = (None, None),
+    inputs: Sequence[int | None] = (0, 1),
 ) -> State:
     """State of the output of a contraction of one or two operands.
 
     ``letters[k]`` names the axes of operand k; None names an axis of size 1 that broadcasts. ``inputs[k]``: which input
-    of the node it is, where its state is not the very one that came in.
+    of the node it is, with its axes as they came in (or the first of them); None where it was reshaped.
     """
     rec = op.rec
     out_set = {x for x in out_letters if x is not None}
@@ -63,8 +63,8 @@ def contract(
             flat = {x for a, x in enumerate(names) if x and state.broadcasts(a)}
             for p in mine:
                 for a, x in enumerate(names):
-                    if x in p.letters and state.broadcasts(a):
-                        op.meets(state, a, p.factor, p.factor.axes[p.letters.index(x)], inputs[other])
+                    if x in p.letters and state.broadcasts(a) and (index := inputs[other]) is not None:
+                        op.meets(index, a, p.factor, p.factor.axes[p.letters.index(x)])
                 _against(op, p, blind[other], flat, out_set)
     factors: list[Factor] = []
     where = {x: a for a, x in enumerate(out_letters) if x is not None}
@@ -179,7 +179,8 @@ def matmul(op: OpContext) -> None:
             if zero is not None and math.prod(zero.shape) > 1:
                 raise Opaque("per-row zero points of MatMulInteger")
     left, right, out = matmul_letters(a, b, len(op.shape()))
-    op.like(0, contract(op, [a, b], [left, right], out))
+    made = contract(op, [a, b], [left, right], out)
+    op.like(0, made, made.uniform)
 
 
 @operator("Gemm")
@@ -190,7 +191,8 @@ def gemm(op: OpContext) -> None:
     right: Letters = ("n", "k") if op.attr("transB", 0) else ("k", "n")
     out = contract(op, [a, b], [left, right], ("m", "n"))
     bias = op.optional(2)
-    op.like(0, out if bias is None else add_bias(op, out, bias))
+    made = out if bias is None else add_bias(op, out, bias)
+    op.like(0, made, made.uniform)
 
 
 def add_bias(op: OpContext, out: State, bias: State, index: int = 2) -> State:
@@ -206,13 +208,14 @@ def add_bias(op: OpContext, out: State, bias: State, index: int = 2) -> State:
         elif all(bias.broadcasts(a) for a in axes):
             op.freeze_factor(f)  # the same bias everywhere
             for a in axes:
-                op.meets(bias, a, f, a + d, index)
+                if a < op.state(index).rank:
+                    op.meets(index, a, f, a + d)
         else:
             op.rec.pin(f.labels, "bias that is fixed along this axis")
     for f in moved.values():
         op.rec.pin(f.labels, "bias against a fixed axis")
         op.freeze_factor(f)
-    return out
+    return State(out.shape, out.factors, alike([out, bias], out.shape))
 
 
 def einsum_terms(equation: str, ranks: Sequence[int]) -> tuple[list[list[str]], list[str]]:
@@ -264,4 +267,5 @@ def einsum(op: OpContext) -> None:
         for f in s.factors:
             if any(o[a] not in out and o[a] not in others for a in f.axes):
                 op.freeze_factor(f)  # summed over
-    op.like(0, contract(op, states, letters, tuple(out)))
+    made = contract(op, states, letters, tuple(out))
+    op.like(0, made, made.uniform)

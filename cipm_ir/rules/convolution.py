@@ -39,12 +39,12 @@ def _channels(op: OpContext, state: State, kind: str) -> State:
 
 def _with_bias(op: OpContext, out: State, index: int) -> None:
     bias = op.optional(index)
-    out = State(op.shape(), out.factors, frozenset(a for a in out.uniform if a == 0))
+    out = State(op.shape(), out.factors, out.uniform & {0, 1})
     if bias is not None:
         d = out.rank - 2
         lifted = State(bias.shape + (1,) * d, bias.factors, bias.uniform)
-        add_bias(op, out, lifted, index)
-    op.like(0, out)
+        out = add_bias(op, out, lifted, index)
+    op.like(0, out, out.uniform)
 
 
 @operator("Conv", "ConvInteger", resize=resize_group)
@@ -66,11 +66,11 @@ def convolve(op: OpContext, x: State, w: State, weight: int, bias: int | None) -
         out = contract(op, [x, w], [("n", "c"), ("o", "c")], ("n", "o"), (0, weight))
     else:
         batch = tuple(f for f in x.factors if f.axes == (0,))
-        out = State(op.shape()[:2], (*batch, *_grouped(op, x, w, group, weight)))
-    if bias is None:
-        op.like(0, State(op.shape(), out.factors))
-    else:
+        out = State(op.shape()[:2], (*batch, *_grouped(op, x, w, group, weight)), x.uniform & {0})
+    if bias is not None:
         _with_bias(op, out, bias)
+    else:
+        op.set(0, out.factors, out.uniform & {0, 1})
 
 
 def _simple(state: State, axis: int) -> Factor | None:
@@ -86,8 +86,8 @@ def _grouped(op: OpContext, x: State, w: State, group: int, weight: int) -> tupl
     fx, fo = _simple(x, 1), _simple(w, 0)
     channels, outs = x.shape[1], w.shape[0]
     if fx is None or fo is None:
-        op.pin(x, "grouped convolution with fixed channels", [1])
-        op.pin(w, "grouped convolution with fixed channels", [0, 1])
+        op.without(x, [1], "grouped convolution with fixed channels")
+        op.pin(w, "grouped convolution with fixed channels")
         return ()
     if channels == group and outs == group:  # depthwise
         op.unify(fx, fo)
@@ -172,7 +172,7 @@ def pool(op: OpContext) -> None:
         factors = tuple(op.scaled(f, 1, sign=False) for f in factors)
     elif "Average" not in name:
         op.freeze(x, scale=False)
-    op.set(0, factors)
+    op.set(0, factors, x.uniform)
     if len(op.node.outputs) > 1 and op.node.outputs[1].name:  # indices count positions across the channels
         raise Opaque("MaxPool with indices")
 
@@ -181,4 +181,5 @@ def pool(op: OpContext) -> None:
 def lrn(op: OpContext) -> None:
     """Local response normalization mixes neighbouring channels."""
     op.freeze(op.state(0))
-    op.like(0, op.without(op.state(0), [1], "LRN mixes neighbouring channels"))
+    rest = op.without(op.state(0), [1], "LRN mixes neighbouring channels")
+    op.like(0, rest, rest.uniform)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
-from cipm_ir.ir.labels import ZERO, Array, Factor, State
+from cipm_ir.ir.labels import ZERO, Array, Factor, State, alike
 from cipm_ir.rules.context import OpContext, fixed
 from cipm_ir.rules.registry import Opaque, operator
 
 
 # ---------------------------------------------------------------- one input
-@operator("Identity", "Dropout", "Neg")
+@operator("Identity", "Dropout", "Neg", elementwise=True)
 def linear(op: OpContext) -> None:
     """f(-x) = -f(x), f(ax) = a f(x): every scaling and sign passes. Dropout in training draws per position."""
     if op.node.op_type == "Dropout" and op.has(2):
@@ -26,7 +28,7 @@ def linear(op: OpContext) -> None:
 _REAL = {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 
 
-@operator("Cast", "CastLike")
+@operator("Cast", "CastLike", elementwise=True)
 def cast(op: OpContext) -> None:
     """To a wide floating type linear (up to rounding); to integers, booleans and 8-bit floats nothing but permutations.
 
@@ -42,7 +44,7 @@ def cast(op: OpContext) -> None:
     op.like(0, state)
 
 
-@operator("Relu", "LeakyRelu")
+@operator("Relu", "LeakyRelu", elementwise=True)
 def homogeneous(op: OpContext) -> None:
     """f(ax) = a f(x) for a > 0 only."""
     op.freeze(op.state(0), scale=False)
@@ -51,6 +53,7 @@ def homogeneous(op: OpContext) -> None:
 
 @operator(
     "Tanh", "Sin", "Erf", "Softsign", "Asinh", "Atan", "Sinh", "Tan", "Asin", "Atanh", "Round", "Shrink",
+    elementwise=True,
 )  # fmt: skip
 def odd(op: OpContext) -> None:
     """f(-x) = -f(x): signs pass, scalings do not. (Round is to even, hence odd.)"""
@@ -58,7 +61,7 @@ def odd(op: OpContext) -> None:
     op.like(0, op.state(0))
 
 
-@operator("Sign")
+@operator("Sign", elementwise=True)
 def sign_of(op: OpContext) -> None:
     """sign(ax) = sign(x) for a > 0: scalings end, signs pass."""
     state = op.state(0)
@@ -68,32 +71,32 @@ def sign_of(op: OpContext) -> None:
         op.rec.zero(f.labels, var, sign=False)
         op.rec.equate(f.labels, ((var, 1), (f.var, 1)), scale=False)
         factors.append(Factor(f.axes, f.labels, var, f.repeats))
-    op.like(0, State(state.shape, tuple(factors), state.uniform))
+    op.like(0, State(state.shape, tuple(factors)))
 
 
-@operator("Abs")
+@operator("Abs", elementwise=True)
 def absolute(op: OpContext) -> None:
     """|ax| = |a||x|: scalings pass, signs end."""
     state = op.state(0)
-    op.like(0, State(state.shape, tuple(op.scaled(f, 1, sign=False) for f in state.factors), state.uniform))
+    op.like(0, State(state.shape, tuple(op.scaled(f, 1, sign=False) for f in state.factors)))
 
 
-@operator("Cos", "Cosh")
+@operator("Cos", "Cosh", elementwise=True)
 def even(op: OpContext) -> None:
     """f(-x) = f(x): signs end, scalings do not pass."""
     state = op.state(0)
     op.freeze(state, sign=False)
-    op.like(0, State(state.shape, tuple(fixed(f) for f in state.factors), state.uniform))
+    op.like(0, State(state.shape, tuple(fixed(f) for f in state.factors)))
 
 
-@operator("Reciprocal")
+@operator("Reciprocal", elementwise=True)
 def reciprocal(op: OpContext) -> None:
     """1/(ax) = (1/a)(1/x)."""
     state = op.state(0)
-    op.like(0, State(state.shape, tuple(op.scaled(f, -1, sign=True) for f in state.factors), state.uniform))
+    op.like(0, State(state.shape, tuple(op.scaled(f, -1, sign=True) for f in state.factors)))
 
 
-@operator("Sqrt")
+@operator("Sqrt", elementwise=True)
 def square_root(op: OpContext) -> None:
     """sqrt(a^2 x) = a sqrt(x): the input's log-scale is twice the output's."""
     state = op.state(0)
@@ -104,21 +107,22 @@ def square_root(op: OpContext) -> None:
         op.freeze_factor(f, scale=False)
         op.rec.zero(f.labels, var, scale=False)
         factors.append(Factor(f.axes, f.labels, var, f.repeats))
-    op.like(0, State(state.shape, tuple(factors), state.uniform))
+    op.like(0, State(state.shape, tuple(factors)))
 
 
 @operator(
     "Sigmoid", "Gelu", "Swish", "Elu", "Selu", "Celu", "Softplus", "HardSigmoid", "HardSwish", "Mish", "Exp", "Log",
     "ThresholdedRelu", "Floor", "Ceil", "Acos", "Acosh", "Not", "IsNaN", "IsInf", "BitwiseNot",
+    elementwise=True,
 )  # fmt: skip
 def pointwise(op: OpContext) -> None:
     """Any other function of one element: permutations only."""
     state = op.state(0)
     op.freeze(state)
-    op.like(0, State(state.shape, tuple(fixed(f) for f in state.factors), state.uniform))
+    op.like(0, State(state.shape, tuple(fixed(f) for f in state.factors)))
 
 
-@operator("Clip")
+@operator("Clip", elementwise=True)
 def clip(op: OpContext) -> None:
     """Scalar bounds: permutations; signs where they are symmetric; scalings where each is 0 or infinite.
 
@@ -142,7 +146,7 @@ def clip(op: OpContext) -> None:
     op.like(0, state)
 
 
-@operator("PRelu")
+@operator("PRelu", elementwise=True)
 def prelu(op: OpContext) -> None:
     """max(x, 0) + slope * min(x, 0): positive scaling; the slope permutes along, and is never scaled."""
     x, slope = op.state(0), op.state(1)
@@ -150,7 +154,7 @@ def prelu(op: OpContext) -> None:
     op.freeze(slope)
     op.freeze(x, scale=False)
     factors = [Factor(f.axes, f.labels, var_on(x, op.shape(), f.axes), f.repeats) for f in out.factors]
-    op.like(0, State(out.shape, tuple(factors), out.uniform))
+    op.like(0, State(out.shape, tuple(factors)))
 
 
 # ---------------------------------------------------------------- several inputs
@@ -172,43 +176,37 @@ def var_on(state: State, shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
     return ZERO
 
 
-def broadcast(op: OpContext, states: list[State], what: str) -> State:
+def broadcast(op: OpContext, states: list[State], what: str, inputs: Sequence[int | None] | None = None) -> State:
     """Align inputs from the right, tie what meets, pin what meets a fixed axis. Output factors carry no scale.
 
-    Of factors over nested sets of axes, the finer goes on; the coarser is tied to its blocks.
+    Of factors over nested sets of axes, the finer goes on; the coarser is tied to its blocks. ``inputs``: which inputs
+    of the node these are (by default the first ones), None for what is not an input as it came in.
     """
     shape = op.shape()
     moved = [shifted(s, len(shape)) for s in states]
     out: list[Factor] = []
-    for s in moved:
-        for f in s.factors:
-            _join(op, f, out)
-    for original, s in zip(states, moved, strict=True):
+    for f in sorted((f for s in moved for f in s.factors), key=lambda f: -len(f.axes)):  # the finest first
+        _join(op, f, out)
+    for index, original, s in zip(inputs or range(len(states)), states, moved, strict=True):
         for f in list(out):
             for a in f.axes:
-                if s.broadcasts(a) and a >= s.rank - original.rank:
-                    op.meets(original, a - s.rank + original.rank, f, a)
+                if index is not None and s.broadcasts(a) and a >= s.rank - original.rank:
+                    op.meets(index, a - s.rank + original.rank, f, a)
             blind = tuple(a for a in f.axes if not s.broadcasts(a) and s.factor_of(a) is None)
             if blind:
                 op.rec.pin(op.rec.marginal(f, blind).labels, f"{what} with a value that is fixed along this axis")
                 if blind == f.axes:
                     out.remove(f)  # fixed from here on
-    uniform = [a for a in range(len(shape)) if all(s.broadcasts(a) for s in moved) and shape[a] != 1]
-    return State(shape, tuple(fixed(f) for f in out), frozenset(uniform))
+    return State(shape, tuple(fixed(f) for f in out), alike(moved, shape))
 
 
 def _join(op: OpContext, f: Factor, out: list[Factor]) -> None:
-    for k, g in enumerate(out):
+    for g in out:
         common = tuple(a for a in f.axes if a in g.axes)
         if not common:
             continue
         op.rec.unify(op.rec.marginal(f, common).labels, op.rec.marginal(g, common).labels)
         if common == f.axes:
-            return
-        if common == g.axes:
-            if any(other is not g and set(other.axes) & set(f.axes) for other in out):
-                raise Opaque("labels over overlapping axes meet")
-            out[k] = f
             return
         raise Opaque("labels over overlapping axes meet")
     out.append(f)
@@ -265,24 +263,24 @@ def additive(op: OpContext, states: list[State], out: State, *, signs: bool, fir
         if not signs:
             op.rec.zero(f.labels, var, scale=False)
         factors.append(Factor(f.axes, f.labels, var, f.repeats))
-    op.like(0, State(out.shape, tuple(factors), out.uniform))
+    op.like(0, State(out.shape, tuple(factors)))
 
 
-@operator("Add", "Sub", "Sum", "Mean")
+@operator("Add", "Sub", "Sum", "Mean", elementwise=True)
 def add(op: OpContext) -> None:
     """Sums: one scale and sign for all terms."""
     states = [op.state(k) for k in range(len(op.node.inputs))]
     additive(op, states, broadcast(op, states, op.node.op_type), signs=True)
 
 
-@operator("Max", "Min")
+@operator("Max", "Min", elementwise=True)
 def extremum(op: OpContext) -> None:
     """max(ax, ay) = a max(x, y) for a > 0."""
     states = [op.state(k) for k in range(len(op.node.inputs))]
     additive(op, states, broadcast(op, states, op.node.op_type), signs=False)
 
 
-@operator("Where")
+@operator("Where", elementwise=True)
 def where(op: OpContext) -> None:
     """The condition permutes along, the branches scale alike."""
     condition, x, y = op.state(0), op.state(1), op.state(2)
@@ -290,7 +288,7 @@ def where(op: OpContext) -> None:
     additive(op, [x, y], broadcast(op, [condition, x, y], "Where"), signs=True, first=1)
 
 
-@operator("Mul", "Div")
+@operator("Mul", "Div", elementwise=True)
 def multiply(op: OpContext) -> None:
     """Log-scales add (subtract); a factor without the axis is no constraint."""
     states = [op.state(0), op.state(1)]
@@ -309,10 +307,10 @@ def multiply(op: OpContext) -> None:
             var = op.rec.variable()
             op.rec.equate(f.labels, ((var, 1), (a, -1), (b, -minus)))
         factors.append(Factor(f.axes, f.labels, var, f.repeats))
-    op.like(0, State(out.shape, tuple(factors), out.uniform))
+    op.like(0, State(out.shape, tuple(factors)))
 
 
-@operator("Pow")
+@operator("Pow", elementwise=True)
 def power(op: OpContext) -> None:
     """x^d for a constant whole d: log-scale times d, the sign kept for odd d; permutations otherwise."""
     x, exponent = op.state(0), op.state(1)
@@ -321,14 +319,14 @@ def power(op: OpContext) -> None:
         d = int(degree.reshape(()))
         op.pin(exponent, "exponent of Pow")
         x = shifted(x, len(op.shape()))
-        op.like(0, State(op.shape(), tuple(op.scaled(f, d, sign=d % 2 == 1) for f in x.factors), x.uniform))
+        op.like(0, State(op.shape(), tuple(op.scaled(f, d, sign=d % 2 == 1) for f in x.factors)))
         return
     op.freeze(x)
     op.freeze(exponent)
     op.like(0, broadcast(op, [x, exponent], "Pow"))
 
 
-@operator("Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal")
+@operator("Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal", elementwise=True)
 def order(op: OpContext) -> None:
     """ax < ay where x < y, for a > 0; ax = ay where x = y, for any a: what both sides share ends here."""
     states = [op.state(0), op.state(1)]
@@ -337,7 +335,7 @@ def order(op: OpContext) -> None:
     op.like(0, out)
 
 
-@operator("And", "Or", "Xor", "Mod", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor")
+@operator("And", "Or", "Xor", "Mod", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor", elementwise=True)
 def compare(op: OpContext) -> None:
     """Functions of two elements: permutations only."""
     states = [op.state(0), op.state(1)]

@@ -14,6 +14,8 @@ from cipm_ir.rules.registry import Opaque, operator
 from cipm_ir.rules.resize import Resize
 
 Attributes = Callable[[str], Any]
+_FAR = 2**62
+"""Beyond the ends of every axis."""
 
 
 def taken(op: OpContext, f: Factor, axis: int, index: Labels) -> Factor | None:
@@ -90,19 +92,20 @@ def _resize_slice(r: Resize) -> None:
             return
         starts[j] = int(new[0])
         stop = int(new[-1]) + (1 if step > 0 else -1)
-        ends[j] = stop if stop >= 0 else -(2**62)
+        ends[j] = stop if stop >= 0 else -_FAR
     if r.version < 10:
         r.set_attr("starts", starts)
         r.set_attr("ends", ends)
     else:
-        r.set_literal(1, np.asarray(starts, inputs[0].dtype if inputs[0] is not None else np.int64))
-        r.set_literal(2, np.asarray(ends, inputs[1].dtype if inputs[1] is not None else np.int64))
+        for index, values in ((1, starts), (2, ends)):
+            kind = np.int64 if (given := inputs[index - 1]) is None else given.dtype
+            r.set_literal(index, np.clip(values, np.iinfo(kind).min, np.iinfo(kind).max).astype(kind))
 
 
 @operator("Slice", resize=_resize_slice, literals=(1, 2))
 def slice_(op: OpContext) -> None:
     """Constant bounds select labels; bounds that are computed may only touch fixed axes."""
-    state, shape = op.state(0), op.shape()
+    state = op.state(0)
     for k in range(1, len(op.node.inputs)):
         op.pin(op.optional(k), "bound of Slice")
     bounds = _bounds(op.version, op.attr, [op.const(k) for k in range(1, 5)], state.rank) if _known(op) else None
@@ -119,7 +122,7 @@ def slice_(op: OpContext) -> None:
             continue
         sizes = tuple(len(index) if a == axis else n for a, n in enumerate(current.shape))
         current = select(op, current, axis, index, sizes)
-    op.like(0, State(shape, current.factors, current.uniform))
+    op.set(0, current.factors, current.uniform)
 
 
 def _known(op: OpContext) -> bool:
@@ -152,14 +155,16 @@ def split(op: OpContext) -> None:
         shape = op.shape(k)
         index = np.arange(at, at + shape[axis])
         at += shape[axis]
-        op.like(k, select(op, state, axis, index, shape) if len(index) < state.shape[axis] else state)
+        part = select(op, state, axis, index, shape) if len(index) < state.shape[axis] else state
+        op.like(k, part, part.uniform)
 
 
 @operator("Concat")
 def concat(op: OpContext) -> None:
     """Labels follow each other; each part keeps its own scale equation."""
     states = [op.state(k) for k in range(len(op.node.inputs))]
-    op.like(0, joined(op, states, int(op.attr("axis", 0)) % states[0].rank, op.shape()))
+    made = joined(op, states, int(op.attr("axis", 0)) % states[0].rank, op.shape())
+    op.like(0, made, made.uniform)
 
 
 def joined(op: OpContext, states: Sequence[State], axis: int, shape: tuple[int, ...]) -> State:
@@ -204,11 +209,11 @@ def joined(op: OpContext, states: Sequence[State], axis: int, shape: tuple[int, 
             op.freeze_factor(g)
             if len(f.axes) > len(g.axes):
                 factors[factors.index(g)] = f
-    for s in states:  # a part that is fixed where another moves
+    for index, s in enumerate(states):  # a part that is fixed where another moves
         for f in list(factors):
             for a in f.axes:
                 if a != axis and s.factor_of(a) is None:
-                    op.meets(s, a, f, a)
+                    op.meets(index, a, f, a)
             blind = tuple(
                 a for a in f.axes if a != axis and s.factor_of(a) is None and (s.shape[a] > 1 or shape[a] > 1)
             )
@@ -229,13 +234,13 @@ def _mixed(
     rec = op.rec
     var = rec.variable()
     pieces = []
-    for s, f in zip(states, along, strict=True):
+    for index, (s, f) in enumerate(zip(states, along, strict=True)):
         if f is not None:
             rec.same(f.labels, var, f.var)
             pieces.append(f.labels)
         else:
             own = rec.fresh(s.shape[axis])
-            op.meets(s, axis, Factor((axis,), own), axis)
+            op.meets(index, axis, Factor((axis,), own), axis)
             if not s.broadcasts(axis) or s.shape[axis] == 1:
                 rec.pin(own, "Concat with a fixed part")
             rec.zero(own, var)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from cipm_ir.ir.labels import ZERO, Factor, State
@@ -27,8 +29,8 @@ def batch_normalization(op: OpContext) -> None:
     if f is None or f.axes != (1,):
         for k in range(1, 5):
             op.pin(op.state(k), "BatchNormalization of fixed channels")
-        rest = op.without(x, [1], "BatchNormalization over a joint factor")
-        op.like(0, op.without(rest, range(x.rank), "spatial position under BatchNormalization"))
+        op.pin(x, "BatchNormalization of channels that are fixed or joint")
+        op.set(0, (), _alike(op, x, range(1, 5)), x.shape)
         return
     rec = op.rec
     gamma, beta, mean, variance = (op.vector(k, f) for k in range(1, 5))
@@ -51,7 +53,13 @@ def batch_normalization(op: OpContext) -> None:
     others = [fixed(g) for g in x.factors if g is not f]
     for g in others:
         op.pin(State(x.shape, (g,)), "spatial position under BatchNormalization")
-    op.like(0, State(x.shape, (Factor((1,), f.labels, y, f.repeats),)))
+    op.set(0, (Factor((1,), f.labels, y, f.repeats),), x.uniform, x.shape)
+
+
+def _alike(op: OpContext, x: State, params: Iterable[int]) -> frozenset[int]:
+    """Uniform axes of a value that is normalized with parameters per channel: theirs must be uniform, too."""
+    states = [s for s in map(op.optional, params) if s is not None]
+    return x.uniform if all(s.broadcasts(0) for s in states) else x.uniform - {1}
 
 
 def _affine(op: OpContext, x: State, out: State, params: list[State | None], *, signs: bool) -> State:
@@ -77,15 +85,14 @@ def _affine(op: OpContext, x: State, out: State, params: list[State | None], *, 
         if len(own) > 1 and own[1] is not None:
             op.rec.same(f.labels, y, own[1])
         factors.append(Factor(f.axes, f.labels, y, f.repeats))
-    return State(out.shape, tuple(factors), frozenset())
+    return State(out.shape, tuple(factors), out.uniform)
 
 
 def _normalized(op: OpContext, x: State, axes: range, *, signs: bool) -> None:
     op.freeze(x, sign=not signs)
+    op.normalizes(x, axes)
     for f in x.factors:
-        if any(a in axes for a in f.axes):
-            op.rec.normalizes(f.labels)
-        elif signs:
+        if signs and not any(a in axes for a in f.axes):
             op.freeze_factor(f)
 
 
@@ -96,9 +103,11 @@ def layer_normalization(op: OpContext) -> None:
     x = op.state(0)
     axis = int(op.attr("axis", -1)) % x.rank
     params = [op.optional(1), op.optional(2) if not signs else None]
-    out = broadcast(op, [x, *(p for p in params if p is not None)], op.node.op_type)
+    present = [k for k in (0, 1, 2) if k == 0 or params[k - 1] is not None]
+    out = broadcast(op, [op.state(k) for k in present], op.node.op_type, present)
     _normalized(op, x, range(axis, x.rank), signs=signs)
-    op.like(0, _affine(op, x, out, params if not signs else params[:1], signs=signs))
+    made = _affine(op, x, out, params if not signs else params[:1], signs=signs)
+    op.like(0, made, made.uniform)
     for k in range(1, len(op.node.outputs)):
         if op.node.outputs[k].name:
             op.set(k, [], ())
@@ -128,15 +137,13 @@ def instance_normalization(op: OpContext) -> None:
         op.rec.same(f.labels, y, beta.var)
         op.rec.equate(f.labels, ((gamma.var, 1), (y, -1)), sign=False)
         op.rec.equate(f.labels, ((gamma.var, 1), (y, 1), (f.var, 1)), scale=False)
-    op.like(0, State(x.shape, (Factor((1,), f.labels, y, f.repeats),)))
+    op.set(0, (Factor((1,), f.labels, y, f.repeats),), x.uniform, x.shape)
 
 
 def _instances_of_grids(op: OpContext, x: State, f: Factor | None) -> None:
     """Rows of a joint factor are the instances, as in a group normalization written by reshapes."""
     op.freeze(x)
-    for g in x.factors:
-        if g.axes != (1,):
-            op.rec.normalizes(g.labels)
+    op.normalizes(x, range(2, x.rank))
     rows = None if f is None else op.rec.marginal(f, (1,))
     for k in (1, 2):
         own = None if rows is None else op.vector(k, rows)
@@ -144,7 +151,7 @@ def _instances_of_grids(op: OpContext, x: State, f: Factor | None) -> None:
             op.freeze_factor(own)
         elif rows is None:
             op.pin(op.optional(k), "InstanceNormalization of fixed channels")
-    op.like(0, State(x.shape, tuple(fixed(g) for g in x.factors)))
+    op.set(0, (fixed(g) for g in x.factors), _alike(op, x, (1, 2)), x.shape)
 
 
 def resize_groups(r: Resize) -> None:
@@ -163,7 +170,7 @@ def group_normalization(op: OpContext) -> None:
     if f is None or f.axes != (1,) or len(x.factors) > 1:
         for k in range(3):
             op.pin(op.state(k), "GroupNormalization over fixed or joint channels")
-        op.set(0, shape=x.shape)
+        op.set(0, (), _alike(op, x, (1, 2)), x.shape)
         return
     op.freeze_factor(f)
     op.rec.normalizes(f.labels)
@@ -174,7 +181,7 @@ def group_normalization(op: OpContext) -> None:
         gamma, beta = op.vector(1, f), op.vector(2, f)
         if gamma is not None and beta is not None:
             op.rec.same(f.labels, gamma.var, beta.var)
-            op.like(0, State(x.shape, (Factor((1,), f.labels, gamma.var, f.repeats),)))
+            op.set(0, (Factor((1,), f.labels, gamma.var, f.repeats),), x.uniform, x.shape)
             return
         for own in (gamma, beta):
             if own is not None:
@@ -187,7 +194,16 @@ def group_normalization(op: OpContext) -> None:
     else:
         op.pin(op.state(1), "one group")
         op.pin(op.state(2), "one group")
-    op.like(0, State(x.shape, (fixed(f),)))
+    op.set(0, (fixed(f),), x.uniform, x.shape)
+
+
+def _axes_of(op: OpContext, rank: int) -> list[int]:
+    """Axes that are normalized together."""
+    if op.node.op_type == "MeanVarianceNormalization":
+        return [int(a) % rank for a in op.attr("axes", (0, 2, 3))]
+    if op.node.op_type == "LpNormalization" or op.version >= 13:
+        return [int(op.attr("axis", -1)) % rank]
+    return list(range(int(op.attr("axis", 1)) % rank, rank))
 
 
 @operator("Softmax", "LogSoftmax", "LpNormalization", "MeanVarianceNormalization")
@@ -195,15 +211,8 @@ def softmax(op: OpContext) -> None:
     """Does not care about order; admits no scaling. Before opset 13 it runs over all axes from ``axis`` on."""
     x = op.state(0)
     op.freeze(x)
-    axis = int(op.attr("axis", -1 if op.version >= 13 else 1)) if not isinstance(op.attr("axis"), tuple) else 0
-    first = axis % x.rank
-    over = {first} if op.version >= 13 and op.node.op_type.endswith("Softmax") else set(range(x.rank))
-    if op.node.op_type.endswith("Softmax") and op.version < 13:
-        over = set(range(first, x.rank))
-    for f in x.factors:
-        if over & set(f.axes):
-            op.rec.normalizes(f.labels)
-    op.like(0, State(x.shape, tuple(fixed(f) for f in x.factors), x.uniform))
+    op.normalizes(x, _axes_of(op, x.rank))
+    op.set(0, (fixed(f) for f in x.factors), x.uniform, x.shape)
 
 
 @operator("Hardmax")
@@ -211,7 +220,5 @@ def hardmax(op: OpContext) -> None:
     """Takes the first of equal entries, so order matters."""
     x = op.state(0)
     op.freeze(x)
-    axis = int(op.attr("axis", -1 if op.version >= 13 else 1)) % x.rank
-    axes = [axis] if op.version >= 13 else range(axis, x.rank)
-    rest = op.without(x, axes, "Hardmax depends on order")
-    op.like(0, State(x.shape, tuple(fixed(f) for f in rest.factors), x.uniform))
+    rest = op.without(x, _axes_of(op, x.rank), "Hardmax depends on order")
+    op.set(0, (fixed(f) for f in rest.factors), rest.uniform, x.shape)

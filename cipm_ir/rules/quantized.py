@@ -92,13 +92,13 @@ def quantize(op: OpContext) -> None:
         raise Opaque("quantization by blocks")
     steps: Factor | None = None
     along: Factor | None = None
-    if math.prod(scale.shape) > 1:
-        axis = int(op.attr("axis", 1)) % x.rank
+    axis = int(op.attr("axis", 1)) % x.rank if math.prod(scale.shape) > 1 else -1
+    if axis >= 0:
         steps, along = _steps(op, x, axis), x.factor_of(axis)
     else:
         _scalar(op, 2)
     factors = tuple(_scaled(op, f, steps) if steps is not None and f is along else _kept(op, f) for f in x.factors)
-    op.like(0, State(x.shape, factors, x.uniform if math.prod(scale.shape) <= 1 else frozenset()))
+    op.set(0, factors, x.uniform - {axis}, x.shape)
 
 
 def _kept(op: OpContext, f: Factor) -> Factor:
@@ -123,7 +123,7 @@ def dynamic_quantize(op: OpContext) -> None:
     op.freeze(x)
     for f in x.factors:
         op.rec.normalizes(f.labels)
-    op.like(0, State(x.shape, tuple(fixed(f) for f in x.factors), x.uniform))
+    op.set(0, (fixed(f) for f in x.factors), x.uniform, x.shape)
     op.set(1)
     op.set(2)
 
@@ -144,7 +144,7 @@ def qlinear_conv(op: OpContext) -> None:
     convolve(op, x, w, 3, 8)
     out = op.outputs[0]
     if out is not None:
-        op.like(0, State(out.shape, tuple(fixed(f) for f in out.factors)))
+        op.set(0, (fixed(f) for f in out.factors), out.uniform - {1})
         _per_axis(op, out, 1, 4, 5)
 
 
@@ -156,9 +156,9 @@ def qlinear_matmul(op: OpContext) -> None:
     op.freeze(b)
     _scalar(op, 1, 2, 6, 7)
     left, right, names = matmul_letters(a, b, len(op.shape()))
-    out = contract(op, [a, b], [left, right], names)
+    out = contract(op, [a, b], [left, right], names, (0, 3))
     if b.rank == 1:
         _scalar(op, 4, 5)
     else:
         _per_axis(op, out, out.rank - 1, 4, 5)
-    op.like(0, State(out.shape, tuple(fixed(f) for f in out.factors)))
+    op.set(0, (fixed(f) for f in out.factors), out.uniform - {out.rank - 1})

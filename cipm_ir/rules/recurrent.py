@@ -33,8 +33,8 @@ def recurrent(op: OpContext) -> None:
     x, weight, again = op.state(0), op.state(1), op.state(2)
     gates, width = _GATES[op.node.op_type], again.shape[2]
     op.pin(op.optional(_LENGTHS), "sequence lengths")
-    for state, axes in ((x, (0, 1)), (weight, (0,)), (again, (0,))):
-        op.pin(state, f"time, batch or direction of {op.node.op_type}", axes)
+    reason = f"time, batch or direction of {op.node.op_type}"
+    x, weight, again = (op.without(s, axes, reason) for s, axes in ((x, (0, 1)), (weight, (0,)), (again, (0,))))
     gate_rows = _inputs(op, x, weight)
     if width == 1:
         _outputs(op, None)
@@ -59,7 +59,7 @@ def _inputs(op: OpContext, x: State, weight: State) -> Factor | None:
     """Contract the input with W; the factor of the gate rows."""
     shape = (*x.shape[:2], *weight.shape[:2])
     local = replace(op, shapes=[shape])
-    out = contract(local, [x, weight], [("t", "n", "i"), ("d", "r", "i")], ("t", "n", "d", "r"))
+    out = contract(local, [x, weight], [("t", "n", "i"), ("d", "r", "i")], ("t", "n", "d", "r"), (0, 1))
     rows = out.factor_of(3)
     if rows is not None:
         if rows.axes != (3,):
@@ -84,18 +84,18 @@ def _along(op: OpContext, index: int, hidden: Labels, count: int) -> None:
     if state is None:
         return
     last = state.rank - 1
-    op.pin(state, f"batch or direction of {op.node.op_type}", range(last))
     op.freeze(state)
+    state = op.without(state, range(last), f"batch or direction of {op.node.op_type}")
     own = state.factor_of(last)
     if own is not None and own.axes == (last,):
         table = _rows(op, own, count)
         if table is not None:
             op.rec.unify(hidden, table)
-    elif not state.broadcasts(last):
+    elif not state.broadcasts(last) or count > 1:  # gates of a uniform axis could not follow units that go
         op.rec.pin(hidden, f"input {index} of {op.node.op_type} is fixed along the hidden axis")
         op.pin(state, "mixed axes")
     else:
-        op.meets(state, last, Factor((last,), hidden, ZERO), last, index)
+        op.meets(index, last, Factor((last,), hidden, ZERO), last)
 
 
 def _outputs(op: OpContext, hidden: Labels | None) -> None:

@@ -71,7 +71,7 @@ def arg_extremum(op: OpContext) -> None:
     x = op.without(x, [axis], f"{op.node.op_type} gives positions along this axis")
     keep = bool(op.attr("keepdims", 1))
     place = {a: a if keep or a < axis else a - 1 for a in range(x.rank)}
-    op.set(0, [fixed(f).moved(place) for f in x.factors])
+    op.set(0, [fixed(f).moved(place) for f in x.factors], [place[a] for a in x.uniform])
 
 
 @operator("TopK")
@@ -84,7 +84,7 @@ def top_k(op: OpContext) -> None:
     op.pin(op.optional(1), "k of TopK")
     rest = [fixed(f) for f in x.factors]
     for k in range(len(op.node.outputs)):
-        op.set(k, rest)
+        op.set(k, rest, x.uniform)
 
 
 @operator("CumSum")
@@ -94,4 +94,5 @@ def cumulative_sum(op: OpContext) -> None:
     axis = op.const(1)
     axes = list(range(x.rank)) if axis is None else [int(axis.reshape(())) % x.rank]
     op.pin(op.optional(1), "axis of CumSum")
-    op.like(0, op.without(x, axes, "CumSum depends on order"))
+    rest = op.without(x, axes, "CumSum depends on order")
+    op.like(0, rest, rest.uniform)

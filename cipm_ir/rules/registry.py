@@ -1,8 +1,9 @@
 """The operator registry: one entry per ONNX operator, holding all that is known of it.
 
 An entry is a function ``labels(op)`` that reads the states of the inputs and sets those of the outputs, decorated
-with the operator's names. The decorator also takes how literals follow a change of size (``resize``), and which inputs
-are such literals. What a node costs is in `cipm_ir.rules.costs`: that needs shapes only, and no rule for labels.
+with the operator's names. The decorator also takes how literals follow a change of size (``resize``), which inputs are
+such literals, and whether it works on each entry alone (``elementwise``). What a node costs is in
+`cipm_ir.rules.costs`: that needs shapes only, and no rule for labels.
 """
 
 from __future__ import annotations
@@ -22,13 +23,18 @@ ResizeRule = Callable[["Resize"], None]
 
 @dataclass(frozen=True)
 class Operator:
-    """Everything the framework knows about one operator."""
+    """Everything the framework knows about one operator.
+
+    ``elementwise``: an entry of an output is a function of the entries at its place (inputs aligned from the right),
+    the same function everywhere. Only then does `OpContext.like` hand on that an axis is uniform.
+    """
 
     name: str
     domain: str
     labels: LabelRule
     resize: ResizeRule | None = None
     literals: tuple[int, ...] = ()
+    elementwise: bool = False
 
 
 class Opaque(Exception):
@@ -43,6 +49,7 @@ def operator(
     domain: str = "",
     resize: ResizeRule | None = None,
     literals: tuple[int, ...] = (),
+    elementwise: bool = False,
 ) -> Callable[[LabelRule], LabelRule]:
     """Register a label rule for operators; registering one twice is an error."""
 
@@ -51,7 +58,7 @@ def operator(
             key = (domain, name)
             if key in _REGISTRY:
                 raise ValueError(f"operator {domain}::{name} is registered twice")
-            _REGISTRY[key] = Operator(name, domain, rule, resize, literals)
+            _REGISTRY[key] = Operator(name, domain, rule, resize, literals, elementwise)
         return rule
 
     return register

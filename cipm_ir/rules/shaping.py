@@ -77,7 +77,8 @@ def reshape(op: OpContext) -> None:
         raise Opaque("how axes are grouped depends on a dynamic size")
     for k in range(1, len(op.node.inputs)):
         op.pin(op.optional(k), "target shape")
-    op.like(0, reshaped(op, state, new))
+    made = reshaped(op, state, new)
+    op.like(0, made, made.uniform)
 
 
 _retarget = target_rule(1)
@@ -86,6 +87,12 @@ _retarget = target_rule(1)
 def _resize(r: Resize) -> None:
     if r.node.op_type == "Reshape":
         _retarget(r)
+    elif r.node.op_type == "Squeeze" and r.literal(1) is None and r.attr("axes") is None:
+        axes = [a for a, n in enumerate(r.old(0)) if n == 1]  # an axis that shrinks to 1 stays
+        if r.version < 13:
+            r.set_attr("axes", axes)
+        else:
+            r.set_literal(1, np.asarray(axes, np.int64))
 
 
 @operator("Expand", resize=target_rule(1), literals=(1,))
@@ -141,7 +148,9 @@ def depth_space(op: OpContext) -> None:
     middle = reshaped(op, state, steps[0])
     place = {a: k for k, a in enumerate(steps[1])}
     shape = tuple(steps[0][a] for a in steps[1])
-    op.like(0, reshaped(op, State(shape, tuple(f.moved(place) for f in middle.factors)), out))
+    moved = State(shape, tuple(f.moved(place) for f in middle.factors), frozenset(place[a] for a in middle.uniform))
+    made = reshaped(op, moved, out)
+    op.like(0, made, made.uniform)
 
 
 @operator("Shape", "Size", "NonZero", "EyeLike", "RandomNormalLike", "RandomUniformLike", "Bernoulli")
@@ -179,7 +188,7 @@ def resize(op: OpContext) -> None:
     for k in range(1, len(op.node.inputs)):
         op.pin(op.optional(k), "scales or sizes of Resize")
     factors = list(state.factors)
-    op.set(0, [fixed(f) if len(f.axes) > 1 else f for f in factors])
+    op.set(0, [fixed(f) if len(f.axes) > 1 else f for f in factors], state.uniform)
     for f in factors:
         if len(f.axes) > 1:
             op.freeze_factor(f)

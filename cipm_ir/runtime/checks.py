@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
@@ -63,7 +63,23 @@ def _without_weights(model: ir.Model, keep_bytes: int) -> onnx.ModelProto:
                 value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, shape=shape, name=name)
             else:
                 value.const_value = named(tensor, name)
+    for graph in all_graphs(stripped):
+        for node in graph:
+            _spell_out_defaults(node, stripped.opset_imports)
     return ir.to_proto(stripped)
+
+
+def _spell_out_defaults(node: ir.Node, opsets: Mapping[str, int]) -> None:
+    """Give a node that ONNX infers by its function body the attributes that it leaves out: the body needs them."""
+    version = node.version or opsets.get(node.domain, 0)
+    if node.domain not in _STANDARD or not version or not onnx.defs.has(node.op_type, version, node.domain):
+        return
+    schema = onnx.defs.get_schema(node.op_type, version, node.domain)
+    if schema.has_type_and_shape_inference_function or not schema.function_body.node:
+        return
+    for name, attribute in schema.attributes.items():
+        if name not in node.attributes and attribute.default_value.type:
+            node.attributes[name] = ir.serde.deserialize_attribute(attribute.default_value)
 
 
 def _drop_value_infos(graph: onnx.GraphProto) -> None:

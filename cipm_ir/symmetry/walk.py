@@ -193,8 +193,9 @@ class _Walker:
         domain = "" if node.domain == "ai.onnx" else node.domain
         version = node.version or self.opsets.get(domain, 1)
         shapes = self._output_shapes(node, version)
-        op = OpContext(node, version, inputs, shapes, literals, self.rec, self.shapes.second, self)
         entry = lookup(domain, node.op_type)
+        op = OpContext(node, version, inputs, shapes, literals, self.rec, self.shapes.second, self)
+        op.elementwise = entry is not None and entry.elementwise
         try:
             if entry is None:
                 raise Opaque(node.metadata_props.get("reason") or "no rule for this operator")
