@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,8 +15,10 @@ from torch.utils import _pytree as pytree
 from cipm_ir.backends.to_torch_attributes import Attributes, apply_attributes, standard, suggested
 from cipm_ir.backends.to_torch_emitter import graph_module
 from cipm_ir.backends.to_torch_graph import Rewritten, rewritten
+from cipm_ir.backends.to_torch_proof import unproven
+from cipm_ir.backends.to_torch_runs import computes_otherwise, first_line, in_mode
 from cipm_ir.backends.to_torch_state import State, copied, holder
-from cipm_ir.errors import UnsupportedError
+from cipm_ir.errors import CipmError, UnsupportedError
 from cipm_ir.ir.capture import Capture
 from cipm_ir.runtime.torch_shapes import is_tensor
 
@@ -100,7 +102,7 @@ def _held(capture: Capture, model: ir.Model) -> dict[str, dict[str, Any]]:
 def _same_class(
     capture: Capture, state: State, written: Rewritten, known: Attributes
 ) -> tuple[nn.Module | None, Attributes, str]:
-    """The caller's class with new tensors and attributes, where its own forward computes what the graph computes."""
+    """The caller's class with new tensors and attributes, where it is proven to be the program of the IR."""
     source = capture.source
     names = {} if capture.exported is None else _program_names(capture, source)
     reason = ""
@@ -110,7 +112,7 @@ def _same_class(
         attributes = known or standard(module, _held(capture, state.model))
         attributes = {p: {**attributes.get(p, {}), **extra.get(p, {})} for p in {*attributes, *extra}}
         apply_attributes(module, attributes)
-        why = _differs(capture, module, written.module)
+        why = _not_the_program(capture, module, written.module, state.model)
         if not why:
             return module, attributes, ""
         reason = reason or why
@@ -133,41 +135,34 @@ def _program_names(capture: Capture, source: nn.Module) -> Mapping[str, str]:
     }
 
 
-def _differs(capture: Capture, module: nn.Module, graph: fx.GraphModule) -> str:
-    """Why a module does not compute what the graph does; empty where it does. In evaluation, or as it was traced."""
+def _not_the_program(capture: Capture, module: nn.Module, graph: fx.GraphModule, model: ir.Model) -> str:
+    """Why a module is not the program: not the same graph when it is read again, or other results; empty where it is."""
     if capture.args is None:
-        return "there are no example inputs to try its forward with"
-    flat = example_tensors(capture)
-    args, kwargs = _with_tensors(capture.args, flat)
-    why = ""
-    for training in (False, True) if capture.source.training else (False,):
-        try:
-            wanted = _tensors(run_flat(graph, capture, flat, training))
-        except Exception as error:
-            raise UnsupportedError(f"The rewritten graph does not run: {first_line(error)}.") from error
-        try:
-            got = _tensors(_in_mode(module, training, lambda m: m(*args, **kwargs)))
-        except Exception as error:  # the user's forward with sizes that it was not written for
-            return f"its forward does not run with the new tensors ({first_line(error)})"
-        why = _outputs_differ(wanted, got)
-        if not why:  # a module that was traced while it trained may compute something else in evaluation
-            return ""
-    return why
+        return "there are no example inputs to read it again with"
+    try:
+        why = unproven(capture, module, model)
+    except CipmError as error:
+        return f"its forward does not run with the new tensors ({first_line(error)})"
+    return why or _disagrees(capture, module, graph)
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".")
+def _disagrees(capture: Capture, made: Any, graph: fx.GraphModule) -> str:
+    """How something made of a program computes otherwise than its graph, on inputs of our own; empty where it does not.
 
+    Errors: `UnsupportedError` where the graph itself does not run.
+    """
 
-def _outputs_differ(wanted: list[torch.Tensor], got: list[torch.Tensor]) -> str:
-    if len(got) != len(wanted):
-        return "its forward gives other outputs than the graph"
-    for a, b in zip(wanted, got, strict=True):
-        scale = float(a.abs().max()) if a.numel() else 0.0
-        if a.shape != b.shape or not torch.allclose(a, b, rtol=0, atol=1e-4 * scale + 1e-12, equal_nan=True):
-            return "its forward computes something else with the new tensors"
-    return ""
+    def of_graph(m: Any, tensors: Sequence[torch.Tensor]) -> Any:
+        return _interpreted(m, capture, tensors)
+
+    def of_object(m: Any, tensors: Sequence[torch.Tensor]) -> Any:
+        args, kwargs = _with_tensors(capture.args, tensors)
+        return m(*args, **kwargs)
+
+    try:
+        return computes_otherwise(graph, made, (of_graph, of_object), example_tensors(capture))
+    except RuntimeError as error:
+        raise UnsupportedError(f"The rewritten graph does not run: {error}.") from error
 
 
 def example_tensors(capture: Capture) -> list[torch.Tensor]:
@@ -187,41 +182,22 @@ def example_tensors(capture: Capture) -> list[torch.Tensor]:
     return made
 
 
-def _with_tensors(args: Any, tensors: list[torch.Tensor]) -> Any:
+def _with_tensors(args: Any, tensors: Sequence[torch.Tensor]) -> Any:
     found = iter(tensors)
     return pytree.tree_map(lambda x: next(found).clone() if isinstance(x, torch.Tensor) else x, args)
 
 
-def run_flat(graph: fx.GraphModule, capture: Capture, tensors: list[torch.Tensor], training: bool = False) -> Any:
-    """Run a captured or rewritten graph on its tensor inputs, in their order; without gradients."""
+def run_flat(graph: fx.GraphModule, capture: Capture, tensors: Sequence[torch.Tensor]) -> Any:
+    """Run a captured or rewritten graph on its tensor inputs, in their order; in evaluation, without gradients."""
+    return in_mode(graph, False, lambda m: _interpreted(m, capture, tensors))
+
+
+def _interpreted(graph: fx.GraphModule, capture: Capture, tensors: Sequence[torch.Tensor]) -> Any:
     found = iter(tensors)
     values = [
         next(found).clone() if is_tensor(x) or isinstance(x, torch.SymInt) else x for x in capture.placeholders.values()
     ]
-    return _in_mode(graph, training, lambda m: fx.Interpreter(m).run(*values, enable_io_processing=False))
-
-
-def _in_mode(module: nn.Module, training: bool, call: Any) -> Any:
-    """Call in evaluation or training mode, random numbers the same each time; everything gets its own state back."""
-    # A layer that trains inside a model that does not is meant so.
-    modes = {m: m.training for m in module.modules()} if module.training or training else {}
-    buffers = {name: b.clone() for name, b in module.named_buffers()}
-    try:
-        for m in modes:
-            m.training = training
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return call(module)
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
-        for name, b in module.named_buffers():
-            if not torch.equal(b, buffers[name]):
-                b.copy_(buffers[name])
-
-
-def _tensors(output: Any) -> list[torch.Tensor]:
-    return [x for x in pytree.tree_leaves(output) if isinstance(x, torch.Tensor)]
+    return fx.Interpreter(graph).run(*values, enable_io_processing=False)
 
 
 def _exported(capture: Capture, module: fx.GraphModule) -> Any:

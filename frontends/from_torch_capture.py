@@ -146,7 +146,7 @@ def unknown(traced: Traced) -> set[str]:
     for node in traced.graph.nodes:
         if node.op == "call_module" and traced.root is not None:
             kind = type(modules[node.target])
-            if module_entry(kind) is None:
+            if module_entry(kind) is None or is_changed(modules[node.target]):
                 found.add(kind.__name__)
         elif node.op in ("call_function", "call_method"):
             name = bare_name(node.target)[0]
@@ -155,8 +155,21 @@ def unknown(traced: Traced) -> set[str]:
     return found
 
 
+def is_changed(module: nn.Module) -> bool:
+    """Whether one module computes something else than its class: by hooks, or a forward that was put onto it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
 class _Tracer(fx.Tracer):
-    """Keeps as calls the modules that the table knows, and leaves of torch.nn that it does not know."""
+    """Keeps as calls the modules that the table knows, and leaves of torch.nn that it does not know.
+
+    ``buffers``: what the program computes from its buffers stays in the graph, with their names; otherwise it is
+    computed while tracing, and its results are constants without a name.
+    """
+
+    def __init__(self, buffers: bool) -> None:
+        super().__init__()
+        self.proxy_buffer_attributes = buffers
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_entry(type(m)) is not None:
@@ -168,6 +181,8 @@ class _Tracer(fx.Tracer):
 def _symbolic(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any) -> Traced:
     if any(isinstance(m, torch.jit.ScriptModule) for m in module.modules()):
         raise UnsupportedError("a scripted module has no Python to trace")
+    if is_changed(module):
+        raise UnsupportedError("the model itself has hooks or a forward of its own, which tracing does not see")
     signature = inspect.signature(module.forward)
     bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
@@ -183,13 +198,24 @@ def _symbolic(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
                 raise UnsupportedError("nested arguments")
             if kind not in (kind.VAR_POSITIONAL, kind.VAR_KEYWORD):
                 concrete[name] = value
-    module = copy.copy(module)  # tracing puts constants on the module that it traces
-    graph = _Tracer().trace(module, concrete_args=concrete)
-    holders = {n.name: str(n.target) for n in graph.nodes if n.op == "placeholder"}
-    inputs = {name: bound.arguments.get(target) for name, target in holders.items()}
     axes = dynamic_axes(dynamic, bound.arguments)
-    moving = {name: axes.get(target, set()) for name, target in holders.items()}
-    return Traced(graph, module, propagate(module, graph, inputs, moving), "symbolic")
+
+    def traced(buffers: bool) -> Traced:
+        root = copy.copy(module)  # tracing puts constants on the module that it traces
+        graph = _Tracer(buffers).trace(root, concrete_args=concrete)
+        holders = {n.name: str(n.target) for n in graph.nodes if n.op == "placeholder"}
+        inputs = {name: bound.arguments.get(target) for name, target in holders.items()}
+        moving = {name: axes.get(target, set()) for name, target in holders.items()}
+        return Traced(graph, root, propagate(root, graph, inputs, moving), "symbolic")
+
+    try:
+        found = traced(buffers=True)
+        if not unknown(found):
+            return found
+    except Exception:  # tracing runs the user's code on proxies, which a buffer now is too
+        return traced(buffers=False)
+    other = traced(buffers=False)
+    return other if len(unknown(other)) < len(unknown(found)) else found
 
 
 def dynamic_axes(dynamic: Any, arguments: Mapping[str, Any]) -> dict[str, set[int]]:
