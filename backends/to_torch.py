@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import onnx_ir as ir
@@ -15,10 +15,11 @@ from torch.utils import _pytree as pytree
 from cipm_ir.backends.to_torch_attributes import Attributes, apply_attributes, standard, suggested
 from cipm_ir.backends.to_torch_emitter import graph_module
 from cipm_ir.backends.to_torch_graph import Rewritten, rewritten
+from cipm_ir.backends.to_torch_naming import named_as_captured
 from cipm_ir.backends.to_torch_proof import unproven
 from cipm_ir.backends.to_torch_runs import computes_otherwise, first_line, in_mode
 from cipm_ir.backends.to_torch_state import State, copied, holder
-from cipm_ir.errors import CipmError, UnsupportedError
+from cipm_ir.errors import UnsupportedError
 from cipm_ir.ir.capture import Capture
 from cipm_ir.runtime.torch_shapes import is_tensor
 
@@ -34,12 +35,15 @@ class Emitted:
         form: which of these.
         reason: why a module came out as a graph; empty otherwise.
         attributes: what was set on the modules of the copy, by path.
+        proof: how it is known to be the program of the IR, besides runs on inputs of our own: read again it is the same
+            graph; or it was written from that graph, node by node, and nothing more is known ("runs").
     """
 
     object: Any
     form: Literal["module", "graph", "exported"]
     reason: str = ""
     attributes: Attributes = field(default_factory=dict)
+    proof: Literal["same graph", "runs"] = "runs"
 
 
 def emit_torch(capture: Capture, model: ir.Model) -> Emitted:
@@ -49,14 +53,23 @@ def emit_torch(capture: Capture, model: ir.Model) -> Emitted:
     """
     state = State(capture, model)
     written, attributes = _graph(capture, model, state)
-    if capture.kind == "exported":
-        return Emitted(_exported(capture, written.module), "exported")
-    if capture.kind == "graph":
-        return Emitted(written.module, "graph", attributes=attributes)
-    module, tried, reason = _same_class(capture, state, written, attributes)
-    if module is not None:
-        return Emitted(module, "module", attributes=tried)
-    return Emitted(written.module, "graph", reason)
+    if capture.kind == "module":
+        module, tried, reason = _same_class(capture, state, written, attributes)
+        if module is not None:
+            return Emitted(module, "module", attributes=tried, proof="same graph")
+        _check_reading(capture)
+        made = Emitted(written.module, "graph", reason)
+    elif capture.kind == "graph":
+        made = Emitted(written.module, "graph", attributes=attributes)
+    else:
+        made = Emitted(_exported(capture, written.module), "exported")
+    if capture.args is None:
+        return made
+    run = made.object.module() if made.form == "exported" else made.object
+    why = disagreement(capture, run, written.module)
+    if why:
+        raise UnsupportedError(f"What torch makes of the changed program is not that program: {why}.")
+    return made if unproven(capture, made.object, model) else replace(made, proof="same graph")
 
 
 def emit_graph(capture: Capture, model: ir.Model) -> fx.GraphModule:
@@ -68,6 +81,7 @@ def _graph(capture: Capture, model: ir.Model, state: State) -> tuple[Rewritten, 
     sizes = resized(capture, model)
     if capture.exported is not None:
         source = capture.exported.module()
+        named_as_captured(source.graph, capture)
         return rewritten(capture, model, source.graph, holder(source, source.graph, state), sizes), {}
     root = copied(capture.root, state)
     attributes = standard(root, _held(capture, model)) if sizes else {}
@@ -139,15 +153,37 @@ def _not_the_program(capture: Capture, module: nn.Module, graph: fx.GraphModule,
     """Why a module is not the program: not the same graph when it is read again, or other results; empty where it is."""
     if capture.args is None:
         return "there are no example inputs to read it again with"
-    try:
-        why = unproven(capture, module, model)
-    except CipmError as error:
+    args, kwargs = _with_tensors(capture.args, example_tensors(capture))
+    try:  # much faster than to read it, where it does not run at all
+        in_mode(module, False, lambda m: m(*args, **kwargs))
+    except Exception as error:  # the user's forward with sizes that it was not written for
         return f"its forward does not run with the new tensors ({first_line(error)})"
-    return why or _disagrees(capture, module, graph)
+    return unproven(capture, module, model) or disagreement(capture, module, graph)
 
 
-def _disagrees(capture: Capture, made: Any, graph: fx.GraphModule) -> str:
+def _check_reading(capture: Capture) -> None:
+    """Refuse to hand back a graph that computes something else than the module that it was read from.
+
+    Errors: `UnsupportedError`.
+    """
+    if capture.args is None:
+        return
+    why = disagreement(capture, capture.source, emit_graph(capture, capture.model), must_run=False)
+    if why:
+        raise UnsupportedError(
+            f"{type(capture.source).__name__} computes something else than the graph that torch makes of it ({why}): "
+            "its code does what a graph cannot hold; try the other method= (symbolic, export), or give a part of it."
+        )
+
+
+def disagreement(capture: Capture, made: Any, graph: fx.GraphModule, must_run: bool = True) -> str:
     """How something made of a program computes otherwise than its graph, on inputs of our own; empty where it does not.
+
+    Args:
+        capture: how the program was read; it has example inputs.
+        made: is called as the caller's module is.
+        graph: is run node by node.
+        must_run: that it fails on an input counts too.
 
     Errors: `UnsupportedError` where the graph itself does not run.
     """
@@ -160,7 +196,7 @@ def _disagrees(capture: Capture, made: Any, graph: fx.GraphModule) -> str:
         return m(*args, **kwargs)
 
     try:
-        return computes_otherwise(graph, made, (of_graph, of_object), example_tensors(capture))
+        return computes_otherwise(graph, made, (of_graph, of_object), example_tensors(capture), must_run)
     except RuntimeError as error:
         raise UnsupportedError(f"The rewritten graph does not run: {error}.") from error
 

@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from cipm_ir.errors import CipmError
 from cipm_ir.ir.capture import Capture
 from cipm_ir.ir.constants import attribute, constant_tensor, evaluate, slice_positions
 from cipm_ir.ir.labels import Array
@@ -37,13 +38,14 @@ def unproven(capture: Capture, made: Any, model: ir.Model) -> str:
         capture: how the caller's object was read.
         made: the object that would be handed back.
         model: the IR model after the passes.
-
-    Raises:
-        CipmError: the object cannot be read as the caller's was.
     """
     if capture.read_again is None or capture.args is None:
         return "there are no example inputs to read it with"
-    return first_difference(model, capture.read_again(made).model)
+    try:
+        again = capture.read_again(made)
+    except CipmError as error:
+        return f"torch cannot read it again ({str(error).rstrip('.')})"
+    return first_difference(model, again.model)
 
 
 def first_difference(wanted: ir.Model, found: ir.Model) -> str:
