@@ -16,9 +16,11 @@ from onnx import TensorProto, helper, numpy_helper
 from cipm_ir.errors import InputError, UnsupportedError
 from cipm_ir.frontends.from_onnx import load_onnx
 from cipm_ir.runtime import session
+from cipm_ir.runtime.compare import Found, compare
 from cipm_ir.runtime.inputs import batches, random_inputs, table_size
+from cipm_ir.runtime.noise import Yardstick
 from cipm_ir.runtime.session import Runner, run
-from cipm_ir.runtime.verify import compare, verify_models
+from cipm_ir.runtime.verify import RECIPES, verify_models
 
 FLOAT = TensorProto.FLOAT
 RNG = np.random.default_rng(0)
@@ -60,7 +62,7 @@ def network(w1: np.ndarray[Any, Any] = W1, w2: np.ndarray[Any, Any] = W2, kind: 
 def test_a_permuted_network_is_equal_and_a_scaled_one_bit_for_bit() -> None:
     order = RNG.permutation(50)
     permuted = verify_models(network(), network(W1[:, order], W2[order]))
-    assert permuted.ok and permuted and permuted.verified and permuted.cases == 3 and permuted.max_rel < 1e-6
+    assert permuted.ok and permuted and permuted.verified and permuted.cases > len(RECIPES) and permuted.max_rel < 1e-5
     scale = (2.0 ** RNG.integers(-3, 4, 50)).astype(np.float32)
     scaled = verify_models(network(), network(W1 * scale, W2 / scale[:, None]))
     assert scaled.ok and scaled.max_abs == 0.0
@@ -97,9 +99,9 @@ def test_a_second_model_that_does_not_run_is_different() -> None:
 @pytest.mark.parametrize(
     ("dtype", "kind", "equal", "different"),
     [
-        (np.float64, TensorProto.DOUBLE, 1e-12, 1e-8),
-        (np.float16, TensorProto.FLOAT16, 1e-3, 1e-1),
-        (ml_dtypes.bfloat16, TensorProto.BFLOAT16, 1e-2, 0.5),
+        (np.float64, TensorProto.DOUBLE, 1e-16, 1e-12),
+        (np.float16, TensorProto.FLOAT16, 5e-4, 3e-2),
+        (ml_dtypes.bfloat16, TensorProto.BFLOAT16, 4e-3, 0.2),
     ],
 )
 def test_other_types(dtype: Any, kind: int, equal: float, different: float) -> None:
@@ -122,15 +124,19 @@ def test_integer_outputs_must_be_equal() -> None:
 
     assert verify_models(classify(W1), classify(W1)).ok
     result = verify_models(classify(W1), classify(W1[:, ::-1].copy()))
-    assert result.ok is False and "entries differ" in result.reason
+    assert result.ok is False and "'y < ArgMax'" in result.reason and result.outputs["y"][0] > 0
+    # Three classes, one of which never wins: its scores are compared all the same.
+    low = np.concatenate([W1, W1[:, :1] - 100], axis=1)[:, :3] - np.float32(0)
+    assert verify_models(classify(low), classify(low * np.float32([1, 1, 1.001]))).ok is False
 
 
 def test_compare_treats_equal_infinities_as_equal() -> None:
     a = np.array([1.0, np.inf, -np.inf, np.nan], np.float32)
-    assert compare(a, a.copy()) == (0.0, 0.0, "")
-    assert compare(a, np.array([1.0, -np.inf, np.inf, np.nan], np.float32))[2]
-    assert compare(np.zeros(3, np.float32), np.array([0, 0, 1e-3], np.float32))[1] == np.inf
-    assert compare(np.zeros(3, np.float32), np.zeros(3, np.float64))[2] == "type float32 became float64"
+    assert compare(Yardstick(a), a.copy()) == Found(0.0, 0.0, 0.0, "")
+    assert compare(Yardstick(a), np.array([1.0, -np.inf, np.inf, np.nan], np.float32)).why
+    zeros = Yardstick(np.zeros(3, np.float32))
+    assert compare(zeros, np.array([0, 0, 1e-3], np.float32)).max_rel == np.inf
+    assert compare(zeros, np.zeros(3, np.float64)).why == "type float32 became float64"
 
 
 def test_random_operators_and_unknown_operators_are_not_verified() -> None:
@@ -171,20 +177,20 @@ def test_given_data_is_used_and_cut(tmp_path: Path) -> None:
     np.savez(tmp_path / "d.npz", x=x, labels=np.arange(20))
     for data in (tmp_path / "d.npz", str(tmp_path / "d.npz"), {"x": x}, [{"x": x[:8]}, {"x": x[8:16]}, {"x": x[16:]}]):
         assert [len(feeds["x"]) for feeds in batches(data, network())] == [8, 8, 4]
-        assert verify_models(network(), network(), data=data).cases == 6
+        assert verify_models(network(), network(), data=data, cases=3).cases == 6
 
 
 def test_given_data_shows_a_difference_that_random_inputs_do_not() -> None:
     def beyond(factor: float) -> ir.Model:
         names = [("Sub", ["x", "limit"], "d"), ("Relu", ["d"], "r"), ("Mul", ["r", "k"], "y")]
         nodes = [helper.make_node(op, inputs, [output]) for op, inputs, output in names]
-        weights = {"limit": np.float32(50), "k": np.float32(factor)}
+        weights = {"limit": np.float32(500), "k": np.float32(factor)}
         return build(
             nodes, {"x": (FLOAT, ["N", 6])}, {"y": (FLOAT, ["N", 6])}, {n: np.asarray(w) for n, w in weights.items()}
         )
 
     assert verify_models(beyond(1), beyond(2)).ok
-    assert verify_models(beyond(1), beyond(2), data={"x": np.full((1, 6), 60, np.float32)}).ok is False
+    assert verify_models(beyond(1), beyond(2), data={"x": np.full((1, 6), 600, np.float32)}).ok is False
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -45,6 +45,38 @@ def true_inputs(model: ir.Model) -> list[ir.Value]:
     return [value for value in model.graph.inputs if value.name not in model.graph.initializers]
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How to draw the inputs of a model.
+
+    Attributes:
+        name: of what comes out, for messages.
+        floats: "normal", "uniform" in [0, 1), "pixels" (whole numbers 0 to 255), "zeros" or "ones".
+        factor: floats are multiplied by it.
+        integers: "random", or "low" or "high" for the ends of their range; booleans are false and true there.
+    """
+
+    name: str
+    floats: str = "normal"
+    factor: float = 1.0
+    integers: str = "random"
+
+    def draw(self, rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+        """Draw floats of a shape."""
+        if self.floats == "normal":
+            made = np.asarray(rng.standard_normal(shape))
+        elif self.floats == "uniform":
+            made = np.asarray(rng.random(shape))
+        elif self.floats == "pixels":
+            made = np.asarray(rng.integers(0, 256, shape), np.float64)
+        else:
+            made = np.full(shape, {"zeros": 0.0, "ones": 1.0}[self.floats])
+        return np.asarray(made * self.factor)
+
+
+NORMAL = Recipe("random")
+
+
 def random_inputs(
     model: ir.Model,
     rng: np.random.Generator,
@@ -53,11 +85,13 @@ def random_inputs(
     *,
     free_size: int = 8,
     index_limit: int | None = None,
+    recipe: Recipe = NORMAL,
 ) -> Feeds:
     """One random input by name for each graph input that is not an initializer.
 
-    Floats are N(0, 1). Integers that index a table (Gather and its kin) stay below its size; masks are rows of ones,
-    then zeros; 8-bit integers take their whole range; other integers are 0 or 1, booleans a fair coin.
+    Floats are N(0, 1) unless `recipe` says otherwise. Integers that index a table (Gather and its kin) stay below its
+    size, and none comes twice before all came; masks are rows of ones, then zeros; 8-bit integers take their whole
+    range; other integers are 0 or 1, booleans a fair coin.
 
     Args:
         model: the model to feed.
@@ -66,39 +100,82 @@ def random_inputs(
         dims: sizes of symbolic axes by name.
         free_size: the size of the other unknown axes; one name, one size.
         index_limit: caps integer inputs, for a model whose tables could not be found.
+        recipe: what to draw.
 
     Raises:
         UnsupportedError: an input is not a tensor, holds strings, or has no known rank.
     """
     sizes = dict(dims or {})
-    draw = functools.partial(_random_input, rng=rng, batch=batch, sizes=sizes, free_size=free_size, limit=index_limit)
-    return {value.name or "": draw(value) for value in true_inputs(model)}
+    made: Feeds = {}
+    for value in true_inputs(model):
+        if value.shape is None:
+            raise UnsupportedError(f"Input {value.name!r} has no known rank; give inputs as data.")
+        shape = tuple(_size(dim, axis, batch, sizes, free_size) for axis, dim in enumerate(value.shape))
+        made[value.name or ""] = _random_input(value, shape, rng, index_limit, recipe)
+    return made
+
+
+def random_inputs_like(
+    model: ir.Model, examples: Mapping[str, Array], rng: np.random.Generator, recipe: Recipe = NORMAL
+) -> Feeds:
+    """Draw inputs of the shapes of examples; see `random_inputs`."""
+    values = {value.name or "": value for value in true_inputs(model)}
+    return {name: _random_input(values[name], example.shape, rng, None, recipe) for name, example in examples.items()}
 
 
 def _random_input(
-    value: ir.Value, rng: np.random.Generator, batch: int, sizes: dict[str, int], free_size: int, limit: int | None
+    value: ir.Value, shape: tuple[int, ...], rng: np.random.Generator, limit: int | None, recipe: Recipe
 ) -> Array:
     dtype = value.dtype
     if not isinstance(value.type, ir.TensorType) or dtype is None or dtype == ir.DataType.STRING:
         raise UnsupportedError(f"Input {value.name!r} is not a tensor of numbers; give inputs as data.")
-    if value.shape is None:
-        raise UnsupportedError(f"Input {value.name!r} has no known rank; give inputs as data.")
-    shape = tuple(_size(dim, axis, batch, sizes, free_size) for axis, dim in enumerate(value.shape))
     if dtype.is_floating_point():
-        return np.asarray(rng.standard_normal(shape)).astype(dtype.numpy())
+        return recipe.draw(rng, shape).astype(dtype.numpy())
     if dtype in (ir.DataType.COMPLEX64, ir.DataType.COMPLEX128):
-        return np.asarray(rng.standard_normal(shape) + 1j * rng.standard_normal(shape)).astype(dtype.numpy())
+        return np.asarray(recipe.draw(rng, shape) + 1j * recipe.draw(rng, shape)).astype(dtype.numpy())
     bound = table_size(value)
     if "mask" in (value.name or "").lower() or (bound is None and dtype.bitwidth >= 32 and _looks_like_mask(value)):
-        return _mask(shape, rng).astype(dtype.numpy())
+        # A mask of zeros leaves nothing to compare: softmax turns it into NaN.
+        made = np.ones(shape) if recipe.integers == "high" else _mask(shape, rng)
+        return np.asarray(made.astype(dtype.numpy()))
     if dtype == ir.DataType.BOOL:
-        return np.asarray(rng.integers(0, 2, shape)).astype(bool)
+        return rng.random(shape) < {"low": 0.0, "high": 1.0}.get(recipe.integers, 0.5)
     low, high = (0, bound) if bound is not None else (0, 2)
     if bound is None and dtype.bitwidth == 8:
         low, high = (0, 256) if dtype == ir.DataType.UINT8 else (-128, 128)
     if limit is not None:
         high = max(low + 1, min(high, limit))
-    return np.asarray(rng.integers(low, high, shape)).astype(dtype.numpy())
+    if recipe.integers in ("low", "high"):
+        return np.full(shape, low if recipe.integers == "low" else high - 1, dtype.numpy())
+    count = math.prod(shape)
+    rounds = [rng.permutation(np.arange(low, high)) for _ in range(-(-count // (high - low)))]
+    return np.asarray(np.concatenate([*rounds, np.zeros(0)])[:count].reshape(shape)).astype(dtype.numpy())
+
+
+def largest_table(model: ir.Model) -> int:
+    """Return the size of the largest table that an integer input indexes, 0 without any."""
+    tables = (table_size(value) for value in true_inputs(model) if value.dtype is not None and value.dtype.is_integer())
+    return max((size for size in tables if size is not None), default=0)
+
+
+def overridable_inputs(model: ir.Model) -> list[ir.Value]:
+    """Return the graph inputs that have a default: initializers too, in a file of IR version 4 or later."""
+    if model.ir_version < 4:
+        return []
+    return [value for value in model.graph.inputs if value.name in model.graph.initializers]
+
+
+def overrides(model: ir.Model, rng: np.random.Generator) -> Feeds:
+    """Draw other values than the default for the floating-point inputs that have one; the others keep it."""
+    made: Feeds = {}
+    for value in overridable_inputs(model):
+        tensor = model.graph.initializers[value.name or ""].const_value
+        if tensor is not None and tensor.dtype.is_floating_point() and tensor.dtype.bitwidth >= 16:
+            default = tensor.numpy()
+            # Signs stay, for variances and the like.
+            other = default * rng.uniform(0.5, 1.5, default.shape) if default.any() else rng.random(default.shape)
+            made[value.name or ""] = np.asarray(other).astype(default.dtype)
+    return made
 
 
 def _size(dim: int | ir.SymbolicDim, axis: int, batch: int, sizes: dict[str, int], free_size: int) -> int:

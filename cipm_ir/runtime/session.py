@@ -18,6 +18,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from cipm_ir.errors import InputError, UnsupportedError
 from cipm_ir.runtime.graphs import named
+from cipm_ir.runtime.integer_products import processor_saturates, reencode_signed_weights
 
 Array: TypeAlias = npt.NDArray[Any]
 Backend: TypeAlias = Literal["onnxruntime", "reference"]
@@ -43,7 +44,7 @@ class Runner:
 
     onnxruntime runs with its graph optimizations off: fusions and constant folding reorder arithmetic differently in
     two models that differ only by a change of gauge, which would blur what a comparison measures (a power-of-two scale
-    must come back bit for bit).
+    must come back bit for bit). Products of 8-bit integers are exact then, also on processors whose kernels saturate.
 
     Args:
         model: not changed. Lazy and external weights are evaluated once, to a temporary file where they are large.
@@ -84,6 +85,8 @@ class Runner:
             self.backend, self._session = "reference", self._reference()
             return
         try:
+            if not self._fast and processor_saturates():
+                reencode_signed_weights(self._model)
             self.backend, self._session = "onnxruntime", self._onnxruntime()
         except UnsupportedError as missing:
             if backend is not None:

@@ -66,7 +66,7 @@ class TimedRunner(Runner):
     def __init__(self, model: ir.Model, *, threads: int = 1, optimize: str = "all") -> None:
         self._threads = threads
         self._mode = _MODES[optimize]
-        super().__init__(model, backend="onnxruntime")
+        super().__init__(model, backend="onnxruntime", fast=True)
 
     def _onnxruntime(self) -> ort.InferenceSession:
         options = ort.SessionOptions()

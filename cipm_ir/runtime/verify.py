@@ -1,72 +1,124 @@
-"""Do two models compute the same? Both run on the same inputs, given and random, and their outputs are compared."""
+"""Do two models compute the same? They run on the same inputs, and may differ by the first one's rounding."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from cipm_ir.errors import CipmError, InputError, UnsupportedError
-from cipm_ir.runtime.inputs import Data, Feeds, batches, random_inputs, true_inputs
-from cipm_ir.runtime.session import Runner
+from cipm_ir.runtime.compare import MEASURED, Case, Outputs, Reference, Tolerance, Verification
+from cipm_ir.runtime.endings import Ending, common_endings, endings
+from cipm_ir.runtime.graphs import all_graphs
+from cipm_ir.runtime.inputs import (
+    Data,
+    Feeds,
+    Recipe,
+    batches,
+    largest_table,
+    overridable_inputs,
+    overrides,
+    random_inputs,
+    true_inputs,
+)
+from cipm_ir.runtime.integer_products import computes_in_integers, processor_saturates
+from cipm_ir.runtime.noise import DRAWS, nudged, nudged_model
+from cipm_ir.runtime.session import Backend, Runner
 
-Array: TypeAlias = npt.NDArray[Any]
+__all__ = ["RECIPES", "OnnxVariants", "Tolerance", "Verification", "Verifier", "own_cases", "verify_models"]
 
-TOLERANCE = {"float64": 1e-10, "float32": 2e-5, "float16": 5e-3, "bfloat16": 4e-2}
-"""The default of `rtol` by output type, relative to the largest value of the output.
+RECIPES = (
+    Recipe("random"),
+    Recipe("zeros", "zeros", integers="low"),
+    Recipe("random / 64", factor=1 / 64),
+    Recipe("random x 32", factor=32.0),
+    Recipe("ones", "ones", integers="high"),
+    Recipe("uniform", "uniform"),
+    Recipe("pixels", "pixels"),
+)
+"""The inputs of our own, in order of importance: where a model is slow, the last ones are left out."""
 
-Reordering the terms of float32 sums through a whole network changes outputs by 1e-7 to 2e-6 of their largest value
-(rounding is 6e-8 per operation and partly averages out); ten times that still catches an error in a single small
-weight. The other types scale with their rounding: 1e-16, 5e-4 and 4e-3 per operation.
-"""
-
-_TINY = {"float64": 1e-18, "float32": 1e-9, "float16": 1e-6, "bfloat16": 1e-6}
 _RANDOM_OPS = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
 # (batch, other unknown sizes, cap on integer inputs): the first that the model runs with is used. The later ones are
 # for models with a batch baked in, for images that must survive much downsampling, and for tables that were not found.
 _SIZES = ((2, 8, None), (1, 8, None), (2, 32, None), (1, 64, None), (1, 224, None), (1, 1, None), (1, 16, 2), (3, 3, 2))
+_LONG = (128, 64, 32, 16)
+_LONG_ENTRIES = 1 << 19
+_SECONDS = 10.0
+_LEAST = 3
+_BATCHES = 3
+_LONG_COST = 200
+_LARGE = 256 << 20
 
 
-@dataclass(frozen=True)
-class Verification:
-    """The outcome of a comparison; true in a condition when the models agree.
+class Verifier:
+    """Compare models with one that is taken as right; what that computes is found out once.
 
-    Attributes:
-        ok: the outputs agree; None when they could not be compared.
-        max_abs: the largest |a - b| over all outputs and cases.
-        max_rel: the largest of max|a - b| / max|a|, per output and case.
-        cases: how many inputs were compared.
-        reason: why not ok, or why not verified; empty otherwise.
-        backend: what ran the models.
-        outputs: (max_abs, max_rel) by output name.
+    Args:
+        model: taken as right.
+        data: samples, see `batches`.
+        seed: of the random inputs.
+        cases: at most so many inputs of our own, and batches of data (at most 3 by default); None: what time allows.
+
+    Raises:
+        InputError: `data` does not fit the model.
     """
 
-    ok: bool | None
-    max_abs: float = 0.0
-    max_rel: float = 0.0
-    cases: int = 0
-    reason: str = ""
-    backend: str = ""
-    outputs: dict[str, tuple[float, float]] = field(default_factory=dict)
+    def __init__(self, model: ir.Model, *, data: Data | None = None, seed: int = 0, cases: int | None = None) -> None:
+        self._model, self._seed, self._cases = model, seed, cases
+        self._given = [] if data is None else list(itertools.islice(batches(data, model), cases or _BATCHES))
+        self._endings = endings(model)
+        self._made: Reference | None = None
 
-    @property
-    def verified(self) -> bool:
-        """The models were compared, whatever came out."""
-        return self.ok is not None
+    def check(self, model: ir.Model, tolerance: Tolerance = MEASURED) -> Verification:
+        """Compare another model, whose inputs and outputs must have the same names."""
+        start = time.perf_counter()
+        return replace(self._check(model, tolerance), seconds=time.perf_counter() - start)
 
-    def __bool__(self) -> bool:
-        return self.ok is True
+    def _check(self, model: ir.Model, tolerance: Tolerance) -> Verification:
+        apart = _interface_difference(self._model, model)
+        if apart:
+            return Verification(False, reason=apart)
+        random_node = _random_node(self._model) or _random_node(model)
+        if random_node:
+            return Verification(None, reason=f"{random_node} draws random numbers, so two runs differ anyway")
+        try:
+            reference = self._reference(None)
+            try:
+                actual = self._actual(model, reference)
+            except UnsupportedError:
+                # The other model is valid but uses a kernel that onnxruntime lacks: both run on the evaluator of ONNX.
+                reference = self._reference("reference")
+                actual = self._actual(model, reference)
+        except CipmError as error:
+            return Verification(None, reason=str(error).rstrip("."))
+        if isinstance(actual, InputError):
+            reason = f"the second model fails: {actual}"
+            return Verification(False, cases=len(reference.feeds), reason=reason, backend=reference.backend)
+        return reference.compare(actual, tolerance)
 
-    def __str__(self) -> str:
-        if self.ok is None:
-            return f"not verified: {self.reason}"
-        numbers = f"max |Δ| {self.max_abs:.3g}, relative {self.max_rel:.3g}, {self.cases} cases"
-        return f"equal ({numbers})" if self.ok else f"different: {self.reason} ({numbers})"
+    def _reference(self, backend: Backend | None) -> Reference:
+        if self._made is None or (backend is not None and self._made.backend != backend):
+            try:
+                self._made = _reference(self._model, self._endings, self._given, self._seed, self._cases, backend)
+            except InputError:
+                if not self._endings:
+                    raise
+                self._endings = []  # a value that cannot be handed out
+                self._made = _reference(self._model, [], self._given, self._seed, self._cases, backend)
+        return self._made
+
+    def _actual(self, model: ir.Model, reference: Reference) -> list[Outputs] | InputError:
+        pairs = common_endings(self._endings, endings(model))
+        try:
+            with Runner(model, extra_outputs=_values(pairs), backend=reference.backend) as runner:  # type: ignore[arg-type]
+                return [_with_endings(runner.run(feeds), model, pairs) for feeds in reference.feeds]
+        except InputError as error:
+            return error
 
 
 def verify_models(
@@ -77,162 +129,164 @@ def verify_models(
     seed: int = 0,
     rtol: float | None = None,
     atol: float | None = None,
-    cases: int = 3,
+    cases: int | None = None,
 ) -> Verification:
-    """Compare two models on at most `cases` batches of `data` and on `cases` random inputs.
+    """Compare two models on batches of `data` and on inputs of our own, see `RECIPES`.
 
-    Floating outputs agree when max|a - b| <= rtol * max|a| + atol and NaN and infinities stand at the same places; all
-    other outputs must be equal. The models run one after the other, so that one of them is in memory at a time.
+    Floating outputs agree when they differ, in each channel, by no more than the rounding noise of the first model
+    allows (`cipm_ir.runtime.noise`), and NaN and infinities stand at the same places. Integers must be equal, but for
+    as many as rounding alone changes. Values in front of the last activations are compared too. The models run one
+    after the other, so that one of them is in memory at a time.
 
     Args:
         a: the model taken as right.
         b: the model to compare; inputs and outputs must have the same names.
         data: samples, see `batches`.
         seed: of the random inputs.
-        rtol: None takes `TOLERANCE` by output type.
-        atol: None takes a value far below rounding, for outputs that are zero up to rounding.
-        cases: how many of each.
+        rtol, atol: see `Tolerance`.
+        cases: at most so many inputs of our own, and batches of data (at most 3 by default); None: what time allows.
 
     Raises:
         InputError: `data` does not fit the models.
     """
-    difference = _interface_difference(a, b)
-    if difference:
-        return Verification(False, reason=difference)
-    random_node = _random_node(a) or _random_node(b)
-    if random_node:
-        return Verification(None, reason=f"{random_node} draws random numbers, so two runs differ anyway")
-    given = list(itertools.islice(batches(data, a), cases)) if data is not None else []
-    try:
-        feeds, expected, backend = _run_first(a, given, np.random.default_rng(seed), cases)
-        try:
-            actual = _run_second(b, feeds, backend)
-        except UnsupportedError:
-            # The second model is valid but uses a kernel that onnxruntime lacks: run both on the reference evaluator.
-            feeds, expected, backend = _run_first(a, given, np.random.default_rng(seed), cases, "reference")
-            actual = _run_second(b, feeds, backend)
-    except CipmError as error:
-        return Verification(None, reason=str(error).rstrip("."))
-    if isinstance(actual, InputError):
-        return Verification(False, cases=len(feeds), reason=f"the second model fails: {actual}", backend=backend)
-    return compare_outputs(expected, actual, rtol, atol, backend)
+    return Verifier(a, data=data, seed=seed, cases=cases).check(b, Tolerance(rtol, atol))
 
 
-def _run_first(
-    model: ir.Model, given: list[Feeds], rng: np.random.Generator, cases: int, backend: Any = None
-) -> tuple[list[Feeds], list[dict[str, Array]], Any]:
-    with Runner(model, backend=backend) as runner:
-        expected = [runner.run(feeds) for feeds in given]
-        feeds = list(given)
+class OnnxVariants:
+    """An ONNX model, run plainly, with all of onnxruntime's optimizations, and with weights and inputs moved."""
+
+    def __init__(self, model: ir.Model, found: Sequence[Ending], seed: int, backend: str) -> None:
+        self._model, self._seed, self.backend = model, seed, backend
+        self._pairs = [(ending, ending) for ending in found]
+
+    def others(self) -> Sequence[str]:
+        """Return the names of all ways to run but the plain one."""
+        weights = sum(
+            v.const_value.nbytes for g in all_graphs(self._model) for v in g.initializers.values() if v.const_value
+        )
+        draws = [f"draw {k}" for k in range(DRAWS if weights <= _LARGE else 1)]
+        exact = self.backend == "onnxruntime" and not (processor_saturates() and computes_in_integers(self._model))
+        return ["optimized", *draws] if exact else draws
+
+    def outputs(self, feeds: Sequence[Feeds], way: str = "") -> Iterator[Outputs]:
+        """Run on each of several inputs; "" is the plain way."""
+        draw = int(way.removeprefix("draw ")) if way.startswith("draw ") else None
+        seeds = (self._seed, draw or 0)
+        model, rng = self._model, np.random.default_rng(seeds)
+        if draw is not None:
+            model = nudged_model(model, seeds)
+        fast, extra = way == "optimized", _values(self._pairs)
+        with Runner(model, extra_outputs=extra, backend=self.backend, fast=fast) as runner:  # type: ignore[arg-type]
+            for one in feeds:
+                moved = one if draw is None else {name: nudged(x, rng) for name, x in one.items()}
+                yield _with_endings(runner.run(moved), model, self._pairs)
+
+
+def _reference(
+    model: ir.Model,
+    found: Sequence[Ending],
+    given: Sequence[Feeds],
+    seed: int,
+    cases: int | None,
+    backend: Backend | None,
+) -> Reference:
+    """Run a model on data and on inputs of our own that it accepts.
+
+    Errors: `InputError`, `UnsupportedError` where it runs on none.
+    """
+    pairs = [(ending, ending) for ending in found]
+    with Runner(model, extra_outputs=_values(pairs), backend=backend) as runner:
+
+        def run(feeds: Feeds) -> Outputs:
+            return _with_endings(runner.run(feeds), model, pairs)
+
+        made = [Case(f"batch {k} of the data", feeds, run(feeds)) for k, feeds in enumerate(given)]
         try:
-            drawn = _accepted(model, runner, rng, cases)
+            made += own_cases(model, run, np.random.default_rng(seed), cases)
         except CipmError:
             if not given:
                 raise
-            drawn = []
-        for inputs, outputs in drawn:
-            feeds.append(inputs)
-            expected.append(outputs)
-        return feeds, expected, runner.backend
+    return Reference(OnnxVariants(model, found, seed, runner.backend), made)
+
+
+def own_cases(
+    model: ir.Model, run: Callable[[Feeds], Outputs], rng: np.random.Generator, most: int | None
+) -> list[Case]:
+    """Draw inputs by each recipe, of the first sizes that the model runs with, and run it on them.
+
+    Errors: `InputError` where the model runs on none of the sizes.
+    """
+    batch, free_size, limit, feeds = _accepted(model, run, rng)
+    start = time.perf_counter()
+    made = [Case(RECIPES[0].name, feeds, run(feeds))]
+    seconds = time.perf_counter() - start
+    # The plain run, its variants and the other model: all of them for each case.
+    affordable = int(_SECONDS / (max(seconds, 1e-6) * (3 + DRAWS)))
+    most = max(affordable, _LEAST) if most is None else most
+    values = true_inputs(model)
+    if not values:
+        return made
+    floats = any(value.dtype is not None and value.dtype.is_floating_point() for value in values)
+    recipes = [recipe for recipe in RECIPES[1:] if floats or recipe.integers != "random"]
+    for place, recipe in enumerate(recipes[: most - 1]):
+        drawn = random_inputs(model, rng, batch, free_size=free_size, index_limit=limit, recipe=recipe)
+        drawn |= overrides(model, rng) if place % 2 == 0 else {}
+        made += _tried(recipe.name, drawn, run)
+    if len(made) < most and seconds * _LONG_COST < _SECONDS:
+        made += _long(model, run, rng, limit)
+    return made
 
 
 def _accepted(
-    model: ir.Model, runner: Runner, rng: np.random.Generator, cases: int
-) -> list[tuple[Feeds, dict[str, Array]]]:
-    """Random inputs of the first sizes that the model runs with, and its outputs."""
+    model: ir.Model, run: Callable[[Feeds], Outputs], rng: np.random.Generator
+) -> tuple[int, int, int | None, Feeds]:
     first: InputError | None = None
     for batch, free_size, limit in _SIZES:
+        feeds = random_inputs(model, rng, batch, free_size=free_size, index_limit=limit)
         try:
-            drawn = []
-            for _ in range(cases if true_inputs(model) else 1):
-                inputs = random_inputs(model, rng, batch, free_size=free_size, index_limit=limit)
-                drawn.append((inputs, runner.run(inputs)))
-            return drawn
+            run(feeds)
         except InputError as error:
             first = first or error
+        else:
+            return batch, free_size, limit, feeds
     raise first or InputError("No random inputs were tried.")
 
 
-def _run_second(model: ir.Model, feeds: list[Feeds], backend: Any) -> list[dict[str, Array]] | InputError:
+def _long(model: ir.Model, run: Callable[[Feeds], Outputs], rng: np.random.Generator, limit: int | None) -> list[Case]:
+    """Larger sizes, where sizes are open: later positions, and integers that reach every row of a table."""
+    if all(isinstance(dim, int) and dim > 0 for value in true_inputs(model) for dim in value.shape or ()):
+        return []
+    for free_size in _LONG:
+        batch = min(max(2, -(-largest_table(model) // free_size)), 64)
+        feeds = random_inputs(model, rng, batch, free_size=free_size, index_limit=limit)
+        if sum(x.size for x in feeds.values()) <= _LONG_ENTRIES and (made := _tried("random, long", feeds, run)):
+            return made
+    return []
+
+
+def _tried(label: str, feeds: Feeds, run: Callable[[Feeds], Outputs]) -> list[Case]:
+    """Return the case, or nothing where the model does not take such an input."""
     try:
-        with Runner(model, backend=backend) as runner:
-            return [runner.run(inputs) for inputs in feeds]
-    except InputError as error:
-        return error
+        return [Case(label, feeds, run(feeds))]
+    except InputError:
+        return []
 
 
-# --- comparison -----------------------------------------------------------------------------------
+def _values(pairs: Sequence[tuple[Ending, Ending]]) -> list[str]:
+    return list(dict.fromkeys(ending.value for _, ending in pairs))
 
 
-def compare_outputs(
-    expected: list[dict[str, Array]],
-    actual: list[dict[str, Array]],
-    rtol: float | None,
-    atol: float | None,
-    backend: str,
-) -> Verification:
-    """Compare outputs by name, one dict for each case; see `verify_models` for the tolerances."""
-    worst: dict[str, tuple[float, float]] = {}
-    reason = ""
-    if expected and not any(_informative(array) for want in expected for array in want.values()):
-        return Verification(None, reason="no output has a finite entry on any input", backend=backend)
-    for want, got in zip(expected, actual, strict=True):
-        for name, array in want.items():
-            max_abs, max_rel, why = compare(array, got[name], rtol, atol)
-            before = worst.get(name, (0.0, 0.0))
-            worst[name] = (max(before[0], max_abs), max(before[1], max_rel))
-            if why and not reason:
-                reason = f"output {name!r}: {why}"
-    max_abs = max((pair[0] for pair in worst.values()), default=0.0)
-    max_rel = max((pair[1] for pair in worst.values()), default=0.0)
-    return Verification(not reason, max_abs, max_rel, len(expected), reason, backend, worst)
-
-
-def compare(a: Array, b: Array, rtol: float | None = None, atol: float | None = None) -> tuple[float, float, str]:
-    """(max|a - b|, that over max|a|, what is wrong or ""); infinite where shapes, types or infinities differ."""
-    if a.shape != b.shape:
-        return np.inf, np.inf, f"shape {list(a.shape)} became {list(b.shape)}"
-    if a.dtype != b.dtype:
-        return np.inf, np.inf, f"type {a.dtype} became {b.dtype}"
-    if not _is_float(a):
-        return _compare_exact(a, b)
-    wide = np.complex128 if a.dtype.kind == "c" else np.float64
-    x, y = a.astype(wide), b.astype(wide)
-    finite = np.isfinite(x)
-    if not np.array_equal(finite, np.isfinite(y)) or not np.array_equal(x[~finite], y[~finite], equal_nan=True):
-        return np.inf, np.inf, "NaN or infinities at different places"
-    error = float(np.max(np.abs(x[finite] - y[finite]), initial=0.0))
-    scale = float(np.max(np.abs(x[finite]), initial=0.0))
-    relative = error / scale if scale else (0.0 if error == 0 else np.inf)
-    allowed = (TOLERANCE.get(a.dtype.name, 4e-2) if rtol is None else rtol) * scale
-    allowed += _TINY.get(a.dtype.name, 1e-9) if atol is None else atol
-    why = (
-        "" if error <= allowed else f"max |Δ| is {error:.3g} where {allowed:.3g} is allowed (largest value {scale:.3g})"
-    )
-    return error, relative, why
-
-
-def _informative(array: Array) -> bool:
-    return not _is_float(array) or array.size == 0 or bool(np.isfinite(array.astype(np.complex128)).any())
-
-
-def _is_float(array: Array) -> bool:
-    # By name: numpy files ml_dtypes' bfloat16 and int4 under the same kind.
-    return array.dtype.name.startswith(("float", "bfloat", "complex"))
-
-
-def _compare_exact(a: Array, b: Array) -> tuple[float, float, str]:
-    different = int(np.count_nonzero(a != b))
-    if not different:
-        return 0.0, 0.0, ""
-    error = float(np.max(np.abs(a.astype(np.float64) - b.astype(np.float64)))) if a.dtype.kind in "iub" else np.inf
-    scale = float(np.max(np.abs(a.astype(np.float64)))) if a.dtype.kind in "iub" else 0.0
-    return error, error / scale if scale else np.inf, f"{different} of {a.size} entries differ"
+def _with_endings(outputs: Outputs, model: ir.Model, pairs: Sequence[tuple[Ending, Ending]]) -> Outputs:
+    """Return the outputs of the model and, under the names of the first of each pair, the values of its endings."""
+    own = {value.name or "" for value in model.graph.outputs}
+    made = {name: array for name, array in outputs.items() if name in own}
+    return made | {one.name: ending.shown(outputs[ending.value]) for one, ending in pairs}
 
 
 def _interface_difference(a: ir.Model, b: ir.Model) -> str:
     for kind, first, second in (
         ("inputs", true_inputs(a), true_inputs(b)),
+        ("inputs with a default", overridable_inputs(a), overridable_inputs(b)),
         ("outputs", list(a.graph.outputs), list(b.graph.outputs)),
     ):
         names = [value.name for value in first], [value.name for value in second]

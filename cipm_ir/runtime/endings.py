@@ -1,0 +1,97 @@
+"""Values in front of the last activations of a model, where a comparison sees what a saturated output hides."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+Array: TypeAlias = npt.NDArray[Any]
+
+# Different inputs give different outputs, if only in exact arithmetic, so that equal programs agree in front of them.
+_INJECTIVE = {"Sigmoid", "Tanh", "Softsign", "Softplus", "Erf", "Exp", "Atan", "Log", "Selu", "Elu", "Celu"}
+_SOFTMAX = {"Softmax", "LogSoftmax"}
+# Several inputs give the same output: what stands in front is compared only where the same operator made it.
+_LOSSY = {"Clip", "HardSigmoid", "Relu", "ThresholdedRelu", "ArgMax", "ArgMin", "TopK", "Hardmax", "Sign", "Round"}
+_LOSSY |= {"Floor", "Ceil", "Greater", "Less", "GreaterOrEqual", "LessOrEqual"}
+_MOVES = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Cast", "Slice", "Split", "Gather"}
+_COPIES = {"Identity", "Dropout"}
+_MOST = 16
+
+
+@dataclass(frozen=True)
+class Ending:
+    """A value in front of the last activations of an output.
+
+    Attributes:
+        name: the output and the operators between, the same in two models with the same endings.
+        value: its name in the graph.
+        maker: the operator that made it.
+        lossy: some operator between makes different values equal.
+        softmax: the first axis of the softmax behind it, and whether only that axis; None without one.
+    """
+
+    name: str
+    value: str
+    maker: str
+    lossy: bool
+    softmax: tuple[int, bool] | None
+
+    def shown(self, array: Array) -> Array:
+        """Return the part of the value that the output depends on: softmax forgets a common shift."""
+        if self.softmax is None or not array.ndim:
+            return array
+        axis, alone = self.softmax[0] % array.ndim, self.softmax[1]
+        axes = axis if alone else tuple(range(axis, array.ndim))
+        largest = np.max(array, axis=axes, keepdims=True, initial=-np.inf)
+        return np.asarray(array - np.where(np.isfinite(largest), largest, 0).astype(array.dtype))
+
+
+def common_endings(a: Sequence[Ending], b: Sequence[Ending]) -> list[tuple[Ending, Ending]]:
+    """Return the endings that two models share and in which equal programs must agree."""
+    others = {ending.name: ending for ending in b}
+    pairs = [(one, others[one.name]) for one in a if one.name in others]
+    return [(x, y) for x, y in pairs if not x.lossy or (x.maker == y.maker and x.maker not in _LOSSY)]
+
+
+def endings(model: ir.Model) -> list[Ending]:
+    """Return the values in front of each activation at the end of a model, the last activation first."""
+    found = (ending for output in model.graph.outputs for ending in _before(model, output, output.name or ""))
+    return list(itertools.islice(found, _MOST))
+
+
+def _before(
+    model: ir.Model, value: ir.Value, path: str, lossy: bool = False, softmax: tuple[int, bool] | None = None
+) -> Iterator[Ending]:
+    node = value.producer()
+    if node is None or node.domain not in ("", "ai.onnx") or node.graph is not model.graph:
+        return
+    for index, source in enumerate(node.inputs if node.op_type == "Concat" else node.inputs[:1]):
+        if source is None:
+            continue
+        op = node.op_type
+        if op in _COPIES:
+            yield from _before(model, source, path, lossy, softmax)
+        elif op in _MOVES or op == "Concat":
+            place = node.outputs.index(value) if op == "Split" else index
+            # A shift that is common along an axis can be told no more once the axes were moved.
+            if softmax is None:
+                yield from _before(model, source, f"{path} < {op} {place}", lossy)
+        elif op in _INJECTIVE | _SOFTMAX | _LOSSY and softmax is None:
+            hides = _softmax_axis(model, node) if op in _SOFTMAX else None
+            step = f"{path} < {op}"
+            maker = source.producer()
+            if maker is not None and source.name:
+                yield Ending(step, source.name, maker.op_type, lossy or op in _LOSSY, hides)
+            yield from _before(model, source, step, lossy or op in _LOSSY, hides)
+
+
+def _softmax_axis(model: ir.Model, node: ir.Node) -> tuple[int, bool]:
+    version = node.version or model.opset_imports.get("", 13)
+    alone = version >= 13
+    return node.attributes.get_int("axis", -1 if alone else 1) or 0, alone

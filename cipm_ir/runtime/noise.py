@@ -1,0 +1,218 @@
+"""The rounding noise of a model: how far its outputs move when nothing but rounding changes.
+
+Two programs of the same function round differently, and how much that shows depends on the model: not at all behind a
+plain product, a lot behind a cancellation, absolutely instead of relatively behind a saturated sigmoid. So the noise is
+measured, on the model itself and for each channel of each output, in two ways: the same model in other kernels, and
+Monte Carlo arithmetic (Parker, "Monte Carlo Arithmetic", 1997), in which every weight and input moves by at most one
+unit in the last place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from cipm_ir.runtime.graphs import all_graphs
+
+Array: TypeAlias = npt.NDArray[Any]
+
+DRAWS = 3
+"""How many times weights and inputs are moved at random."""
+
+MULTIPLE = 4.0
+"""Allowed is this multiple of the largest noise that was seen in a channel ..."""
+
+ULPS = 4.0
+"""... plus so many units in the last place of the largest value of the channel."""
+
+_CHUNK = 1 << 22
+_FEW = 4
+_SAMPLE = 4096
+# Bits of a type by name: the integers to view it as, and the low bits that only a rounded number needs.
+_BITS: dict[str, tuple[Any, int]] = {
+    "float64": (np.int64, 29),
+    "float32": (np.int32, 12),
+    "float16": (np.int16, 5),
+    "bfloat16": (np.int16, 3),
+}
+
+
+def is_float(array: Array) -> bool:
+    """Return whether the entries are floating-point or complex numbers, those of ml_dtypes included."""
+    return array.dtype.name.startswith(("float", "bfloat", "complex"))
+
+
+def resolution(array: Array) -> float:
+    """Return the distance from 1 to the next number of the array's type."""
+    if array.dtype.kind == "c":
+        return float(np.finfo(array.dtype).eps)
+    return float(_limits(array).eps)
+
+
+def _limits(array: Array) -> Any:
+    return ml_dtypes.finfo(array.dtype)  # type: ignore[no-untyped-call]
+
+
+def nudged(array: Array, rng: np.random.Generator) -> Array:
+    """Return a copy in which every entry moved by -1, 0 or 1 units in its last place, at random.
+
+    Zeros, infinities and NaN stay, and so do masks and other exact constants: arrays of at most four different short
+    numbers (1, 0.5, -10000), on whose exact value formulas such as ``(1 - mask) * -1e9`` rely.
+    """
+    kind = _BITS.get(array.dtype.name)
+    if kind is None or not array.size or _exact(array, kind):
+        return array
+    moved = np.array(array, copy=True, order="C")
+    bits, values = moved.reshape(-1).view(kind[0]), moved.reshape(-1)
+    for start in range(0, bits.size, _CHUNK):
+        piece, numbers = bits[start : start + _CHUNK], values[start : start + _CHUNK]
+        largest = _limits(array).max
+        still = (numbers == 0) | ~(np.abs(numbers) < largest)
+        steps = rng.integers(0, 4, piece.size, dtype=np.int8)
+        change = (steps == 1).astype(np.int8) - (steps == 2)
+        change[still] = 0
+        piece += change
+    return moved
+
+
+def _exact(array: Array, kind: tuple[Any, int]) -> bool:
+    """Whether an array holds a few short numbers only."""
+
+    def few(entries: Array) -> bool:
+        found = np.unique(entries)
+        short = (found.view(kind[0]) & ((1 << kind[1]) - 1)) == 0
+        return len(found) <= _FEW and bool((short | ~np.isfinite(found)).all())
+
+    flat = np.ascontiguousarray(array).reshape(-1)
+    stride = max(1, flat.size // _SAMPLE)
+    return few(np.ascontiguousarray(flat[::stride])) and (stride == 1 or few(flat))
+
+
+def nudged_model(model: ir.Model, seed: tuple[int, ...]) -> ir.Model:
+    """Return a copy whose floating-point weights are moved as in `nudged`; each is evaluated when it is needed."""
+    copy = model.clone()
+    position = 0
+    for graph in all_graphs(copy):
+        for value in graph.initializers.values():
+            position += 1
+            if value.const_value is not None:
+                value.const_value = _lazy(value.const_value, value.name or "", (*seed, position))
+        for node in graph:
+            attribute = node.attributes.get("value") if node.op_type == "Constant" else None
+            if attribute is not None and not attribute.is_ref():
+                position += 1
+                tensor = attribute.as_tensor()
+                node.attributes["value"] = ir.AttrTensor("value", _lazy(tensor, tensor.name or "", (*seed, position)))
+    return copy
+
+
+def _lazy(tensor: ir.TensorProtocol, name: str, seed: tuple[int, ...]) -> ir.TensorProtocol:
+    if not tensor.dtype.is_floating_point() or tensor.dtype.bitwidth < 16:
+        return tensor
+
+    def move() -> ir.TensorProtocol:
+        array = tensor.numpy()
+        return ir.Tensor(nudged(array, np.random.default_rng(seed)), dtype=tensor.dtype, name=name)
+
+    return ir.LazyTensor(move, tensor.dtype, ir.Shape(tensor.shape.numpy()), name=name)
+
+
+@dataclass
+class Yardstick:
+    """What one output of a model was on one input, and how far rounding moves it, per channel.
+
+    A channel is an index of axis 1 or of the last axis; both are looked at, so that an entry is judged by the finer of
+    the two. An output of fewer than two axes is one channel.
+
+    Attributes:
+        expected: the output.
+        noise: by axis (None: all in one), the largest |change| seen in each channel.
+        scale: by axis, the largest finite |entry| of each channel.
+        unstable: entries that rounding alone turns into NaN or infinity, or back; None where there are none.
+        flips: for integers: the largest number of entries that rounding alone changed.
+    """
+
+    expected: Array
+    noise: dict[int | None, Array] = field(default_factory=dict)
+    scale: dict[int | None, Array] = field(default_factory=dict)
+    unstable: Array | None = None
+    flips: int = 0
+
+    def __post_init__(self) -> None:
+        if is_float(self.expected):
+            size = np.abs(_finite(self.expected))
+            for axis in channel_axes(self.expected.ndim):
+                self.scale[axis] = by_channel(size, axis)
+                self.noise[axis] = np.zeros_like(self.scale[axis])
+
+    def add(self, other: Array) -> None:
+        """Take in what the same model gave where only rounding was different."""
+        if other.shape != self.expected.shape or other.dtype != self.expected.dtype:
+            return
+        if not is_float(other):
+            self.flips = max(self.flips, int(np.count_nonzero(other != self.expected)))
+            return
+        change, apart = difference(self.expected, other)
+        if apart.any():
+            self.unstable = apart if self.unstable is None else self.unstable | apart
+        for axis, noise in self.noise.items():
+            np.maximum(noise, by_channel(change, axis), out=noise)
+
+    def allowed(self, axis: int | None) -> Array:
+        """Return how far each channel of an axis may move."""
+        return MULTIPLE * self.noise[axis] + ULPS * resolution(self.expected) * self.scale[axis]
+
+
+def settle(sticks: list[Yardstick]) -> None:
+    """Raise the noise of each channel to what is typical of it, for one output on several inputs.
+
+    A channel of few entries can look quieter on one input than it is; relative to its size, its noise counts at least
+    as much as its median over all inputs.
+    """
+    for axis in {axis for stick in sticks for axis in stick.noise}:
+        alike: dict[int, list[Yardstick]] = {}
+        for stick in sticks:
+            if axis in stick.noise:
+                alike.setdefault(stick.noise[axis].size, []).append(stick)
+        for group in alike.values():
+            noise = np.stack([stick.noise[axis] for stick in group])
+            scale = np.stack([stick.scale[axis] for stick in group])
+            relative = np.divide(noise, scale, out=np.zeros_like(noise), where=scale > 0)
+            typical = np.median(relative, axis=0)
+            for stick in group:
+                np.maximum(stick.noise[axis], typical * stick.scale[axis], out=stick.noise[axis])
+
+
+def channel_axes(ndim: int) -> tuple[int | None, ...]:
+    """Return the axes whose indices are channels; (None,) for an output that is one channel."""
+    return (None,) if ndim < 2 else tuple({1, ndim - 1})
+
+
+def by_channel(size: Array, axis: int | None) -> Array:
+    """Return the largest entry of each channel, 0 for an empty one."""
+    others = tuple(k for k in range(size.ndim) if k != axis)
+    return np.asarray(np.max(size, axis=others, initial=0.0)).reshape(-1)
+
+
+def difference(a: Array, b: Array) -> tuple[Array, Array]:
+    """Return |a - b| in double precision, 0 where either is not finite, and where only one is, or they differ there."""
+    x, y = widened(a), widened(b)
+    finite = np.isfinite(x) & np.isfinite(y)
+    same = finite | (x == y) | (np.isnan(x) & np.isnan(y))
+    with np.errstate(invalid="ignore", over="ignore"):
+        return np.where(finite, np.abs(x - y), 0.0), ~same
+
+
+def widened(array: Array) -> Array:
+    """Return the array in double precision."""
+    return array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)
+
+
+def _finite(array: Array) -> Array:
+    wide = widened(array)
+    return np.where(np.isfinite(wide), wide, 0.0)

@@ -1,0 +1,67 @@
+"""Operators for ONNX's reference evaluator, where its own are wrong, missing, slow, or round to single precision."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from onnx.reference.op_run import OpRun
+from onnx.reference.ops.op_conv_transpose import ConvTranspose as _OneGroup
+from scipy.special import erf
+from tests.zoo.feeds import RampUp
+
+Array: TypeAlias = npt.NDArray[Any]
+
+
+class Erf(OpRun):
+    """On whole arrays; the evaluator's own calls `math.erf` for each entry."""
+
+    def _run(self, x: Array) -> tuple[Array]:
+        return (np.asarray(erf(x)).astype(x.dtype),)
+
+
+class GatherElements(OpRun):
+    """The evaluator's own fails for an index that is longer than one along a first axis of data of size one."""
+
+    def _run(self, data: Array, indices: Array, axis: int = 0) -> tuple[Array]:
+        axis %= data.ndim
+        fit = tuple(slice(None) if a == axis else slice(size) for a, size in enumerate(indices.shape))
+        return (np.take_along_axis(data[fit], np.where(indices < 0, indices + data.shape[axis], indices), axis),)
+
+
+class LRN(OpRun):
+    """The evaluator's own loops over the batch where it means the channels."""
+
+    def _run(self, x: Array, alpha: float, beta: float, bias: float, size: int) -> tuple[Array]:
+        before, channels = (size - 1) // 2, x.shape[1]
+        total = np.zeros_like(x)
+        for c in range(channels):
+            window = slice(max(0, c - before), min(channels, c - before + size))
+            total[:, c] = np.sum(x[:, window] ** 2, axis=1)
+        return ((x / (bias + alpha / size * total) ** beta).astype(x.dtype),)
+
+
+class ConvTranspose(_OneGroup):  # type: ignore[misc]
+    """One group after the other; the evaluator's own fails for several."""
+
+    def _run(self, X: Array, W: Array, B: Array | None = None, **attributes: Any) -> tuple[Array]:
+        group = attributes.pop("group", None) or 1
+        parts = []
+        for x, w in zip(np.split(X, group, axis=1), np.split(W, group, axis=0), strict=True):
+            parts.append(super()._run(x, w, None, group=1, **attributes)[0])
+        y = np.concatenate(parts, axis=1)
+        return (y if B is None else y + B.reshape(-1, *[1] * (y.ndim - 2)),)
+
+
+class BiasGelu(OpRun):
+    """onnxruntime's contributed operator."""
+
+    op_domain = "com.microsoft"
+
+    def _run(self, x: Array, bias: Array) -> tuple[Array]:
+        y = x + bias
+        return ((y * 0.5 * (1 + erf(y / np.sqrt(2.0)))).astype(x.dtype),)
+
+
+OPERATORS: tuple[type[OpRun], ...] = (RampUp, BiasGelu, Erf, GatherElements, LRN, ConvTranspose)
