@@ -17,13 +17,13 @@ from cipm_ir.backends.to_torch_emitter import graph_module
 from cipm_ir.backends.to_torch_graph import Rewritten, rewritten
 from cipm_ir.backends.to_torch_naming import named_as_captured
 from cipm_ir.backends.to_torch_proof import unproven
-from cipm_ir.backends.to_torch_runs import computes_otherwise, first_line, in_mode
+from cipm_ir.backends.to_torch_runs import Side, computes_otherwise, first_line, in_mode
 from cipm_ir.backends.to_torch_state import State, copied, holder
-from cipm_ir.errors import UnsupportedError
+from cipm_ir.errors import InputError, UnsupportedError
 from cipm_ir.ir.capture import Capture
 from cipm_ir.runtime.torch_shapes import is_tensor
 
-__all__ = ["Emitted", "emit_graph", "emit_torch", "example_tensors", "graph_module", "run_flat"]
+__all__ = ["Emitted", "called_side", "emit_graph", "emit_torch", "example_tensors", "graph_module", "graph_side"]
 
 
 @dataclass(frozen=True)
@@ -150,12 +150,12 @@ def _program_names(capture: Capture, source: nn.Module) -> Mapping[str, str]:
 
 
 def _not_the_program(capture: Capture, module: nn.Module, graph: fx.GraphModule, model: ir.Model) -> str:
-    """Why a module is not the program: not the same graph when it is read again, or other results; empty where it is."""
+    """Why a module is not the program: read again it is another graph, or it computes otherwise; empty where it is."""
     if capture.args is None:
         return "there are no example inputs to read it again with"
     args, kwargs = _with_tensors(capture.args, example_tensors(capture))
     try:  # much faster than to read it, where it does not run at all
-        in_mode(module, False, lambda m: m(*args, **kwargs))
+        in_mode(module, lambda m: m(*args, **kwargs))
     except Exception as error:  # the user's forward with sizes that it was not written for
         return f"its forward does not run with the new tensors ({first_line(error)})"
     return unproven(capture, module, model) or disagreement(capture, module, graph)
@@ -188,17 +188,26 @@ def disagreement(capture: Capture, made: Any, graph: fx.GraphModule, must_run: b
     Errors: `UnsupportedError` where the graph itself does not run.
     """
 
-    def of_graph(m: Any, tensors: Sequence[torch.Tensor]) -> Any:
-        return _interpreted(m, capture, tensors)
+    first, second = graph_side(capture, graph), called_side(capture, made)
+    try:
+        return computes_otherwise(first, second.run, example_tensors(capture), must_run=must_run)
+    except InputError as error:
+        raise UnsupportedError(f"The rewritten graph does not run: {first_line(error)}.") from error
 
-    def of_object(m: Any, tensors: Sequence[torch.Tensor]) -> Any:
+
+def called_side(capture: Capture, made: Any) -> Side:
+    """Something that is called as the caller's module is, as something that runs; there are example inputs."""
+
+    def call(m: Any, tensors: Sequence[torch.Tensor]) -> Any:
         args, kwargs = _with_tensors(capture.args, tensors)
         return m(*args, **kwargs)
 
-    try:
-        return computes_otherwise(graph, made, (of_graph, of_object), example_tensors(capture), must_run)
-    except RuntimeError as error:
-        raise UnsupportedError(f"The rewritten graph does not run: {error}.") from error
+    return Side(made, call, list(capture.inputs))
+
+
+def graph_side(capture: Capture, graph: fx.GraphModule, seed: int = 0) -> Side:
+    """A captured or rewritten graph as something that runs, node by node."""
+    return Side(graph, lambda m, tensors: _interpreted(m, capture, tensors), list(capture.inputs), seed)
 
 
 def example_tensors(capture: Capture) -> list[torch.Tensor]:
@@ -221,11 +230,6 @@ def example_tensors(capture: Capture) -> list[torch.Tensor]:
 def _with_tensors(args: Any, tensors: Sequence[torch.Tensor]) -> Any:
     found = iter(tensors)
     return pytree.tree_map(lambda x: next(found).clone() if isinstance(x, torch.Tensor) else x, args)
-
-
-def run_flat(graph: fx.GraphModule, capture: Capture, tensors: Sequence[torch.Tensor]) -> Any:
-    """Run a captured or rewritten graph on its tensor inputs, in their order; in evaluation, without gradients."""
-    return in_mode(graph, False, lambda m: _interpreted(m, capture, tensors))
 
 
 def _interpreted(graph: fx.GraphModule, capture: Capture, tensors: Sequence[torch.Tensor]) -> Any:

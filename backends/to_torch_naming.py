@@ -22,7 +22,7 @@ def named_as_captured(graph: fx.Graph, capture: Capture) -> None:
     calls = iter([n for n in graph.nodes if n.op.startswith("call")])
     for own in capture.graph.nodes:
         if own.op.startswith("call"):
-            found = next((n for n in calls if n.target == own.target), None)  # what was added to write buffers is passed
+            found = next((n for n in calls if n.target == own.target), None)  # calls that torch added are passed over
             if found is None:
                 raise UnsupportedError(f"The module of the exported program lacks its node {own.name!r}.")
             pairs.append((found, own.name))

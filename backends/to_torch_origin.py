@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
-import torch
-from onnx_ir import tensor_adapters
 from torch import fx
-from torch.utils import _pytree as pytree
 
-from cipm_ir.backends.to_torch import Emitted, emit_graph, emit_torch, example_tensors, first_line, run_flat
-from cipm_ir.backends.to_torch_state import as_torch
-from cipm_ir.errors import CipmError, InputError
+from cipm_ir.backends.to_torch import Emitted, emit_graph, emit_torch, example_tensors, graph_side
+from cipm_ir.backends.to_torch_runs import Side, cases_like
+from cipm_ir.errors import CipmError
 from cipm_ir.ir.capture import Capture
-from cipm_ir.runtime.inputs import Data, Feeds, batches, random_inputs, true_inputs
+from cipm_ir.runtime.compare import MEASURED, Case, Outputs, Reference, Tolerance, Variants, Verification
+from cipm_ir.runtime.inputs import Data, Feeds, batches, true_inputs
 from cipm_ir.runtime.session import Runner
-from cipm_ir.runtime.verify import Array, Verification, compare_outputs
+from cipm_ir.runtime.verify import OnnxVariants
 from cipm_ir.symmetry.program import Program
+
+_BATCHES = 3
 
 
 @dataclass
@@ -43,40 +44,100 @@ class TorchOrigin:
 
         write(self.capture, self.emit(model), path)
 
+    def verifier(
+        self, model: ir.Model, *, data: Data | None = None, seed: int = 0, cases: int | None = None
+    ) -> TorchVerifier:
+        """What compares other models with this one, in torch."""
+        return TorchVerifier(Program(model, origin=self), data=data, seed=seed, cases=cases)
+
     def compare(self, a: ir.Model, b: ir.Model, **settings: Any) -> Verification:
         """Run both in torch; ``settings`` as for `compare_programs`."""
         return compare_programs(Program(a, origin=self), Program(b, origin=self), **settings)
 
-    def run(self, graph: fx.GraphModule, feeds: Feeds) -> dict[str, Array]:
+    def run(self, graph: fx.GraphModule, feeds: Feeds) -> Outputs:
         """Outputs by position, as arrays.
 
         Errors: `InputError` where torch cannot run the graph with these inputs.
         """
-        device = next((p.device for p in itertools.chain(graph.parameters(), graph.buffers())), torch.device("cpu"))
-        tensors = [as_torch(ir.tensor(feeds[name])).to(device) for name in self.capture.inputs]
+        return graph_side(self.capture, graph).run(feeds)
+
+
+class TorchVerifier:
+    """Compares programs with one that is taken as right; one of them at least came from torch.
+
+    They run in evaluation mode, on data, on the example inputs and on inputs of our own of the same shapes
+    (`cipm_ir.backends.to_torch_runs.inputs_like`). Inputs and outputs are taken by position.
+
+    Args:
+        program: taken as right.
+        origin: of the torch program, where this one did not come from torch.
+        data: samples, see `batches`.
+        seed: of the random inputs.
+        cases: at most so many inputs of our own, and batches of data.
+
+    Raises:
+        InputError: the data does not fit.
+    """
+
+    def __init__(
+        self, program: Program, origin: TorchOrigin | None = None, *, data: Data | None = None, seed: int = 0,
+        cases: int | None = None,
+    ) -> None:  # fmt: skip
+        own = program.origin if isinstance(program.origin, TorchOrigin) else origin
+        assert own is not None
+        self.program, self.origin, self.seed, self.cases = program, own, seed, cases
+        model = program.emit()
+        self.names = _names(program)
+        self.given = [] if data is None else list(itertools.islice(batches(data, model), cases or _BATCHES))
+        self._reference: Reference | None = None
+
+    def check(self, other: ir.Model | Program, tolerance: Tolerance = MEASURED) -> Verification:
+        """Compare another program; a model is one of the same origin."""
+        start = time.perf_counter()
+        second = other if isinstance(other, Program) else Program(other, origin=self.origin)
+        return replace(self._check(second, tolerance), seconds=time.perf_counter() - start)
+
+    def _check(self, second: Program, tolerance: Tolerance) -> Verification:
+        names = _names(second)
+        if len(names) != len(self.names):
+            return Verification(False, reason=f"the first takes {len(self.names)} inputs, the second {len(names)}")
         try:
-            made = run_flat(graph, self.capture, tensors)
-        except Exception as error:  # any operation of torch
-            raise InputError(f"torch cannot run the program: {first_line(error)}.") from error
-        outputs = [x for x in pytree.tree_leaves(made) if isinstance(x, torch.Tensor)]
-        return {f"output {k}": tensor_adapters.TorchTensor(x.detach().cpu()).numpy() for k, x in enumerate(outputs)}
+            reference = self._measured()
+        except CipmError as error:
+            return Verification(None, reason=str(error).rstrip("."), backend="torch")
+        renamed = [{b: feeds[a] for a, b in zip(self.names, names, strict=True)} for feeds in reference.feeds]
+        try:
+            actual = list(_variants(second, self.seed).outputs(renamed))
+        except CipmError as error:
+            reason = f"the second model fails: {error}"
+            return Verification(False, cases=len(renamed), reason=reason, backend="torch")
+        counts = [len(reference.sticks[0]), len(actual[0])]
+        if counts[0] != counts[1]:
+            return Verification(False, reason=f"the first gives {counts[0]} outputs, the second {counts[1]}")
+        return reference.compare(actual, tolerance)
 
-    def drawn(self, model: ir.Model, rng: np.random.Generator, cases: int) -> list[Feeds]:
-        """The example inputs, and random ones like these."""
-        if self.capture.args is None:
-            return [random_inputs(model, rng) for _ in range(cases)]
-        examples = dict(zip(self.capture.inputs, example_tensors(self.capture), strict=True))
-        return [{name: _like(x, rng, case) for name, x in examples.items()} for case in range(cases)]
+    def _measured(self) -> Reference:
+        if self._reference is None:
+            first = _variants(self.program, self.seed)
+            made = [
+                Case(f"batch {k} of the data", feeds, out)
+                for k, (feeds, out) in enumerate(zip(self.given, first.outputs(self.given), strict=True))
+            ]
+            self._reference = Reference(first, [*made, *self._own(first)])
+        return self._reference
 
-
-def _like(example: torch.Tensor, rng: np.random.Generator, case: int) -> Array:
-    """The example first; then random numbers of its shape: floats N(0, 1), integers drawn from its entries."""
-    array = np.asarray(tensor_adapters.TorchTensor(example.cpu()).numpy())
-    if case == 0 or not array.size or array.dtype == bool:
-        return array
-    if example.dtype.is_floating_point:
-        return np.asarray(rng.standard_normal(array.shape)).astype(array.dtype)
-    return np.asarray(rng.permutation(array.ravel()).reshape(array.shape))
+    def _own(self, first: Variants) -> list[Case]:
+        capture = self.origin.capture
+        if capture.args is None:
+            return []
+        if isinstance(first, Side):
+            drawn = cases_like(first, example_tensors(capture))
+        else:  # shapes and inputs are those of the torch program, numbers those of the other
+            side = graph_side(capture, self.origin.graph(capture.model), self.seed)
+            like = cases_like(side, example_tensors(capture))
+            feeds = [dict(zip(self.names, case.feeds.values(), strict=True)) for case in like]
+            drawn = [Case("like the example", one, out) for one, out in zip(feeds, first.outputs(feeds), strict=True)]
+        return drawn[: self.cases]
 
 
 def compare_programs(
@@ -85,43 +146,48 @@ def compare_programs(
     *,
     data: Data | None = None,
     seed: int = 0,
-    cases: int = 3,
+    cases: int | None = None,
     rtol: float | None = None,
     atol: float | None = None,
 ) -> Verification:
-    """Compare two programs of which at least one came from torch, inputs and outputs by position.
+    """Compare two programs of which at least one came from torch; see `TorchVerifier`.
 
-    They run in evaluation mode, on data, on the example inputs and on random ones like these.
-
-    Errors: `InputError` where the data does not fit.
+    Raises:
+        InputError: the data does not fit.
     """
-    torch_one = a if isinstance(a.origin, TorchOrigin) else b
-    origin = torch_one.origin
+    origin = a.origin if isinstance(a.origin, TorchOrigin) else b.origin
     assert isinstance(origin, TorchOrigin)
-    model, names = torch_one.emit(), [[v.name or "" for v in true_inputs(p.model)] for p in (a, b)]
-    if len(names[0]) != len(names[1]):
-        return Verification(False, reason=f"the first takes {len(names[0])} inputs, the second {len(names[1])}")
-    given = list(itertools.islice(batches(data, model), cases)) if data is not None else []
-    feeds = [*given, *origin.drawn(model, np.random.default_rng(seed), cases)]
-    own = [v.name or "" for v in true_inputs(model)]
-    results: list[list[dict[str, Array]]] = []
-    for program, wanted in zip((a, b), names, strict=True):
-        renamed = [{w: one[o] for o, w in zip(own, wanted, strict=True)} for one in feeds]
-        try:
-            results.append(_outputs(program, renamed))
-        except CipmError as error:
-            first = program is a
-            reason = str(error).rstrip(".") if first else f"the second model fails: {error}"
-            return Verification(None if first else False, reason=reason, backend="torch")
-    counts = [len(r[0]) for r in results]
-    if counts[0] != counts[1]:
-        return Verification(False, reason=f"the first gives {counts[0]} outputs, the second {counts[1]}")
-    return compare_outputs(results[0], results[1], rtol, atol, "torch")
+    return TorchVerifier(a, origin, data=data, seed=seed, cases=cases).check(b, Tolerance(rtol, atol))
 
 
-def _outputs(program: Program, feeds: list[Feeds]) -> list[dict[str, Array]]:
+def _names(program: Program) -> list[str]:
+    return [v.name or "" for v in true_inputs(program.model)]
+
+
+def _variants(program: Program, seed: int) -> Variants:
     if isinstance(program.origin, TorchOrigin):
-        graph = emit_graph(program.origin.capture, program.emit())
-        return [program.origin.run(graph, one) for one in feeds]
-    with Runner(program.emit()) as runner:
-        return [{f"output {k}": x for k, x in enumerate(runner.run(one).values())} for one in feeds]
+        capture = program.origin.capture
+        return graph_side(capture, emit_graph(capture, program.emit()), seed)
+    model = program.emit()
+    with Runner(model) as runner:
+        backend = runner.backend
+    return _ByPosition(OnnxVariants(model, [], seed, backend), backend)
+
+
+@dataclass
+class _ByPosition:
+    """An ONNX model whose outputs are named by their position."""
+
+    side: OnnxVariants
+    backend: str
+
+    def others(self) -> Sequence[str]:
+        return self.side.others()
+
+    def more(self) -> Sequence[str]:
+        more = getattr(self.side, "more", None)
+        return () if more is None else tuple(more())
+
+    def outputs(self, feeds: Sequence[Feeds], way: str = "") -> Iterator[Outputs]:
+        for made in self.side.outputs(feeds, way):
+            yield {f"output {k}": x for k, x in enumerate(made.values())}

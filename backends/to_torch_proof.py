@@ -1,4 +1,4 @@
-"""Whether two graphs of the IR are the same program, value by value: the proof that a torch object is what was verified.
+"""Whether two graphs of the IR are the same program, value by value: the proof that an object is what was verified.
 
 The object is read again the way the caller's was, which gives a second graph. Both are numbered: values that are
 computed by the same operators, with the same attributes, from the same inputs and constants get the same number. Equal
@@ -143,28 +143,17 @@ class _Numbers:
 
     def _positions(self, node: ir.Node, given: list[int | None]) -> list[int | None]:
         """Return the inputs of a Split or Slice along fixed sizes in one form: pieces, and positions from the front."""
-        shape = None if given[0] is None else self.shapes.get(given[0])
-        if node.op_type == "Split" and len(given) == 1 and shape is not None:
-            size, count = shape[attribute(node, "axis", 0)], attribute(node, "num_outputs", len(node.outputs))
-            if size is not None:
-                whole = -(-size // count)
-                pieces = [min(whole, size - k * whole) for k in range(count)]
-                return [given[0], self._constant(np.asarray(pieces, np.int64))]
-        if node.op_type == "Slice" and shape is not None and len(given) >= 3:
-            arrays = [None if k is None else self.held.get(k) for k in given[1:]]
-            starts, ends = arrays[:2]
-            if starts is None or ends is None or any(k is not None and a is None for k, a in zip(given[1:], arrays)):
-                return given
-            axes = arrays[2] if len(arrays) > 2 and arrays[2] is not None else np.arange(len(starts))
-            steps = arrays[3] if len(arrays) > 3 and arrays[3] is not None else np.ones(len(starts), np.int64)
-            taken = []
-            for start, end, axis, step in zip(starts, ends, axes % len(shape), steps, strict=True):
-                size = shape[axis]
-                if size is None:
-                    return given
-                taken.append((int(axis), slice_positions(size, int(start), int(end), int(step)).tolist()))
-            return [given[0], self._constant(np.frombuffer(repr(sorted(taken)).encode(), np.uint8))]
-        return given
+        shape = None if not given or given[0] is None else self.shapes.get(given[0])
+        if shape is None:
+            return given
+        found = None
+        if node.op_type == "Split" and len(given) == 1:
+            found = _pieces(shape[attribute(node, "axis", 0)], attribute(node, "num_outputs", len(node.outputs)))
+        elif node.op_type == "Slice" and len(given) >= 3:
+            held = [None if k is None else self.held.get(k) for k in given[1:]]
+            if all(k is None or a is not None for k, a in zip(given[1:], held, strict=True)):
+                found = _taken(shape, *held)
+        return given if found is None else [given[0], self._constant(found)]
 
     def _evaluated(self, node: ir.Node, given: list[int | None]) -> Array | None:
         """Return what a node computes from small constants and fixed sizes; None where that is not known."""
@@ -204,6 +193,35 @@ class _Numbers:
     def _fresh(self) -> int:
         self.count += 1
         return self.count
+
+
+def _pieces(size: int | None, count: int) -> Array | None:
+    """Return the sizes of equal pieces, of which the last may be smaller."""
+    if size is None:
+        return None
+    whole = -(-size // count)
+    return np.asarray([min(whole, size - k * whole) for k in range(count)], np.int64)
+
+
+def _taken(
+    shape: tuple[int | None, ...],
+    starts: Array | None,
+    ends: Array | None,
+    axes: Array | None = None,
+    steps: Array | None = None,
+) -> Array | None:
+    """Return the positions that a Slice takes, axis by axis, as bytes of a constant; None where a size is open."""
+    if starts is None or ends is None:
+        return None
+    axes = np.arange(len(starts)) if axes is None else axes % len(shape)
+    steps = np.ones(len(starts), np.int64) if steps is None else steps
+    taken = []
+    for axis, start, end, step in zip(axes.tolist(), starts.tolist(), ends.tolist(), steps.tolist(), strict=True):
+        size = shape[axis]
+        if size is None:
+            return None
+        taken.append((axis, slice_positions(size, start, end, step).tolist()))
+    return np.frombuffer(repr(sorted(taken)).encode(), np.uint8)
 
 
 class _Explanation:
@@ -250,11 +268,12 @@ class _Explanation:
 
 
 def _behind_identities(value: ir.Value) -> ir.Value:
-    node = value.producer()
-    while node is not None and node.op_type == "Identity" and not node.domain and node.inputs[0] is not None:
-        value = node.inputs[0]
+    while True:
         node = value.producer()
-    return value
+        before = node.inputs[0] if node is not None and node.op_type == "Identity" and not node.domain else None
+        if before is None:
+            return value
+        value = before
 
 
 def _producer(value: ir.Value) -> ir.Node | None:

@@ -1,30 +1,32 @@
-"""Runs of two torch programs side by side, on inputs of our own, compared channel by channel beside their rounding.
-
-What two programs may differ by is measured on the first: every float number that goes in, weights included, is moved by
-about a unit in the last place, a few times. An output channel may differ by a few times of what that moves it by. So a
-small channel beside large ones is seen, and a saturated or badly conditioned one is not blamed.
-"""
+"""Torch programs run on inputs of our own, and compared channel by channel with what their rounding allows."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
+import numpy as np
+import onnx_ir as ir
 import torch
+from onnx_ir import tensor_adapters
 from torch import nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["computes_otherwise", "first_line", "in_mode", "inputs_like", "tensors_of"]
+from cipm_ir.backends.to_torch_state import as_torch
+from cipm_ir.errors import CipmError, InputError
+from cipm_ir.runtime.compare import Array, Case, Outputs, Reference
+from cipm_ir.runtime.inputs import Feeds
+from cipm_ir.runtime.noise import DRAWS, nudged
+from cipm_ir.runtime.torch_modes import evaluating
 
-DRAWS, TIMES, ULPS = 4, 8.0, 4.0
-"""So many measurements of the rounding; allowed are so many times of the largest, and so many units in the last place."""
+__all__ = ["Side", "as_array", "cases_like", "computes_otherwise", "first_line", "in_mode", "inputs_like"]
 
-_MAGNITUDES = (1.0, 1e-3, 1e3)
+_MORE = 4 * DRAWS
+_MAGNITUDES = {"random": 1.0, "random / 1000": 1e-3, "random x 1000": 1e3}
 
-Tensors = list[torch.Tensor]
-Call = Callable[[Any, Sequence[torch.Tensor]], Any]
-"""Runs a module on the tensors among its inputs."""
+Tensors: TypeAlias = list[torch.Tensor]
 
 
 def first_line(error: BaseException) -> str:
@@ -32,17 +34,18 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".")
 
 
-def inputs_like(example: Sequence[torch.Tensor]) -> Iterator[Tensors]:
-    """Yield the example, then inputs of its shapes and types that nobody chose for it.
+# ---------------------------------------------------------------- inputs
+def inputs_like(example: Sequence[torch.Tensor], seed: int = 0) -> Iterator[tuple[str, Tensors]]:
+    """Yield the example, then inputs of its shapes and types that nobody chose for it, each with what it is.
 
     Zeros; ones; random floats of several magnitudes, with integers from among those of the example.
     """
-    yield [x.clone() for x in example]
-    yield [torch.zeros_like(x) for x in example]
-    yield [torch.ones_like(x) for x in example]
-    for seed, magnitude in enumerate(_MAGNITUDES):
-        generator = torch.Generator().manual_seed(seed)
-        yield [_drawn(x, magnitude, generator) for x in example]
+    yield "example", [x.clone() for x in example]
+    yield "zeros", [torch.zeros_like(x) for x in example]
+    yield "ones", [torch.ones_like(x) for x in example]
+    for k, (name, magnitude) in enumerate(_MAGNITUDES.items()):
+        generator = torch.Generator().manual_seed(1000 * seed + k)
+        yield name, [_drawn(x, magnitude, generator) for x in example]
 
 
 def _drawn(x: torch.Tensor, magnitude: float, generator: torch.Generator) -> torch.Tensor:
@@ -52,130 +55,133 @@ def _drawn(x: torch.Tensor, magnitude: float, generator: torch.Generator) -> tor
     return x.flatten()[order].reshape(x.shape)
 
 
-def computes_otherwise(
-    first: nn.Module, second: nn.Module, calls: tuple[Call, Call], example: Sequence[torch.Tensor], must_run: bool = True
-) -> str:
-    """Return how the second computes something else than the first, in evaluation mode; empty where it does not.
+# ---------------------------------------------------------------- runs
+@dataclass
+class Side:
+    """A torch program that runs in several ways which differ by nothing but rounding (`cipm_ir.runtime.compare`).
 
-    An input that the first does not take (an index that it does not have) is left out; the example is one that it does.
+    Attributes:
+        module: runs in evaluation mode, without gradients.
+        call: runs it on tensors, in the order of ``names``.
+        names: of its inputs.
+    """
+
+    module: nn.Module
+    call: Callable[[Any, Tensors], Any]
+    names: Sequence[str]
+    seed: int = 0
+    backend: str = "torch"
+
+    def others(self) -> Sequence[str]:
+        """Return the names of all ways to run but the plain one."""
+        return [f"draw {k}" for k in range(DRAWS)]
+
+    def more(self) -> Sequence[str]:
+        """Return further names, for cases of doubt."""
+        return [f"draw {k}" for k in range(DRAWS, DRAWS + _MORE)]
+
+    def outputs(self, feeds: Sequence[Feeds], way: str = "") -> Iterator[Outputs]:
+        """Run on each of several inputs; in a draw every weight and input is moved by about a unit in the last place.
+
+        Raises:
+            InputError: it does not run.
+        """
+        if not way:
+            yield from map(self.run, feeds)
+            return
+        rng = np.random.default_rng((self.seed, int(way.removeprefix("draw "))))
+        other = copy.deepcopy(self.module)
+        with torch.no_grad():
+            for x in (*other.parameters(), *other.buffers()):
+                if x.is_floating_point():
+                    x.copy_(as_torch(ir.tensor(nudged(as_array(x), rng))))
+        moved = Side(other, self.call, self.names)
+        for one in feeds:
+            yield moved.run({name: nudged(x, rng) for name, x in one.items()})
+
+    def run(self, feeds: Feeds) -> Outputs:
+        """Return the outputs by position, as arrays.
+
+        Raises:
+            InputError: it does not run.
+        """
+        held = next((x for x in (*self.module.parameters(), *self.module.buffers())), None)
+        device = torch.device("cpu") if held is None else held.device
+        tensors = [as_torch(ir.tensor(feeds[name])).to(device) for name in self.names]
+        try:
+            made = in_mode(self.module, lambda m: self.call(m, tensors))
+        except Exception as error:  # any operation of torch, or the user's code
+            raise InputError(f"torch cannot run the program: {first_line(error)}.") from error
+        outputs = [x for x in pytree.tree_leaves(made) if isinstance(x, torch.Tensor)]
+        return {f"output {k}": as_array(x) for k, x in enumerate(outputs)}
+
+
+def as_array(x: torch.Tensor) -> Array:
+    """The tensor as an array; types that numpy lacks are those of ml_dtypes."""
+    return np.asarray(tensor_adapters.TorchTensor(x.detach().cpu().contiguous()).numpy())
+
+
+def cases_like(side: Side, example: Sequence[torch.Tensor]) -> list[Case]:
+    """Run a program on its example and on inputs of our own; those that it does not take are left out.
+
+    Raises:
+        InputError: it does not run on the example.
+    """
+    made = []
+    for label, tensors in inputs_like(example, side.seed):
+        feeds = {name: as_array(x) for name, x in zip(side.names, tensors, strict=True)}
+        try:
+            made.append(Case(label, feeds, side.run(feeds)))
+        except InputError:
+            if not made:
+                raise
+    return made
+
+
+def computes_otherwise(
+    first: Side,
+    second: Callable[[Feeds], Outputs],
+    example: Sequence[torch.Tensor],
+    *,
+    must_run: bool = True,
+    times: float = 1.0,
+) -> str:
+    """Return how the second computes something else than the first; empty where it does not.
 
     Args:
         first: the program taken as right.
-        second: the one to compare.
-        calls: how each is run.
+        second: runs the other; outputs by position.
         example: the tensors among the caller's example inputs.
         must_run: that the second fails on an input counts as a difference.
+        times: how many times as far as the rounding of the first it may be away.
 
     Raises:
-        RuntimeError: the first does not run on the example.
+        InputError: the first does not run on the example.
     """
-    for case, inputs in enumerate(inputs_like(example)):
+    kept, actual = [], []
+    for case in cases_like(first, example):
         try:
-            wanted = tensors_of(in_mode(first, False, lambda m: calls[0](m, inputs)))  # noqa: B023
-        except Exception as error:  # any operation of torch
-            if case == 0:
-                raise RuntimeError(first_line(error)) from error
-            continue
-        try:
-            got = tensors_of(in_mode(second, False, lambda m: calls[1](m, inputs)))  # noqa: B023
-        except Exception as error:  # the user's forward, with sizes that it was not written for
+            got = second(case.feeds)
+        except CipmError as error:
             if must_run:
-                return f"its forward does not run with the new tensors ({first_line(error)})"
+                return f"it does not run on {case.label} ({first_line(error)})"
             continue
-        why = _apart(wanted, got, lambda: _rounding(first, calls[0], inputs))  # noqa: B023
-        if why:
-            return why
-    return ""
+        if len(got) != len(case.outputs):
+            return f"it has {len(got)} outputs, the program {len(case.outputs)}"
+        kept.append(case)
+        actual.append(got)
+    found = Reference(first, kept).compare(actual)
+    return found.reason if found.ok is False and found.share > times else ""
 
 
-def _apart(wanted: Tensors, got: Tensors, rounding: Callable[[], list[Tensors]]) -> str:
-    if len(got) != len(wanted):
-        return f"its forward has {len(got)} outputs, the program {len(wanted)}"
-    for k, (a, b) in enumerate(zip(wanted, got, strict=True)):
-        if a.shape != b.shape or a.dtype != b.dtype:
-            return f"output {k} of its forward is {b.dtype} {list(b.shape)}, not {a.dtype} {list(a.shape)}"
-    unequal = [k for k, (a, b) in enumerate(zip(wanted, got, strict=True)) if not _equal(a, b)]
-    moved = rounding() if unequal else []
-    for k in unequal:
-        if not _within(wanted[k], got[k], [one[k] for one in moved if len(one) == len(wanted)]):
-            return f"output {k} of its forward is something else with the new tensors"
-    return ""
-
-
-def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a.is_floating_point() or a.is_complex():
-        return bool(torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True))
-    return torch.equal(a, b)
-
-
-def _within(a: torch.Tensor, b: torch.Tensor, moved: Tensors) -> bool:
-    """Whether no channel (along the last axis, and along axis 1) differs by more than its rounding explains."""
-    if not (a.is_floating_point() or a.is_complex()):
-        return False
-    finite = a.isfinite()
-    if not torch.equal(finite, b.isfinite()) or not torch.allclose(a[~finite], b[~finite], equal_nan=True):
-        return False
-    step, wide = torch.finfo(a.dtype).eps, _wide(a)
-    apart = (wide - _wide(b)).abs()
-    noise = torch.zeros_like(apart)
-    for one in moved:
-        if one.shape == a.shape:
-            noise = torch.maximum(noise, (wide - _wide(one)).abs())
-    for axis in {a.ndim - 1, min(1, a.ndim - 1)}:
-        over = [k for k in range(a.ndim) if k != axis]
-        largest = [x.amax(over) if over else x for x in (apart, noise, wide.abs())]
-        if bool((largest[0] > TIMES * largest[1] + ULPS * step * largest[2]).any()):
-            return False
-    return True
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x.to(torch.complex128 if x.is_complex() else torch.float64).nan_to_num(0.0, 0.0, 0.0)
-
-
-def _rounding(module: nn.Module, call: Call, inputs: Sequence[torch.Tensor]) -> list[Tensors]:
-    """What a program computes with every float number moved by up to a unit in the last place."""
-    found = []
-    for seed in range(DRAWS):
-        generator = torch.Generator().manual_seed(seed)
-        other = copy.deepcopy(module)
-        with torch.no_grad():
-            for x in (*other.parameters(), *other.buffers()):
-                x.copy_(_nudged(x, generator))
-        try:
-            near = [_nudged(x, generator) for x in inputs]
-            found.append(tensors_of(in_mode(other, False, lambda m: call(m, near))))  # noqa: B023
-        except Exception:  # noqa: S112  # a moved number may be one that the program refuses
-            continue
-    return found
-
-
-def _nudged(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    if not x.is_floating_point() or x.dtype.itemsize < 2:
-        return x
-    up = (torch.rand(x.shape, generator=generator) * 2 - 1).to(x.device)
-    return (x.detach() * (1 + torch.finfo(x.dtype).eps * up.to(torch.float64))).to(x.dtype)
-
-
-def in_mode(module: nn.Module, training: bool, call: Callable[[Any], Any]) -> Any:
-    """Call in evaluation or training mode, random numbers the same each time; everything gets its own state back."""
-    # A layer that trains inside a model that does not is meant so.
-    modes = {m: m.training for m in module.modules()} if module.training or training else {}
+def in_mode(module: nn.Module, call: Callable[[Any], Any]) -> Any:
+    """Call in evaluation mode, random numbers the same each time; everything gets its own state back."""
     buffers = {name: b.clone() for name, b in module.named_buffers()}
     try:
-        for m in modes:
-            m.training = training
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with evaluating(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return call(module)
     finally:
-        for m, mode in modes.items():
-            m.training = mode
         for name, b in module.named_buffers():
-            if not torch.equal(b, buffers[name]):
+            if name in buffers and not torch.equal(b, buffers[name]):
                 b.copy_(buffers[name])
-
-
-def tensors_of(output: Any) -> Tensors:
-    """The tensors of a structure, in order."""
-    return [x for x in pytree.tree_leaves(output) if isinstance(x, torch.Tensor)]

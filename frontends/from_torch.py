@@ -10,9 +10,9 @@ from torch import fx, nn
 
 from cipm_ir.errors import CipmError, InputError, OptionError, UnsupportedError
 from cipm_ir.frontends.from_torch_capture import METHODS, Traced, from_exported, from_graph_module, from_module
-from cipm_ir.frontends.from_torch_checks import evaluating
 from cipm_ir.frontends.from_torch_lowering import Lowerer
 from cipm_ir.ir.capture import Capture
+from cipm_ir.runtime.torch_modes import evaluating
 
 
 def load_torch(

@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import fx, nn
 
@@ -52,8 +51,8 @@ def _said(value: Any) -> Iterator[str]:
     if isinstance(value, fx.Node | torch.nn.Parameter):
         yield "%"
     elif isinstance(value, torch.Tensor):
-        data = np.ascontiguousarray(value.detach().cpu().contiguous().view(torch.uint8).numpy()) if value.ndim else value
-        yield f"{value.dtype} {tuple(value.shape)} {data.tolist() if value.numel() < 4096 else hash(data.tobytes())}"
+        data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        yield f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(data).hexdigest()}"
     elif isinstance(value, Mapping):
         yield f"{{{len(value)}"
         for key, held in value.items():

@@ -36,23 +36,6 @@ def check_readable(source: Any, example_inputs: Any, example_kwargs: Mapping[str
 
 
 @contextlib.contextmanager
-def evaluating(source: Any) -> Iterator[None]:
-    """Put a module that trains into evaluation mode; every module gets its own mode back.
-
-    In a model that does not train, a layer that does is meant to.
-    """
-    trains = isinstance(source, nn.Module) and source.training
-    modes = {m: m.training for m in source.modules()} if trains else {}
-    try:
-        for m in modes:
-            m.training = False
-        yield
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
-
-
-@contextlib.contextmanager
 def unchanged(source: Any) -> Iterator[None]:
     """Give a module back what tracing changes: it runs the module's code, which may count calls or keep results."""
     modules = list(source.modules()) if isinstance(source, nn.Module) else []

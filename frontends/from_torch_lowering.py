@@ -12,8 +12,8 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from cipm_ir.errors import UnsupportedError
-from cipm_ir.frontends.from_torch_capture import Traced, is_changed
 from cipm_ir.frontends.from_torch_call import call_of
+from cipm_ir.frontends.from_torch_capture import Traced, is_changed
 from cipm_ir.frontends.from_torch_memory import Memory
 from cipm_ir.frontends.from_torch_parameters import Parameters
 from cipm_ir.frontends.from_torch_table import Entry, bare_name, bind, function_entry, module_entry, written

@@ -143,9 +143,7 @@ def table(rows: list[Row]) -> str:
     counts = [f"{what}: {_counted(getattr(row, what) for row in rows)}" for what in ("gauge", "pruned")]
     worst = max(rows, key=lambda row: row.difference)
     seconds = sum(row.seconds for row in rows)
-    return (
-        f"{text}\n\n{'; '.join(counts)}; largest difference {worst.difference:.1e} ({worst.name}); {seconds:.0f} s"
-    )
+    return f"{text}\n\n{'; '.join(counts)}; largest difference {worst.difference:.1e} ({worst.name}); {seconds:.0f} s"
 
 
 def _counted(words: Any) -> str:
