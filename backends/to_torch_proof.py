@@ -61,7 +61,7 @@ def first_difference(wanted: ir.Model, found: ir.Model) -> str:
     outputs = list(zip(wanted.graph.outputs, found.graph.outputs, strict=False))
     for a, b in outputs:
         if first[a] != second[b]:
-            return _Explanation(first, second).of(a, b)
+            return _Explanation(first, second, numbers.held).of(a, b)
     if len(wanted.graph.outputs) != len(found.graph.outputs):
         return f"it has {len(found.graph.outputs)} outputs, the program {len(wanted.graph.outputs)}"
     if numbers.inputs(wanted) != numbers.inputs(found):
@@ -227,8 +227,8 @@ def _taken(
 class _Explanation:
     """Finds, from two values that differ, the first place where they do."""
 
-    def __init__(self, first: dict[ir.Value, int], second: dict[ir.Value, int]) -> None:
-        self.first, self.second = first, second
+    def __init__(self, first: dict[ir.Value, int], second: dict[ir.Value, int], held: dict[int, Array]) -> None:
+        self.first, self.second, self.held = first, second, held
 
     def of(self, a: ir.Value, b: ir.Value) -> str:
         """Go from the outputs towards the inputs, each time to the first pair of inputs that differs."""
@@ -255,16 +255,14 @@ class _Explanation:
         return self.first[a] != self.second[b]
 
     def _said(self, value: ir.Value, wanted: bool) -> str:
-        node = _producer(value)
-        if node is not None:
-            return _node(node)
-        held = _held(value)
-        if held is None:
-            return f"input {value.name!r}"
-        shape = list(held.shape)
-        what = f"the program has tensor {value.name!r}" if wanted else f"tensor {value.name!r}"
-        small = f" = {held.tolist()}" if held.size <= _SHOWN else ""
-        return f"{what} of shape {shape}{small}"
+        node, number = _producer(value), (self.first if wanted else self.second)[value]
+        held = self.held.get(number) if node is not None else _held(value)
+        small = f" = {held.tolist()}" if held is not None and held.size <= _SHOWN else ""
+        if node is None and held is None:
+            what = f"input {value.name!r}"
+        else:
+            what = _node(node) if node is not None else f"tensor {value.name!r} of shape {list(np.shape(held))}"
+        return f"{'the program has ' if wanted else ''}{what}{small}"
 
 
 def _behind_identities(value: ir.Value) -> ir.Value:
