@@ -105,6 +105,38 @@ def test_layers_that_do_not_train_keep_that() -> None:
     assert isinstance(result.model, nn.Sequential) and not module[3].training
 
 
+@pytest.mark.parametrize("method", ["symbolic", "export"])
+def test_a_graph_still_drops_while_it_trains(method: str) -> None:
+    build, like = NETS["functional"]
+    module = drawn(build).train()
+    program = cipm_ir.load(module, (like,), method=method)
+    made = program.origin.emit(program.emit()).object  # type: ignore[union-attr]
+    graph: Any = program.origin.graph(program.emit())  # type: ignore[union-attr]
+    assert isinstance(made, type(module)) and apart(run(module, like), run(graph, like)) <= NEAR
+    graph.train()
+    assert [m.p for m in graph.modules() if isinstance(m, nn.Dropout)] == [0.3]
+    assert not torch.equal(graph(like), graph(like))
+
+
+class AlwaysDropping(nn.Module):
+    """Dropout that is on in evaluation too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(6, 40), nn.BatchNorm1d(40), nn.Linear(40, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.last(nn.functional.dropout(self.norm(self.first(x)), 0.5))
+
+
+@pytest.mark.parametrize("method", ["symbolic", "export"])
+def test_what_always_drops_still_does(method: str) -> None:
+    x = torch.randn(5, 6)
+    result = cipm_ir.optimize(drawn(AlwaysDropping), ["fold-batch-norm"], example_inputs=(x,), method=method)
+    made = result.model.eval()
+    assert not torch.equal(made(x), made(x))
+
+
 # --- reasons --------------------------------------------------------------------------------------
 
 
