@@ -12,7 +12,7 @@ import onnx_ir as ir
 from torch import fx
 
 from cipm_ir.backends.to_torch import Emitted, emit_graph, emit_torch, example_tensors, graph_side
-from cipm_ir.backends.to_torch_runs import Side, cases_like
+from cipm_ir.backends.to_torch_runs import Side, cases_like, near
 from cipm_ir.errors import CipmError
 from cipm_ir.ir.capture import Capture
 from cipm_ir.runtime.compare import MEASURED, Case, Outputs, Reference, Tolerance, Variants, Verification
@@ -114,7 +114,11 @@ class TorchVerifier:
         counts = [len(reference.sticks[0]), len(actual[0])]
         if counts[0] != counts[1]:
             return Verification(False, reason=f"the first gives {counts[0]} outputs, the second {counts[1]}")
-        return reference.compare(actual, tolerance)
+        found = reference.compare(actual, tolerance)
+        across = isinstance(second.origin, TorchOrigin) != isinstance(self.program.origin, TorchOrigin)
+        if found.ok is False and tolerance.measured and across and near(reference, actual):
+            return replace(found, ok=True, reason="")
+        return found
 
     def _measured(self) -> Reference:
         if self._reference is None:

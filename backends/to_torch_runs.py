@@ -16,14 +16,15 @@ from torch.utils import _pytree as pytree
 
 from cipm_ir.backends.to_torch_state import as_torch
 from cipm_ir.errors import CipmError, InputError
-from cipm_ir.runtime.compare import Array, Case, Outputs, Reference
+from cipm_ir.runtime.compare import Array, Case, Outputs, Reference, compare
 from cipm_ir.runtime.inputs import Feeds
-from cipm_ir.runtime.noise import DRAWS, nudged
+from cipm_ir.runtime.noise import DRAWS, by_channel, difference, nudged
 from cipm_ir.runtime.torch_modes import evaluating
 
-__all__ = ["Side", "as_array", "cases_like", "computes_otherwise", "first_line", "in_mode", "inputs_like"]
+__all__ = ["Side", "as_array", "cases_like", "computes_otherwise", "first_line", "in_mode", "inputs_like", "near"]
 
 _MORE = 4 * DRAWS
+_KERNELS, _SATURATED = 8.0, 1e-6
 _MAGNITUDES = {"random": 1.0, "random / 1000": 1e-3, "random x 1000": 1e3}
 
 Tensors: TypeAlias = list[torch.Tensor]
@@ -145,6 +146,7 @@ def computes_otherwise(
     *,
     must_run: bool = True,
     times: float = 1.0,
+    same_kernels: bool = True,
 ) -> str:
     """Return how the second computes something else than the first; empty where it does not.
 
@@ -154,6 +156,7 @@ def computes_otherwise(
         example: the tensors among the caller's example inputs.
         must_run: that the second fails on an input counts as a difference.
         times: how many times as far as the rounding of the first it may be away.
+        same_kernels: the second runs in torch too; otherwise see `near`.
 
     Raises:
         InputError: the first does not run on the example.
@@ -170,8 +173,36 @@ def computes_otherwise(
             return f"it has {len(got)} outputs, the program {len(case.outputs)}"
         kept.append(case)
         actual.append(got)
-    found = Reference(first, kept).compare(actual)
-    return found.reason if found.ok is False and found.share > times else ""
+    reference = Reference(first, kept)
+    found = reference.compare(actual)
+    if found.ok is not False or found.share <= times or (not same_kernels and near(reference, actual)):
+        return ""
+    return found.reason
+
+
+def near(reference: Reference, actual: Sequence[Outputs]) -> bool:
+    """Return whether a program in another runtime is near enough to one whose noise was measured.
+
+    Runtimes approximate functions (exp, tanh, sigmoid) in their own ways: to a few units in the last place of the value
+    where it is large, and of 1 where it saturates. So a channel may be away by several times its noise, and by a
+    millionth of the largest value that it has on any input.
+    """
+    for name in reference.sticks[0]:
+        sticks = [one[name] for one in reference.sticks]
+        for stick, got in zip(sticks, (one[name] for one in actual), strict=True):
+            if not stick.scale or got.shape != stick.expected.shape or got.dtype != stick.expected.dtype:
+                if compare(stick, got).why:
+                    return False
+                continue
+            error, apart = difference(stick.expected, got)
+            if (apart if stick.unstable is None else apart & ~stick.unstable).any():
+                return False
+            for axis, own in stick.scale.items():
+                alike = [s.scale[axis] for s in sticks if axis in s.scale and s.scale[axis].shape == own.shape]
+                allowed = _KERNELS * stick.allowed(axis) + _SATURATED * np.max(alike, axis=0)
+                if (by_channel(error, axis) > allowed).any():
+                    return False
+    return True
 
 
 def in_mode(module: nn.Module, call: Callable[[Any], Any]) -> Any:

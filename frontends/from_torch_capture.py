@@ -136,7 +136,25 @@ def from_exported(program: Any) -> Traced:
         **getattr(signature, "inputs_to_lifted_tensor_constants", {}),
     }
     fakes = {node: node.meta.get("val") for node in program.graph.nodes}
-    return Traced(program.graph, None, fakes, "given", program, dict(lifted))
+    traced = Traced(program.graph, None, fakes, "given", program, dict(lifted))
+    if any(_normalizes_by_batch(node) for node in program.graph.nodes):
+        traced.notes.append(
+            "it was exported while it trained: batch normalization uses the batch, and gives out its running "
+            "statistics, so that their channels cannot move; export it in evaluation mode (model.eval())"
+        )
+    return traced
+
+
+def _normalizes_by_batch(node: fx.Node) -> bool:
+    """Whether a node is a batch normalization that trains."""
+    if not isinstance(node.target, torch._ops.OpOverload) or "batch_norm" not in node.target._schema.name:
+        return False
+    names = [a.name for a in node.target._schema.arguments]
+    if "training" not in names:
+        return False
+    place = names.index("training")
+    given = node.args[place] if place < len(node.args) else node.kwargs.get("training")
+    return given is True and node.args[names.index("running_mean")] is not None if "running_mean" in names else False
 
 
 def unknown(traced: Traced) -> set[str]:

@@ -320,7 +320,9 @@ def test_modules_that_are_something_else() -> None:
         m.last.register_forward_hook(lambda _, args, out: 2 * out)
 
     assert edited(lambda m: None) == ""
-    assert "shift" in edited(lambda m: setattr(m, "shift", 0.25)) or "0.25" in edited(lambda m: setattr(m, "shift", 0.25))
+    assert "shift" in edited(lambda m: setattr(m, "shift", 0.25)) or "0.25" in edited(
+        lambda m: setattr(m, "shift", 0.25)
+    )
     assert "LayerNormalization" in edited(lambda m: setattr(m.norm, "eps", 1e-5))
     assert "last.weight" in edited(lambda m: m.last.weight[0, 0].add_(1e-6))
     assert edited(lambda m: setattr(m.first, "bias", None))
@@ -421,3 +423,72 @@ def test_hooks_and_replaced_forwards_are_read(what: str, where: str) -> None:
         result = cipm_ir.optimize(module, [passes], example_inputs=(like,))
         wanted = module if passes == "canonicalize" else result.program.origin.graph(result.program.emit())  # type: ignore[union-attr]
         assert apart(run(wanted, like + 1), run(result.model, like + 1)) <= NEAR
+
+
+def test_a_program_that_was_exported_while_it_trained() -> None:
+    build, like = NETS["conv"]
+    module = drawn(build)
+    for trains in (True, False):
+        result = cipm_ir.optimize(torch.export.export(module.train(trains), (like,)), ["canonicalize"])
+        said = " ".join(result.report.notes)
+        assert ("exported while it trained" in said) == trains == (not result.program.spaces)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def other_weights(module: Any) -> Any:
+    made = copy.deepcopy(module)
+    with torch.no_grad():
+        next(iter(made.parameters())).mul_(1.001)
+    return made
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2", ""])
+def test_a_wrong_file_is_not_written(suffix: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writers are made to write another module; what was there before stays as it was."""
+    module, x = drawn(mlp), torch.randn(5, 6)
+    result = cipm_ir.optimize(module, ["canonicalize"], example_inputs=(x,))
+    path = tmp_path / f"model{suffix}"
+    result.save(path)
+    before = {p.name: p.read_bytes() for p in sorted(tmp_path.rglob("*")) if p.is_file()}
+    if suffix == ".onnx":
+        export = torch.onnx.export
+        monkeypatch.setattr(torch.onnx, "export", lambda m, *a, **k: export(other_weights(m), *a, **k))
+    elif suffix == ".pt2":
+        save = torch.export.save
+        wrong = torch.export.export(other_weights(result.model).eval(), (x,))
+        monkeypatch.setattr(torch.export, "save", lambda program, where: save(wrong, where))
+    else:
+        import safetensors.torch
+
+        save_file = safetensors.torch.save_file
+        monkeypatch.setattr(
+            safetensors.torch,
+            "save_file",
+            lambda held, where: save_file({k: 1.001 * v for k, v in held.items()}, where),
+        )
+    with pytest.raises(cipm_ir.OutputError, match="not be the program that was checked"):
+        result.save(path)
+    assert {p.name: p.read_bytes() for p in sorted(tmp_path.rglob("*")) if p.is_file()} == before
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["conv", "mlp", "frozen", "detector", "minus infinity", "tokens", "shared", "functional"]
+)
+def test_files_of_a_module_that_trains(name: str, tmp_path: Any) -> None:
+    """Files hold what the module computes in evaluation."""
+    build, like = NETS[name]
+    module = drawn(build).train()
+    result = cipm_ir.optimize(module, ["canonicalize"], example_inputs=(like,))
+    for suffix in (".pt2", ".onnx", ""):
+        result.save(tmp_path / f"model{suffix}")
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    planned = cipm_ir.apply_plan(drawn(build).train(), tmp_path / "model")
+    assert result.model.training and planned.training
+    for one in real_inputs(like):
+        with torch.no_grad():
+            assert apart(run(result.model, one), loaded(one)) <= NEAR
+        assert apart(run(result.model, one), run(planned, one)) == 0
+    assert cipm_ir.verify(result.model, tmp_path / "model.onnx", example_inputs=(like,))
