@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from torch import fx
 
 from cipm_ir.backends.to_torch import Emitted, emit_graph, emit_torch, example_tensors, graph_side
-from cipm_ir.backends.to_torch_runs import Side, cases_like, near
+from cipm_ir.backends.to_torch_runs import Side, as_array, near
 from cipm_ir.errors import CipmError
 from cipm_ir.ir.capture import Capture
-from cipm_ir.runtime.compare import MEASURED, Case, Outputs, Reference, Tolerance, Variants, Verification
-from cipm_ir.runtime.inputs import Data, Feeds, batches, true_inputs
-from cipm_ir.runtime.session import Runner
-from cipm_ir.runtime.verify import OnnxVariants
+from cipm_ir.runtime.compare import MEASURED, Array, Case, Outputs, Reference, Tolerance, Verification
+from cipm_ir.runtime.inputs import Data, Feeds, batches, random_inputs_like, true_inputs
+from cipm_ir.runtime.verify import BATCHES, RECIPES, OnnxVariants, affordable_cases, own_cases, tried
 from cipm_ir.symmetry.program import Program
-
-_BATCHES = 3
 
 
 @dataclass
@@ -44,104 +42,143 @@ class TorchOrigin:
 
         write(self.capture, self.emit(model), path)
 
-    def verifier(
-        self, model: ir.Model, *, data: Data | None = None, seed: int = 0, cases: int | None = None
-    ) -> TorchVerifier:
-        """What compares other models with this one, in torch."""
-        return TorchVerifier(Program(model, origin=self), data=data, seed=seed, cases=cases)
+    def verifier(self, model: ir.Model, **settings: Any) -> TorchVerifier:
+        """Return what compares other models of this origin with one; ``settings`` as for `TorchVerifier`."""
+        return TorchVerifier(Program(model, origin=self), self, **settings)
 
-    def compare(self, a: ir.Model, b: ir.Model, **settings: Any) -> Verification:
-        """Run both in torch; ``settings`` as for `compare_programs`."""
-        return compare_programs(Program(a, origin=self), Program(b, origin=self), **settings)
+    def compare(
+        self, a: ir.Model, b: ir.Model, *, rtol: float | None = None, atol: float | None = None, **settings: Any
+    ) -> Verification:
+        """Run both in torch; ``settings`` as for `TorchVerifier`."""
+        return self.verifier(a, **settings).check(b, Tolerance(rtol, atol))
 
-    def run(self, graph: fx.GraphModule, feeds: Feeds) -> Outputs:
+    def run(self, graph: fx.GraphModule, feeds: Feeds) -> dict[str, Array]:
         """Outputs by position, as arrays.
 
         Errors: `InputError` where torch cannot run the graph with these inputs.
         """
         return graph_side(self.capture, graph).run(feeds)
 
+    def examples(self) -> Feeds:
+        """Return the example inputs by name; empty where there are none."""
+        if self.capture.args is None:
+            return {}
+        tensors = zip(self.capture.inputs, example_tensors(self.capture), strict=True)
+        return {name: as_array(x) for name, x in tensors}
+
+
+class ByPosition:
+    """Runs of an ONNX model under the names of a torch program: inputs by theirs, outputs by number."""
+
+    def __init__(self, side: OnnxVariants, names: Mapping[str, str]) -> None:
+        self._side, self._names = side, names
+        self.backend = side.backend
+
+    def others(self) -> Sequence[str]:
+        """Return the names of all ways to run but the plain one."""
+        return self._side.others()
+
+    def more(self) -> Sequence[str]:
+        """Return further names, for cases of doubt."""
+        return self._side.more()
+
+    def outputs(self, feeds: Sequence[Feeds], way: str = "") -> Iterator[Outputs]:
+        """Run on each of several inputs; "" is the plain way."""
+        renamed = [{self._names[name]: x for name, x in one.items()} for one in feeds]
+        for got in self._side.outputs(renamed, way):
+            yield {f"output {k}": x for k, x in enumerate(got.values())}
+
 
 class TorchVerifier:
-    """Compares programs with one that is taken as right; one of them at least came from torch.
+    """Compare programs with one that is taken as right, inputs and outputs by position.
 
-    They run in evaluation mode, on data, on the example inputs and on inputs of our own of the same shapes
-    (`cipm_ir.backends.to_torch_runs.inputs_like`). Inputs and outputs are taken by position.
+    They run in evaluation mode, on data, on the example inputs and on inputs of our own of the examples' sizes.
 
     Args:
-        program: taken as right.
-        origin: of the torch program, where this one did not come from torch.
+        program: taken as right; of torch or ONNX.
+        origin: of a torch program: of this one, or of those that it is compared with.
         data: samples, see `batches`.
         seed: of the random inputs.
-        cases: at most so many inputs of our own, and batches of data.
+        cases: at most so many inputs of our own, and batches of data; None: what time allows.
 
     Raises:
-        InputError: the data does not fit.
+        InputError: where the data does not fit.
     """
 
     def __init__(
-        self, program: Program, origin: TorchOrigin | None = None, *, data: Data | None = None, seed: int = 0,
+        self,
+        program: Program,
+        origin: TorchOrigin,
+        *,
+        data: Data | None = None,
+        seed: int = 0,
         cases: int | None = None,
-    ) -> None:  # fmt: skip
-        own = program.origin if isinstance(program.origin, TorchOrigin) else origin
-        assert own is not None
-        self.program, self.origin, self.seed, self.cases = program, own, seed, cases
-        model = program.emit()
-        self.names = _names(program)
-        self.given = [] if data is None else list(itertools.islice(batches(data, model), cases or _BATCHES))
-        self._reference: Reference | None = None
+        inputs: ir.Model | None = None,
+    ) -> None:
+        self._program, self._origin, self._seed, self._cases = program, origin, seed, cases
+        self._inputs = inputs or program.model
+        given = [] if data is None else list(itertools.islice(batches(data, self._inputs), cases or BATCHES))
+        self._given = given
+        self._made: Reference | None = None
 
     def check(self, other: ir.Model | Program, tolerance: Tolerance = MEASURED) -> Verification:
-        """Compare another program; a model is one of the same origin."""
+        """Compare another program, or another model of the same origin."""
         start = time.perf_counter()
-        second = other if isinstance(other, Program) else Program(other, origin=self.origin)
-        return replace(self._check(second, tolerance), seconds=time.perf_counter() - start)
+        program = other if isinstance(other, Program) else Program(other, origin=self._origin)
+        return replace(self._check(program, tolerance), seconds=time.perf_counter() - start)
 
-    def _check(self, second: Program, tolerance: Tolerance) -> Verification:
-        names = _names(second)
-        if len(names) != len(self.names):
-            return Verification(False, reason=f"the first takes {len(self.names)} inputs, the second {len(names)}")
+    def _check(self, program: Program, tolerance: Tolerance) -> Verification:
+        counts = len(true_inputs(self._program.model)), len(true_inputs(program.model))
+        if counts[0] != counts[1]:
+            return Verification(False, reason=f"the first takes {counts[0]} inputs, the second {counts[1]}")
         try:
-            reference = self._measured()
+            reference = self._reference()
         except CipmError as error:
             return Verification(None, reason=str(error).rstrip("."), backend="torch")
-        renamed = [{b: feeds[a] for a, b in zip(self.names, names, strict=True)} for feeds in reference.feeds]
         try:
-            actual = list(_variants(second, self.seed).outputs(renamed))
+            actual = list(self._side(program).outputs(reference.feeds))
         except CipmError as error:
-            reason = f"the second model fails: {error}"
-            return Verification(False, cases=len(renamed), reason=reason, backend="torch")
-        counts = [len(reference.sticks[0]), len(actual[0])]
+            return Verification(False, reason=f"the second model fails: {error}", backend="torch")
+        counts = len(reference.sticks[0]), len(actual[0])
         if counts[0] != counts[1]:
             return Verification(False, reason=f"the first gives {counts[0]} outputs, the second {counts[1]}")
         found = reference.compare(actual, tolerance)
-        across = isinstance(second.origin, TorchOrigin) != isinstance(self.program.origin, TorchOrigin)
+        across = isinstance(program.origin, TorchOrigin) != isinstance(self._program.origin, TorchOrigin)
         if found.ok is False and tolerance.measured and across and near(reference, actual):
             return replace(found, ok=True, reason="")
         return found
 
-    def _measured(self) -> Reference:
-        if self._reference is None:
-            first = _variants(self.program, self.seed)
-            made = [
-                Case(f"batch {k} of the data", feeds, out)
-                for k, (feeds, out) in enumerate(zip(self.given, first.outputs(self.given), strict=True))
-            ]
-            self._reference = Reference(first, [*made, *self._own(first)])
-        return self._reference
+    def _side(self, program: Program) -> Side | ByPosition:
+        model = program.emit()
+        if isinstance(program.origin, TorchOrigin):
+            capture = program.origin.capture
+            return graph_side(capture, emit_graph(capture, model), self._seed)
+        own = [value.name or "" for value in true_inputs(self._inputs)]
+        names = dict(zip(own, (value.name or "" for value in true_inputs(model)), strict=True))
+        return ByPosition(OnnxVariants(model, (), self._seed, None), names)
 
-    def _own(self, first: Variants) -> list[Case]:
-        capture = self.origin.capture
-        if capture.args is None:
-            return []
-        if isinstance(first, Side):
-            drawn = cases_like(first, example_tensors(capture))
-        else:  # shapes and inputs are those of the torch program, numbers those of the other
-            side = graph_side(capture, self.origin.graph(capture.model), self.seed)
-            like = cases_like(side, example_tensors(capture))
-            feeds = [dict(zip(self.names, case.feeds.values(), strict=True)) for case in like]
-            drawn = [Case("like the example", one, out) for one, out in zip(feeds, first.outputs(feeds), strict=True)]
-        return drawn[: self.cases]
+    def _reference(self) -> Reference:
+        if self._made is None:
+            side = self._side(self._program)
+
+            def run(feeds: Feeds) -> Outputs:
+                return next(iter(side.outputs([feeds])))
+
+            made = [Case(f"batch {k} of the data", feeds, run(feeds)) for k, feeds in enumerate(self._given)]
+            made += self._own(run, np.random.default_rng(self._seed), bool(made))
+            self._made = Reference(side, made)
+        return self._made
+
+    def _own(self, run: Callable[[Feeds], Outputs], rng: np.random.Generator, given: bool) -> list[Case]:
+        examples = self._origin.examples()
+        if not examples:
+            return own_cases(self._inputs, run, rng, self._cases)
+        start = time.perf_counter()
+        made = [] if given else [Case("example", examples, run(examples))]
+        most = affordable_cases(time.perf_counter() - start) if self._cases is None else self._cases
+        for recipe in RECIPES[: most - len(made)]:
+            made += tried(recipe.name, random_inputs_like(self._inputs, examples, rng, recipe), run)
+        return made
 
 
 def compare_programs(
@@ -157,41 +194,10 @@ def compare_programs(
     """Compare two programs of which at least one came from torch; see `TorchVerifier`.
 
     Raises:
-        InputError: the data does not fit.
+        InputError: where the data does not fit.
     """
-    origin = a.origin if isinstance(a.origin, TorchOrigin) else b.origin
-    assert isinstance(origin, TorchOrigin)
-    return TorchVerifier(a, origin, data=data, seed=seed, cases=cases).check(b, Tolerance(rtol, atol))
-
-
-def _names(program: Program) -> list[str]:
-    return [v.name or "" for v in true_inputs(program.model)]
-
-
-def _variants(program: Program, seed: int) -> Variants:
-    if isinstance(program.origin, TorchOrigin):
-        capture = program.origin.capture
-        return graph_side(capture, emit_graph(capture, program.emit()), seed)
-    model = program.emit()
-    with Runner(model) as runner:
-        backend = runner.backend
-    return _ByPosition(OnnxVariants(model, [], seed, backend), backend)
-
-
-@dataclass
-class _ByPosition:
-    """An ONNX model whose outputs are named by their position."""
-
-    side: OnnxVariants
-    backend: str
-
-    def others(self) -> Sequence[str]:
-        return self.side.others()
-
-    def more(self) -> Sequence[str]:
-        more = getattr(self.side, "more", None)
-        return () if more is None else tuple(more())
-
-    def outputs(self, feeds: Sequence[Feeds], way: str = "") -> Iterator[Outputs]:
-        for made in self.side.outputs(feeds, way):
-            yield {f"output {k}": x for k, x in enumerate(made.values())}
+    torch_one = a if isinstance(a.origin, TorchOrigin) else b
+    assert isinstance(torch_one.origin, TorchOrigin)
+    inputs = torch_one.model
+    verifier = TorchVerifier(a, torch_one.origin, data=data, seed=seed, cases=cases, inputs=inputs)
+    return verifier.check(b, Tolerance(rtol, atol))

@@ -18,12 +18,11 @@ from cipm_ir.backends.to_torch_state import as_torch
 from cipm_ir.errors import CipmError, InputError
 from cipm_ir.runtime.compare import Array, Case, Outputs, Reference, compare
 from cipm_ir.runtime.inputs import Feeds
-from cipm_ir.runtime.noise import DRAWS, by_channel, difference, nudged
+from cipm_ir.runtime.noise import DRAWS, MORE_DRAWS, by_channel, difference, nudged
 from cipm_ir.runtime.torch_modes import evaluating
 
 __all__ = ["Side", "as_array", "cases_like", "computes_otherwise", "first_line", "in_mode", "inputs_like", "near"]
 
-_MORE = 4 * DRAWS
 _KERNELS, _SATURATED = 8.0, 1e-6
 _MAGNITUDES = {"random": 1.0, "random / 1000": 1e-3, "random x 1000": 1e3}
 
@@ -75,11 +74,11 @@ class Side:
 
     def others(self) -> Sequence[str]:
         """Return the names of all ways to run but the plain one."""
-        return [f"draw {k}" for k in range(DRAWS)]
+        return ["other kernels", *(f"draw {k}" for k in range(DRAWS))]
 
     def more(self) -> Sequence[str]:
         """Return further names, for cases of doubt."""
-        return [f"draw {k}" for k in range(DRAWS, DRAWS + _MORE)]
+        return [f"draw {k}" for k in range(DRAWS, DRAWS + MORE_DRAWS)]
 
     def outputs(self, feeds: Sequence[Feeds], way: str = "") -> Iterator[Outputs]:
         """Run on each of several inputs; in a draw every weight and input is moved by about a unit in the last place.
@@ -87,8 +86,9 @@ class Side:
         Raises:
             InputError: it does not run.
         """
-        if not way:
-            yield from map(self.run, feeds)
+        if not way.startswith("draw "):
+            with torch.backends.mkldnn.flags(enabled=way != "other kernels"):
+                yield from map(self.run, feeds)
             return
         rng = np.random.default_rng((self.seed, int(way.removeprefix("draw "))))
         other = copy.deepcopy(self.module)

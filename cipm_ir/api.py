@@ -12,7 +12,7 @@ from cipm_ir.backends.to_onnx import emit_proto
 from cipm_ir.errors import InputError, OptionError, UnsupportedError
 from cipm_ir.frontends.from_onnx import check_finite
 from cipm_ir.passes.base import Kind, Pass, Progress, ignore_progress
-from cipm_ir.passes.pipeline import Outcome, Witness, check_analysis, check_properties, run_passes
+from cipm_ir.passes.pipeline import OnFailure, Outcome, Verify, Witness, check_analysis, check_properties, run_passes
 from cipm_ir.passes.report import Report
 from cipm_ir.passes.text import parse_passes
 from cipm_ir.runtime.inputs import Data
@@ -127,11 +127,14 @@ def optimize(
     passes: str | Pass | Iterable[str | Pass] | None = None,
     data: Data | None = None,
     output: str | os.PathLike[str] | None = None,
-    verify: bool = True,
+    verify: Verify = True,
     annotate: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
     *,
+    on_failure: OnFailure = "skip",
+    rtol: float | None = None,
+    atol: float | None = None,
     example_inputs: Any = None,
     example_kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
@@ -147,15 +150,19 @@ def optimize(
         data: calibration and verification input: a dict of arrays by input name (first axis samples), an .npz file of
             them, a list or a folder of such files, an iterable of dicts; of one input also an array or a .npy file.
         output: where to write the result, beside first and then renamed; it may be the source.
-        verify: run the model before and after each pass.
+        verify: run the model before and after each pass; "strict": leave out what could not be run, too.
         annotate: write the groups of every axis into the metadata of the result.
         seed: of random inputs and of passes that draw numbers.
         progress: called with what is being done and the fraction done (None: unknown).
+        on_failure: "skip": a pass that broke its promise is left out, the others' work is kept, and the report says so
+            (`Report.skipped`); "raise": stop with a `VerificationError`, and write nothing.
+        rtol, atol: where either is given, outputs of exact passes may move by rtol times the largest value of their
+            channel, plus atol; otherwise the rounding noise of the model itself decides.
         example_inputs, example_kwargs, dynamic_shapes, method: how to read a torch program, see `load`.
         options: settings that all passes of the run see, see `cipm_ir.passes.Context`.
 
-    Errors: `InputError`, `UnsupportedError`, `OptionError`, `OutputError`, and `VerificationError` naming the pass that
-        broke the model; then nothing is written.
+    Errors: `InputError`, `UnsupportedError`, `OptionError`, `OutputError`; `VerificationError` naming the pass that
+        broke the model where ``on_failure`` is "raise".
     """
     todo = None if passes is None else parse_passes(passes)
     check_properties(todo or ())
@@ -170,6 +177,9 @@ def optimize(
         data=read_data(data, program),
         seed=seed,
         verify=verify,
+        on_failure=on_failure,
+        rtol=rtol,
+        atol=atol,
         progress=progress or ignore_progress,
         options={"gradients": _gradients, **(options or {})},
     )
@@ -187,7 +197,7 @@ def verify(
     *,
     rtol: float | None = None,
     atol: float | None = None,
-    cases: int = 3,
+    cases: int | None = None,
     example_inputs: Any = None,
     example_kwargs: Mapping[str, Any] | None = None,
 ) -> Verification:
@@ -198,9 +208,9 @@ def verify(
         b: the model to compare.
         data: samples, as for `optimize`.
         seed: of the random inputs.
-        rtol: allowed max|a - b| over max|a|; None: by type, see `cipm_ir.runtime.verify.TOLERANCE`.
-        atol: allowed in addition.
-        cases: how many random inputs, and how many batches of data.
+        rtol, atol: where either is given, an output may move by rtol times the largest value of its channel, plus atol;
+            otherwise the rounding noise of ``a`` decides, see `cipm_ir.runtime.noise`.
+        cases: at most so many inputs of our own, and batches of data; None: what time allows.
         example_inputs, example_kwargs: for an `nn.Module`, see `load`. A torch program runs in torch, in evaluation
             mode; it may be compared with an ONNX model, inputs and outputs by position.
 

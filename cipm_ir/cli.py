@@ -1,12 +1,14 @@
 """The command line: `cipm inspect`, `cipm optimize`, `cipm verify`, `cipm sweep`, `cipm passes`.
 
-Exit codes: 0 done, 1 `verify` found a difference, 2 bad input, option or output (one sentence on stderr), 3 a defect of
-this program, 130 stopped by the user, 141 the reader of the output went away.
+Exit codes: 0 done, 1 `verify` found a difference or `optimize` left out a pass that broke its promise, 2 bad input,
+option or output (one sentence on stderr), 3 a defect of this program, 130 stopped by the user, 141 the reader of the
+output went away.
 """
 
 from __future__ import annotations
 
 import contextlib
+import enum
 import json
 import os
 import secrets
@@ -49,6 +51,20 @@ _OUTPUTS = (
     "Where to write the result: .onnx or .pt2, and for a module of torch also a folder, which gets a plan and weights "
     "(cipm_ir.apply_plan). Without it only the report is shown."
 )
+_RTOL = (
+    "Allow outputs to move by this times the largest value of their channel, instead of by the model's own rounding."
+)
+_ATOL = "Allow this in addition, or alone."
+
+
+class OnFailure(enum.Enum):
+    """What to do with a pass that broke its promise; see `cipm_ir.passes.pipeline.OnFailure`."""
+
+    skip = "skip"
+    # Not a name that Python allows.
+    stop = "raise"
+
+
 DataOption = Annotated[str | None, typer.Option("--data", metavar="DATA", help=DATA_HELP)]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
 
@@ -117,11 +133,27 @@ def optimize(
         str | None, typer.Option("--html", metavar="HTML", help="Write it with pictures, one file for a browser.")
     ] = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not run the model before and after.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Count a pass as failed, too, whose result could not be run.")
+    ] = False,
+    on_failure: Annotated[
+        OnFailure,
+        typer.Option(
+            "--on-failure",
+            help="skip: leave out a pass that changed what the model computes, keep the others' work, and exit with 1; "
+            "raise: stop and write nothing.",
+        ),
+    ] = OnFailure.skip,
+    rtol: Annotated[float | None, typer.Option("--rtol", min=0.0, help=_RTOL)] = None,
+    atol: Annotated[float | None, typer.Option("--atol", min=0.0, help=_ATOL)] = None,
     annotate: Annotated[bool, typer.Option("--annotate", help="Write the groups into the metadata.")] = False,
     seed: Seed = 0,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Show neither progress nor report.")] = False,
 ) -> None:
-    """Run passes, check after each that the model still computes what it should, and write the result."""
+    """Run passes, check after each that the model still computes what it should, and write the result.
+
+    Exit code 1 where a pass was left out.
+    """
     from cipm_ir import api
     from cipm_ir.passes.html import check_matplotlib, render
     from cipm_ir.sources import check_output
@@ -140,7 +172,10 @@ def optimize(
             model,
             passes or None,
             data=data,
-            verify=not no_verify,
+            verify=False if no_verify else ("strict" if strict else True),
+            on_failure=on_failure.value,
+            rtol=rtol,
+            atol=atol,
             annotate=annotate,
             seed=seed,
             progress=progress,
@@ -150,10 +185,12 @@ def optimize(
     with _written(report, as_json), _written(html, page):
         if output is not None:
             result.save(output)
-    if quiet:
-        return
-    print(result.report)
-    print(f"written: {output}" if output is not None else "nothing written: give -o to keep the result")
+    if not quiet:
+        print(result.report)
+        print(f"written: {output}" if output is not None else "nothing written: give -o to keep the result")
+    if result.report.skipped:
+        print(f"cipm: left out: {', '.join(result.report.skipped)}", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -162,9 +199,17 @@ def verify(
     b: Annotated[str, typer.Argument(help="The model to compare with it.", show_default=False)],
     data: DataOption = None,
     seed: Seed = 0,
-    rtol: Annotated[float | None, typer.Option("--rtol", min=0.0, help="Allowed max|a - b| / max|a|.")] = None,
-    atol: Annotated[float | None, typer.Option("--atol", min=0.0, help="Allowed in addition to that.")] = None,
-    cases: Annotated[int, typer.Option("--cases", min=1, help="How many random inputs, and batches of data.")] = 3,
+    rtol: Annotated[float | None, typer.Option("--rtol", min=0.0, help=_RTOL)] = None,
+    atol: Annotated[float | None, typer.Option("--atol", min=0.0, help=_ATOL)] = None,
+    cases: Annotated[
+        int | None,
+        typer.Option(
+            "--cases",
+            min=1,
+            help="At most so many inputs of our own, and batches of data.",
+            show_default="what time allows",
+        ),
+    ] = None,
 ) -> None:
     """Run two models on the same inputs; exit code 0 when they agree, 1 when they differ."""
     from cipm_ir import api

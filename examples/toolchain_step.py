@@ -42,7 +42,7 @@ def latency(path: str | Path) -> float:
 def deploy(source: str | Path, target: str | Path, passes: str) -> int:
     """Optimize, save, open in onnxruntime, compare: the exit code of this step."""
     try:
-        result = cipm_ir.optimize(source, passes=passes, output=target)
+        result = cipm_ir.optimize(source, passes=passes, output=target, on_failure="raise")
     except cipm_ir.VerificationError as error:
         print(f"rejected: {error}", file=sys.stderr)
         return 1

@@ -47,6 +47,7 @@ class PassResult:
         metrics: numbers and short strings for the report; must be writable as JSON.
         kind: what the result promises, where that depends on options or data; None: what the pass's class promises.
         figures: pictures for the HTML report.
+        bit_exact: every output keeps every bit, as under scales that are powers of two; the pipeline demands it then.
     """
 
     program: Program
@@ -56,6 +57,7 @@ class PassResult:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     kind: Kind | None = None
     figures: tuple[Figure, ...] = ()
+    bit_exact: bool = False
 
 
 @dataclass

@@ -54,7 +54,7 @@ class CanonicalizeSigns(Pass):
             share = 1 - np.exp(metrics["range_after"] - metrics["range_before"])
             summary += f"; ranges of weights {100 * share:.1f}% smaller on average"
         witness = {name: [rows.tolist() for rows in table] for name, table in flipped.items()}
-        return PassResult(program.act(elements), True, summary, witness, metrics)
+        return PassResult(program.act(elements), True, summary, witness, metrics, bit_exact=True)
 
 
 def sign_elements(program: Program, signs: Gauge) -> dict[Space, Element]:

@@ -72,7 +72,8 @@ class Equalize(Pass):
         metrics = metrics_of(program, terms, scale, self.per)
         witness = {space.name: as_lists(element) for space, element in elements.items()}
         summary = summary_of(metrics, len(elements), lost)
-        return PassResult(program.act(elements), True, summary, witness, metrics, figures=figures_of(metrics))
+        acted, pictures = program.act(elements), figures_of(metrics)
+        return PassResult(acted, True, summary, witness, metrics, figures=pictures, bit_exact=self.exact)
 
 
 def _elements(program: Program, scale: Floats) -> dict[Space, Element]:

@@ -134,6 +134,9 @@ class _Search:
         weight, rank = self.draft.weight(node, 1), self.draft.rank(node.outputs[0])
         if weight is None or rank is None or weight.array.ndim < 2:
             raise Kept(f"{node.op_type} writes the stream without a float weight of its own")
+        if node.op_type == "Conv" and attribute(node, "group", 1) != 1:
+            # Its outputs are sums over different inputs, so that their mean is no product with a mean of weights.
+            raise Kept("a grouped Conv writes the stream")
         out = {
             "MatMul": weight.array.ndim - 1,
             "Gemm": int(not attribute(node, "transB", 0)),

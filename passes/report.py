@@ -50,7 +50,21 @@ class Totals:
 
 @dataclass(frozen=True)
 class Step:
-    """One pass of a run; ``checked`` says in words what is known of the outputs, ``error`` is None where nothing is."""
+    """One pass of a run.
+
+    Attributes:
+        name: of the pass, with its options.
+        kind: what it promises.
+        changed: the program after it is another one.
+        summary: what it did, in one line.
+        before, after: sizes.
+        seconds: of the pass alone; `verification` has its own.
+        verification: the comparison with the program before the last run of exact passes; None where nothing ran.
+        checked: that in words.
+        metrics: numbers of the pass.
+        figures: pictures of the pass.
+        skipped: it broke its promise, and its result was left out.
+    """
 
     name: str
     kind: str
@@ -63,10 +77,11 @@ class Step:
     checked: str
     metrics: Mapping[str, Any]
     figures: tuple[Figure, ...] = ()
+    skipped: bool = False
 
     @property
     def error(self) -> float | None:
-        """max |Δ| of the outputs against the program before this pass."""
+        """max |Δ| of the outputs against the program that it was compared with; None where nothing was compared."""
         return _error(self.changed, self.verification)
 
 
@@ -106,6 +121,11 @@ class Report:
     notes: tuple[str, ...] = ()
 
     @property
+    def skipped(self) -> tuple[str, ...]:
+        """The passes that broke their promise and were left out."""
+        return tuple(step.name for step in self.steps if step.skipped)
+
+    @property
     def error(self) -> float | None:
         """max |Δ| of the outputs of the last program against the first; None where they were not compared."""
         return _error(any(step.changed for step in self.steps), self.verification)
@@ -130,7 +150,7 @@ class Report:
         first = self.before
         table.add_row("(original)", "", f"{first.parameters:,}", f"{first.macs:,}", f"{first.bytes:,}", "", "")
         for step in self.steps:
-            kind = step.kind if step.changed else "no change"
+            kind = step.kind if step.changed else ("left out" if step.skipped else "no change")
             table.add_row(Text(step.name), kind, *_sizes(step.after, first), _shown(step.error), f"{step.seconds:.2f}")
         table.add_section()
         table.add_row("in all", "", *_sizes(self.after, first), _shown(self.error), f"{self.seconds:.2f}")
@@ -155,6 +175,7 @@ class Report:
             "after": vars(self.after),
             "max_abs": self.error,
             "checked": self.checked,
+            "skipped": list(self.skipped),
             "verification": _verification(self.verification),
             "seconds": self.seconds,
             "passes": [_step(step) for step in self.steps],

@@ -109,7 +109,9 @@ class Double:
 
     def run(self, feeds: Mapping[str, Array]) -> Outputs:
         """Run once; float inputs are converted."""
-        wide = {k: v.astype(np.float64) if v.dtype.name.startswith(("float", "bfloat")) else v for k, v in feeds.items()}
+        wide = {
+            k: v.astype(np.float64) if v.dtype.name.startswith(("float", "bfloat")) else v for k, v in feeds.items()
+        }
         try:
             with np.errstate(all="ignore"):
                 values = self._evaluator.run(None, wide)
@@ -308,4 +310,3 @@ def by_channel(array: Array) -> Array:
         return array
     axis = array.ndim - 1 if array.shape[-1] >= array.shape[1] else 1
     return np.max(array, axis=tuple(a for a in range(array.ndim) if a != axis), initial=0.0)
-

@@ -327,7 +327,9 @@ def _pick(found: list[Parameter], rng: Generator, name: str | None) -> Parameter
     return chosen[int(rng.integers(len(chosen)))] if chosen else None
 
 
-def _pick_node(found: list[tuple[ir.Node, int, Any]], rng: Generator, name: str | None) -> tuple[ir.Node, int, Any] | None:
+def _pick_node(
+    found: list[tuple[ir.Node, int, Any]], rng: Generator, name: str | None
+) -> tuple[ir.Node, int, Any] | None:
     chosen = [one for one in found if name is None or _label(one[0]) == name]
     return chosen[int(rng.integers(len(chosen)))] if chosen else None
 

@@ -161,8 +161,45 @@ def test_torch_is_told_by_its_class() -> None:
 
 def test_nothing_is_written_when_a_pass_breaks_the_model(tmp_path: Path) -> None:
     with pytest.raises(cipm_ir.VerificationError, match="'api-break' was rolled back"):
-        cipm_ir.optimize(DIGITS, [FOLD, "api-break"], output=tmp_path / "a.onnx")
+        cipm_ir.optimize(DIGITS, [FOLD, "api-break"], output=tmp_path / "a.onnx", on_failure="raise")
     assert names(tmp_path) == []
+
+
+def test_a_pass_that_breaks_the_model_is_left_out(tmp_path: Path) -> None:
+    result = cipm_ir.optimize(DIGITS, ["api-break", FOLD, "api-break"], output=tmp_path / "a.onnx")
+    report = result.report
+    broken, folded, again = report.steps
+    assert broken.skipped and again.skipped and not folded.skipped and folded.changed and not broken.changed
+    assert len(report.skipped) == 2 and report.to_dict()["skipped"] == list(report.skipped)
+    assert broken.verification is not None and broken.verification.ok is False
+    assert "left out: it promised equal outputs, but" in str(report)
+    assert cipm_ir.verify(DIGITS, tmp_path / "a.onnx")
+    assert len(result.witness) == 1 and report.verification is not None and report.verification.ok
+
+
+@pytest.mark.parametrize(("option", "value"), [("on_failure", "ignore"), ("verify", "sometimes")])
+def test_other_words_are_refused(option: str, value: str) -> None:
+    settings: dict[str, Any] = {option: value}
+    with pytest.raises(cipm_ir.OptionError, match=option):
+        cipm_ir.optimize(DIGITS, FOLD, **settings)
+
+
+def test_tolerances_can_be_set() -> None:
+    assert not cipm_ir.optimize(DIGITS, "api-break", rtol=10.0).report.skipped
+    assert cipm_ir.optimize(DIGITS, FOLD, rtol=0.0, atol=0.0).report.skipped
+
+
+def test_strict_leaves_out_what_cannot_be_run() -> None:
+    """A model with an operator that nothing here can run."""
+    model = onnx.load(DIGITS)
+    node = onnx.helper.make_node("Fancy", [model.graph.output[0].name], ["fancy"], domain="com.example")
+    model.graph.node.append(node)
+    model.graph.output[0].name = "fancy"
+    model.opset_import.append(onnx.helper.make_opsetid("com.example", 1))
+    (loose,) = cipm_ir.optimize(model, FOLD).report.steps
+    assert loose.changed and "not verified" in loose.checked
+    (strict,) = cipm_ir.optimize(model, FOLD, verify="strict").report.steps
+    assert strict.skipped and "could not be verified" in strict.checked
 
 
 def test_bad_output_is_noticed_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +239,8 @@ def test_verify_tells_models_apart() -> None:
 
 def test_verify_takes_data(rng: np.random.Generator) -> None:
     images = rng.standard_normal((5, 1, 8, 8)).astype(np.float32)
-    assert cipm_ir.verify(DIGITS, DIGITS, data={"images": images}).cases == 4
+    own = cipm_ir.verify(DIGITS, DIGITS).cases
+    assert cipm_ir.verify(DIGITS, DIGITS, data={"images": images}).cases == 1 + own
     with pytest.raises(cipm_ir.InputError, match="no array for input"):
         cipm_ir.verify(DIGITS, DIGITS, data={"other": images})
 

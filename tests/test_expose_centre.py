@@ -156,6 +156,17 @@ def test_an_activation_writes() -> None:
     assert "Relu writes the stream" in refused(net)
 
 
+@pytest.mark.parametrize("group", [N, 3])
+def test_a_grouped_convolution_writes(group: int) -> None:
+    """As in ConvNeXt: each output sums over other inputs, so that no change of the weight takes the mean away."""
+    net = Net("grouped")
+    x = net.op("Conv", net.image(3, 4), net.weight((N, 3, 1, 1), 3), net.bias(N))
+    x = net.op("Conv", x, net.weight((N, N // group, 3, 3), 9), net.bias(N), group=group, pads=[1] * 4)
+    x = net.op("Transpose", x, perm=[0, 2, 3, 1])
+    net.output(net.linear(layer_norm(net, x, N), N, 3), ["N", 4, 4, 3])
+    assert "a grouped Conv writes the stream" in refused(net)
+
+
 def test_post_norm_stays() -> None:
     """As in BERT: what a normalization writes cannot lose its mean."""
     net = Net("post")

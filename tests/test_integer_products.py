@@ -39,7 +39,7 @@ def model(op: str, data: str, group: int = 1, *, zero: Any = None, constant: boo
     else:
         names, out = ["a", "b", "", "bz"] if zero is not None else ["a", "b"], TensorProto.INT32
         made |= {"bz": zero} if zero is not None else {}
-    attributes = {"group": group} if conv else {}
+    attributes: dict[str, Any] = {"group": group} if conv else {}
     inputs = [helper.make_tensor_value_info("a", kind, shape)]
     if not constant:
         inputs.append(helper.make_tensor_value_info("b", TensorProto.INT8, weight.shape))
@@ -68,11 +68,10 @@ def test_re_encoded_products_are_exact(op: str, group: int, zero: Any, data: str
     proto = model(op, data, group, zero=zero)
     if op == "ConvInteger" and data == "s8":
         pytest.skip("onnxruntime has no ConvInteger of signed activations")
-    _, low, high = LARGE[data]
-    kind = helper.tensor_dtype_to_np_dtype(LARGE[data][0])
-    feeds = {"a": RNG.integers(low, high, [d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim])}
-    feeds = {"a": feeds["a"].astype(kind)}
-    wanted = ReferenceEvaluator(proto).run(None, feeds)[0]
+    elem, low, high = LARGE[data]
+    shape = [d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim]
+    feeds = {"a": RNG.integers(low, high, shape).astype(helper.tensor_dtype_to_np_dtype(elem))}
+    (wanted,) = list(ReferenceEvaluator(proto).run(None, feeds))
     changed = ir.from_proto(proto)
     assert reencode_signed_weights(changed) == (data == "u8")
     for one in (changed, ir.from_proto(proto)):
@@ -82,8 +81,8 @@ def test_re_encoded_products_are_exact(op: str, group: int, zero: Any, data: str
 
 def test_a_weight_that_is_an_input_is_re_encoded_too() -> None:
     proto = model("MatMulInteger", "u8", constant=False)
-    feeds = {"a": RNG.integers(200, 256, (2, 64)).astype(np.uint8)}
-    feeds["b"] = RNG.integers(100, 128, (64, 16)).astype(np.int8)  # type: ignore[assignment]
+    feeds: dict[str, Any] = {"a": RNG.integers(200, 256, (2, 64)).astype(np.uint8)}
+    feeds["b"] = RNG.integers(100, 128, (64, 16)).astype(np.int8)
     changed = ir.from_proto(proto)
     assert reencode_signed_weights(changed) == 1
     with Runner(changed, backend="onnxruntime") as runner:

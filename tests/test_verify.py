@@ -126,8 +126,8 @@ def test_integer_outputs_must_be_equal() -> None:
     result = verify_models(classify(W1), classify(W1[:, ::-1].copy()))
     assert result.ok is False and "'y < ArgMax'" in result.reason and result.outputs["y"][0] > 0
     # Three classes, one of which never wins: its scores are compared all the same.
-    low = np.concatenate([W1, W1[:, :1] - 100], axis=1)[:, :3] - np.float32(0)
-    assert verify_models(classify(low), classify(low * np.float32([1, 1, 1.001]))).ok is False
+    low = np.concatenate([W1, W1[:, :1] - 100], axis=1)[:, -3:]
+    assert verify_models(classify(low), classify(low * np.array([1, 1, 1.001], np.float32))).ok is False
 
 
 def test_compare_treats_equal_infinities_as_equal() -> None:

@@ -21,9 +21,24 @@ from cipm_ir.runtime.verify import verify_models
 from cipm_ir.symmetry.program import Program
 
 MODELS = zoo.names("synthetic", without=("reference",))
-WITH_NORM = ["batch_norm_relu", "batch_norm_1d", "group_norm", "instance_norm", "layer_norm", "rms_norm", "layer_norm_channels"]
+WITH_NORM = [
+    "batch_norm_relu",
+    "batch_norm_1d",
+    "group_norm",
+    "instance_norm",
+    "layer_norm",
+    "rms_norm",
+    "layer_norm_channels",
+]
 WITH_BIAS = ["mlp_relu", "conv1d", "grouped_conv_transpose", "layer_norm", "group_norm", "batch_norm_linear", "lstm"]
-WITH_BIAS += ["gru_linear_before_reset", "rnn", "attention_separate", "squeeze_excitation", "unet_concat_skip", "mlp_sigmoid"]
+WITH_BIAS += [
+    "gru_linear_before_reset",
+    "rnn",
+    "attention_separate",
+    "squeeze_excitation",
+    "unet_concat_skip",
+    "mlp_sigmoid",
+]
 
 
 def _rng(name: str) -> np.random.Generator:
@@ -122,7 +137,12 @@ def test_behind_a_saturated_activation_rounding_passes_and_a_row_is_caught(last:
     out, low = rng.standard_normal((16, 3)) / 4, np.full(3, -16.0) if last == "Sigmoid" else np.array([30.0, 0, 0])
 
     def build(order: NDArray[Any], factor: float) -> ir.Model:
-        names = [("Gemm", ["x", "w", "b"], "h"), ("Relu", ["h"], "r"), ("Gemm", ["r", "v", "c"], "z"), (last, ["z"], "y")]
+        names = [
+            ("Gemm", ["x", "w", "b"], "h"),
+            ("Relu", ["h"], "r"),
+            ("Gemm", ["r", "v", "c"], "z"),
+            (last, ["z"], "y"),
+        ]
         nodes = [onnx.helper.make_node(op, inputs, [output]) for op, inputs, output in names]
         v = out.copy()
         v[:, 1] *= factor

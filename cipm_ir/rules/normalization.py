@@ -46,7 +46,8 @@ def batch_normalization(op: OpContext) -> None:
         rec.same(f.labels, y, beta.var)
         rec.equate(f.labels, ((gamma.var, 1), (y, -1)), sign=False)
         rec.equate(f.labels, ((gamma.var, 1), (y, 1), (f.var, 1)), scale=False)
-        op.variance(4, float(np.float32(op.attr("epsilon", 1e-5))))
+        # A file holds it in single precision, a program of torch in double: as it is, it is what runs.
+        op.variance(4, float(op.attr("epsilon", float(np.float32(1e-5)))))
     others = [fixed(g) for g in x.factors if g is not f]
     for g in others:
         op.pin(State(x.shape, (g,)), "spatial position under BatchNormalization")

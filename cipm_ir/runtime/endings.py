@@ -19,6 +19,8 @@ _SOFTMAX = {"Softmax", "LogSoftmax"}
 # Several inputs give the same output: what stands in front is compared only where the same operator made it.
 _LOSSY = {"Clip", "HardSigmoid", "Relu", "ThresholdedRelu", "ArgMax", "ArgMin", "TopK", "Hardmax", "Sign", "Round"}
 _LOSSY |= {"Floor", "Ceil", "Greater", "Less", "GreaterOrEqual", "LessOrEqual"}
+# Their kernels subtract numbers of size 1, so that small results are not better than those.
+_BOUNDED = {"Sigmoid", "Tanh", "Erf", "Softsign", "HardSigmoid", "Softmax"}
 _MOVES = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Cast", "Slice", "Split", "Gather"}
 _COPIES = {"Identity", "Dropout"}
 _MOST = 16
@@ -63,6 +65,18 @@ def endings(model: ir.Model) -> list[Ending]:
     """Return the values in front of each activation at the end of a model, the last activation first."""
     found = (ending for output in model.graph.outputs for ending in _before(model, output, output.name or ""))
     return list(itertools.islice(found, _MOST))
+
+
+def output_units(model: ir.Model) -> dict[str, float]:
+    """Return 1 for each output that a sigmoid or the like makes: the size of the numbers that its kernel rounds."""
+    found: dict[str, float] = {}
+    for output in model.graph.outputs:
+        node = output.producer()
+        while node is not None and node.op_type in _MOVES | _COPIES and node.inputs and node.inputs[0] is not None:
+            node = node.inputs[0].producer()
+        if node is not None and node.op_type in _BOUNDED:
+            found[output.name or ""] = 1.0
+    return found
 
 
 def _before(

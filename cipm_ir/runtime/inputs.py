@@ -51,7 +51,8 @@ class Recipe:
 
     Attributes:
         name: of what comes out, for messages.
-        floats: "normal", "uniform" in [0, 1), "pixels" (whole numbers 0 to 255), "zeros" or "ones".
+        floats: "normal", "uniform" in [0, 1), "pixels" (whole numbers 0 to 255), "waves" (a sine along the last axis),
+            "zeros" or "ones".
         factor: floats are multiplied by it.
         integers: "random", or "low" or "high" for the ends of their range; booleans are false and true there.
     """
@@ -67,6 +68,10 @@ class Recipe:
             made = np.asarray(rng.standard_normal(shape))
         elif self.floats == "uniform":
             made = np.asarray(rng.random(shape))
+        elif self.floats == "waves":
+            last = np.arange(shape[-1] if shape else 1) / max(shape[-1] if shape else 1, 1)
+            start, pace = rng.random((2, *shape[:-1], 1))
+            made = np.sin(2 * np.pi * (start + (1 + 7 * pace) * last)).reshape(shape)
         elif self.floats == "pixels":
             made = np.asarray(rng.integers(0, 256, shape), np.float64)
         else:
@@ -139,7 +144,7 @@ def _random_input(
         made = np.ones(shape) if recipe.integers == "high" else _mask(shape, rng)
         return np.asarray(made.astype(dtype.numpy()))
     if dtype == ir.DataType.BOOL:
-        return rng.random(shape) < {"low": 0.0, "high": 1.0}.get(recipe.integers, 0.5)
+        return np.asarray(rng.random(shape) < {"low": 0.0, "high": 1.0}.get(recipe.integers, 0.5))
     low, high = (0, bound) if bound is not None else (0, 2)
     if bound is None and dtype.bitwidth == 8:
         low, high = (0, 256) if dtype == ir.DataType.UINT8 else (-128, 128)

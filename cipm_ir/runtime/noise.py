@@ -4,7 +4,7 @@ Two programs of the same function round differently, and how much that shows dep
 plain product, a lot behind a cancellation, absolutely instead of relatively behind a saturated sigmoid. So the noise is
 measured, on the model itself and for each channel of each output, in two ways: the same model in other kernels, and
 Monte Carlo arithmetic (Parker, "Monte Carlo Arithmetic", 1997), in which every weight and input moves by at most one
-unit in the last place.
+unit in the last place and every sum of products is taken in another order.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ Array: TypeAlias = npt.NDArray[Any]
 
 DRAWS = 3
 """How many times weights and inputs are moved at random."""
+
+MORE_DRAWS = 12
+"""How many times more, where a difference is not much larger than the noise so far."""
 
 MULTIPLE = 4.0
 """Allowed is this multiple of the largest noise that was seen in a channel ..."""
@@ -94,8 +97,13 @@ def _exact(array: Array, kind: tuple[Any, int]) -> bool:
 
 
 def nudged_model(model: ir.Model, seed: tuple[int, ...]) -> ir.Model:
-    """Return a copy whose floating-point weights are moved as in `nudged`; each is evaluated when it is needed."""
+    """Return a copy that differs by rounding.
+
+    Its floating-point weights are moved as in `nudged`, each when it is needed, and its contractions sum in another
+    order.
+    """
     copy = model.clone()
+    _shuffle_sums(copy, np.random.default_rng(seed))
     position = 0
     for graph in all_graphs(copy):
         for value in graph.initializers.values():
@@ -109,6 +117,46 @@ def nudged_model(model: ir.Model, seed: tuple[int, ...]) -> ir.Model:
                 tensor = attribute.as_tensor()
                 node.attributes["value"] = ir.AttrTensor("value", _lazy(tensor, tensor.name or "", (*seed, position)))
     return copy
+
+
+def _shuffle_sums(model: ir.Model, rng: np.random.Generator) -> None:
+    """Permute both operands of each contraction along the axis that it sums over, in place."""
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for node in list(graph):
+            axes = _summed_axes(node)
+            if axes is None:
+                continue
+            size = _dims(node.inputs[1])[axes[1]]
+            order = ir.node("Constant", [], {"value": ir.tensor(rng.permutation(size))})
+            order.outputs[0].name = f"{node.outputs[0].name}.order"
+            graph.insert_before(node, order)
+            for place, axis in enumerate(axes):
+                gather = ir.node("Gather", [node.inputs[place], order.outputs[0]], {"axis": axis})
+                gather.outputs[0].name = f"{node.outputs[0].name}.ordered_{place}"
+                graph.insert_before(node, gather)
+                node.replace_input_with(place, gather.outputs[0])
+
+
+def _summed_axes(node: ir.Node) -> tuple[int, int] | None:
+    """The axes of both operands that a contraction sums over; None for other nodes, and where sizes are not known."""
+    if node.domain not in ("", "ai.onnx") or len(node.inputs) < 2:
+        return None
+    first, second = _dims(node.inputs[0]), _dims(node.inputs[1])
+    flag = node.attributes.get_int
+    if node.op_type == "MatMul" and len(first) > 1 and len(second) > 1:
+        axes = len(first) - 1, len(second) - 2
+    elif node.op_type == "Gemm" and len(second) == 2:
+        axes = (0 if flag("transA", 0) else 1), (1 if flag("transB", 0) else 0)
+    elif node.op_type in ("Conv", "ConvTranspose") and flag("group", 1) == 1 and len(second) > 1:
+        axes = 1, (1 if node.op_type == "Conv" else 0)
+    else:
+        return None
+    size = second[axes[1]]
+    return axes if isinstance(size, int) and size > 1 else None
+
+
+def _dims(value: ir.Value | None) -> tuple[Any, ...]:
+    return () if value is None or value.shape is None else tuple(value.shape)
 
 
 def _lazy(tensor: ir.TensorProtocol, name: str, seed: tuple[int, ...]) -> ir.TensorProtocol:
@@ -127,13 +175,15 @@ class Yardstick:
     """What one output of a model was on one input, and how far rounding moves it, per channel.
 
     A channel is an index of axis 1 or of the last axis; both are looked at, so that an entry is judged by the finer of
-    the two. An output of fewer than two axes is one channel.
+    the two.
 
     Attributes:
         expected: the output.
         noise: by axis (None: all in one), the largest |change| seen in each channel.
         scale: by axis, the largest finite |entry| of each channel.
         unstable: entries that rounding alone turns into NaN or infinity, or back; None where there are none.
+        unit: the least size that units in the last place are taken of: 1 behind a sigmoid, which is a difference of
+            numbers of this size to its kernel.
         flips: for integers: the largest number of entries that rounding alone changed.
     """
 
@@ -142,6 +192,7 @@ class Yardstick:
     scale: dict[int | None, Array] = field(default_factory=dict)
     unstable: Array | None = None
     flips: int = 0
+    unit: float = 0.0
 
     def __post_init__(self) -> None:
         if is_float(self.expected):
@@ -165,7 +216,8 @@ class Yardstick:
 
     def allowed(self, axis: int | None) -> Array:
         """Return how far each channel of an axis may move."""
-        return MULTIPLE * self.noise[axis] + ULPS * resolution(self.expected) * self.scale[axis]
+        size = np.maximum(self.scale[axis], self.unit)
+        return np.asarray(MULTIPLE * self.noise[axis] + ULPS * resolution(self.expected) * size)
 
 
 def settle(sticks: list[Yardstick]) -> None:
@@ -189,8 +241,8 @@ def settle(sticks: list[Yardstick]) -> None:
 
 
 def channel_axes(ndim: int) -> tuple[int | None, ...]:
-    """Return the axes whose indices are channels; (None,) for an output that is one channel."""
-    return (None,) if ndim < 2 else tuple({1, ndim - 1})
+    """Return the axes whose indices are channels; (None,) for a single number."""
+    return (None,) if ndim == 0 else tuple({min(1, ndim - 1), ndim - 1})
 
 
 def by_channel(size: Array, axis: int | None) -> Array:

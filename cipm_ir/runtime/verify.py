@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from cipm_ir.errors import CipmError, InputError, UnsupportedError
 from cipm_ir.runtime.compare import MEASURED, Case, Outputs, Reference, Tolerance, Verification
-from cipm_ir.runtime.endings import Ending, common_endings, endings
+from cipm_ir.runtime.endings import Ending, common_endings, endings, output_units
 from cipm_ir.runtime.graphs import all_graphs
 from cipm_ir.runtime.inputs import (
     Data,
@@ -26,10 +26,21 @@ from cipm_ir.runtime.inputs import (
     true_inputs,
 )
 from cipm_ir.runtime.integer_products import computes_in_integers, processor_saturates
-from cipm_ir.runtime.noise import DRAWS, nudged, nudged_model
+from cipm_ir.runtime.noise import DRAWS, MORE_DRAWS, nudged, nudged_model
 from cipm_ir.runtime.session import Backend, Runner
 
-__all__ = ["RECIPES", "OnnxVariants", "Tolerance", "Verification", "Verifier", "own_cases", "verify_models"]
+__all__ = [
+    "BATCHES",
+    "RECIPES",
+    "OnnxVariants",
+    "Tolerance",
+    "Verification",
+    "Verifier",
+    "affordable_cases",
+    "own_cases",
+    "tried",
+    "verify_models",
+]
 
 RECIPES = (
     Recipe("random"),
@@ -38,6 +49,7 @@ RECIPES = (
     Recipe("random x 32", factor=32.0),
     Recipe("ones", "ones", integers="high"),
     Recipe("uniform", "uniform"),
+    Recipe("waves", "waves"),
     Recipe("pixels", "pixels"),
 )
 """The inputs of our own, in order of importance: where a model is slow, the last ones are left out."""
@@ -48,9 +60,13 @@ _RANDOM_OPS = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUnifo
 _SIZES = ((2, 8, None), (1, 8, None), (2, 32, None), (1, 64, None), (1, 224, None), (1, 1, None), (1, 16, 2), (3, 3, 2))
 _LONG = (128, 64, 32, 16)
 _LONG_ENTRIES = 1 << 19
+_SAMPLES = 16
+_SAMPLES_ENTRIES = 1 << 16
 _SECONDS = 10.0
 _LEAST = 3
-_BATCHES = 3
+BATCHES = 3
+"""So many batches of data are looked at."""
+
 _LONG_COST = 200
 _LARGE = 256 << 20
 
@@ -70,7 +86,7 @@ class Verifier:
 
     def __init__(self, model: ir.Model, *, data: Data | None = None, seed: int = 0, cases: int | None = None) -> None:
         self._model, self._seed, self._cases = model, seed, cases
-        self._given = [] if data is None else list(itertools.islice(batches(data, model), cases or _BATCHES))
+        self._given = [] if data is None else list(itertools.islice(batches(data, model), cases or BATCHES))
         self._endings = endings(model)
         self._made: Reference | None = None
 
@@ -155,9 +171,14 @@ def verify_models(
 class OnnxVariants:
     """An ONNX model, run plainly, with all of onnxruntime's optimizations, and with weights and inputs moved."""
 
-    def __init__(self, model: ir.Model, found: Sequence[Ending], seed: int, backend: str) -> None:
-        self._model, self._seed, self.backend = model, seed, backend
+    def __init__(self, model: ir.Model, found: Sequence[Ending], seed: int, backend: Backend | None) -> None:
+        self._model, self._seed, self._backend = model, seed, backend
         self._pairs = [(ending, ending) for ending in found]
+
+    @property
+    def backend(self) -> str:
+        """What runs the model."""
+        return self._backend or "onnxruntime"
 
     def others(self) -> Sequence[str]:
         """Return the names of all ways to run but the plain one."""
@@ -168,6 +189,10 @@ class OnnxVariants:
         exact = self.backend == "onnxruntime" and not (processor_saturates() and computes_in_integers(self._model))
         return ["optimized", *draws] if exact else draws
 
+    def more(self) -> Sequence[str]:
+        """Return further names, for cases of doubt."""
+        return [f"draw {k}" for k in range(DRAWS, DRAWS + MORE_DRAWS)]
+
     def outputs(self, feeds: Sequence[Feeds], way: str = "") -> Iterator[Outputs]:
         """Run on each of several inputs; "" is the plain way."""
         draw = int(way.removeprefix("draw ")) if way.startswith("draw ") else None
@@ -176,7 +201,7 @@ class OnnxVariants:
         if draw is not None:
             model = nudged_model(model, seeds)
         fast, extra = way == "optimized", _values(self._pairs)
-        with Runner(model, extra_outputs=extra, backend=self.backend, fast=fast) as runner:  # type: ignore[arg-type]
+        with Runner(model, extra_outputs=extra, backend=self._backend, fast=fast) as runner:
             for one in feeds:
                 moved = one if draw is None else {name: nudged(x, rng) for name, x in one.items()}
                 yield _with_endings(runner.run(moved), model, self._pairs)
@@ -206,7 +231,7 @@ def _reference(
         except CipmError:
             if not given:
                 raise
-    return Reference(OnnxVariants(model, found, seed, runner.backend), made)
+    return Reference(OnnxVariants(model, found, seed, runner.backend), made, units=output_units(model))
 
 
 def own_cases(
@@ -220,9 +245,7 @@ def own_cases(
     start = time.perf_counter()
     made = [Case(RECIPES[0].name, feeds, run(feeds))]
     seconds = time.perf_counter() - start
-    # The plain run, its variants and the other model: all of them for each case.
-    affordable = int(_SECONDS / (max(seconds, 1e-6) * (3 + DRAWS)))
-    most = max(affordable, _LEAST) if most is None else most
+    most = affordable_cases(seconds) if most is None else most
     values = true_inputs(model)
     if not values:
         return made
@@ -231,10 +254,16 @@ def own_cases(
     for place, recipe in enumerate(recipes[: most - 1]):
         drawn = random_inputs(model, rng, batch, free_size=free_size, index_limit=limit, recipe=recipe)
         drawn |= overrides(model, rng) if place % 2 == 0 else {}
-        made += _tried(recipe.name, drawn, run)
+        made += tried(recipe.name, drawn, run)
     if len(made) < most and seconds * _LONG_COST < _SECONDS:
         made += _long(model, run, rng, limit)
     return made
+
+
+def affordable_cases(seconds: float) -> int:
+    """Return how many inputs of our own there is time for, given the seconds of one run."""
+    # The plain run, its variants and the other model: all of them for each case.
+    return max(int(_SECONDS / (max(seconds, 1e-6) * (3 + DRAWS))), _LEAST)
 
 
 def _accepted(
@@ -248,8 +277,24 @@ def _accepted(
         except InputError as error:
             first = first or error
         else:
-            return batch, free_size, limit, feeds
+            return _more_samples(model, run, rng, (batch, free_size, limit, feeds))
     raise first or InputError("No random inputs were tried.")
+
+
+def _more_samples(
+    model: ir.Model,
+    run: Callable[[Feeds], Outputs],
+    rng: np.random.Generator,
+    found: tuple[int, int, int | None, Feeds],
+) -> tuple[int, int, int | None, Feeds]:
+    """Take a larger batch where the model takes one and it is small: units that are rarely active show then."""
+    batch, free_size, limit, feeds = found
+    if batch < 2 or sum(x.size for x in feeds.values()) * _SAMPLES // batch > _SAMPLES_ENTRIES:
+        return found
+    more = random_inputs(model, rng, _SAMPLES, free_size=free_size, index_limit=limit)
+    if {name: x.shape for name, x in more.items()} == {name: x.shape for name, x in feeds.items()}:
+        return found
+    return (_SAMPLES, free_size, limit, more) if tried("", more, run) else found
 
 
 def _long(model: ir.Model, run: Callable[[Feeds], Outputs], rng: np.random.Generator, limit: int | None) -> list[Case]:
@@ -259,12 +304,12 @@ def _long(model: ir.Model, run: Callable[[Feeds], Outputs], rng: np.random.Gener
     for free_size in _LONG:
         batch = min(max(2, -(-largest_table(model) // free_size)), 64)
         feeds = random_inputs(model, rng, batch, free_size=free_size, index_limit=limit)
-        if sum(x.size for x in feeds.values()) <= _LONG_ENTRIES and (made := _tried("random, long", feeds, run)):
+        if sum(x.size for x in feeds.values()) <= _LONG_ENTRIES and (made := tried("random, long", feeds, run)):
             return made
     return []
 
 
-def _tried(label: str, feeds: Feeds, run: Callable[[Feeds], Outputs]) -> list[Case]:
+def tried(label: str, feeds: Feeds, run: Callable[[Feeds], Outputs]) -> list[Case]:
     """Return the case, or nothing where the model does not take such an input."""
     try:
         return [Case(label, feeds, run(feeds))]

@@ -280,7 +280,9 @@ class LogMel(nn.Module):
         centre = torch.linspace(1, size // 2, bands)[:, None]
         self.register_buffer("mel", torch.relu(1 - (torch.arange(size // 2 + 1) - centre).abs() / 4))
         self.norm = nn.BatchNorm1d(bands)
-        self.net = nn.Sequential(nn.Conv1d(bands, 24, 5, padding=2), nn.ReLU(), nn.Conv1d(24, 24, 3, padding=1), nn.ReLU())
+        self.net = nn.Sequential(
+            nn.Conv1d(bands, 24, 5, padding=2), nn.ReLU(), nn.Conv1d(24, 24, 3, padding=1), nn.ReLU()
+        )
         self.out = nn.Linear(24, 5)
 
     def forward(self, wave: Tensor) -> Tensor:
@@ -346,7 +348,11 @@ class Speech(nn.Module):
         super().__init__()
         self.first, self.norm = nn.Conv1d(1, 16, 10, 5, bias=False), nn.GroupNorm(16, 16)
         self.second, self.project = nn.Conv1d(16, 16, 3, 2, bias=False), nn.Linear(16, _WIDTH)
-        self.block, self.middle, self.out = Block(Attention(), _feed(), _layer_norm, False), nn.LayerNorm(16), nn.Linear(_WIDTH, 8)
+        self.block, self.middle, self.out = (
+            Block(Attention(), _feed(), _layer_norm, False),
+            nn.LayerNorm(16),
+            nn.Linear(_WIDTH, 8),
+        )
 
     def forward(self, wave: Tensor) -> Tensor:
         x = F.gelu(self.second(F.gelu(self.norm(self.first(wave[:, None])))))

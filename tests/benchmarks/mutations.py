@@ -149,7 +149,9 @@ def _print(done: list[Trial], alarms: list[str], unmoved: int, unverified: int, 
     for alarm in alarms:
         print(f"false alarm: {alarm}")
     for verdict in ("visible", "unknown", "not verified", *(f"caught, {v}" for v in HIDDEN), *HIDDEN[1:]):
-        for trial in sorted((t for t in done if t.verdict == verdict), key=lambda t: -(t.effect.ratio if t.effect else 0)):
+        for trial in sorted(
+            (t for t in done if t.verdict == verdict), key=lambda t: -(t.effect.ratio if t.effect else 0)
+        ):
             print(f"{verdict}: {trial}")
     for trial in (t for t in done if t.verdict == "equivalent"):
         print(f"equivalent: {trial.model}, {trial.edit}")

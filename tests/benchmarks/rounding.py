@@ -1,5 +1,6 @@
 """A model's own rounding, measured by onnxruntime's optimizations and by weights and inputs moved by half a unit in the
-last place; and how far another model's outputs lie from it, as a multiple of that, channel by channel."""
+last place; and how far another model's outputs lie from it, as a multiple of that, channel by channel.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ class Reference:
         rng = np.random.default_rng([seed, 5])
         plain = Single(model)
         outputs = [plain.run(given) for _, given in feeds]
-        rounding: list[Outputs] = [{key: np.zeros_like(by_channel(value)) for key, value in one.items()} for one in outputs]
+        rounding: list[Outputs] = [
+            {key: np.zeros_like(by_channel(value)) for key, value in one.items()} for one in outputs
+        ]
         for k in range(draws + 1):
             try:
                 runner = Single(model, optimized=True) if k == 0 else Single(nudged(model, rng))
