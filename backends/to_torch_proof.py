@@ -244,10 +244,11 @@ class _Explanation:
                 name = "" if extra is None else f" tensor {extra.name!r}"
                 return f"{_node(one)} of the program has an input{name} for which its forward has no place"
             pairs = zip(one.inputs, other.inputs, strict=False)
-            apart = next(((p, q) for p, q in pairs if self._differ(p, q)), None)
-            if apart is None or apart[0] is None or apart[1] is None:
+            apart = next((pair for pair in pairs if self._differ(*pair)), None)
+            p, q = apart or (None, None)
+            if p is None or q is None:
                 return f"{_node(one)} of the program has other attributes or inputs in its forward"
-            a, b = apart
+            a, b = p, q
 
     def _differ(self, a: ir.Value | None, b: ir.Value | None) -> bool:
         if a is None or b is None:
@@ -256,12 +257,14 @@ class _Explanation:
 
     def _said(self, value: ir.Value, wanted: bool) -> str:
         node, number = _producer(value), (self.first if wanted else self.second)[value]
-        held = self.held.get(number) if node is not None else _held(value)
+        held: Array | None = self.held.get(number) if node is not None else _held(value)
         small = f" = {held.tolist()}" if held is not None and held.size <= _SHOWN else ""
-        if node is None and held is None:
+        if node is not None:
+            what = _node(node)
+        elif held is None:
             what = f"input {value.name!r}"
         else:
-            what = _node(node) if node is not None else f"tensor {value.name!r} of shape {list(np.shape(held))}"
+            what = f"tensor {value.name!r} of shape {list(held.shape)}"
         return f"{'the program has ' if wanted else ''}{what}{small}"
 
 

@@ -98,7 +98,7 @@ def test_a_module_as_it_is_constructed(name: str) -> None:
 
 
 def test_layers_that_do_not_train_keep_that() -> None:
-    module = drawn(mlp).train()
+    module: Any = drawn(mlp).train()
     module[3].eval()
     result = cipm_ir.optimize(module, ["canonicalize"], example_inputs=(torch.randn(5, 6),))
     assert [m.training for m in result.model.modules()] == [m.training for m in module.modules()]
@@ -316,13 +316,11 @@ def edited(change: Callable[[Any], None]) -> str:
 
 
 def test_modules_that_are_something_else() -> None:
-    def hook(m: nn.Module) -> None:
+    def hook(m: Any) -> None:
         m.last.register_forward_hook(lambda _, args, out: 2 * out)
 
     assert edited(lambda m: None) == ""
-    assert "shift" in edited(lambda m: setattr(m, "shift", 0.25)) or "0.25" in edited(
-        lambda m: setattr(m, "shift", 0.25)
-    )
+    assert "0.25" in edited(lambda m: setattr(m, "shift", 0.25))
     assert "LayerNormalization" in edited(lambda m: setattr(m.norm, "eps", 1e-5))
     assert "last.weight" in edited(lambda m: m.last.weight[0, 0].add_(1e-6))
     assert edited(lambda m: setattr(m.first, "bias", None))
@@ -418,7 +416,7 @@ def test_hooks_and_replaced_forwards_are_read(what: str, where: str) -> None:
         one.register_forward_pre_hook(lambda _, args: (args[0] + 1,))
     else:
         old = one.forward
-        one.forward = lambda input: old(input) * 3  # type: ignore[method-assign]
+        one.forward = lambda input: old(input) * 3
     for passes in ("canonicalize", "prune{macs=0.8}"):
         result = cipm_ir.optimize(module, [passes], example_inputs=(like,))
         wanted = module if passes == "canonicalize" else result.program.origin.graph(result.program.emit())  # type: ignore[union-attr]
