@@ -19,7 +19,7 @@ from cipm_ir.errors import CipmError, InputError
 from cipm_ir.runtime.compare import Array, Case, Outputs, Reference, compare
 from cipm_ir.runtime.inputs import Feeds
 from cipm_ir.runtime.noise import DRAWS, MORE_DRAWS, by_channel, difference, nudged
-from cipm_ir.runtime.torch_modes import evaluating
+from cipm_ir.runtime.torch_modes import evaluating, unchanged
 
 __all__ = ["Side", "as_array", "cases_like", "computes_otherwise", "first_line", "in_mode", "inputs_like", "near"]
 
@@ -207,12 +207,6 @@ def near(reference: Reference, actual: Sequence[Outputs]) -> bool:
 
 def in_mode(module: nn.Module, call: Callable[[Any], Any]) -> Any:
     """Call in evaluation mode, random numbers the same each time; everything gets its own state back."""
-    buffers = {name: b.clone() for name, b in module.named_buffers()}
-    try:
-        with evaluating(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return call(module)
-    finally:
-        for name, b in module.named_buffers():
-            if name in buffers and not torch.equal(b, buffers[name]):
-                b.copy_(buffers[name])
+    with evaluating(module), unchanged(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return call(module)

@@ -12,7 +12,8 @@ from cipm_ir.errors import CipmError, InputError, OptionError, UnsupportedError
 from cipm_ir.frontends.from_torch_capture import METHODS, Traced, from_exported, from_graph_module, from_module
 from cipm_ir.frontends.from_torch_lowering import Lowerer
 from cipm_ir.ir.capture import Capture
-from cipm_ir.runtime.torch_modes import evaluating
+from cipm_ir.runtime.quiet import quiet
+from cipm_ir.runtime.torch_modes import evaluating, unchanged
 
 
 def load_torch(
@@ -62,7 +63,8 @@ def _load(source: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_sh
 
     def read_again(made: Any) -> Capture:
         again = capture.method if kind == "module" and isinstance(made, nn.Module) else "auto"
-        return load_torch(made, args, kwargs, dynamic_shapes, again)
+        with quiet(), unchanged(made):
+            return load_torch(made, args, kwargs, dynamic_shapes, again)
 
     capture.read_again = read_again
     return capture

@@ -432,6 +432,40 @@ def test_a_program_that_was_exported_while_it_trained() -> None:
         assert ("exported while it trained" in said) == trains == (not result.program.spaces)
 
 
+class Counting(nn.Module):
+    """Forward counts its calls and keeps what it computed last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.calls, self.kept = nn.Linear(6, 10), nn.Linear(10, 4), 0, None
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls += 1
+        self.kept = torch.relu(self.first(x))
+        return self.last(self.kept)
+
+
+def test_proving_leaves_no_traces() -> None:
+    made = cipm_ir.optimize(Counting().eval(), ["canonicalize"], example_inputs=(torch.randn(5, 6),)).model
+    assert isinstance(made, Counting) and made.calls == 0 and made.kept is None
+
+
+@pytest.mark.parametrize("method", ["symbolic", "export"])
+def test_open_sizes(method: str) -> None:
+    """Where sizes are open, what is computed from them is compared as it is computed."""
+    build, like = NETS["attention, scale kept"]
+    if method == "symbolic":
+        build, like = NETS["mlp"]
+    dynamic = ({0: torch.export.Dim("batch", min=2, max=64)},)
+    result = cipm_ir.optimize(
+        drawn(build), ["canonicalize"], example_inputs=(like,), dynamic_shapes=dynamic, method=method
+    )
+    made = result.emitted
+    assert made is not None and (made.form, made.proof) == ("module", "same graph")
+    other = torch.cat([like, like + 1, like - 1])
+    assert apart(run(drawn(build), other), run(made.object, other)) <= NEAR
+
+
 # --- files ----------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Training and evaluation mode of torch modules."""
+"""Torch modules that are run or read: in evaluation mode, and left as they were."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -24,3 +25,22 @@ def evaluating(source: Any) -> Iterator[None]:
     finally:
         for m, mode in modes.items():
             m.training = mode
+
+
+@contextlib.contextmanager
+def unchanged(source: Any) -> Iterator[None]:
+    """Give a module back what running its code changes, which may count calls or keep results."""
+    modules = list(source.modules()) if isinstance(source, nn.Module) else []
+    held = [[(d, dict(d)) for d in (vars(m), m._parameters, m._buffers, m._modules)] for m in modules]
+    buffers = [(b, b.detach().clone()) for b in (source.buffers() if modules else ()) if not b.is_meta]
+    try:
+        yield
+    finally:
+        for own, before in (pair for pairs in held for pair in pairs):
+            if own.keys() != before.keys() or any(own[k] is not v for k, v in before.items()):
+                own.clear()
+                own.update(before)
+        with torch.no_grad():
+            for buffer, old in buffers:
+                if buffer.layout == torch.strided and not torch.equal(buffer, old):
+                    buffer.copy_(old)
