@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 from onnx.reference.op_run import OpRun
-from onnx.reference.ops.op_conv_transpose import ConvTranspose as _OneGroup
+from onnx.reference.ops.op_conv_transpose import ConvTranspose as _ConvTranspose
 from scipy.special import erf
 from tests.zoo.feeds import RampUp
 
@@ -42,16 +42,16 @@ class LRN(OpRun):
         return ((x / (bias + alpha / size * total) ** beta).astype(x.dtype),)
 
 
-class ConvTranspose(_OneGroup):  # type: ignore[misc]
+class ConvTranspose(OpRun):
     """One group after the other; the evaluator's own fails for several."""
 
-    def _run(self, X: Array, W: Array, B: Array | None = None, **attributes: Any) -> tuple[Array]:
-        group = attributes.pop("group", None) or 1
+    def _run(self, x: Array, w: Array, b: Array | None = None, group: int = 1, **attributes: Any) -> tuple[Array]:
+        one: Any = _ConvTranspose(self.onnx_node, self.run_params)
         parts = []
-        for x, w in zip(np.split(X, group, axis=1), np.split(W, group, axis=0), strict=True):
-            parts.append(super()._run(x, w, None, group=1, **attributes)[0])
+        for part, kernel in zip(np.split(x, group or 1, axis=1), np.split(w, group or 1, axis=0), strict=True):
+            parts.append(one._run(part, kernel, None, group=1, **attributes)[0])
         y = np.concatenate(parts, axis=1)
-        return (y if B is None else y + B.reshape(-1, *[1] * (y.ndim - 2)),)
+        return (y if b is None else y + b.reshape(-1, *[1] * (y.ndim - 2)),)
 
 
 class BiasGelu(OpRun):

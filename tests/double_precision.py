@@ -1,8 +1,8 @@
 """What a model computes in double precision, and how far an edit moves that against the model's own rounding.
 
-Independent of the verification that it judges: ONNX's reference evaluator on a copy whose floats are all doubles, beside
-a run in single precision. An edit that moves no output is equivalent; one that moves every channel of every output by
-less than the rounding there cannot be seen from outside.
+Independent of the verification that it judges: ONNX's reference evaluator on a copy whose floats are all doubles,
+beside a run in single precision. An edit that moves no output is equivalent; one that moves every channel of every
+output by less than the rounding there cannot be seen from outside.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ class Effect:
     """How far an edit moves the outputs.
 
     Attributes:
-        verdict: "equivalent", "below rounding", "near rounding", "visible"; "unknown" where no double-precision run works.
+        verdict: "equivalent", "below rounding", "near rounding", "visible"; "unknown" where double precision fails.
         ratio: the largest of (move of a channel) / (rounding of that channel), over outputs, channels and inputs.
         where: the input and the output of the largest ratio, or why it is unknown.
     """
@@ -309,4 +309,4 @@ def by_channel(array: Array) -> Array:
     if array.ndim < 2:
         return array
     axis = array.ndim - 1 if array.shape[-1] >= array.shape[1] else 1
-    return np.max(array, axis=tuple(a for a in range(array.ndim) if a != axis), initial=0.0)
+    return np.asarray(np.max(array, axis=tuple(a for a in range(array.ndim) if a != axis), initial=0.0))

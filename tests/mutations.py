@@ -1,7 +1,7 @@
 """Single edits of a model that a verification should see: a wrong row, a lost bias, a wrong epsilon, a wrong edge.
 
-`mutate(model, kind, rng)` edits a copy at a random place, `mutate(model, kind, rng, name)` at one tensor or node. Whether an edit
-changes what the model computes is not known here: `tests.double_precision` measures it.
+`mutate(model, kind, rng)` edits a copy at a random place, `mutate(model, kind, rng, name)` at one tensor or node.
+Whether an edit changes what the model computes is not known here: `tests.double_precision` measures it.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ class Parameter:
         dtype = self.array.dtype
         if dtype.kind in "iu":
             array = np.clip(np.rint(array), np.iinfo(dtype).min, np.iinfo(dtype).max)
-        tensor = ir.tensor(np.asarray(array).astype(dtype), name=self.name)
+        with np.errstate(over="ignore", invalid="ignore"):
+            tensor = ir.tensor(np.asarray(array).astype(dtype), name=self.name)
         if isinstance(self.holder, ir.Value):
             self.holder.const_value = tensor
         else:
@@ -251,7 +252,7 @@ def _attribute(model: ir.Model, rng: Generator, name: str | None) -> tuple[str, 
     if chosen is None:
         return None
     node, _, (key, old, new) = chosen
-    node.attributes[key] = ir.from_proto(onnx.helper.make_attribute(key, new))
+    node.attributes[key] = ir.serde.deserialize_attribute(onnx.helper.make_attribute(key, new))
     return _label(node), f"{key} of {node.op_type} {old} became {new}"
 
 

@@ -1,6 +1,6 @@
 """What a verification must see, as small as it is: a weight, a bias, an epsilon, a channel; and what it must let pass.
 
-Where an edit is not seen, a run in double precision must show that it moves no output, or hardly more than rounding does.
+Where an edit is not seen, a run in double precision must show that it moves no output, or hardly more than rounding.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from tests.mutations import Mutant, mutate, weights
 from cipm_ir.runtime.verify import verify_models
 from cipm_ir.symmetry.program import Program
 
-MODELS = zoo.names("synthetic", without=("reference",))
+# Between the steps of a quantization an edit shows only where a value lies beside a step, so no small edit is sure to.
+MODELS = zoo.names("synthetic", without=("reference", "quantized"))
 WITH_NORM = [
     "batch_norm_relu",
     "batch_norm_1d",

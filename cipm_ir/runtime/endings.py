@@ -68,8 +68,11 @@ def endings(model: ir.Model) -> list[Ending]:
 
 
 def output_units(model: ir.Model) -> dict[str, float]:
-    """Return 1 for each output that a sigmoid or the like makes: the size of the numbers that its kernel rounds."""
-    found: dict[str, float] = {}
+    """Return 1 for each output that a sigmoid or the like makes: the size of the numbers that its kernel rounds.
+
+    And for what stands in front of a softmax, which resolves differences of its inputs on that scale.
+    """
+    found = {ending.name: 1.0 for ending in endings(model) if ending.softmax is not None}
     for output in model.graph.outputs:
         node = output.producer()
         while node is not None and node.op_type in _MOVES | _COPIES and node.inputs and node.inputs[0] is not None:

@@ -126,7 +126,7 @@ def _shuffle_sums(model: ir.Model, rng: np.random.Generator) -> None:
             axes = _summed_axes(node)
             if axes is None:
                 continue
-            size = _dims(node.inputs[1])[axes[1]]
+            size = next(size for size in _sizes(node, axes) if isinstance(size, int))
             order = ir.node("Constant", [], {"value": ir.tensor(rng.permutation(size))})
             order.outputs[0].name = f"{node.outputs[0].name}.order"
             graph.insert_before(node, order)
@@ -141,18 +141,24 @@ def _summed_axes(node: ir.Node) -> tuple[int, int] | None:
     """The axes of both operands that a contraction sums over; None for other nodes, and where sizes are not known."""
     if node.domain not in ("", "ai.onnx") or len(node.inputs) < 2:
         return None
-    first, second = _dims(node.inputs[0]), _dims(node.inputs[1])
+    second = _dims(node.inputs[1])
     flag = node.attributes.get_int
-    if node.op_type == "MatMul" and len(first) > 1 and len(second) > 1:
-        axes = len(first) - 1, len(second) - 2
+    if node.op_type == "MatMul" and len(second) > 1:
+        axes = -1, len(second) - 2
     elif node.op_type == "Gemm" and len(second) == 2:
         axes = (0 if flag("transA", 0) else 1), (1 if flag("transB", 0) else 0)
     elif node.op_type in ("Conv", "ConvTranspose") and flag("group", 1) == 1 and len(second) > 1:
         axes = 1, (1 if node.op_type == "Conv" else 0)
     else:
         return None
-    size = second[axes[1]]
-    return axes if isinstance(size, int) and size > 1 else None
+    known = [size for size in _sizes(node, axes) if isinstance(size, int)]
+    return axes if known and known[0] > 1 else None
+
+
+def _sizes(node: ir.Node, axes: tuple[int, int]) -> list[Any]:
+    """What is known of the size of the axis that is summed over, from the second operand first."""
+    found = [(_dims(node.inputs[place]), axes[place]) for place in (1, 0)]
+    return [dims[axis] for dims, axis in found if dims]
 
 
 def _dims(value: ir.Value | None) -> tuple[Any, ...]:

@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.detection [--nets NAME,...] [--rows 1] [--gauges 10] [--seed 0] [--folder DIR] [--act]
 
-Small transformers, convolution nets and audio nets (`detection_nets`). In a copy one row of one tensor (one entry of a
-vector) is 1% too large: `rows` copies for every float tensor of more than one entry. A copy in another gauge is a random
-element of the model's whole group, or the result of an exact pass. With ``--act`` the edited copies are in another gauge
-too. What is missed is measured in double precision: equivalent, below or near rounding, or visible.
+Small transformers, convolution nets and audio nets (`detection_nets`). In a copy one row of one tensor (one entry of
+a vector) is 1% too large: `rows` copies for every float tensor of more than one entry. A copy in another gauge is a
+random element of the model's whole group, or the result of an exact pass. With ``--act`` the edited copies are in
+another gauge too. What is missed is measured in double precision: equivalent, below or near rounding, or visible.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from cipm_ir.errors import CipmError
 from cipm_ir.runtime.verify import verify_models
 from cipm_ir.symmetry.program import Program
 
+_WRONG = "no false alarm, the copy is wrong:"
 _EXACT = ("clean-up", "fold-batch-norm", "canonicalize", "expose", "equalize")
 
 
@@ -55,11 +56,18 @@ def other_gauges(model: ir.Model, count: int, seed: int) -> Iterator[tuple[str, 
 
 
 def alarms(model: ir.Model, count: int, seed: int) -> list[Found]:
-    """Verify right copies; each should be found equal."""
+    """Verify right copies; each should be found equal. Double precision tells whether a refused one is right."""
+    feeds = probes(model, seed)
     made = []
     for name, copy in other_gauges(model, count, seed):
         found = verify_models(model, copy, seed=seed)
-        made.append(Found(name, None if found.ok is None else not found.ok, str(found)))
+        refused = None if found.ok is None else not found.ok
+        why = str(found)
+        if refused or name in _EXACT:
+            measured = effect(model, model, copy, feeds)
+            if measured.verdict == "visible":
+                why = f"{_WRONG} {measured}; {found}"
+        made.append(Found(name, refused, why))
     return made
 
 
@@ -92,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--act", action="store_true", help="edit copies in another gauge")
     given = parser.parse_args(arguments)
     given.folder.mkdir(exist_ok=True)
-    totals: Counter[str] = Counter()
+    totals: Counter[tuple[str, int]] = Counter()
     missed, wrong = [], []
     print("| kind | net | caught | of | equivalent or near rounding | false alarms | of | s |")
     print("|---|---|---|---|---|---|---|---|")
@@ -101,17 +109,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = ir.from_proto(detection_nets.build(name, given.folder))
         same, edited = alarms(model, given.gauges, given.seed), edits(model, given.rows, given.seed, given.act)
         hidden = sum(one.told is not True and one.why.startswith(HIDDEN) for one in edited)
-        caught, false = sum(one.told is True for one in edited), sum(one.told is True for one in same)
+        caught = sum(one.told is True for one in edited)
+        false = sum(one.told is True and not one.why.startswith(_WRONG) for one in same)
         kind = detection_nets.SPECS[name].kind
         line = caught, len(edited), hidden, false, len(same)
         print(f"| {kind} | {name} | {' | '.join(map(str, line))} | {time.perf_counter() - start:.1f} |", flush=True)
         for group in (kind, "all"):
-            totals.update({(group, k): number for k, number in enumerate(line)})  # type: ignore[dict-item]
+            totals.update({(group, k): number for k, number in enumerate(line)})
         missed += [f"missed: {name}, {one.copy} [{one.why}]" for one in edited if one.told is not True]
-        wrong += [f"false alarm: {name}, {one.copy}: {one.why}" for one in same if one.told is True]
+        wrong += [f"false alarm: {name}, {one.copy}: {one.why}" for one in same if one.told or _WRONG in one.why]
         wrong += [f"not verified: {name}, {one.copy}: {one.why}" for one in same if one.told is None]
     for group in ("transformer", "convolution", "audio", "all"):
-        print(f"| {group} | | {' | '.join(str(totals[group, k]) for k in range(5))} | |")  # type: ignore[index]
+        print(f"| {group} | | {' | '.join(str(totals[group, k]) for k in range(5))} | |")
     print("\n".join([*wrong, *sorted(missed, key=lambda text: "equivalent" in text)]))
 
 
