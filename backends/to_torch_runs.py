@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ class Side:
             InputError: it does not run.
         """
         if not way.startswith("draw "):
-            with torch.backends.mkldnn.flags(enabled=way != "other kernels"):
+            with _without_onednn() if way == "other kernels" else contextlib.nullcontext():
                 yield from map(self.run, feeds)
             return
         rng = np.random.default_rng((self.seed, int(way.removeprefix("draw "))))
@@ -115,6 +116,17 @@ class Side:
             raise InputError(f"torch cannot run the program: {first_line(error)}.") from error
         outputs = [x for x in pytree.tree_leaves(made) if isinstance(x, torch.Tensor)]
         return {f"output {k}": as_array(x) for k, x in enumerate(outputs)}
+
+
+@contextlib.contextmanager
+def _without_onednn() -> Iterator[None]:
+    """Torch's own kernels. The public switch sets TF32 too, and warns where there is none."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
 
 
 def as_array(x: torch.Tensor) -> Array:
