@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -58,6 +59,7 @@ def save_onnx(
     external: bool | None = None,
     source_external: bool = False,
     threshold_bytes: int = DEFAULT_THRESHOLD,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write `path`, and `path + ".data"` beside it where the weights are external data.
 
@@ -70,6 +72,7 @@ def save_onnx(
             Above protobuf's limit of 2 GB the weights are external in any case.
         source_external: the source had external data.
         threshold_bytes: the total size of the weights from which on they go to external data.
+        check: gets the finished file, its data beside it, before it is put in its place; what it raises stops that.
 
     Raises:
         OutputError: nothing was written; what was there before is untouched.
@@ -85,17 +88,17 @@ def save_onnx(
     if outside:
         _check_target(data, f"{os.fspath(path)}.data")
     try:
-        with _temporary(target) as temporary:
-            if not outside:
+        with _scratch(target) as folder:
+            temporary, temporary_data = folder / target.name, folder / data.name
+            if outside:
+                _write_data(slots, temporary_data, data.name)
+            else:
                 for slot in slots:
                     slot.put(_embedded(slot))
-                _write_proto(_serialize(copy), temporary)
-                _replace([(temporary, target)])
-            else:
-                with _temporary(data) as temporary_data:
-                    _write_data(slots, temporary_data, data.name)
-                    _write_proto(_serialize(copy), temporary)
-                    _replace([(temporary_data, data), (temporary, target)])
+            _write_proto(_serialize(copy), temporary)
+            if check is not None:
+                check(temporary)
+            _replace([*([(temporary_data, data)] if outside else []), (temporary, target)])
     except Exception as error:
         cause = _root(error)
         if isinstance(cause, CipmError):
@@ -242,14 +245,14 @@ def _check_target(target: Path, shown: str | os.PathLike[str]) -> None:
 
 
 @contextlib.contextmanager
-def _temporary(target: Path) -> Iterator[Path]:
-    """The name of a temporary file beside `target`; whatever lies there at the end is removed."""
-    temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
+def _scratch(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target`, so that files keep their names until they are moved; removed at the end."""
+    folder = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
+    folder.mkdir()
     try:
-        yield temporary
+        yield folder
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_proto(proto: onnx.ModelProto, path: Path) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import onnx_ir as ir
@@ -15,12 +15,15 @@ from torch.utils import _pytree as pytree
 from cipm_ir.backends.to_torch_attributes import Attributes, apply_attributes, standard, suggested
 from cipm_ir.backends.to_torch_emitter import graph_module
 from cipm_ir.backends.to_torch_graph import Rewritten, rewritten
+from cipm_ir.backends.to_torch_naming import named_as_captured
+from cipm_ir.backends.to_torch_proof import unproven
+from cipm_ir.backends.to_torch_runs import Side, computes_otherwise, first_line, in_mode
 from cipm_ir.backends.to_torch_state import State, copied, holder
-from cipm_ir.errors import UnsupportedError
+from cipm_ir.errors import InputError, UnsupportedError
 from cipm_ir.ir.capture import Capture
 from cipm_ir.runtime.torch_shapes import is_tensor
 
-__all__ = ["Emitted", "emit_graph", "emit_torch", "example_tensors", "graph_module", "run_flat"]
+__all__ = ["Emitted", "called_side", "emit_graph", "emit_torch", "example_tensors", "graph_module", "graph_side"]
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,15 @@ class Emitted:
         form: which of these.
         reason: why a module came out as a graph; empty otherwise.
         attributes: what was set on the modules of the copy, by path.
+        proof: how it is known to be the program of the IR, besides runs on inputs of our own: read again it is the same
+            graph; or it was written from that graph, node by node, and nothing more is known ("runs").
     """
 
     object: Any
     form: Literal["module", "graph", "exported"]
     reason: str = ""
     attributes: Attributes = field(default_factory=dict)
+    proof: Literal["same graph", "runs"] = "runs"
 
 
 def emit_torch(capture: Capture, model: ir.Model) -> Emitted:
@@ -47,14 +53,23 @@ def emit_torch(capture: Capture, model: ir.Model) -> Emitted:
     """
     state = State(capture, model)
     written, attributes = _graph(capture, model, state)
-    if capture.kind == "exported":
-        return Emitted(_exported(capture, written.module), "exported")
-    if capture.kind == "graph":
-        return Emitted(written.module, "graph", attributes=attributes)
-    module, tried, reason = _same_class(capture, state, written, attributes)
-    if module is not None:
-        return Emitted(module, "module", attributes=tried)
-    return Emitted(written.module, "graph", reason)
+    if capture.kind == "module":
+        module, tried, reason = _same_class(capture, state, written, attributes)
+        if module is not None:
+            return Emitted(module, "module", attributes=tried, proof="same graph")
+        _check_reading(capture)
+        made = Emitted(written.module, "graph", reason)
+    elif capture.kind == "graph":
+        made = Emitted(written.module, "graph", attributes=attributes)
+    else:
+        made = Emitted(_exported(capture, written.module), "exported")
+    if capture.args is None:
+        return made
+    run = made.object.module() if made.form == "exported" else made.object
+    why = disagreement(capture, run, written.module)
+    if why:
+        raise UnsupportedError(f"What torch makes of the changed program is not that program: {why}.")
+    return made if unproven(capture, made.object, model) else replace(made, proof="same graph")
 
 
 def emit_graph(capture: Capture, model: ir.Model) -> fx.GraphModule:
@@ -66,6 +81,7 @@ def _graph(capture: Capture, model: ir.Model, state: State) -> tuple[Rewritten, 
     sizes = resized(capture, model)
     if capture.exported is not None:
         source = capture.exported.module()
+        named_as_captured(source.graph, capture)
         return rewritten(capture, model, source.graph, holder(source, source.graph, state), sizes), {}
     root = copied(capture.root, state)
     attributes = standard(root, _held(capture, model)) if sizes else {}
@@ -100,7 +116,7 @@ def _held(capture: Capture, model: ir.Model) -> dict[str, dict[str, Any]]:
 def _same_class(
     capture: Capture, state: State, written: Rewritten, known: Attributes
 ) -> tuple[nn.Module | None, Attributes, str]:
-    """The caller's class with new tensors and attributes, where its own forward computes what the graph computes."""
+    """The caller's class with new tensors and attributes, where it is proven to be the program of the IR."""
     source = capture.source
     names = {} if capture.exported is None else _program_names(capture, source)
     reason = ""
@@ -110,7 +126,7 @@ def _same_class(
         attributes = known or standard(module, _held(capture, state.model))
         attributes = {p: {**attributes.get(p, {}), **extra.get(p, {})} for p in {*attributes, *extra}}
         apply_attributes(module, attributes)
-        why = _differs(capture, module, written.module)
+        why = _not_the_program(capture, module, written.module, state.model)
         if not why:
             return module, attributes, ""
         reason = reason or why
@@ -133,41 +149,65 @@ def _program_names(capture: Capture, source: nn.Module) -> Mapping[str, str]:
     }
 
 
-def _differs(capture: Capture, module: nn.Module, graph: fx.GraphModule) -> str:
-    """Why a module does not compute what the graph does; empty where it does. In evaluation, or as it was traced."""
+def _not_the_program(capture: Capture, module: nn.Module, graph: fx.GraphModule, model: ir.Model) -> str:
+    """Why a module is not the program: read again it is another graph, or it computes otherwise; empty where it is."""
     if capture.args is None:
-        return "there are no example inputs to try its forward with"
-    flat = example_tensors(capture)
-    args, kwargs = _with_tensors(capture.args, flat)
-    why = ""
-    for training in (False, True) if capture.source.training else (False,):
-        try:
-            wanted = _tensors(run_flat(graph, capture, flat, training))
-        except Exception as error:
-            raise UnsupportedError(f"The rewritten graph does not run: {first_line(error)}.") from error
-        try:
-            got = _tensors(_in_mode(module, training, lambda m: m(*args, **kwargs)))
-        except Exception as error:  # the user's forward with sizes that it was not written for
-            return f"its forward does not run with the new tensors ({first_line(error)})"
-        why = _outputs_differ(wanted, got)
-        if not why:  # a module that was traced while it trained may compute something else in evaluation
-            return ""
-    return why
+        return "there are no example inputs to read it again with"
+    args, kwargs = _with_tensors(capture.args, example_tensors(capture))
+    try:  # much faster than to read it, where it does not run at all
+        in_mode(module, lambda m: m(*args, **kwargs))
+    except Exception as error:  # the user's forward with sizes that it was not written for
+        return f"its forward does not run with the new tensors ({first_line(error)})"
+    return unproven(capture, module, model) or disagreement(capture, module, graph)
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".")
+def _check_reading(capture: Capture) -> None:
+    """Refuse to hand back a graph that computes something else than the module that it was read from.
+
+    Errors: `UnsupportedError`.
+    """
+    if capture.args is None:
+        return
+    why = disagreement(capture, capture.source, emit_graph(capture, capture.model), must_run=False)
+    if why:
+        raise UnsupportedError(
+            f"{type(capture.source).__name__} computes something else than the graph that torch makes of it ({why}): "
+            "its code does what a graph cannot hold; try the other method= (symbolic, export), or give a part of it."
+        )
 
 
-def _outputs_differ(wanted: list[torch.Tensor], got: list[torch.Tensor]) -> str:
-    if len(got) != len(wanted):
-        return "its forward gives other outputs than the graph"
-    for a, b in zip(wanted, got, strict=True):
-        scale = float(a.abs().max()) if a.numel() else 0.0
-        if a.shape != b.shape or not torch.allclose(a, b, rtol=0, atol=1e-4 * scale + 1e-12, equal_nan=True):
-            return "its forward computes something else with the new tensors"
-    return ""
+def disagreement(capture: Capture, made: Any, graph: fx.GraphModule, must_run: bool = True) -> str:
+    """How something made of a program computes otherwise than its graph, on inputs of our own; empty where it does not.
+
+    Args:
+        capture: how the program was read; it has example inputs.
+        made: is called as the caller's module is.
+        graph: is run node by node.
+        must_run: that it fails on an input counts too.
+
+    Errors: `UnsupportedError` where the graph itself does not run.
+    """
+
+    first, second = graph_side(capture, graph), called_side(capture, made)
+    try:
+        return computes_otherwise(first, second.run, example_tensors(capture), must_run=must_run)
+    except InputError as error:
+        raise UnsupportedError(f"The rewritten graph does not run: {first_line(error)}.") from error
+
+
+def called_side(capture: Capture, made: Any) -> Side:
+    """Something that is called as the caller's module is, as something that runs; there are example inputs."""
+
+    def call(m: Any, tensors: Sequence[torch.Tensor]) -> Any:
+        args, kwargs = _with_tensors(capture.args, tensors)
+        return m(*args, **kwargs)
+
+    return Side(made, call, list(capture.inputs))
+
+
+def graph_side(capture: Capture, graph: fx.GraphModule, seed: int = 0) -> Side:
+    """A captured or rewritten graph as something that runs, node by node."""
+    return Side(graph, lambda m, tensors: _interpreted(m, capture, tensors), list(capture.inputs), seed)
 
 
 def example_tensors(capture: Capture) -> list[torch.Tensor]:
@@ -187,41 +227,17 @@ def example_tensors(capture: Capture) -> list[torch.Tensor]:
     return made
 
 
-def _with_tensors(args: Any, tensors: list[torch.Tensor]) -> Any:
+def _with_tensors(args: Any, tensors: Sequence[torch.Tensor]) -> Any:
     found = iter(tensors)
     return pytree.tree_map(lambda x: next(found).clone() if isinstance(x, torch.Tensor) else x, args)
 
 
-def run_flat(graph: fx.GraphModule, capture: Capture, tensors: list[torch.Tensor], training: bool = False) -> Any:
-    """Run a captured or rewritten graph on its tensor inputs, in their order; without gradients."""
+def _interpreted(graph: fx.GraphModule, capture: Capture, tensors: Sequence[torch.Tensor]) -> Any:
     found = iter(tensors)
     values = [
         next(found).clone() if is_tensor(x) or isinstance(x, torch.SymInt) else x for x in capture.placeholders.values()
     ]
-    return _in_mode(graph, training, lambda m: fx.Interpreter(m).run(*values, enable_io_processing=False))
-
-
-def _in_mode(module: nn.Module, training: bool, call: Any) -> Any:
-    """Call in evaluation or training mode, random numbers the same each time; everything gets its own state back."""
-    # A layer that trains inside a model that does not is meant so.
-    modes = {m: m.training for m in module.modules()} if module.training or training else {}
-    buffers = {name: b.clone() for name, b in module.named_buffers()}
-    try:
-        for m in modes:
-            m.training = training
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return call(module)
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
-        for name, b in module.named_buffers():
-            if not torch.equal(b, buffers[name]):
-                b.copy_(buffers[name])
-
-
-def _tensors(output: Any) -> list[torch.Tensor]:
-    return [x for x in pytree.tree_leaves(output) if isinstance(x, torch.Tensor)]
+    return fx.Interpreter(graph).run(*values, enable_io_processing=False)
 
 
 def _exported(capture: Capture, module: fx.GraphModule) -> Any:

@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,12 @@ from cipm_ir.backends.to_torch import Emitted
 from cipm_ir.backends.to_torch_attributes import apply_attributes
 from cipm_ir.backends.to_torch_emitter import graph_module
 from cipm_ir.backends.to_torch_state import as_torch, with_tensors
+from cipm_ir.backends.to_torch_written import check_exported, check_onnx, check_plan, check_written_model
 from cipm_ir.errors import CipmError, InputError, OutputError, UnsupportedError
 from cipm_ir.ir.capture import Capture
 from cipm_ir.runtime.inputs import random_inputs, true_inputs
 from cipm_ir.runtime.quiet import quiet
+from cipm_ir.runtime.torch_modes import evaluating
 from cipm_ir.version import __version__
 
 PLAN, WEIGHTS = "plan.json", "model.safetensors"
@@ -35,7 +37,9 @@ _SIZES = ((2, 8), (2, 32), (2, 224), (1, 8), (1, 32), (1, 224))
 
 
 def write(capture: Capture, emitted: Emitted, path: str) -> None:
-    """Write an emitted program, whole or not at all; its name says how (`torch_form`).
+    """Write an emitted program as it computes in evaluation, whole or not at all; its name says how (`torch_form`).
+
+    What was written is read back and compared with the object before it gets its name (`to_torch_written`).
 
     Errors: `OutputError`, `UnsupportedError` (a plan of what is not a module of the caller's class, a program that
         torch cannot export).
@@ -46,13 +50,14 @@ def write(capture: Capture, emitted: Emitted, path: str) -> None:
         write_plan(capture, emitted, path)
     elif form == "onnx":
         with quiet():
-            save_onnx(to_onnx(capture, emitted), path)
+            save_onnx(to_onnx(capture, emitted), path, check=lambda file: check_onnx(capture, emitted, file, path))
     else:
         made = emitted.object
         if emitted.form != "exported":
             args, kwargs = _example(capture)
-            made = _export(made, args, kwargs, capture.dynamic_shapes)
-        _save_exported(made, path)
+            with evaluating(made):
+                made = _export(made, args, kwargs, capture.dynamic_shapes)
+        _save_exported(made, path, lambda file: check_exported(capture, emitted, made, file, path))
 
 
 def write_exported(model: ir.Model, path: str) -> None:
@@ -66,7 +71,9 @@ def write_exported(model: ir.Model, path: str) -> None:
     dynamic = tuple(
         {axis: torch.export.Dim.AUTO for axis, d in enumerate(v.shape or ()) if not isinstance(d, int)} for v in inputs
     )
-    _save_exported(_export(module, _runnable_inputs(module, model), {}, dynamic if any(dynamic) else None), path)
+    args = _runnable_inputs(module, model)
+    made = _export(module, args, {}, dynamic if any(dynamic) else None)
+    _save_exported(made, path, lambda file: check_written_model(model, module, args, file, path))
 
 
 def _runnable_inputs(module: nn.Module, model: ir.Model) -> tuple[torch.Tensor, ...]:
@@ -92,14 +99,17 @@ def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dy
         raise UnsupportedError(f"torch.export does not take the program: {_first_line(error)}.") from error
 
 
-def _save_exported(program: Any, path: str) -> None:
-    """Write beside and rename."""
+def _save_exported(program: Any, path: str, check: Callable[[str], None]) -> None:
+    """Write beside, check, and rename."""
     target = os.path.abspath(path)
     beside = f"{target}.{secrets.token_hex(4)}.pt2"
     try:
         with quiet():
             torch.export.save(program, beside)
+            check(beside)
         os.replace(beside, target)
+    except CipmError:
+        raise
     except Exception as error:  # torch's serialization knows no error of its own
         raise OutputError(f"{path!r} was not written: {_first_line(error)}; nothing was left behind.") from error
     finally:
@@ -153,15 +163,10 @@ def to_onnx(capture: Capture, emitted: Emitted) -> ir.Model:
 
 
 def _exported_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any) -> Any:
-    modes = {m: m.training for m in module.modules()}
-    try:
-        module.eval()
+    with evaluating(module):
         return torch.onnx.export(
             module, args, kwargs=kwargs, dynamo=True, verbose=False, optimize=False, dynamic_shapes=dynamic
         )
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
 
 
 def _fold(model: ir.Model, state: Mapping[str, torch.Tensor]) -> None:
@@ -204,7 +209,10 @@ def write_plan(capture: Capture, emitted: Emitted, path: str) -> None:
         (beside / PLAN).write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
         save_file(tensors, str(beside / WEIGHTS))
         shutil.copymode(beside / PLAN, beside / WEIGHTS)  # safetensors writes for the owner alone
+        check_plan(capture, emitted, apply_plan(capture.source, beside), path)
         _put(beside, target)
+    except OutputError:
+        raise
     except Exception as error:  # safetensors raises errors of its own
         raise OutputError(f"{path!r} was not written: {_first_line(error)}; nothing was left behind.") from error
     finally:

@@ -171,12 +171,21 @@ class _Writer:
         for node in list(self.graph.nodes):
             if node.op == "get_attr" and not node.users:
                 self.graph.erase_node(node)
+        self._part_inputs()
         self.graph._codegen = self.old._codegen
         self.graph.lint()
         module = fx.GraphModule(self.root, self.graph, type(self.capture.source).__name__)
         module.training = self.root.training
         self._forget_constants(module)
         return module
+
+    def _part_inputs(self) -> None:
+        """Rename inputs whose node has the name of another argument: fx would overwrite that before it is read."""
+        inputs = [n for n in self.graph.nodes if n.op == "placeholder"]
+        arguments = {str(n.target) for n in inputs}
+        for n in inputs:
+            if n.name != n.target and n.name in arguments:
+                n._rename(f"{n.name}_value")
 
     def _forget_constants(self, module: nn.Module) -> None:
         """Buffers that the `state_dict` of the source does not hold stay out of the new one too."""

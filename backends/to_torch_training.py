@@ -1,14 +1,16 @@
-"""What an exported graph has frozen, given back: dropout and batch normalization that know whether the module trains.
+"""What a graph has frozen, given back: dropout and batch normalization that know whether the module trains.
 
-`torch.export` writes the mode of a module into its graph. A module that comes out as a graph of that kind must still
-train, so these operations become calls of modules again.
+Programs are read in evaluation mode, and torch writes the mode of a module into its graph. A module that comes out as a
+graph must still train, so these operations become calls of modules again.
 """
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from cipm_ir.backends.to_torch_attributes import stack
@@ -20,6 +22,12 @@ _DROPOUTS = {
     torch.ops.aten.feature_dropout.default: nn.Dropout2d,
     torch.ops.aten.alpha_dropout.default: nn.AlphaDropout,
     torch.ops.aten.feature_alpha_dropout.default: nn.FeatureAlphaDropout,
+    F.dropout: nn.Dropout,
+    F.dropout1d: nn.Dropout1d,
+    F.dropout2d: nn.Dropout2d,
+    F.dropout3d: nn.Dropout3d,
+    F.alpha_dropout: nn.AlphaDropout,
+    F.feature_alpha_dropout: nn.FeatureAlphaDropout,
 }
 
 
@@ -28,7 +36,7 @@ class Trained:
 
     def __init__(self, capture: Capture, root: nn.Module) -> None:
         self.root, self.source = root, capture.source
-        self.active = capture.kind == "module" and capture.exported is not None
+        self.active = capture.kind == "module"
         self.modules = dict(self.source.named_modules()) if self.active else {}
 
     def path(self, node: fx.Node) -> str | None:
@@ -36,7 +44,10 @@ class Trained:
         if not self.active or node.op != "call_function":
             return None
         if node.target in _DROPOUTS:
-            made = _DROPOUTS[node.target](float(node.args[1]))  # type: ignore[arg-type]
+            p, trains = _dropout(*node.args, **node.kwargs)
+            if trains:  # dropped in evaluation too: it is meant so
+                return None
+            made = _DROPOUTS[node.target](float(p))
             made.training = self.source.training
             path = free_path(self.root, node.name)
             self.root.add_module(path, made)
@@ -62,3 +73,8 @@ class Trained:
         owner, _, leaf = path.rpartition(".")
         self.root.get_submodule(owner).add_module(leaf, made)
         return path
+
+
+def _dropout(x: Any, p: Any = 0.5, training: Any = True, inplace: Any = False, train: Any = None) -> tuple[Any, Any]:
+    """The probability and whether it is dropped, of a call of a function or of aten."""
+    return p, training if train is None else train

@@ -345,6 +345,8 @@ def _noted(result: Result) -> Result:
     if capture.kind == "module":
         how = {"symbolic": "torch.fx tracing", "export": "torch.export"}.get(capture.method, capture.method)
         notes.append(f"read by {how}{f' ({capture.notes[0]})' if capture.notes else ''}")
+    elif capture.notes:
+        notes.append(capture.notes[0])
     kind = {"module": type(emitted.object).__name__, "graph": "a GraphModule", "exported": "an ExportedProgram"}
     notes.append(f"comes out as {kind[emitted.form]}{f': {emitted.reason}' if emitted.reason else ''}")
     inputs = result.program.model.graph.inputs

@@ -75,7 +75,7 @@ def read(source: Source, examples: Examples = Examples()) -> Program:
         load_torch = torch_module("frontends.from_torch").load_torch
         checks = torch_module("frontends.from_torch_checks")
         checks.check_readable(source, examples.inputs, examples.kwargs)
-        with quiet(), checks.unchanged(source), uncollected():
+        with quiet(), torch_module("runtime.torch_modes").unchanged(source), uncollected():
             capture = load_torch(source, examples.inputs, examples.kwargs, examples.dynamic_shapes, examples.method)
         return Program(capture.model, origin=torch_module("backends.to_torch_origin").TorchOrigin(capture))
     loaded = load_onnx(source)

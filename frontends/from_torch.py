@@ -12,6 +12,8 @@ from cipm_ir.errors import CipmError, InputError, OptionError, UnsupportedError
 from cipm_ir.frontends.from_torch_capture import METHODS, Traced, from_exported, from_graph_module, from_module
 from cipm_ir.frontends.from_torch_lowering import Lowerer
 from cipm_ir.ir.capture import Capture
+from cipm_ir.runtime.quiet import quiet
+from cipm_ir.runtime.torch_modes import evaluating, unchanged
 
 
 def load_torch(
@@ -21,7 +23,7 @@ def load_torch(
     dynamic_shapes: Any = None,
     method: str = "auto",
 ) -> Capture:
-    """Lower a torch program; it is never changed.
+    """Lower a torch program as it computes in evaluation mode; it is never changed.
 
     Args:
         source: an `nn.Module`, a `torch.fx.GraphModule` or a `torch.export.ExportedProgram`.
@@ -35,8 +37,11 @@ def load_torch(
     """
     if method not in METHODS:
         raise OptionError(f"There is no method {method!r}; use one of {', '.join(METHODS)}.")
-    args = _as_args(example_inputs)
-    kwargs = dict(example_kwargs or {})
+    with evaluating(source):
+        return _load(source, _as_args(example_inputs), dict(example_kwargs or {}), dynamic_shapes, method)
+
+
+def _load(source: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, method: str) -> Capture:
     if isinstance(source, torch.export.ExportedProgram):
         traced, kind = from_exported(source), "exported"
         args, kwargs = source.example_inputs or (args, kwargs)
@@ -53,9 +58,16 @@ def load_torch(
     given = (args, kwargs) if args or kwargs else None
     lowerer = Lowerer(traced, source, kind, given, dynamic_shapes)
     capture = lowerer.run()
-    if not lowerer.refused_writes or kind == "graph":
-        return capture
-    return _functional(traced, source, kind, given, dynamic_shapes, method) or capture
+    if lowerer.refused_writes and kind != "graph":
+        capture = _functional(traced, source, kind, given, dynamic_shapes, method) or capture
+
+    def read_again(made: Any) -> Capture:
+        again = capture.method if kind == "module" and isinstance(made, nn.Module) else "auto"
+        with quiet(), unchanged(made):
+            return load_torch(made, args, kwargs, dynamic_shapes, again)
+
+    capture.read_again = read_again
+    return capture
 
 
 def _functional(traced: Traced, source: Any, kind: Any, given: Any, dynamic: Any, method: str) -> Capture | None:

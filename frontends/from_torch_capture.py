@@ -136,7 +136,25 @@ def from_exported(program: Any) -> Traced:
         **getattr(signature, "inputs_to_lifted_tensor_constants", {}),
     }
     fakes = {node: node.meta.get("val") for node in program.graph.nodes}
-    return Traced(program.graph, None, fakes, "given", program, dict(lifted))
+    traced = Traced(program.graph, None, fakes, "given", program, dict(lifted))
+    if any(_normalizes_by_batch(node) for node in program.graph.nodes):
+        traced.notes.append(
+            "it was exported while it trained: batch normalization uses the batch, and gives out its running "
+            "statistics, so that their channels cannot move; export it in evaluation mode (model.eval())"
+        )
+    return traced
+
+
+def _normalizes_by_batch(node: fx.Node) -> bool:
+    """Whether a node is a batch normalization that trains."""
+    if not isinstance(node.target, torch._ops.OpOverload) or "batch_norm" not in node.target._schema.name:
+        return False
+    names = [a.name for a in node.target._schema.arguments]
+    if "training" not in names:
+        return False
+    place = names.index("training")
+    given = node.args[place] if place < len(node.args) else node.kwargs.get("training")
+    return given is True and node.args[names.index("running_mean")] is not None if "running_mean" in names else False
 
 
 def unknown(traced: Traced) -> set[str]:
@@ -148,7 +166,7 @@ def unknown(traced: Traced) -> set[str]:
             module = modules[node.target]
             if module_entry(type(module)) is None:
                 found.add(type(module).__name__)
-            elif module._forward_hooks or module._forward_pre_hooks:
+            elif is_changed(module):
                 found.add(f"{type(module).__name__} with hooks")  # a call of it is opaque; export goes through them
         elif node.op in ("call_function", "call_method"):
             name = bare_name(node.target)[0]
@@ -157,8 +175,21 @@ def unknown(traced: Traced) -> set[str]:
     return found
 
 
+def is_changed(module: nn.Module) -> bool:
+    """Whether one module computes something else than its class: by hooks, or a forward that was put onto it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
 class _Tracer(fx.Tracer):
-    """Keeps as calls the modules that the table knows, and leaves of torch.nn that it does not know."""
+    """Keeps as calls the modules that the table knows, and leaves of torch.nn that it does not know.
+
+    ``buffers``: what the program computes from its buffers stays in the graph, with their names; otherwise it is
+    computed while tracing, and its results are constants without a name.
+    """
+
+    def __init__(self, buffers: bool) -> None:
+        super().__init__()
+        self.proxy_buffer_attributes = buffers
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_entry(type(m)) is not None:
@@ -170,6 +201,8 @@ class _Tracer(fx.Tracer):
 def _symbolic(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any) -> Traced:
     if any(isinstance(m, torch.jit.ScriptModule) for m in module.modules()):
         raise UnsupportedError("a scripted module has no Python to trace")
+    if is_changed(module):
+        raise UnsupportedError("the model itself has hooks or a forward of its own, which tracing does not see")
     signature = inspect.signature(module.forward)
     bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
@@ -185,13 +218,24 @@ def _symbolic(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
                 raise UnsupportedError("nested arguments")
             if kind not in (kind.VAR_POSITIONAL, kind.VAR_KEYWORD):
                 concrete[name] = value
-    module = copy.copy(module)  # tracing puts constants on the module that it traces
-    graph = _Tracer().trace(module, concrete_args=concrete)
-    holders = {n.name: str(n.target) for n in graph.nodes if n.op == "placeholder"}
-    inputs = {name: bound.arguments.get(target) for name, target in holders.items()}
     axes = dynamic_axes(dynamic, bound.arguments)
-    moving = {name: axes.get(target, set()) for name, target in holders.items()}
-    return Traced(graph, module, propagate(module, graph, inputs, moving), "symbolic")
+
+    def traced(buffers: bool) -> Traced:
+        root = copy.copy(module)  # tracing puts constants on the module that it traces
+        graph = _Tracer(buffers).trace(root, concrete_args=concrete)
+        holders = {n.name: str(n.target) for n in graph.nodes if n.op == "placeholder"}
+        inputs = {name: bound.arguments.get(target) for name, target in holders.items()}
+        moving = {name: axes.get(target, set()) for name, target in holders.items()}
+        return Traced(graph, root, propagate(root, graph, inputs, moving), "symbolic")
+
+    try:
+        found = traced(buffers=True)
+        if not unknown(found):
+            return found
+    except Exception:  # tracing runs the user's code on proxies, which a buffer now is too
+        return traced(buffers=False)
+    other = traced(buffers=False)
+    return other if len(unknown(other)) < len(unknown(found)) else found
 
 
 def dynamic_axes(dynamic: Any, arguments: Mapping[str, Any]) -> dict[str, set[int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -33,25 +32,6 @@ def check_readable(source: Any, example_inputs: Any, example_kwargs: Mapping[str
         if x.is_nested or x.layout != torch.strided:
             kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
             raise UnsupportedError(f"Example input {place} is a {kind} tensor; only dense ones can be read.")
-
-
-@contextlib.contextmanager
-def unchanged(source: Any) -> Iterator[None]:
-    """Give a module back what tracing changes: it runs the module's code, which may count calls or keep results."""
-    modules = list(source.modules()) if isinstance(source, nn.Module) else []
-    held = [[(d, dict(d)) for d in (vars(m), m._parameters, m._buffers, m._modules)] for m in modules]
-    buffers = [(b, b.detach().clone()) for b in (source.buffers() if modules else ()) if not b.is_meta]
-    try:
-        yield
-    finally:
-        for own, before in (pair for pairs in held for pair in pairs):
-            if own.keys() != before.keys() or any(own[k] is not v for k, v in before.items()):
-                own.clear()
-                own.update(before)
-        with torch.no_grad():
-            for buffer, old in buffers:
-                if buffer.layout == torch.strided and not torch.equal(buffer, old):
-                    buffer.copy_(old)
 
 
 def _tensors(examples: tuple[Any, Mapping[str, Any]]) -> Iterator[tuple[str, torch.Tensor]]:

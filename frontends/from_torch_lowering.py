@@ -12,7 +12,8 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from cipm_ir.errors import UnsupportedError
-from cipm_ir.frontends.from_torch_capture import Traced
+from cipm_ir.frontends.from_torch_call import call_of
+from cipm_ir.frontends.from_torch_capture import Traced, is_changed
 from cipm_ir.frontends.from_torch_counts import count_call
 from cipm_ir.frontends.from_torch_memory import Memory
 from cipm_ir.frontends.from_torch_parameters import Parameters
@@ -42,7 +43,6 @@ class Lowerer:
         self.graph = ir.Graph([], [], nodes=[], name=type(source).__name__, opset_imports={"": OPSET, OPAQUE: 1})
         self.parameters = Parameters(traced, self.graph)
         self.lowering = Lowering(self.graph, self.parameters.tensor)
-        self.lowering.training = kind != "exported" and source.training
         self.env: dict[fx.Node, Any] = {}
         self.results: dict[str, Results] = {}
         self.inputs: dict[str, Any] = {}
@@ -134,8 +134,8 @@ class Lowerer:
         entry = module_entry(type(module))
         if entry is None:
             raise Refused("no rule for this module")
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise Refused("the module has hooks")
+        if is_changed(module):
+            raise Refused("the module has hooks, or a forward of its own")
         if len(args) > entry.inputs:
             raise Refused("the module is called with more arguments than are known")
         names = list(entry.entry.signature.parameters)
@@ -188,7 +188,7 @@ class Lowerer:
             return None
         made = ir.Node(
             OPAQUE, name, [x.value for x in operands], outputs=[x.value for x in outputs],
-            name=node.name, metadata_props={"reason": reason, **self._cost(node)},
+            name=node.name, metadata_props={"reason": reason, "call": call_of(node, self.modules), **self._cost(node)},
         )  # fmt: skip
         self.graph.append(made)
         b.made.append(made)
@@ -255,7 +255,9 @@ class Lowerer:
             inputs = [x.value, *(v for v in sources if v is not x.value)]
             made = ir.Node(
                 OPAQUE, bare_name(node.target)[0], inputs, outputs=[value], name=value.name,
-                metadata_props={"reason": "it is changed in place", "macs": "0"},
+                metadata_props={
+                    "reason": "it is changed in place", "call": call_of(node, self.modules), "macs": "0",
+                },
             )  # fmt: skip
             self.graph.append(made)
             names.append(value.name or "")

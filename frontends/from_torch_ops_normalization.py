@@ -33,10 +33,10 @@ def _batch_norm(
 ) -> Tensor:  # fmt: skip
     """Inference with running statistics; without them the statistics of the batch, written out.
 
-    The latter too where the layer normalizes by the batch while the whole model does not train.
+    The latter too where the layer normalizes by the batch although the model is read in evaluation mode.
     """
     weight, bias = affine
-    if running[0] is None or running[1] is None or (training and not b.training):
+    if running[0] is None or running[1] is None or training:
         return _by_batch(b, x, weight, bias, eps, running)
     scale = weight if weight is not None else filled(b, [b.size(running[0], 0)], 1.0, running[0].dtype)
     shift = bias if bias is not None else filled(b, [b.size(running[0], 0)], 0.0, running[0].dtype)
@@ -227,7 +227,7 @@ def instance_norm(
     if cudnn:
         weight, bias, running_mean, running_var = running_mean, running_var, weight, bias
     if running_mean is not None and running_var is not None:
-        if use_input_stats and not b.training:
+        if use_input_stats:
             raise Refused("statistics of the instance beside running ones")
         return _batch_norm(b, input, (weight, bias), (running_mean, running_var), eps)
     if input.rank < 3:

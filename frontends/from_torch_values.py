@@ -107,8 +107,6 @@ class Lowering:
     count: int = 0
     made: list[ir.Node] = field(default_factory=list)
     constants: list[ir.Value] = field(default_factory=list)
-    training: bool = False
-    """Whether the whole model trains: then it is lowered as it will run in evaluation."""
 
     # ------------------------------------------------------------ nodes
     def op(

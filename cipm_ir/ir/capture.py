@@ -5,7 +5,7 @@ Nothing here imports torch; its objects are held as they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -49,6 +49,7 @@ class Capture:
         args: the example inputs as the caller gave them, (args, kwargs); None for an exported program without.
         dynamic_shapes: as the caller gave them to `torch.export`.
         notes: what the user should know of how the program was read.
+        read_again: reads another torch object the same way: method, example inputs, dynamic shapes, evaluation mode.
     """
 
     kind: Literal["module", "graph", "exported"]
@@ -66,3 +67,4 @@ class Capture:
     args: tuple[tuple[Any, ...], dict[str, Any]] | None
     dynamic_shapes: Any = None
     notes: list[str] = field(default_factory=list)
+    read_again: Callable[[Any], Capture] | None = None
