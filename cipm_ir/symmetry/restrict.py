@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import onnx_ir as ir
 
 from cipm_ir.errors import SymmetryError
-from cipm_ir.ir.constants import attribute, evaluate
-from cipm_ir.ir.labels import Array, Labels, State
+from cipm_ir.ir.constants import evaluate
+from cipm_ir.ir.labels import Array, Labels
 from cipm_ir.ir.parameters import is_parameter, parameters
 from cipm_ir.rules.context import Literal
 from cipm_ir.rules.events import Uniform
 from cipm_ir.rules.registry import Opaque, lookup
-from cipm_ir.rules.resize import Resize
 from cipm_ir.symmetry.analysis import Analysis
 from cipm_ir.symmetry.apply import Editor
 from cipm_ir.symmetry.edits import Edit
 from cipm_ir.symmetry.leaves import LeafFactor
+from cipm_ir.symmetry.node_resize import NodeResize
 from cipm_ir.symmetry.order import arrival_order, interleaved
 from cipm_ir.symmetry.sizes import Sizes
+from cipm_ir.symmetry.walk import captured_values, node_graphs
 
 Shape = tuple[int, ...]
 
@@ -109,7 +108,7 @@ def _write(model: ir.Model, analysis: Analysis, sizes: Sizes, edits: dict[int, E
             now = tuple(value.shape.numpy())
             if now != analysis.walk.shapes.first[name]:
                 new_shapes[name] = now
-    _Literals(editor, analysis, sizes, new_shapes, edits).run()
+    Literals(editor, analysis, sizes, new_shapes, edits).run()
     for node in editor.nodes:
         for value in node.outputs:
             _reshape_value(value, analysis, new_shapes)
@@ -128,7 +127,7 @@ def _reshape_value(value: ir.Value, analysis: Analysis, new_shapes: dict[str, Sh
     value.shape = ir.Shape([d if a == b else b if isinstance(d, int) else None for d, a, b in dims])
 
 
-class _Literals:
+class Literals:
     """Second walk: sizes as numbers, and each operator's own resize rule where a shape changed."""
 
     def __init__(
@@ -153,7 +152,7 @@ class _Literals:
             entry = lookup(node.domain, node.op_type)
             handled: set[int] = set()
             if entry is not None and entry.resize is not None and touched:
-                resize = _NodeResize(self, node, position)
+                resize = NodeResize(self, node, position)
                 try:
                     entry.resize(resize)
                 except Opaque as reason:
@@ -162,6 +161,7 @@ class _Literals:
                     ) from reason
                 handled = set(entry.literals)
             self._freeze(node, position, handled, walk.literals)
+        self._freeze_outputs()
 
     def _shorten(self, node: ir.Node, one: Uniform) -> None:
         """Cut an input that is uniform along an axis to the length of what it meets there."""
@@ -203,7 +203,7 @@ class _Literals:
             return
         results = []
         for which in (0, 1):
-            args = [self._literal(n, which) for n in names]
+            args = [self.literal(n, which) for n in names]
             shape = self.shape_of(position, 0)
             second = self.analysis.walk.shapes.second.get(names[0])
             before = self.analysis.walk.shapes.first.get(names[0])
@@ -216,7 +216,7 @@ class _Literals:
     def _unchanged(self, position: int) -> bool:
         return not any(k in self.edits for k in self._leaves(position))
 
-    def _literal(self, name: str, which: int) -> Array | None:
+    def literal(self, name: str, which: int) -> Array | None:
         pair = self.now.get(name) or self.analysis.walk.literals.get(name)
         return None if pair is None else pair[which]
 
@@ -226,160 +226,44 @@ class _Literals:
         if out in literals and node.op_type != "ConstantOfShape":
             return  # still part of the chain
         for k, name in enumerate(self.names[position]):
-            if name not in self.now or k in handled:
-                continue
-            old = literals[name]
-            if not np.array_equal(old[0], old[1]):
-                raise SymmetryError(
-                    f"{node.op_type} {node.name}: input {k} mixes a size that changes with a dynamic one."
-                )
-            node.replace_input_with(k, self.editor.initializer(name, ir.tensor(old[0])))
+            value = node.inputs[k]
+            if value is not None and name in self.now and k not in handled:
+                node.replace_input_with(k, self._as_before(name, value, node, position))
+        for value in dict.fromkeys(v for v in captured_values(node) if v.name in self.now):
+            held = self._as_before(value.name or "", value, node, position)
+            for graph in node_graphs(node):
+                for use in tuple(value.uses()):
+                    if use.node.graph is graph:
+                        use.node.replace_input_with(use.idx, held)
+                graph.outputs[:] = [held if v is value else v for v in graph.outputs]
 
+    def _freeze_outputs(self) -> None:
+        """A size that the model gives out is a number too."""
+        outputs = self.editor.graph.outputs
+        for place, value in enumerate(outputs):
+            name = value.name or ""
+            if name in self.now:
+                made = ir.Node("", "Identity", [value], num_outputs=1)
+                self.editor.graph.append(made)
+                made.replace_input_with(0, self._as_before(name, value, made, len(self.editor.nodes) - 1))
+                held = made.outputs[0]
+                value.name = self.editor.fresh_name(name)
+                held.name, held.type, held.shape = name, value.type, value.shape
+                outputs[place] = held
 
-class _NodeResize(Resize):
-    def __init__(self, parent: _Literals, node: ir.Node, position: int) -> None:
-        self.parent, self.node, self.position = parent, node, position
-        walk = parent.analysis.walk
-        self.names = parent.names[position]
-        self.outs = [v.name or "" for v in walk.nodes[position].outputs]
-        self.version = node.version or parent.editor.model.opset_imports.get(
-            "" if node.domain == "ai.onnx" else node.domain, 1
-        )
-
-    def attr(self, name: str, default: Any = None) -> Any:
-        return attribute(self.node, name, default)
-
-    def set_attr(self, name: str, value: Any) -> None:
-        if value is None:
-            self.node.attributes.pop(name, None)
-        elif isinstance(value, float):
-            self.node.attributes[name] = ir.AttrFloat32(name, value)
-        elif isinstance(value, int | np.integer):
-            self.node.attributes[name] = ir.AttrInt64(name, int(value))
+    def _as_before(self, name: str, value: ir.Value, node: ir.Node, position: int) -> ir.Value:
+        """The number that a value was, in front of a node."""
+        old, now = self.analysis.walk.literals[name], self.now[name]
+        if np.array_equal(old[0], old[1]):
+            return self.editor.initializer(name, ir.tensor(old[0]))
+        changed = now[0] != old[0]
+        moving = changed & (now[0] != now[1])
+        if moving.any() and now[0].dtype.kind == "i":
+            follows = np.where(moving, (now[0] != 0) & (now[1] * old[0] == old[1] * now[0]), old[0] == old[1])
         else:
-            self.node.attributes[name] = ir.AttrInt64s(name, [int(v) for v in value])
-
-    def literal(self, index: int) -> Array | None:
-        name = self.names[index] if index < len(self.names) else ""
-        pair = self.parent.analysis.walk.literals.get(name) if name else None
-        return None if pair is None else pair[0]
-
-    def set_literal(self, index: int, value: Array) -> None:
-        parent = self.parent
-        name = self.names[index] if index < len(self.names) else ""
-        if name:
-            now = parent.now.get(name) or parent.analysis.walk.literals[name]
-            if np.array_equal(now[0], value):
-                return
-            if not np.array_equal(now[0], now[1]):
-                current = self.node.inputs[index]
-                if current is None:
-                    raise SymmetryError(f"input {index} of {self.node.name} is gone")
-                self.node.replace_input_with(index, self._patched(current, now, value))
-                return
-        if index >= len(self.node.inputs):
-            self.node.resize_inputs(index + 1)
-        tensor = ir.tensor(np.asarray(value))
-        self.node.replace_input_with(
-            index, parent.editor.initializer(name or f"{self.node.name or self.outs[0]}_sizes", tensor)
-        )
-
-    def _patched(self, current: ir.Value, now: Literal, value: Array) -> ir.Value:
-        """The computed literal with some entries replaced: in its Concat if there is one, else by ScatterElements."""
-        editor = self.parent.editor
-        moving = (now[0] != value) & (now[0] != now[1])
-        if moving.any():
-            current, now = self._proportioned(current, now, value, moving)
-        wrong = np.flatnonzero(now[0] != value)
-        if not wrong.size:
-            return current
-        producer = current.producer()
-        if producer is not None and producer.op_type == "Concat":
-            sizes = [self.parent._literal(v.name or "", 0) if v is not None else None for v in producer.inputs]
-            if all(s is not None for s in sizes):
-                ends = np.cumsum([s.size for s in sizes if s is not None])
-                piece = np.searchsorted(ends, wrong, side="right")
-                inputs = list(producer.inputs)
-                for k in np.unique(piece).tolist():
-                    lo = int(ends[k]) - int(sizes[k].size)
-                    inputs[k] = editor.initializer(
-                        inputs[k].name or "size", ir.tensor(np.asarray(value[lo : int(ends[k])], now[0].dtype))
-                    )
-                return self._insert("Concat", inputs, list(producer.attributes.values()), current)
-        index = editor.initializer("index", ir.tensor(wrong.astype(np.int64)))
-        update = editor.initializer("size", ir.tensor(np.asarray(value[wrong], now[0].dtype)))
-        return self._insert("ScatterElements", [current, index, update], [], current)
-
-    def _proportioned(
-        self, current: ir.Value, now: Literal, value: Array, moving: np.ndarray
-    ) -> tuple[ir.Value, Literal]:
-        """Dynamic entries (heads times batch) follow in proportion: times what is kept, divided by what was."""
-        common = np.gcd(now[0], value)
-        up, down = np.where(moving, value // common, 1), np.where(moving, now[0] // common, 1)
-        if (now[1] * up % down).any():
-            raise SymmetryError(f"{self.node.op_type} {self.node.name}: a dynamic size does not follow what is kept.")
-        for op_type, factor in (("Mul", up), ("Div", down)):
-            if (factor != 1).any():
-                constant = self.parent.editor.initializer("factor", ir.tensor(factor.astype(now[0].dtype)))
-                current = self._insert(op_type, [current, constant], [], current)
-        return current, (now[0] * up // down, now[1] * up // down)
-
-    def _insert(self, op_type: str, inputs: list[ir.Value | None], attributes: list[Any], like: ir.Value) -> ir.Value:
-        out = ir.Value(name=self.parent.editor.fresh_name(like.name or "size"), shape=like.shape, type=like.type)
-        node = ir.Node("", op_type, inputs, attributes, outputs=[out], name=f"{out.name}_node")
-        self.node.prepend(node)
-        return out
-
-    # ------------------------------------------------------------ shapes
-    def _state(self, index: int) -> State:
-        leaf = self.parent.analysis.walk.use_leaf.get((self.position, index))
-        if leaf is not None:
-            return self.parent.analysis.walk.leaves[leaf].state
-        return self.parent.analysis.walk.states[self.names[index]]
-
-    def old(self, index: int) -> Shape:
-        return self._state(index).shape
-
-    def new(self, index: int) -> Shape:
-        shape = self.parent.shape_of(self.position, index)
-        return self.old(index) if shape is None else shape
-
-    def old_out(self, index: int) -> Shape:
-        return self.parent.analysis.walk.states[self.outs[index]].shape
-
-    def new_out(self, index: int) -> Shape:
-        return self.parent.shapes.get(self.outs[index]) or self.old_out(index)
-
-    def kept(self, index: int, axis: int) -> Labels:
-        return self.parent.sizes.positions(self._state(index), axis, self.names[index])
-
-    def kept_out(self, index: int, axis: int) -> Labels:
-        return self.parent.sizes.positions(self.parent.analysis.walk.states[self.outs[index]], axis, self.outs[index])
-
-    def rows(self, index: int, axis: int, count: int) -> int:
-        f = self._state(index).factor_of(axis)
-        if f is None:
-            return count
-        width = self.parent.sizes.keep[f.labels].reshape(count, -1).sum(axis=1)
-        kept = width[width > 0]
-        if (kept != kept[0]).any():
-            raise SymmetryError(f"The {count} groups of {self.names[index]} must keep equally many units each.")
-        return len(kept)
-
-    def replace(
-        self, op_type: str, inputs: list[ir.Value | None], constants: dict[int, Array], attributes: dict[str, Any]
-    ) -> None:
-        current = self.node.inputs[0]
-        new = list(inputs)
-        new[0] = current
-        for k, array in constants.items():
-            new[k] = self.parent.editor.initializer(f"{self.outs[0]}_index", ir.tensor(array))
-        made = [ir.AttrInt64(k, v) for k, v in attributes.items()]
-        old = self.node.outputs[0]
-        out = ir.Value(name=old.name, shape=old.shape, type=old.type)
-        self.node.prepend(ir.Node("", op_type, new, made, outputs=[out], name=self.node.name))
-        old.name = self.parent.editor.fresh_name(old.name or "old")
-        old.replace_all_uses_with(out, replace_graph_outputs=True)
-        graph = self.node.graph
-        if graph is not None:
-            graph.remove(self.node, safe=True)
+            follows = ~moving & (old[0] == old[1])
+        if now[0].ndim > 1 or not (follows | ~changed).all():
+            raise SymmetryError(
+                f"{node.op_type} {node.name}: input {name!r} mixes a size that changes with a dynamic one."
+            )
+        return NodeResize(self, node, position).patched(value, now, old[0])

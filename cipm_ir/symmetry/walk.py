@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +12,7 @@ import onnx_ir as ir
 from cipm_ir.ir.constants import constant_tensor, evaluate
 from cipm_ir.ir.labels import Array, Factor, State
 from cipm_ir.ir.parameters import parameters
-from cipm_ir.ir.shapes import Shape, Shapes, implied_shape, infer_node, infer_shapes
+from cipm_ir.ir.shapes import Shape, Shapes, implied_shape, infer_node, infer_shapes, subgraphs
 from cipm_ir.rules import load_rules
 from cipm_ir.rules.context import Literal, OpContext
 from cipm_ir.rules.events import Recorder
@@ -358,6 +359,13 @@ class _Walker:
         for f in leaf.factors:
             f.epsilon = epsilon
         return True
+
+
+def node_graphs(node: ir.Node) -> Iterator[ir.Graph]:
+    """Yield the graphs that a node holds, and the graphs that their nodes hold."""
+    for graph in subgraphs(node):
+        yield graph
+        yield from graph.subgraphs()
 
 
 def captured_values(node: ir.Node) -> list[ir.Value]:
