@@ -28,6 +28,8 @@ _SIZES = {ir.DataType.INT64, ir.DataType.INT32}
 _AS_DATA = {*_SIZES, ir.DataType.FLOAT, ir.DataType.BOOL}
 # An unknown size stands in a vector of sizes as one of these numbers, which are only moved, never computed with.
 _FIRST_SYMBOL = 1 << 40
+# Their output sizes are quotients or products that are rounded, by ONNX's inference not always as by the runtime.
+_ROUNDED = {"MaxPool", "AveragePool", "LpPool", "Conv", "ConvTranspose", "Resize", "Upsample"}
 _MOVES = ("Identity", "Gather", "Squeeze", "Unsqueeze", "Slice", "Reshape", "Concat")
 
 
@@ -111,7 +113,30 @@ class GraphFacts:
             if proto.tensor_type.elem_type:
                 self._types[value] = ir.DataType(proto.tensor_type.elem_type)
             if proto.tensor_type.HasField("shape"):
-                self._shapes[value] = tuple(map(_dim, proto.tensor_type.shape.dim))
+                dims = tuple(map(_dim, proto.tensor_type.shape.dim))
+                known = dims if node.op_type not in _ROUNDED else self._without_rounded(node, dims)
+                if known is not None:
+                    self._shapes[value] = known
+
+    def _without_rounded(self, node: ir.Node, dims: Dims) -> Dims | None:
+        """Forget the sizes of which ONNX's inference and the runtime may think differently."""
+        if attribute(node, "output_shape"):
+            return None  # ONNX forgets axes where it is smaller than the input
+        if node.op_type not in ("Resize", "Upsample"):
+            plain = attribute(node, "auto_pad", "NOTSET") == "NOTSET" and not attribute(node, "ceil_mode", 0)
+            return dims if plain else (*dims[:2], *(None for _ in dims[2:]))
+        if node.op_type == "Resize" and attribute(node, "keep_aspect_ratio_policy", "stretch") != "stretch":
+            return tuple(None for _ in dims)
+        place = 1 if node.op_type == "Upsample" or len(node.inputs) == 2 else 2
+        scales = parameter_tensor(node.inputs[place]) if len(node.inputs) > place else None
+        if scales is None or not scales.size:
+            return dims  # the sizes are given
+        shape, axes = self.shape(node.inputs[0]), attribute(node, "axes")
+        scale = dict(zip(range(len(dims)) if axes is None else axes, np.asarray(scales.numpy()), strict=False))
+        return tuple(
+            d if shape is not None and _exact_product(shape[k], scale.get(k, scale.get(k - len(dims), 1.0))) else None
+            for k, d in enumerate(dims)
+        )
 
     def _as_data(self, value: ir.Value, dtype: ir.DataType) -> Array | None:
         computed = self.constant_entries(value)
@@ -190,6 +215,13 @@ class GraphFacts:
             return None
         array = np.asarray(tensor.numpy()).astype(np.int64)
         return None if self._has_symbols(array) else array
+
+
+def _exact_product(size: Dim, scale: float) -> bool:
+    """Whether a size times a scale is the same number in single and in double precision."""
+    if not isinstance(size, int):
+        return scale == 1
+    return float(np.float32(size) * np.float32(scale)) == float(size) * float(scale)
 
 
 def _dim(proto: onnx.TensorShapeProto.Dimension) -> Dim:
