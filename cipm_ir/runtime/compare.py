@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
@@ -92,6 +93,8 @@ DOUBTFUL = 100.0
 """Up to this multiple of what is allowed, more noise is measured before two programs count as different."""
 
 _AT_ONCE = 3
+_PATIENCE = 30.0
+"""Once the noise of a slow model took so many seconds, no more of it is measured."""
 
 MEASURED = Tolerance()
 """The noise of the first model decides."""
@@ -157,6 +160,7 @@ class Reference:
         everything = [stick for one in self.sticks for stick in one.values()]
         if everything and not any(_informative(stick.expected) for stick in everything):
             return Verification(None, reason="no output has a finite entry on any input", backend=self.backend)
+        start = time.perf_counter()
         found = self._compare(actual, tolerance)
         if not found and tolerance.measured and not self._measured:
             self._measured = True
@@ -165,7 +169,7 @@ class Reference:
         # Where a value is rounded to a coarse grid inside the model, rounding shows as rare jumps; and of thousands of
         # channels, some look quieter than they are: look longer.
         more = list(self._side.more()) if tolerance.measured else []
-        while more and not found and found.share < DOUBTFUL:
+        while more and not found and found.share < DOUBTFUL and time.perf_counter() - start < _PATIENCE:
             ways, more = more[:_AT_ONCE], more[_AT_ONCE:]
             doubtful = [k for k, share in enumerate(self._shares(actual, tolerance)) if share > 1]
             self._measure_noise(ways, doubtful)
@@ -275,4 +279,5 @@ def _compare_exact(stick: Yardstick, b: Array) -> Found:
 
 
 def _informative(array: Array) -> bool:
-    return not is_float(array) or array.size == 0 or bool(np.isfinite(widened(array)).any())
+    """Whether there is anything to compare: an empty output (no box found) says nothing of how it is computed."""
+    return array.size > 0 and (not is_float(array) or bool(np.isfinite(widened(array)).any()))

@@ -36,6 +36,8 @@ ULPS = 4.0
 _CHUNK = 1 << 22
 _FEW = 4
 _SAMPLE = 4096
+# From which input on an operator makes sizes of what it is given.
+_SIZING = {"Resize": 1, "Upsample": 1, "Range": 0}
 # Bits of a type by name: the integers to view it as, and the low bits that only a rounded number needs.
 _BITS: dict[str, tuple[Any, int]] = {
     "float64": (np.int64, 29),
@@ -100,23 +102,40 @@ def nudged_model(model: ir.Model, seed: tuple[int, ...]) -> ir.Model:
     """Return a copy that differs by rounding.
 
     Its floating-point weights are moved as in `nudged`, each when it is needed, and its contractions sum in another
-    order.
+    order. Constants that sizes are computed from stay: another size is no rounding.
     """
     copy = model.clone()
+    still = _size_makers(copy)
     _shuffle_sums(copy, np.random.default_rng(seed))
     position = 0
     for graph in all_graphs(copy):
         for value in graph.initializers.values():
             position += 1
-            if value.const_value is not None:
+            if value.const_value is not None and value not in still:
                 value.const_value = _lazy(value.const_value, value.name or "", (*seed, position))
         for node in graph:
             attribute = node.attributes.get("value") if node.op_type == "Constant" else None
-            if attribute is not None and not attribute.is_ref():
+            if attribute is not None and not attribute.is_ref() and node.outputs[0] not in still:
                 position += 1
                 tensor = attribute.as_tensor()
                 node.attributes["value"] = ir.AttrTensor("value", _lazy(tensor, tensor.name or "", (*seed, position)))
     return copy
+
+
+def _size_makers(model: ir.Model) -> set[ir.Value]:
+    """Return the values that a Resize, Upsample or Range makes sizes of, and what they are computed from."""
+    found: set[ir.Value] = set()
+    for graph in all_graphs(model):
+        for node in graph:
+            first = _SIZING.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+            waiting = [] if first is None else list(node.inputs[first:])
+            while waiting:
+                value = waiting.pop()
+                if value is not None and value not in found:
+                    found.add(value)
+                    maker = value.producer()
+                    waiting += [] if maker is None else maker.inputs
+    return found
 
 
 def _shuffle_sums(model: ir.Model, rng: np.random.Generator) -> None:

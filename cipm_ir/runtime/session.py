@@ -67,13 +67,14 @@ class Runner:
         fast: bool = False,
         threads: int | None = None,
     ) -> None:
-        self._fast, self._parallel = fast, threads
+        self._fast, self._parallel, self._runs = fast, threads, 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._model = _with_outputs(model, extra_outputs)
         self.outputs: tuple[str, ...] = tuple(value.name or "" for value in self._model.graph.outputs)
         self.inputs: frozenset[str] = frozenset(value.name or "" for value in self._model.graph.inputs)
         self._session: ort.InferenceSession | ReferenceEvaluator
         self.backend: Backend
+        self._draws = _draws_from_a_seed(self._model)
         try:
             self._open(backend)
         except BaseException:
@@ -141,10 +142,16 @@ class Runner:
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Run once; gives the outputs by name, in the model's order or in that of `outputs`.
 
+        Random numbers that are drawn from a seed are the same in every run: onnxruntime goes on in its stream from run
+        to run, so that such a model is opened anew.
+
         Raises:
             InputError: the run failed, as it does for feeds of the wrong shape.
         """
         names = list(self.outputs if outputs is None else outputs)
+        if self._draws and self._runs:
+            self._open(self.backend)
+        self._runs += 1
         try:
             values = self._session.run(names, dict(feeds))
         except Exception as error:
@@ -217,6 +224,12 @@ def _embedded(model: ir.Model) -> onnx.ModelProto:
 
 def _read_late(tensor: ir.ExternalTensor) -> ir.LazyTensor:
     return ir.LazyTensor(lambda: tensor, tensor.dtype, ir.Shape(tensor.shape.numpy()), name=tensor.name)
+
+
+def _draws_from_a_seed(model: ir.Model) -> bool:
+    """Return whether a node, in functions too, has a seed of its own."""
+    roots = (model.graph, *(function.graph for function in model.functions.values()))
+    return any("seed" in node.attributes for root in roots for node in root.all_nodes())
 
 
 def _first_line(error: Exception) -> str:

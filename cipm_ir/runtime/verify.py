@@ -64,6 +64,7 @@ _SAMPLES = 16
 _SAMPLES_ENTRIES = 1 << 16
 _SECONDS = 10.0
 _LEAST = 3
+_PATIENCE = 3 * _SECONDS
 BATCHES = 3
 """So many batches of data are looked at."""
 
@@ -241,10 +242,8 @@ def own_cases(
 
     Errors: `InputError` where the model runs on none of the sizes.
     """
-    batch, free_size, limit, feeds = _accepted(model, run, rng)
-    start = time.perf_counter()
-    made = [Case(RECIPES[0].name, feeds, run(feeds))]
-    seconds = time.perf_counter() - start
+    batch, free_size, limit, first, seconds = _accepted(model, run, rng)
+    made = [first]
     most = affordable_cases(seconds) if most is None else most
     values = true_inputs(model)
     if not values:
@@ -263,21 +262,29 @@ def own_cases(
 def affordable_cases(seconds: float) -> int:
     """Return how many inputs of our own there is time for, given the seconds of one run."""
     # The plain run, its variants and the other model: all of them for each case.
-    return max(int(_SECONDS / (max(seconds, 1e-6) * (3 + DRAWS))), _LEAST)
+    each = max(seconds, 1e-6) * (3 + DRAWS)
+    return max(int(_SECONDS / each), _LEAST if _LEAST * each < _PATIENCE else 1)
 
 
 def _accepted(
     model: ir.Model, run: Callable[[Feeds], Outputs], rng: np.random.Generator
-) -> tuple[int, int, int | None, Feeds]:
+) -> tuple[int, int, int | None, Case, float]:
+    """Batch, free size and limit with which the model runs, the first case, and the seconds of its run."""
     first: InputError | None = None
     for batch, free_size, limit in _SIZES:
         feeds = random_inputs(model, rng, batch, free_size=free_size, index_limit=limit)
+        start = time.perf_counter()
         try:
-            run(feeds)
+            case = Case(RECIPES[0].name, feeds, run(feeds))
         except InputError as error:
             first = first or error
-        else:
-            return _more_samples(model, run, rng, (batch, free_size, limit, feeds))
+            continue
+        seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        more = _more_samples(model, run, rng, batch, free_size, limit, feeds) if seconds < _SECONDS / _SAMPLES else []
+        if more:
+            return _SAMPLES, free_size, limit, more[0], time.perf_counter() - start
+        return batch, free_size, limit, case, seconds
     raise first or InputError("No random inputs were tried.")
 
 
@@ -285,16 +292,18 @@ def _more_samples(
     model: ir.Model,
     run: Callable[[Feeds], Outputs],
     rng: np.random.Generator,
-    found: tuple[int, int, int | None, Feeds],
-) -> tuple[int, int, int | None, Feeds]:
+    batch: int,
+    free_size: int,
+    limit: int | None,
+    feeds: Feeds,
+) -> list[Case]:
     """Take a larger batch where the model takes one and it is small: units that are rarely active show then."""
-    batch, free_size, limit, feeds = found
     if batch < 2 or sum(x.size for x in feeds.values()) * _SAMPLES // batch > _SAMPLES_ENTRIES:
-        return found
+        return []
     more = random_inputs(model, rng, _SAMPLES, free_size=free_size, index_limit=limit)
     if {name: x.shape for name, x in more.items()} == {name: x.shape for name, x in feeds.items()}:
-        return found
-    return (_SAMPLES, free_size, limit, more) if tried("", more, run) else found
+        return []
+    return tried(RECIPES[0].name, more, run)
 
 
 def _long(model: ir.Model, run: Callable[[Feeds], Outputs], rng: np.random.Generator, limit: int | None) -> list[Case]:
