@@ -190,3 +190,27 @@ def test_mean_variance_normalization_is_read_with_and_without_axes(given: dict[s
     moved = program.act({space: space.random(rng) for space in program.spaces})
     feeds = {"x": rng.standard_normal((2, 3, 4, 4)).astype(np.float32)}
     assert difference(run(program.emit(), feeds), run(moved.emit(), feeds)) < 1e-5
+
+
+def test_channels_that_differ_by_their_normalization_alone() -> None:
+    """One image in six channels: the parameters of a batch normalization tell them apart, and go with them."""
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((5, 6, 3, 3)).astype(np.float32)
+    weight[:, 1::2] = 0  # the channels that are dropped count for nothing
+    vectors = {name: rng.standard_normal(6).astype(np.float32) for name in ("g", "b", "m")}
+    nodes = [
+        helper.make_node("Expand", ["x", "s"], ["e"]),
+        helper.make_node("BatchNormalization", ["e", "g", "b", "m", "v"], ["n"]),
+        helper.make_node("Relu", ["n"], ["r"]),
+        helper.make_node("Conv", ["r", "w"], ["y"]),
+    ]
+    given = {**vectors, "v": np.abs(vectors["g"]) + 1, "w": weight, "s": np.array([2, 6, 8, 8])}
+    model = ir.from_proto(network(nodes, given, [2, 1, 8, 8]))
+    program = Program.of(model)
+    (space,) = [space for space in program.spaces if space.size == 6]
+    x = {"x": rng.standard_normal((2, 1, 8, 8)).astype(np.float32)}
+    wanted = run(model, x)["y"]
+    for changed in (program.act({space: space.random(rng)}), program.restrict({space: [0, 2, 4]})):
+        np.testing.assert_allclose(run(changed.emit(), x)["y"], wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+    lost = run(program.restrict({space: [1, 3, 5]}).emit(), x)["y"]
+    assert np.abs(lost - wanted).max() > 0.1 * np.abs(wanted).max()

@@ -25,7 +25,7 @@ def batch_normalization(op: OpContext) -> None:
     if not op.attr("spatial", 1):
         raise Opaque("BatchNormalization per position (opset 8 and before)")
     x = op.state(0)
-    f = x.factor_of(1)
+    f = x.factor_of(1) or _channels_of_parameters(op, x)
     if f is None or f.axes != (1,):
         for k in range(1, 5):
             op.pin(op.state(k), "BatchNormalization of fixed channels")
@@ -53,7 +53,18 @@ def batch_normalization(op: OpContext) -> None:
     others = [fixed(g) for g in x.factors if g is not f]
     for g in others:
         op.pin(State(x.shape, (g,)), "spatial position under BatchNormalization")
-    op.set(0, (Factor((1,), f.labels, y, f.repeats),), x.uniform, x.shape)
+    op.set(0, (Factor((1,), f.labels, y, f.repeats),), x.uniform - {1}, x.shape)
+
+
+def _channels_of_parameters(op: OpContext, x: State) -> Factor | None:
+    """Channels that differ by their parameters alone: those of a value that is the same in all of them."""
+    gamma = op.optional(1)
+    own = None if gamma is None or 1 not in x.uniform else gamma.factor_of(0)
+    if own is None or own.axes != (0,):
+        return None
+    f = Factor((1,), own.labels, ZERO, own.repeats)
+    op.meets(0, 1, f, 1)
+    return f
 
 
 def _alike(op: OpContext, x: State, params: Iterable[int]) -> frozenset[int]:
@@ -137,7 +148,7 @@ def instance_normalization(op: OpContext) -> None:
         op.rec.same(f.labels, y, beta.var)
         op.rec.equate(f.labels, ((gamma.var, 1), (y, -1)), sign=False)
         op.rec.equate(f.labels, ((gamma.var, 1), (y, 1), (f.var, 1)), scale=False)
-    op.set(0, (Factor((1,), f.labels, y, f.repeats),), x.uniform, x.shape)
+    op.set(0, (Factor((1,), f.labels, y, f.repeats),), x.uniform - {1}, x.shape)
 
 
 def _instances_of_grids(op: OpContext, x: State, f: Factor | None) -> None:
