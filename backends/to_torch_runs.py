@@ -39,11 +39,12 @@ def first_line(error: BaseException) -> str:
 def inputs_like(example: Sequence[torch.Tensor], seed: int = 0) -> Iterator[tuple[str, Tensors]]:
     """Yield the example, then inputs of its shapes and types that nobody chose for it, each with what it is.
 
-    Zeros; ones; random floats of several magnitudes, with integers from among those of the example.
+    Zeros; ones; random floats of several magnitudes, with integers from among those of the example. Masks keep their
+    entries: where one masks everything, what comes out is up to the kernel.
     """
     yield "example", [x.clone() for x in example]
-    yield "zeros", [torch.zeros_like(x) for x in example]
-    yield "ones", [torch.ones_like(x) for x in example]
+    for name, fill in (("zeros", 0), ("ones", 1)):
+        yield name, [x.clone() if x.dtype == torch.bool else torch.full_like(x, fill) for x in example]
     for k, (name, magnitude) in enumerate(_MAGNITUDES.items()):
         generator = torch.Generator().manual_seed(1000 * seed + k)
         yield name, [_drawn(x, magnitude, generator) for x in example]

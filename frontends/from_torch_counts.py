@@ -98,6 +98,8 @@ def _own_formula(name: str, args: Any, out: Any) -> int | None:
     if name in ("grid_sampler_2d", "grid_sampler_3d"):
         taps = {0: 2, 1: 0, 2: 4}[args[2]]
         return int(math.prod(out.shape) * taps ** (out.dim() - 2))
+    if name in ("_grouped_mm", "grouped_mm_fallback"):  # rows, each with the matrix of its expert
+        return int(args[0].numel() * out.shape[-1])
     if name == "_cdist_forward":
         return int(out.numel() * args[0].shape[-1])
     return None

@@ -243,7 +243,7 @@ class _Run:
             self._leave_out(one, broken.why, seconds, broken.verification)
             return
         before = self.steps[-1].after if self.steps else self.before
-        after = Totals.of(result.program, self.sizes) if changed else before
+        after = Totals.of(result.program, {**self.before.sizes, **(self.sizes or {})}) if changed else before
         said = result.summary, before, after, seconds, verification, checked, result.metrics, result.figures
         made = Step(str(one), kind.value, changed, *said)
         self.steps.append(made)

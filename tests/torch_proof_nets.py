@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,36 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+NEAR = 1e-4
+"""Of the largest value of a channel: the programs are the same, but BLAS chooses kernels by size."""
+
+
+def real_inputs(like: Tensor) -> list[Tensor]:
+    """Inputs of several magnitudes, that are not the example."""
+    if not like.is_floating_point():
+        return [like.max() - like, torch.zeros_like(like), like.flip(0)]
+    torch.manual_seed(7)
+    return [s * torch.randn_like(like) for s in (1e-2, 1.0, 1e2)] + [torch.zeros_like(like)]
+
+
+def apart(a: Any, b: Any) -> float:
+    """The largest difference in any channel (last axis and axis 1), relative to its largest value there."""
+    worst = 0.0
+    leaves = torch.utils._pytree.tree_leaves
+    for x, y in zip(leaves(a), leaves(b), strict=True):
+        assert x.shape == y.shape and torch.equal(x.isnan(), y.isnan())
+        assert torch.equal(x[x.isinf()], y[y.isinf()])
+        x, y = (z.double().nan_to_num(0, 0, 0) for z in (x, y))
+        for axis in (1, x.ndim - 1):
+            over = [k for k in range(x.ndim) if k != axis]
+            worst = max(worst, float(((x - y).abs().amax(over) / x.abs().amax(over).clamp_min(1e-6)).max()))
+    return worst
+
+
+def run(module: Any, x: Tensor) -> Any:
+    with torch.no_grad():
+        return copy.deepcopy(module).eval()(x)
 
 
 class Attention(nn.Module):
