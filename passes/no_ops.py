@@ -94,6 +94,7 @@ def _meets_division(value: ir.Value) -> bool:
         for use in waiting.pop().uses():
             node = use.node
             to_text = node.op_type == "Cast" and attribute(node, "to") == int(ir.DataType.STRING)
+            to_text |= node.op_type == "CastLike"  # of a type that may be text
             if node.domain not in _STANDARD or node.op_type in _SIGN_OF_ZERO or to_text or any(subgraphs(node)):
                 return True
             if node.graph is not value.graph:

@@ -95,6 +95,17 @@ def test_the_sign_of_zero_counts_before_a_division(last: str) -> None:
         assert same_bits(run(proto, X), run(after, X))
 
 
+@pytest.mark.parametrize("last", ["Cast", "CastLike"])
+def test_the_sign_of_zero_counts_in_text(last: str) -> None:
+    """-0 is written "-0", and -0 + 0 "0"."""
+    given = {"Cast": (["a"], {"to": TEXT}), "CastLike": (["a", "text"], {})}[last]
+    for zero, goes in ((0.0, False), (-0.0, True)):
+        nodes = [node("Add", ["x", "c"], ["a"]), node(last, given[0], ["y"], **given[1])]
+        inputs = [value("x"), value("text", TEXT, (1,))]
+        after = cleaned(model(nodes, {"c": scalar(zero)}, inputs=inputs, outputs=[value("y", TEXT, None)]))
+        assert (operators(after) == [last]) == goes
+
+
 def test_unknown_operators_may_divide() -> None:
     nodes = [node("Add", ["x", "c"], ["a"]), node("Gelu", ["a"], ["y"], domain="com.microsoft")]
     proto = model(nodes, {"c": scalar(0.0)})
