@@ -63,8 +63,8 @@ def test_the_evaluator_computes_what_onnx_does(name: str) -> None:
     ]
     graph = helper.make_graph([proto], "one", inputs, [helper.make_tensor_value_info("y", TensorProto.UNDEFINED, None)])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)])
-    wanted = ReferenceEvaluator(model).run(None, {f"x{k}": a for k, a in enumerate(arrays)})[0]
-    found = evaluate(ir.from_proto(proto), list(arrays), None, OPSET)
+    wanted: Any = ReferenceEvaluator(model).run(None, {f"x{k}": a for k, a in enumerate(arrays)})
+    found = evaluate(ir.serde.deserialize_node(proto), list(arrays), None, OPSET)
     assert found is not None
     assert found.dtype == wanted.dtype and found.shape == wanted.shape
     assert np.array_equal(found, wanted)
@@ -72,4 +72,4 @@ def test_the_evaluator_computes_what_onnx_does(name: str) -> None:
 
 def test_what_it_does_not_follow_is_no_constant() -> None:
     proto = node_of("ScatterElements", [SIGNED, ints(0, 0), ints(1, 1)], {"reduction": "add"})
-    assert evaluate(ir.from_proto(proto), [SIGNED, ints(0, 0), ints(1, 1)], None, OPSET) is None
+    assert evaluate(ir.serde.deserialize_node(proto), [SIGNED, ints(0, 0), ints(1, 1)], None, OPSET) is None
