@@ -61,7 +61,7 @@ def first_difference(wanted: ir.Model, found: ir.Model) -> str:
     outputs = list(zip(wanted.graph.outputs, found.graph.outputs, strict=False))
     for a, b in outputs:
         if first[a] != second[b]:
-            return _Explanation(first, second, numbers.held).of(a, b)
+            return _Explanation(first, second, numbers).of(a, b)
     if len(wanted.graph.outputs) != len(found.graph.outputs):
         return f"it has {len(found.graph.outputs)} outputs, the program {len(wanted.graph.outputs)}"
     if numbers.inputs(wanted) != numbers.inputs(found):
@@ -227,8 +227,8 @@ def _taken(
 class _Explanation:
     """Finds, from two values that differ, the first place where they do."""
 
-    def __init__(self, first: dict[ir.Value, int], second: dict[ir.Value, int], held: dict[int, Array]) -> None:
-        self.first, self.second, self.held = first, second, held
+    def __init__(self, first: dict[ir.Value, int], second: dict[ir.Value, int], numbers: _Numbers) -> None:
+        self.first, self.second, self.held, self.version = first, second, numbers.held, numbers.version
 
     def of(self, a: ir.Value, b: ir.Value) -> str:
         """Go from the outputs towards the inputs, each time to the first pair of inputs that differs."""
@@ -238,7 +238,7 @@ class _Explanation:
             if one is None or other is None:
                 return f"{self._said(a, True)} where its forward has {self._said(b, False)}"
             if (one.domain, one.op_type) != (other.domain, other.op_type):
-                return f"{_node(one)} of the program is {_node(other)} in its forward"
+                return _other_operator(one, other)
             if len(one.inputs) > len(other.inputs):
                 extra = next((v for v in one.inputs[len(other.inputs) :] if v is not None), None)
                 name = "" if extra is None else f" tensor {extra.name!r}"
@@ -247,7 +247,7 @@ class _Explanation:
             apart = next((pair for pair in pairs if self._differ(*pair)), None)
             p, q = apart or (None, None)
             if p is None or q is None:
-                return f"{_node(one)} of the program has other attributes or inputs in its forward"
+                return _other_attribute(one, other, self.version)
             a, b = p, q
 
     def _differ(self, a: ir.Value | None, b: ir.Value | None) -> bool:
@@ -266,6 +266,32 @@ class _Explanation:
         else:
             what = f"tensor {value.name!r} of shape {list(held.shape)}"
         return f"{'the program has ' if wanted else ''}{what}{small}"
+
+
+def _other_operator(one: ir.Node, other: ir.Node) -> str:
+    name, by = _name(one), _name(other)
+    if name != by:
+        return f"{_node(one)} of the program is {_node(other)} in its forward"
+    return f"its forward computes {name!r} by {other.op_type}, the program by {one.op_type}"
+
+
+def _other_attribute(one: ir.Node, other: ir.Node, version: int) -> str:
+    """Return the first attribute that two nodes of one operator and with the same inputs do not share."""
+    wanted, found = dict(_attributes(one, version)), dict(_attributes(other, version))
+    for name in sorted({*wanted, *found}):
+        if wanted.get(name) != found.get(name):
+            return f"{_node(one)} has {_stated(one, name)} in the program, {_stated(other, name)} in its forward"
+    return f"{_node(one)} of the program has other inputs or outputs in its forward"
+
+
+def _stated(node: ir.Node, name: str) -> str:
+    held = node.attributes.get(name)
+    if held is None:
+        return f"the default of {name}"
+    if held.type == ir.AttributeType.FLOAT:
+        return f"{name}={held.as_float():.6g}"
+    plain = (ir.AttributeType.INT, ir.AttributeType.INTS, ir.AttributeType.FLOATS, ir.AttributeType.STRING)
+    return f"{name}={held.value}" if held.type in plain else f"a {name} of its own"
 
 
 def _behind_identities(value: ir.Value) -> ir.Value:
@@ -288,8 +314,12 @@ def _held(value: ir.Value) -> Array | None:
     return None if tensor is None else np.asarray(tensor.numpy())
 
 
+def _name(node: ir.Node) -> str:
+    return node.outputs[0].name or node.name or ""
+
+
 def _node(node: ir.Node) -> str:
-    return f"node {node.outputs[0].name or node.name!r} ({node.op_type})"
+    return f"node {_name(node)!r} ({node.op_type})"
 
 
 def _true_inputs(model: ir.Model) -> list[ir.Value]:

@@ -92,7 +92,13 @@ def slice_positions(size: int, start: int, end: int, step: int) -> np.ndarray:
 
 def _reshape(node: ir.Node, args: list[Array], version: int) -> Array:
     target = args[1].tolist()
+    if attribute(node, "allowzero", 0):
+        return args[0].reshape(target)
     return args[0].reshape([args[0].shape[k] if d == 0 else d for k, d in enumerate(target)])
+
+
+def _transpose(node: ir.Node, args: list[Array], version: int) -> Array:
+    return args[0].transpose(attribute(node, "perm"))
 
 
 def _cast(node: ir.Node, args: list[Array], version: int) -> Array:
@@ -102,8 +108,11 @@ def _cast(node: ir.Node, args: list[Array], version: int) -> Array:
 def _reduce(function: Callable[..., Any]) -> Evaluator:
     def run(node: ir.Node, args: list[Array], version: int) -> Array:
         axes = _axes(node, args)
+        if not axes and attribute(node, "noop_with_empty_axes", 0):
+            return args[0]
         keep = bool(attribute(node, "keepdims", 1))
-        return np.asarray(function(args[0], axis=None if axes is None else tuple(axes), keepdims=keep))
+        made = np.asarray(function(args[0], axis=tuple(axes) if axes else None, keepdims=keep))
+        return made.astype(args[0].dtype)  # numpy sums 32-bit integers in 64 bits
 
     return run
 
@@ -118,6 +127,16 @@ def _divide(node: ir.Node, args: list[Array], version: int) -> Array:
     return np.asarray(args[0] / args[1])
 
 
+def _scatter(node: ir.Node, args: list[Array], version: int) -> Array:
+    if attribute(node, "reduction", "none") != "none":
+        raise ValueError("a scatter that adds up is not followed")
+    out = args[0].copy()
+    places = list(np.indices(args[1].shape))
+    places[attribute(node, "axis", 0)] = args[1]
+    out[tuple(places)] = args[2]
+    return out
+
+
 _TABLE: dict[str, Evaluator] = {
     "Identity": lambda n, a, v: a[0],
     "Gather": lambda n, a, v: np.take(a[0], a[1], axis=attribute(n, "axis", 0)),
@@ -126,6 +145,7 @@ _TABLE: dict[str, Evaluator] = {
     "Unsqueeze": _unsqueeze,
     "Slice": _slice,
     "Reshape": _reshape,
+    "Transpose": _transpose,
     "Cast": _cast,
     "ReduceProd": _reduce(np.prod),
     "ReduceSum": _reduce(np.sum),
@@ -135,7 +155,7 @@ _TABLE: dict[str, Evaluator] = {
     "Sub": _binary(operator.sub),
     "Mul": _binary(operator.mul),
     "Div": _divide,
-    "Mod": _binary(np.mod),
+    "Mod": lambda n, a, v: (np.fmod if attribute(n, "fmod", 0) else np.mod)(a[0], a[1]),
     "Min": lambda n, a, v: np.minimum.reduce(a),
     "Max": lambda n, a, v: np.maximum.reduce(a),
     "Equal": _binary(operator.eq),
@@ -149,14 +169,8 @@ _TABLE: dict[str, Evaluator] = {
     "Where": lambda n, a, v: np.where(a[0], a[1], a[2]),
     "Range": lambda n, a, v: np.arange(a[0].item(), a[1].item(), a[2].item(), dtype=a[0].dtype),
     "Expand": lambda n, a, v: np.broadcast_to(a[0], np.broadcast_shapes(a[0].shape, tuple(a[1].tolist()))),
-    "ScatterElements": lambda n, a, v: _scatter(a[0], a[1], a[2]),
+    "ScatterElements": _scatter,
 }
-
-
-def _scatter(data: Array, index: Array, updates: Array) -> Array:
-    out = data.copy()
-    out[index] = updates
-    return out
 
 
 def evaluate(

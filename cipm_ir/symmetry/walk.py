@@ -248,6 +248,12 @@ class _Walker:
         if not self.shapes.static and self.shapes.first.get(source) == state.shape and source in self.shapes.second:
             self.shapes.second[name] = self.shapes.second[source]
 
+    def _shaped(self, name: str, first: Shape, second: Shape | None) -> None:
+        """Note the shapes, at both choices of dynamic sizes, of a value that the walk knows as numbers."""
+        self.shapes.first[name] = first
+        if not self.shapes.static and second is not None:
+            self.shapes.second[name] = second
+
     def _known_shape(self, value: ir.Value, table: dict[str, Shape]) -> Shape | None:
         name = value.name or ""
         tensor = self.params[name][0] if name in self.params else None
@@ -298,7 +304,7 @@ class _Walker:
         if first.dtype.kind not in "iub":
             return False
         self.states[out] = State(first.shape)
-        self.shapes.first.setdefault(out, first.shape)
+        self._shaped(out, first.shape, None if second is None else second.shape)
         return True
 
     def _filled(self, node: ir.Node, literals: list[Literal | None]) -> bool:
@@ -313,7 +319,8 @@ class _Walker:
         value = node.outputs[0]
         name = value.name or ""
         self.params[name] = (None, True)
-        self.shapes.first[name] = tuple(int(d) for d in literals[0][0])
+        shape = tuple(int(d) for d in literals[0][0])
+        self._shaped(name, shape, shape)
         fill = node.attributes.get("value")
         array = np.zeros(1, np.float32) if fill is None else fill.as_tensor().numpy()
         if value.dtype is None:
