@@ -63,7 +63,8 @@ def test_the_evaluator_computes_what_onnx_does(name: str) -> None:
     ]
     graph = helper.make_graph([proto], "one", inputs, [helper.make_tensor_value_info("y", TensorProto.UNDEFINED, None)])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)])
-    wanted: Any = ReferenceEvaluator(model).run(None, {f"x{k}": a for k, a in enumerate(arrays)})
+    outputs: Any = ReferenceEvaluator(model).run(None, {f"x{k}": a for k, a in enumerate(arrays)})
+    wanted = outputs[0]
     found = evaluate(ir.serde.deserialize_node(proto), list(arrays), None, OPSET)
     assert found is not None
     assert found.dtype == wanted.dtype and found.shape == wanted.shape

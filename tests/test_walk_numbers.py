@@ -109,3 +109,48 @@ def test_the_comparison_sees_a_moved_unit() -> None:
     turned = np.roll(onnx.numpy_helper.to_array(weight), 1, axis=1)
     weight.CopyFrom(onnx.numpy_helper.from_array(turned, "w"))
     assert not cipm_ir.verify(model, other).ok
+
+
+MOVES = {
+    "none": "v = DequantizeLinear (w, s, z)",
+    "Identity": "m = Identity (w) v = DequantizeLinear (m, s, z)",
+    "Transpose": "t = Transpose <perm = [1, 0]> (w) m = Transpose <perm = [1, 0]> (t) v = DequantizeLinear (m, s, z)",
+    "Reshape": "all = Constant <value = int64[2] {6, -1}> () m = Reshape (w, all) v = DequantizeLinear (m, s, z)",
+    "Cast": "m = Cast <to = 3> (w) v = DequantizeLinear (m, s, z)",
+}
+
+
+def quantized(move: str) -> onnx.ModelProto:
+    """A small weight in 8 bits behind an operator that a chain of sizes might have, too."""
+    text = f"""quantized (float[N,6] x, int8[6,8] w, int8[8,5] w2) => (float[N,5] y) {{
+        s = Constant <value = float {{0.01}}> ()
+        z = Constant <value = int8 {{0}}> ()
+        {MOVES[move]}
+        h = MatMul (x, v)
+        r = Relu (h)
+        v2 = DequantizeLinear (w2, s, z)
+        y = MatMul (r, v2)
+    }}"""
+    model = onnx.parser.parse_model(HEAD + text)
+    rng = np.random.default_rng(0)
+    for name, shape in {"w": (6, 8), "w2": (8, 5)}.items():
+        array = rng.integers(-100, 100, shape).astype(np.int8)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    del model.graph.input[1:]
+    onnx.checker.check_model(model)
+    return model
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_small_quantized_weights_are_no_sizes(move: str) -> None:
+    program = cipm_ir.load(quantized(move))
+    (space,) = program.spaces
+    assert space.size == 8
+    moved = program.act({space: space.random(np.random.default_rng(1))})
+    assert cipm_ir.verify(program.emit(), moved.emit()).ok
+    small = program.restrict({space: np.array([0, 2, 5])}).emit()
+    plain = cipm_ir.load(quantized("none"))
+    wanted = plain.restrict({plain.spaces[0]: np.array([0, 2, 5])}).emit()
+    assert cipm_ir.verify(wanted, small).ok
+    other = plain.restrict({plain.spaces[0]: np.array([0, 2, 6])}).emit()
+    assert not cipm_ir.verify(other, small).ok

@@ -22,7 +22,8 @@ from cipm_ir.symmetry.leaves import Leaf, LeafFactor, OpaqueNode, Use
 LITERAL_SIZE = 4096
 FLOAT_LITERAL_SIZE = 64
 FLOATS = frozenset(d for d in ir.DataType if d.is_floating_point())
-_LABELLED_INTS = {ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT32, ir.DataType.INT4, ir.DataType.UINT4}
+_QUANTIZED = {ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT4, ir.DataType.UINT4}
+_LABELLED_INTS = {*_QUANTIZED, ir.DataType.INT32}
 
 
 @dataclass
@@ -301,11 +302,18 @@ class _Walker:
         out = node.outputs[0].name or ""
         if second is not None:
             self.literals[out] = (first, first if first.shape == second.shape and (first == second).all() else second)
-        if first.dtype.kind not in "iub":
+        if first.dtype.kind not in "iub" or any(self._quantized(v) for v in node.inputs):
             return False
         self.states[out] = State(first.shape)
         self._shaped(out, first.shape, None if second is None else second.shape)
         return True
+
+    def _quantized(self, value: ir.Value | None) -> bool:
+        """Whether this may be a weight in few bits, whose axes have units, rather than sizes and indices."""
+        name = "" if value is None else value.name or ""
+        tensor = self.params[name][0] if name in self.params else None
+        state = self.states.get(name)
+        return bool(tensor.dtype in _QUANTIZED) if tensor is not None else state is not None and bool(state.factors)
 
     def _filled(self, node: ir.Node, literals: list[Literal | None]) -> bool:
         """ConstantOfShape of a constant shape is a parameter."""
