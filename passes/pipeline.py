@@ -198,8 +198,7 @@ class _Run:
     def verifier(self) -> Any:
         """Compares with `base`: the program since which there were exact passes only."""
         if self._verifier is None:
-            make = getattr(self.base.origin, "verifier", Verifier)
-            self._verifier = make(self.base.emit(), data=self.data, seed=self.seed)
+            self._verifier = self._verifier_of(self.base)
         return self._verifier
 
     def check_data(self) -> None:
@@ -302,6 +301,11 @@ class _Run:
             self._roll_back(one, f"{promise}{found.reason.rstrip('.')}", found)
         return found, "verified" if kind is Kind.EXACT else "measured"
 
+    def _verifier_of(self, program: Program) -> Any:
+        """Return what compares other models with a program: in torch where it came from there, else in onnxruntime."""
+        make = getattr(program.origin, "verifier", Verifier)
+        return make(program.emit(), data=self.data, seed=self.seed)
+
     def _compare(self, kind: Kind, result: PassResult) -> Verification:
         """Run the new program and the one before the exact passes."""
         tolerance = self.tolerance if kind is Kind.EXACT else Tolerance(rtol=0.0, atol=0.0)
@@ -309,8 +313,7 @@ class _Run:
         verifier = self.verifier
         if tolerance.bits and self.base is not self.program:
             # Bits are promised against the program just before: an exact pass in between may have rounded.
-            make = getattr(self.program.origin, "verifier", Verifier)
-            verifier = make(self.program.emit(), data=self.data, seed=self.seed)
+            verifier = self._verifier_of(self.program)
         found: Verification = verifier.check(result.program.emit(), tolerance)
         self.against_first = found if verifier is self._verifier and self.base is self.first else None
         return found
@@ -326,8 +329,7 @@ class _Run:
         if changed and self.against_first is not None:
             verification, checked = self.against_first, changed[-1].checked
         elif changed and compare and self.verify and not self.unverifiable:
-            make = getattr(self.first.origin, "verifier", Verifier)
-            verification = make(self.first.emit(), data=self.data, seed=self.seed).check(self.program.emit())
+            verification = self._verifier_of(self.first).check(self.program.emit())
             checked = "compared" if verification.verified else str(verification)
         report = Report(
             tuple(self.steps),
