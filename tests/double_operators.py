@@ -54,6 +54,28 @@ class ConvTranspose(OpRun):
         return (y if b is None else y + b.reshape(-1, *[1] * (y.ndim - 2)),)
 
 
+class BatchNormalization(OpRun):
+    """As it runs when nothing is trained; the evaluator's own takes the statistics of the batch in opsets 9 to 13."""
+
+    def _run(
+        self,
+        x: Array,
+        scale: Array,
+        bias: Array,
+        mean: Array,
+        var: Array,
+        epsilon: float = 1e-5,
+        momentum: float = 0.9,
+        training_mode: int = 0,
+        spatial: int = 1,
+    ) -> tuple[Array]:
+        if training_mode or not spatial:
+            raise NotImplementedError("BatchNormalization with training_mode=1 or spatial=0")
+        fit = (-1, *[1] * (x.ndim - 2))
+        slope = scale / np.sqrt(var + epsilon)
+        return ((x * slope.reshape(fit) + (bias - mean * slope).reshape(fit)).astype(x.dtype),)
+
+
 class BiasGelu(OpRun):
     """onnxruntime's contributed operator."""
 
@@ -64,4 +86,4 @@ class BiasGelu(OpRun):
         return ((y * 0.5 * (1 + erf(y / np.sqrt(2.0)))).astype(x.dtype),)
 
 
-OPERATORS: tuple[type[OpRun], ...] = (RampUp, BiasGelu, Erf, GatherElements, LRN, ConvTranspose)
+OPERATORS: tuple[type[OpRun], ...] = (RampUp, BiasGelu, Erf, GatherElements, LRN, ConvTranspose, BatchNormalization)

@@ -119,6 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unmoved = unverified = 0
     for place, name in enumerate(names):
         count = (place + 1) * given.count // len(names) - place * given.count // len(names)
+        first = len(done)
         try:
             for one in trials(name, count, given.seed, given.kinds.split(","), given.check_caught):
                 if isinstance(one, Trial):
@@ -129,8 +130,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 unverified += found.ok is None
                 if found.ok is False:
                     alarms.append(f"{name} ({gauge}): {found}")
+                    print(f"false alarm: {alarms[-1]}", file=sys.stderr, flush=True)
         except zoo.UnavailableError as error:
             print(f"{name}: {error}", file=sys.stderr)
+        print(f"{name}: {len(done)} edits, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+        for trial in done[first:]:
+            if trial.verdict == "visible":
+                print(f"visible: {trial}", file=sys.stderr, flush=True)
     _print(done, alarms, unmoved, unverified, time.perf_counter() - start)
 
 
