@@ -44,7 +44,7 @@ class AveragePool(OpRun):
             return (one._run(x, **attributes)[0],)
         reach = tuple((k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True))
         windows = np.lib.stride_tricks.sliding_window_view(x, reach, axis=tuple(range(2, x.ndim)))
-        steps = (..., *(slice(None, None, s) for s in strides), *(slice(None, None, d) for d in dilations))
+        steps: Any = (..., *(slice(None, None, s) for s in strides), *(slice(None, None, d) for d in dilations))
         return (windows[steps].mean(axis=tuple(range(-rank, 0))).astype(x.dtype),)
 
 
