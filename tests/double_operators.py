@@ -33,16 +33,17 @@ class GatherElements(OpRun):
 
 
 class AveragePool(OpRun):
-    """All windows at once where there is no padding; the evaluator's own loops over the entries."""
+    """All windows at once where none goes over an edge; the evaluator's own loops over the entries."""
 
     def _run(self, x: Array, **attributes: Any) -> tuple[Array]:
         kernel, rank = attributes["kernel_shape"], x.ndim - 2
         strides, dilations = attributes.get("strides") or [1] * rank, attributes.get("dilations") or [1] * rank
+        reach = tuple((k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True))
         padded = any(attributes.get("pads") or []) or (attributes.get("auto_pad") or "NOTSET") in _PADDED
-        if padded or attributes.get("ceil_mode"):
+        left = any((size - r) % s for size, r, s in zip(x.shape[2:], reach, strides, strict=True))
+        if padded or (left and attributes.get("ceil_mode")):
             one: Any = _AveragePool(self.onnx_node, self.run_params)
             return (one._run(x, **attributes)[0],)
-        reach = tuple((k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True))
         windows = np.lib.stride_tricks.sliding_window_view(x, reach, axis=tuple(range(2, x.ndim)))
         steps: Any = (..., *(slice(None, None, s) for s in strides), *(slice(None, None, d) for d in dilations))
         return (windows[steps].mean(axis=tuple(range(-rank, 0))).astype(x.dtype),)
