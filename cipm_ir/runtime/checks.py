@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -48,10 +49,9 @@ def correct_shapes(model: ir.Model, keep_bytes: int = 4096) -> None:
     proto = _without_weights(model, keep_bytes)
     inferred, message = _infer(proto)
     if inferred is None:
-        notes = list(proto.graph.value_info) + list(proto.graph.output)
+        notes = [*map(copy.deepcopy, (*proto.graph.value_info, *proto.graph.output))]
         _drop_value_infos(proto.graph)
-        for info in proto.graph.output:
-            info.type.tensor_type.ClearField("shape")
+        _drop_output_shapes(proto.graph)
         inferred, message = _infer(proto)
         if inferred is not None:
             _forget(model, notes, inferred.graph)
@@ -75,8 +75,8 @@ def _forget(model: ir.Model, notes: Sequence[onnx.ValueInfoProto], inferred: onn
         value.shape = ir.Shape(_dims(info)) if value.name in outputs and _has_shape(info) else None
         value.dtype = ir.DataType(info.type.tensor_type.elem_type)
     for graph in () if wrong else model.graph.subgraphs():
-        for value in (value for node in graph for value in node.outputs):
-            value.shape = None
+        for value in (*graph.outputs, *(value for node in graph for value in node.outputs)):
+            value.shape = None if value.producer() is not None else value.shape
 
 
 def _has_shape(info: onnx.ValueInfoProto) -> bool:
@@ -144,6 +144,22 @@ def _drop_value_infos(graph: onnx.GraphProto) -> None:
     kept = [info for info in graph.value_info if info.name in opaque]
     del graph.value_info[:]
     graph.value_info.extend(kept)
+    for inner in _inner_graphs(graph):
+        _drop_value_infos(inner)
+
+
+def _drop_output_shapes(graph: onnx.GraphProto) -> None:
+    for info in graph.output:
+        info.type.tensor_type.ClearField("shape")
+    for inner in _inner_graphs(graph):
+        _drop_output_shapes(inner)
+
+
+def _inner_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
 
 
 def _infer(proto: onnx.ModelProto) -> tuple[onnx.ModelProto | None, str]:
