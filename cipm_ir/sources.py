@@ -17,8 +17,8 @@ from cipm_ir.backends.to_onnx import save_onnx
 from cipm_ir.errors import InputError, OutputError, UnsupportedError
 from cipm_ir.frontends.from_onnx import load_onnx
 from cipm_ir.runtime.checks import check_shapes, correct_shapes
-from cipm_ir.runtime.inputs import Data, true_inputs
-from cipm_ir.runtime.npz import Files, mapped
+from cipm_ir.runtime.data import Data, normalized
+from cipm_ir.runtime.inputs import true_inputs
 from cipm_ir.runtime.quiet import quiet
 from cipm_ir.symmetry.analysis import uncollected
 from cipm_ir.symmetry.program import Program
@@ -131,28 +131,13 @@ def origin_of(program: Program) -> Any:
 
 
 def read_data(data: Data | None, program: Program) -> Data | None:
-    """Samples in the form that everything takes: files of a folder or list are opened, one array gets its input's name.
+    """Samples by input name, whatever holds them; see `cipm_ir.runtime.data`.
 
-    Errors: `InputError`: no such file, a folder without .npz files, one array for a model of several inputs.
+    Errors: `InputError`: no such file, a folder without arrays, one array for a model of several inputs.
     """
-    if isinstance(data, list | tuple) and data and all(isinstance(one, str | os.PathLike) for one in data):
-        return Files(tuple(os.fspath(one) for one in data))
-    what = "The data"
-    if isinstance(data, str | os.PathLike):
-        if os.path.isdir(data):
-            return Files.of(data)
-        if not os.fspath(data).endswith(".npy"):
-            return data
-        what, data = repr(os.fspath(data)), mapped(data)
-    if not hasattr(data, "__array__"):
-        return data
-    names = [value.name or "" for value in true_inputs(program.model)]
-    if len(names) != 1:
-        raise InputError(
-            f"{what} is one array, but the model has inputs {', '.join(map(repr, names)) or 'no'}; give one for each, "
-            "by name, in a dict or an .npz file."
-        )
-    return {names[0]: data}
+    if data is None:
+        return None
+    return normalized(data, [value.name or "" for value in true_inputs(program.model)])
 
 
 def check_output(path: str | os.PathLike[str], source: Source = None) -> None:

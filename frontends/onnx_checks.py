@@ -249,7 +249,9 @@ def _order_error(node: ir.Node, value: ir.Value) -> InputError:
             f"The graph has a cycle: {reader} reads {value.name!r}, whose producer, {describe_node(producer)}, depends "
             "on that node."
         )
-    return InputError(f"{_capital(reader)} reads {value.name!r}, which {describe_node(producer)} makes in another graph.")
+    return InputError(
+        f"{_capital(reader)} reads {value.name!r}, which {describe_node(producer)} makes in another graph."
+    )
 
 
 def _ancestors(node: ir.Node) -> Iterator[ir.Node]:

@@ -85,7 +85,9 @@ def _repeated(names: Iterable[str]) -> bool:
 def _repair_weights(graph: onnx.GraphProto) -> None:
     _densify_constants(graph.node)
     dense = list(range(len(graph.initializer)))
-    graph.initializer.extend(_dense(sparse, f"Initializer {sparse.values.name!r}") for sparse in graph.sparse_initializer)
+    graph.initializer.extend(
+        _dense(sparse, f"Initializer {sparse.values.name!r}") for sparse in graph.sparse_initializer
+    )
     del graph.sparse_initializer[:]
     constants = [k for k, node in enumerate(graph.node) if _is_constant(node) and node.output[0]]
     # In the order in which onnxruntime reads them; a later definition takes the place of an earlier one.

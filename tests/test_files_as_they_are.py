@@ -171,7 +171,10 @@ def test_what_onnxruntime_takes_computes_the_same(kind: str) -> None:
         assert found.shape == wanted.shape
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
     space = max(cipm_ir.load(model).spaces, key=lambda s: s.size, default=None)
-    assert (space is not None and space.size == 6) or kind in ("unsorted around a subgraph", "a recorded shape of an inner graph")
+    assert (space is not None and space.size == 6) or kind in (
+        "unsorted around a subgraph",
+        "a recorded shape of an inner graph",
+    )
     assert model.SerializeToString() == before
 
 
@@ -208,7 +211,9 @@ def test_right_notes_are_kept_and_wrong_ones_dropped() -> None:
     for name, shape in (("a", ["n", 5]), ("r", ["n", 6])):
         model.graph.value_info.append(helper.make_tensor_value_info(name, FLOAT, shape))
     emitted = cipm_ir.optimize(model, []).model
-    shapes = {info.name: [dim.dim_value for dim in info.type.tensor_type.shape.dim] for info in emitted.graph.value_info}
+    shapes = {
+        info.name: [dim.dim_value for dim in info.type.tensor_type.shape.dim] for info in emitted.graph.value_info
+    }
     assert shapes == {"a": [], "r": [0, 6]}
 
 
