@@ -208,8 +208,8 @@ def test_a_given_ir_model_is_sorted_in_a_copy() -> None:
 
 def test_right_notes_are_kept_and_wrong_ones_dropped() -> None:
     model = net()
-    for name, shape in (("a", ["n", 5]), ("r", ["n", 6])):
-        model.graph.value_info.append(helper.make_tensor_value_info(name, FLOAT, shape))
+    for name, size in (("a", 5), ("r", 6)):
+        model.graph.value_info.append(helper.make_tensor_value_info(name, FLOAT, ["n", size]))
     emitted = cipm_ir.optimize(model, []).model
     shapes = {
         info.name: [dim.dim_value for dim in info.type.tensor_type.shape.dim] for info in emitted.graph.value_info

@@ -14,7 +14,8 @@ import onnx_ir as ir
 
 from cipm_ir.errors import InputError, UnsupportedError
 from cipm_ir.ir.parameters import overridable_inputs
-from cipm_ir.runtime.data import Data, Named, is_array, normalized
+from cipm_ir.runtime.data import Data as Data
+from cipm_ir.runtime.data import Named, is_array, normalized
 from cipm_ir.runtime.npz import Archive, Files, Rows
 
 Array: TypeAlias = npt.NDArray[Any]

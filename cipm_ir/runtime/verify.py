@@ -59,6 +59,7 @@ RECIPES = (
 _RANDOM_OPS = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
 # (batch, other unknown sizes, cap on integer inputs): the first that the model runs with is used. The later ones are
 # for models with a batch baked in, for images that must survive much downsampling, and for tables that were not found.
+_SIZES: tuple[tuple[int, int, int | None], ...]
 _SIZES = ((2, 8, None), (1, 8, None), (2, 32, None), (1, 64, None), (1, 224, None), (1, 1, None), (1, 16, 2), (3, 3, 2))
 _SIZES += tuple((batch, 8, None) for batch in (4, 8, 16, 32))
 _LONG = (128, 64, 32, 16)
