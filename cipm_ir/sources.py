@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from cipm_ir.backends.targets import check_target, onnx_form, torch_form
 from cipm_ir.backends.to_onnx import save_onnx
-from cipm_ir.errors import InputError, OutputError, UnsupportedError
+from cipm_ir.errors import OutputError, UnsupportedError
 from cipm_ir.frontends.from_onnx import load_onnx
 from cipm_ir.runtime.checks import check_shapes, correct_shapes
 from cipm_ir.runtime.data import Data, normalized

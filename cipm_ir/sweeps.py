@@ -27,8 +27,8 @@ from cipm_ir.passes.compress_search import Evaluate, Run
 from cipm_ir.passes.report import Totals
 from cipm_ir.passes.sweep_report import Point, SweepReport, read_record, write_files, write_picture
 from cipm_ir.passes.text import parse_passes
-from cipm_ir.runtime.closeness import Closeness, closeness
 from cipm_ir.runtime.batch_size import fit_batch
+from cipm_ir.runtime.closeness import Closeness, closeness
 from cipm_ir.runtime.content import data_hash, model_hash
 from cipm_ir.runtime.data_sizes import data_sizes
 from cipm_ir.runtime.files import write_text

@@ -49,7 +49,7 @@ def load_onnx(source: str | os.PathLike[str] | onnx.ModelProto | ir.Model) -> Lo
 
     Raises:
         InputError: no such file, not an ONNX model, truncated, inconsistent, cyclic, external data missing or outside.
-        UnsupportedError: training info, map types, sparse tensors but for weights, opsets or an IR version unknown to onnx.
+        UnsupportedError: training info, map types, sparse tensors but for weights, versions that onnx does not know.
     """
     if isinstance(source, ir.Model):
         return _load_ir(source)

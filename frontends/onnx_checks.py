@@ -62,8 +62,8 @@ def _check_opset(entry: onnx.OperatorSetIdProto) -> None:
     if entry.version < 1:
         raise InputError(f"The model imports opset {entry.version} of ONNX, and the first is 1; the model is damaged.")
     raise UnsupportedError(
-        f"The model imports opset {entry.version} of ONNX, and the newest that onnx {onnx.__version__} knows is {newest}; "
-        "upgrade onnx, or export the model for an older one."
+        f"The model imports opset {entry.version} of ONNX, and the newest that onnx {onnx.__version__} knows is "
+        f"{newest}; upgrade onnx, or export the model for an older one."
     )
 
 

@@ -200,21 +200,21 @@ REFUSED: list[tuple[Any, bool, str]] = [
     (
         7,
         False,
-        "The data is of type int; give a dict of arrays by input name, an array, a tuple of one array for each input, an "
-        "iterable of such batches, or a path to .npz or .npy.",
+        "The data is of type int; give a dict of arrays by input name, an array, a tuple of one array for each input, "
+        "an iterable of such batches, or a path to .npz or .npy.",
     ),
     (
         [X, "labels"],
         False,
-        "Batch 1 of the data is of type str; give a dict of arrays by input name, an array, a tuple of one array for each "
-        "input, an iterable of such batches, or a path to .npz or .npy.",
+        "Batch 1 of the data is of type str; give a dict of arrays by input name, an array, a tuple of one array for "
+        "each input, an iterable of such batches, or a path to .npz or .npy.",
     ),
     (
         {"x": [[1.0, 2.0, 3.0, 4.0], [1.0]]},
         False,
         "'x' of the data cannot be made an array: setting an array element with a sequence. The requested array has an "
-        "inhomogeneous shape after 1 dimensions. The detected shape was (2,) + inhomogeneous part; pad rows of different "
-        "lengths.",
+        "inhomogeneous shape after 1 dimensions. The detected shape was (2,) + inhomogeneous part; pad rows of "
+        "different lengths.",
     ),
     (
         {"x": ["a", "b"]},
@@ -250,8 +250,8 @@ def test_folders_that_hold_nothing(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         fed(tmp_path, net())
     assert str(caught.value) == (
-        f"The folder {str(tmp_path)!r} holds no .npz or .npy files; save arrays as the model takes them (images after its "
-        "preprocessing)."
+        f"The folder {str(tmp_path)!r} holds no .npz or .npy files; save arrays as the model takes them (images after "
+        "its preprocessing)."
     )
     np.save(tmp_path / "a.npy", X)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Models that declare batches of any size and run with one size only, as exporters leave them that traced one sample."""
+"""Models that declare batches of any size and run with one size only: exporters trace one sample."""
 
 from __future__ import annotations
 

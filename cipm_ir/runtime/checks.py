@@ -97,6 +97,12 @@ def _differ(a: onnx.ValueInfoProto, b: onnx.ValueInfoProto) -> bool:
     return len(first) != len(second) or any(None not in (m, n) and m != n for m, n in zip(first, second, strict=True))
 
 
+def _root(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().splitlines()[0].rstrip(".")
+
+
 def _without_weights(model: ir.Model, keep_bytes: int) -> onnx.ModelProto:
     try:
         return _stripped(model, keep_bytes)

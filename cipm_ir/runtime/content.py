@@ -47,6 +47,7 @@ def data_hash(data: Data | None) -> str:
     elif isinstance(data, Named) and isinstance(data.source, Files):
         _add(digest, [data_hash(path) for path in data.source.paths])
     elif check_repeatable(data):
+        one: Any
         for one in data:
             _arrays(digest, one)
     return digest.hexdigest()

@@ -143,8 +143,8 @@ def _nested(x: Any, what: str) -> Array:
         array = np.asarray(x)
     except (ValueError, TypeError, RuntimeError) as error:
         raise InputError(
-            f"{_capital(what)} cannot be made an array: {str(error).splitlines()[0].rstrip('.')}; pad rows of different "
-            "lengths."
+            f"{_capital(what)} cannot be made an array: {str(error).splitlines()[0].rstrip('.')}; pad rows of "
+            "different lengths."
         ) from error
     if array.dtype == object:
         raise InputError(f"{_capital(what)} holds objects of type {type(x).__name__}, which are no numbers.")
@@ -187,8 +187,8 @@ def _folder(folder: str, names: tuple[str, ...]) -> Data:
         return Named(Files(tuple(arrays.values())), names)
     if arrays:
         raise InputError(
-            f"The folder {folder!r} holds {', '.join(repr(f'{name}.npy') for name in itertools.islice(arrays, 4))}, but "
-            f"the model has inputs {', '.join(map(repr, names))}; name a file after each."
+            f"The folder {folder!r} holds {', '.join(repr(f'{name}.npy') for name in itertools.islice(arrays, 4))}, "
+            f"but the model has inputs {', '.join(map(repr, names))}; name a file after each."
         )
     raise InputError(
         f"The folder {folder!r} holds no .npz or .npy files; save arrays as the model takes them (images after its "

@@ -322,7 +322,9 @@ def _pieces(data: Data, model: ir.Model) -> Iterator[Mapping[str, Any]]:
     elif isinstance(found, Mapping):
         yield found
     else:
-        yield from found
+        piece: Any
+        for piece in found:
+            yield piece
 
 
 class _Held:
@@ -402,8 +404,8 @@ def _fitting(data: Mapping[str, Any], value: ir.Value) -> _Column:
             want in (None, got) for want, got in zip(wanted[1:], rows.shape, strict=True)
         ):
             raise InputError(
-                f"Input {name!r} has shape {value.shape}, but the data has shape {list(rows.shape)}: that is one sample "
-                "without the batch axis; add it in front, as in x[None]."
+                f"Input {name!r} has shape {value.shape}, but the data has shape {list(rows.shape)}: that is one "
+                "sample without the batch axis; add it in front, as in x[None]."
             )
         if bad:
             raise InputError(f"Input {name!r} has shape {value.shape}, but the data has shape {list(rows.shape)}.")

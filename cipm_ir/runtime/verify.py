@@ -284,7 +284,8 @@ def _accepted(
     """
     first: InputError | None = None
     known = model.graph.meta.get(RUNS_AT)
-    for batch, free_size, limit in ((known or batch, *rest) for batch, *rest in _SIZES):
+    for batch, free_size, limit in _SIZES:
+        batch = known or batch
         feeds = random_inputs(model, rng, batch, free_size=free_size, index_limit=limit)
         start = time.perf_counter()
         try:

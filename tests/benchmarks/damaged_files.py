@@ -1,12 +1,12 @@
-"""A thousand damaged or odd files, through the library and the command line: an error or a right answer, nothing else.
+"""A thousand damaged or odd files, through the library and the command line: an error or a right answer.
 
 ``python -m tests.benchmarks.damaged_files --count 1000`` prints how they ended. Each case runs in a process of its own,
 with limits of time and memory:
 
 * *refused*: an error of `cipm_ir.errors`, one sentence, exit code 2, and no file is left;
-* *right*: a model that computes what the file does in onnxruntime; *unrunnable*: written, where onnxruntime runs neither;
-* *wrong*, *raw* (another exception, a traceback, exit code 3), *left over* (a file, or a part of one), *hang*, *killed*:
-  defects.
+* *right*: what is written computes what the file does in onnxruntime;
+* *unrunnable*: something is written, and onnxruntime does not run the file;
+* *wrong*, *raw* (another exception, exit code 3), *left over* (a file, or a part of one), *hang*, *killed*: defects.
 """
 
 from __future__ import annotations
@@ -173,7 +173,20 @@ def _more_inputs(model: onnx.ModelProto, rng: Generator) -> None:
 
 
 def _other_operator(model: onnx.ModelProto, rng: Generator) -> None:
-    names = ["Conv", "MatMul", "Gemm", "Softmax", "Reshape", "If", "Loop", "LSTM", "Split", "Gather", "Constant", "Nope"]
+    names = [
+        "Conv",
+        "MatMul",
+        "Gemm",
+        "Softmax",
+        "Reshape",
+        "If",
+        "Loop",
+        "LSTM",
+        "Split",
+        "Gather",
+        "Constant",
+        "Nope",
+    ]
     _some(rng, model.graph.node).op_type = str(rng.choice([*names, *(node.op_type for node in model.graph.node)]))
 
 
@@ -242,7 +255,8 @@ def _versions(model: onnx.ModelProto, rng: Generator) -> None:
 
 
 def _output(model: onnx.ModelProto, rng: Generator) -> None:
-    names = [name for node in model.graph.node for name in node.output] + [i.name for i in model.graph.input] + ["ghost"]
+    names = ["ghost", *(info.name for info in model.graph.input)]
+    names += [name for node in model.graph.node for name in node.output]
     names += [tensor.name for tensor in model.graph.initializer]
     model.graph.output.append(onnx.ValueInfoProto(name=str(rng.choice(names))))
 
@@ -562,9 +576,11 @@ def main() -> None:
         slowest = max(slowest, seconds)
         if options.all or end in DEFECTS:
             print(f"{end:10} {file.kind:16} {file.name}: {words}  [{seconds:.1f} s]", flush=True)
-    print(f"\n{options.count} cases from {options.first}, seed {options.seed}: " + ", ".join(
-        f"{count} {end}" for end, count in tally.most_common()
-    ) + f"; slowest {slowest:.0f} s")
+    print(
+        f"\n{options.count} cases from {options.first}, seed {options.seed}: "
+        + ", ".join(f"{count} {end}" for end, count in tally.most_common())
+        + f"; slowest {slowest:.0f} s"
+    )
     if not any(tally[end] for end in DEFECTS):
         return
     sys.exit(1)

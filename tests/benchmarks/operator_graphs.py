@@ -10,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 Generator = np.random.Generator
 _SHAPES: tuple[tuple[int, ...], ...] = ((2, 6), (2, 3, 8, 8), (2, 5, 6), (6,), (2, 6, 6))
+_WORDS = ("linear", "nearest", "constant", "reflect", "SAME_UPPER", "VALID", "none", "ij,jk->ik")
 _LEFT_OUT = {"If", "Loop", "Scan", "SequenceMap", "Constant"}
 
 
@@ -38,7 +39,8 @@ def operator_graph(rng: Generator, opset: int) -> onnx.ModelProto:
     last = draw.nodes[-1].output[0]
     kind = draw.types.get(last)
     outputs = [onnx.ValueInfoProto(name=last, type=kind) if kind is not None else onnx.ValueInfoProto(name=last)]
-    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", *shape[1:]] if rng.random() < 0.5 else shape)]
+    first: int | str = "N" if rng.random() < 0.5 else shape[0]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [first, *shape[1:]])]
     graph = helper.make_graph(draw.nodes, "operators", inputs, outputs, draw.tensors)
     ir_version = min(onnx.IR_VERSION, max(3, 3 + (opset - 7) // 2))
     if ir_version < 4:
@@ -68,8 +70,9 @@ class _Draw:
         count = int(self.rng.integers(least, most + 1)) if most > least else least
         before = len(self.tensors)
         given = [self._argument(schema, k) for k in range(count)]
-        attributes = {a.name: self._value(a) for a in schema.attributes.values() if a.required or self.rng.random() < 0.3}
-        if not self.add(schema.name, given, {k: v for k, v in attributes.items() if v is not None}, schema, loose):
+        chosen = [a for a in schema.attributes.values() if a.required or self.rng.random() < 0.3]
+        attributes = {a.name: value for a in chosen if (value := self._value(a)) is not None}
+        if not self.add(schema.name, given, attributes, schema, loose):
             for tensor in self.tensors[before:]:
                 del self.types[tensor.name]
             del self.tensors[before:]
@@ -95,10 +98,12 @@ class _Draw:
         if kind == kinds.FLOAT:
             return float(self.rng.choice([0.0, 0.5, 1.0, -1.0, 1e-5]))
         if kind == kinds.STRING:
-            return str(self.rng.choice(["linear", "nearest", "constant", "reflect", "SAME_UPPER", "VALID", "none", "ij,jk->ik"]))
+            return str(self.rng.choice(_WORDS))
         return None
 
-    def add(self, op: str, inputs: list[str], attributes: dict[str, Any], schema: Any = None, loose: bool = True) -> bool:
+    def add(
+        self, op: str, inputs: list[str], attributes: dict[str, Any], schema: Any = None, loose: bool = True
+    ) -> bool:
         """Append a node; False where ONNX's inference refuses it and it is not to be taken as it comes."""
         number = len(self.nodes)
         outputs = [f"v{number}"] + [f"v{number}.{k}" for k in range(1, max(1, schema.min_output if schema else 1))]
@@ -107,8 +112,9 @@ class _Draw:
             schema = schema or onnx.defs.get_schema(op, self.opset, "")
             data = {t.name: t for t in self.tensors if t.name in inputs}
             types = {name: self.types[name] for name in inputs}
-            opsets = [helper.make_opsetid("", self.opset)]
-            found = onnx.shape_inference.infer_node_outputs(schema, node, types, data, opset_imports=opsets, ir_version=9)
+            found = onnx.shape_inference.infer_node_outputs(
+                schema, node, types, data, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=9
+            )
         except Exception:
             if not loose:
                 return False
