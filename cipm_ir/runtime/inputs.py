@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -322,9 +322,8 @@ def _pieces(data: Data, model: ir.Model) -> Iterator[Mapping[str, Any]]:
     elif isinstance(found, Mapping):
         yield found
     else:
-        piece: Any
-        for piece in found:
-            yield piece
+        named: Iterable[Any] = found
+        yield from named
 
 
 class _Held:
