@@ -209,7 +209,7 @@ def test_data_is_used_and_checked_first(program: Program, rng: np.random.Generat
     assert step.verification is not None and report.verification is not None
     assert cases == [step.verification.cases + 1] * 2 and report.verification.cases == cases[0]
     with pytest.raises(InputError, match="no array for input 'images'"):
-        run_passes(program, "toy-idle", data={"x": images})
+        run_passes(program, "toy-idle", data={"x": images, "y": images})
     with pytest.raises(InputError, match="no samples"):
         run_passes(program, "toy-idle", data=[])
 
