@@ -1,13 +1,13 @@
 """Every node of a graph with the concrete shapes around it, subgraphs included, at given sizes of the inputs.
 
-For the analysis dynamic sizes are primes (`cipm_ir.ir.shapes`); here they are sizes that a run could have. ONNX's
+For the analysis dynamic sizes are chosen by `cipm_ir.ir.stand_ins`; to count, sizes are those of a run. ONNX's
 inference of the whole graph comes first; where it gives up, nodes are taken one by one, small numbers are evaluated,
 and operators of onnxruntime's own domain are inferred by `cipm_ir.ir.fused_shapes`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +16,18 @@ import onnx_ir as ir
 from cipm_ir.ir.constants import LIMIT, attribute, constant_tensor, evaluate
 from cipm_ir.ir.fused_shapes import fused_shapes
 from cipm_ir.ir.labels import Array
-from cipm_ir.ir.shapes import Shape, infer_at, infer_node, subgraphs
+from cipm_ir.ir.parameters import free_inputs
+from cipm_ir.ir.shapes import (
+    Shape,
+    annotated,
+    infer_node,
+    infer_sized,
+    own_name,
+    recorded_shape,
+    replaceable_values,
+    stripped,
+    subgraphs,
+)
 
 _NUMBERS = 4096
 """Parameters with so many entries or fewer are known as numbers."""
@@ -44,13 +55,51 @@ class Place:
     trips: int | None = None
 
 
+Recorded = Callable[[ir.Value], Shape | None]
+"""The shape that a file records of a value, None where it has no sizes."""
+
+
 def place_nodes(model: ir.Model, sizes: Mapping[str, int]) -> list[Place]:
     """The nodes of the main graph of a model without model-local functions, in its order.
 
+    Args:
+        model: the model.
+        sizes: of the dynamic dimensions, by the names of `dynamic_sizes`; 1 where one is left out.
+
     Raises: `InputError` when ONNX's shape inference finds the model inconsistent at these sizes.
     """
-    found = infer_at(model, sizes)
-    return _Scope(model, dict(found.first), dict(found.types), {}).places(model.graph)
+    replaceable = replaceable_values(model)
+    shapes, types, complete = annotated(model, replaceable)
+    fixed = all(v.shape is not None and v.shape.is_static() for v in free_inputs(model.graph))
+    given = dict(sizes)
+    for value in model.graph.inputs:  # a default has the sizes that it has
+        if value.const_value is not None and value.shape is not None:
+            own = zip(value.shape, value.const_value.shape.numpy(), strict=False)
+            given.update({d.value: n for d, n in own if not isinstance(d, int) and d.value})
+    if not complete:
+        found = infer_sized(
+            stripped(model, replaceable, recorded=fixed),
+            lambda symbol, name, axis: given.get(symbol or own_name(name, axis), 1),
+            types,
+        )
+        shapes = {**found, **shapes} if fixed else found
+    return place_from(
+        model, shapes, types, lambda value: None if value in replaceable else recorded_shape(value, given)
+    )
+
+
+def place_from(
+    model: ir.Model, shapes: dict[str, Shape], types: dict[str, ir.DataType], recorded: Recorded
+) -> list[Place]:
+    """The same, from shapes that are known: those that follow node by node are added to them.
+
+    Args:
+        model: the model.
+        shapes: of values of the main graph.
+        types: of values.
+        recorded: asked for the shape of a value where nothing else gives it.
+    """
+    return _Scope(model, shapes, types, {}, recorded).places(model.graph)
 
 
 @dataclass
@@ -61,6 +110,7 @@ class _Scope:
     shapes: dict[str, Shape]
     types: dict[str, ir.DataType]
     numbers: dict[str, Array]
+    recorded: Recorded
 
     def places(self, graph: ir.Graph) -> list[Place]:
         for name, value in graph.initializers.items():
@@ -90,6 +140,9 @@ class _Scope:
             self._nested(place)
         else:
             self._inferred(place)
+        for value in node.outputs:
+            if value.name and value.name not in self.shapes:
+                self._set(value, self.recorded(value))
         place.outputs = [self.shapes.get(v.name or "") for v in node.outputs]
         return place
 
@@ -127,7 +180,7 @@ class _Scope:
             place.bodies = [self._inner(graph, []).places(graph) for graph in subgraphs(node)]
 
     def _inner(self, graph: ir.Graph, inputs: list[Shape | None]) -> _Scope:
-        scope = _Scope(self.model, dict(self.shapes), dict(self.types), dict(self.numbers))
+        scope = _Scope(self.model, dict(self.shapes), dict(self.types), dict(self.numbers), self.recorded)
         for k, value in enumerate(graph.inputs):
             shape = inputs[k] if k < len(inputs) else None
             if value.dtype is not None:

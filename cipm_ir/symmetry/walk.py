@@ -12,7 +12,8 @@ import onnx_ir as ir
 from cipm_ir.ir.constants import constant_tensor, evaluate
 from cipm_ir.ir.labels import Array, Factor, State
 from cipm_ir.ir.parameters import parameters
-from cipm_ir.ir.shapes import Shape, Shapes, implied_shape, infer_node, infer_shapes, subgraphs
+from cipm_ir.ir.shapes import Shape, Shapes, implied_shape, infer_node, subgraphs
+from cipm_ir.ir.stand_ins import infer_shapes
 from cipm_ir.rules import load_rules
 from cipm_ir.rules.context import Literal, OpContext
 from cipm_ir.rules.events import Recorder
