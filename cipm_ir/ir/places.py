@@ -16,7 +16,7 @@ import onnx_ir as ir
 from cipm_ir.ir.constants import LIMIT, attribute, constant_tensor, evaluate
 from cipm_ir.ir.fused_shapes import fused_shapes
 from cipm_ir.ir.labels import Array
-from cipm_ir.ir.parameters import free_inputs
+from cipm_ir.ir.parameters import free_inputs, overridable_inputs
 from cipm_ir.ir.shapes import (
     Shape,
     annotated,
@@ -84,12 +84,21 @@ def place_nodes(model: ir.Model, sizes: Mapping[str, int]) -> list[Place]:
         )
         shapes = {**found, **shapes} if fixed else found
     return place_from(
-        model, shapes, types, lambda value: None if value in replaceable else recorded_shape(value, given)
+        model,
+        shapes,
+        types,
+        lambda value: None if value in replaceable else recorded_shape(value, given),
+        defaults=True,
     )
 
 
 def place_from(
-    model: ir.Model, shapes: dict[str, Shape], types: dict[str, ir.DataType], recorded: Recorded
+    model: ir.Model,
+    shapes: dict[str, Shape],
+    types: dict[str, ir.DataType],
+    recorded: Recorded,
+    *,
+    defaults: bool,
 ) -> list[Place]:
     """The same, from shapes that are known: those that follow node by node are added to them.
 
@@ -98,8 +107,10 @@ def place_from(
         shapes: of values of the main graph.
         types: of values.
         recorded: asked for the shape of a value where nothing else gives it.
+        defaults: whether inputs have the values of their defaults.
     """
-    return _Scope(model, shapes, types, {}, recorded).places(model.graph)
+    unknown = () if defaults else [value.name or "" for value in overridable_inputs(model)]
+    return _Scope(model, shapes, types, {}, recorded, frozenset(unknown)).places(model.graph)
 
 
 @dataclass
@@ -111,6 +122,8 @@ class _Scope:
     types: dict[str, ir.DataType]
     numbers: dict[str, Array]
     recorded: Recorded
+    unknown: frozenset[str]
+    """Initializers the values of which are not known."""
 
     def places(self, graph: ir.Graph) -> list[Place]:
         for name, value in graph.initializers.items():
@@ -122,7 +135,7 @@ class _Scope:
     def _tensor(self, name: str, tensor: ir.TensorProtocol) -> None:
         self.shapes[name] = tuple(tensor.shape.numpy())
         self.types[name] = tensor.dtype
-        if tensor.size <= _NUMBERS and tensor.dtype != ir.DataType.STRING:
+        if name not in self.unknown and tensor.size <= _NUMBERS and tensor.dtype != ir.DataType.STRING:
             self.numbers[name] = np.asarray(tensor.numpy())
 
     def _place(self, node: ir.Node) -> Place:
@@ -163,6 +176,8 @@ class _Scope:
         found = fused_shapes(node, place.inputs) if node.domain in ("", "ai.onnx", "com.microsoft") else None
         if found is None:
             found = infer_node(node, place.inputs, place.version, self.types, place.numbers)
+        elif node.domain != "com.microsoft" and (kind := self._type(node.inputs[0])) is not None:
+            self.types.setdefault(node.outputs[0].name or "", kind)  # normalizations keep the type
         for value, shape in zip(node.outputs, found, strict=False):
             if shape is not None and value.name:
                 self.shapes.setdefault(value.name, shape)
@@ -180,7 +195,7 @@ class _Scope:
             place.bodies = [self._inner(graph, []).places(graph) for graph in subgraphs(node)]
 
     def _inner(self, graph: ir.Graph, inputs: list[Shape | None]) -> _Scope:
-        scope = _Scope(self.model, dict(self.shapes), dict(self.types), dict(self.numbers), self.recorded)
+        scope = _Scope(self.model, dict(self.shapes), dict(self.types), dict(self.numbers), self.recorded, self.unknown)
         for k, value in enumerate(graph.inputs):
             shape = inputs[k] if k < len(inputs) else None
             if value.dtype is not None:
@@ -262,6 +277,9 @@ class _Scope:
                 place.bodies = [nodes]
                 return ends
             inputs = [None if k in changed else s for k, s in enumerate(inputs)]
+
+    def _type(self, value: ir.Value | None) -> ir.DataType | None:
+        return None if value is None else value.dtype or self.types.get(value.name or "")
 
     def _set(self, value: ir.Value, shape: Shape | None) -> None:
         if shape is not None and value.name:

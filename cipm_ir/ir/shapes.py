@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from cipm_ir.errors import InputError
 from cipm_ir.ir.labels import Array
-from cipm_ir.ir.parameters import free_inputs, is_parameter, overridable_inputs, parameters
+from cipm_ir.ir.parameters import is_parameter, overridable_inputs, parameters
 
 Shape = tuple[int, ...]
 

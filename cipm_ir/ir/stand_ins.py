@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import onnx
@@ -36,10 +36,12 @@ from cipm_ir.ir.shapes import (
     suggestion,
 )
 
-_SMALL = ((17, 29, 31, 37, 47, 53, 59, 61), (41, 43, 67, 71, 73, 79, 83, 89))
-_IMAGE = ((11, 13, 101, 103), (5, 7, 107, 109))
-_LATE = (257, 263)
-"""Primes, which tell dynamic sizes from each other and from all others, for the two choices."""
+_SMALL = ((17, 29, 31, 37, 47, 53, 59, 61), (41, 43, 67, 71, 73, 79, 83, 89), (3, 7, 5, 13, 11), (97, 1009, 1013, 1019))
+_IMAGE = ((11, 13, 101, 103), (5, 7, 107, 109), (211, 223), (37, 43))
+_LATE = (257, 263, 23, 2003)
+"""Primes, which tell dynamic sizes from each other and from all others, for the two choices and two further ones."""
+_CONTROLS = ((2, 1, 1), (3, 32, 1))
+"""The further choices, small and large, and their multiples: they tell what only looks constant, as min(T, 64)."""
 _MULTIPLES = ((32, 1), (19, 1), (128, 1), (32, 16), (128, 480), (6720, 1), (6720, 6720), (128, 26880))
 """What sides of images, and other sizes but the first axis, are multiples of; in the order in which they are tried."""
 _SIDES = (48, 224, 32, 64, 256, 96, 128, 384, 320, 640, 512)
@@ -65,10 +67,6 @@ class _Table:
     shapes: dict[str, Shape]
     wrong: int
     empty: int
-
-    @property
-    def cost(self) -> tuple[int, int, int]:
-        return self.wrong, self.empty, -len(self.shapes)
 
 
 def infer_shapes(model: ir.Model) -> Shapes:
@@ -116,14 +114,12 @@ class _Search:
         first, second = self._pair(dims)
         if not any(t.wrong == 0 for t in self.tables):
             first, second = self._fixed(dims) or (first, second)
-        if len(self.tables) == 2:  # sizes of another kind tell what only looks constant
-            self._try(_multiples(dims, 0, *_MULTIPLES[1]))
-        others = [t for t in self.tables if t is not first and t is not second]
+        for control in _CONTROLS:
+            self._try(_multiples(dims, *control))
+        others = [t for t in self.tables if t is not first and t is not second and not t.wrong]
         only = {key: n for key, n in first.sizes.items() if second.sizes[key] == n}
-        _forget_single_steps(first, [second, *(t for t in others if not t.wrong)])
-        return Shapes(
-            first.shapes, second.shapes, dict(first.sizes), self.types, tuple(t.shapes for t in others), only
-        )
+        _forget_single_steps(first, [second, *others])
+        return Shapes(first.shapes, second.shapes, dict(first.sizes), self.types, tuple(t.shapes for t in others), only)
 
     def _dims(self) -> dict[str, _Dim]:
         """The dynamic dimensions of the inputs by key, each as it stands at its first place."""
@@ -160,7 +156,9 @@ class _Search:
         except InputError as error:
             self.error = self.error or error
             return None
-        places = place_from(self.model, shapes, self.types, lambda value: recorded_shape(value, by_name))
+        places = place_from(
+            self.model, shapes, self.types, lambda value: recorded_shape(value, by_name), defaults=False
+        )
         wrong = sum(_cannot_run(place, self.types) for place in places)
         self.tables.append(_Table(sizes, shapes, wrong, sum(map(_is_emptied, places))))
         return self.tables[-1]
@@ -176,7 +174,7 @@ class _Search:
         ]
         if not pairs:
             return self.tables[0], self.tables[0]
-        return min(pairs, key=lambda p: (p[0].wrong + p[1].wrong, p[0].empty + p[1].empty, _single_steps(*p), p[0].cost[2] + p[1].cost[2]))
+        return min(pairs, key=_cost)
 
     def _fixed(self, dims: Mapping[str, _Dim]) -> tuple[_Table, _Table] | None:
         """Where no sizes fit: two choices that do and share as few sizes as possible, if some fit."""
@@ -236,15 +234,20 @@ def _key(value: ir.Value, axis: int) -> str:
 
 
 def _multiples(dims: Mapping[str, _Dim], which: int, image: int, other: int) -> Sizes:
-    """Multiples of primes; the first choice takes sizes that were suggested, the second others."""
+    """Multiples of primes; the first choice (``which`` is 0) takes sizes that were suggested."""
     small, side = iter(_SMALL[which]), iter(_IMAGE[which])
     made: dict[str, int] = {}
     for count, (key, dim) in enumerate(dims.items()):
         prime = next(side if dim.kind == "side" else small, _LATE[which] + 12 * count)
         made[key] = prime * {"batch": 1, "length": other, "side": image}[dim.kind]
         if dim.given is not None and (which == 0) != (made[key] == dim.given):
-            made[key] = dim.given if which == 0 else 2 * dim.given
+            made[key] = dim.given if which == 0 else 2 * dim.given  # the first choice takes it, no other does
     return made
+
+
+def _cost(pair: tuple[_Table, _Table]) -> tuple[int, ...]:
+    a, b = pair
+    return a.wrong + b.wrong, a.empty + b.empty, _single_steps(a, b), -len(a.shapes) - len(b.shapes)
 
 
 def _single_steps(first: _Table, second: _Table) -> int:
@@ -253,7 +256,9 @@ def _single_steps(first: _Table, second: _Table) -> int:
 
 
 def _widens(first: Shape, second: Shape | None) -> bool:
-    return second is not None and len(first) == len(second) and any(a == 1 != b for a, b in zip(first, second, strict=True))
+    if second is None or len(first) != len(second):
+        return False
+    return any(a == 1 != b for a, b in zip(first, second, strict=True))
 
 
 def _forget_single_steps(first: _Table, others: Sequence[_Table]) -> None:
