@@ -20,8 +20,8 @@ import onnx
 import onnx_ir as ir
 
 from cipm_ir.errors import InputError
-from cipm_ir.ir.constants import attribute
-from cipm_ir.ir.parameters import free_inputs, parameter_tensor
+from cipm_ir.ir.constants import attribute, constant_tensor
+from cipm_ir.ir.parameters import free_inputs, parameters
 from cipm_ir.ir.places import Place, place_from
 from cipm_ir.ir.shapes import (
     Shape,
@@ -36,8 +36,8 @@ from cipm_ir.ir.shapes import (
     suggestion,
 )
 
-_SMALL = ((17, 29, 31, 37, 47, 53, 59, 61), (41, 43, 67, 71, 73, 79, 83, 89), (3, 7, 5, 13, 11), (97, 1009, 1013, 1019))
-_IMAGE = ((11, 13, 101, 103), (5, 7, 107, 109), (211, 223), (37, 43))
+_SMALL = ((11, 17, 29, 31, 37, 47, 53, 59), (19, 41, 43, 61, 67, 71, 73, 79), (3, 7, 5, 13), (97, 1009, 1013, 1019))
+_IMAGE = ((3, 5, 101, 103), (7, 11, 107, 109), (211, 223), (37, 43))
 _LATE = (257, 263, 23, 2003)
 """Primes, which tell dynamic sizes from each other and from all others, for the two choices and two further ones."""
 _CONTROLS = ((2, 1, 1), (3, 32, 1))
@@ -46,7 +46,9 @@ _MULTIPLES = ((32, 1), (19, 1), (128, 1), (32, 16), (128, 480), (6720, 1), (6720
 """What sides of images, and other sizes but the first axis, are multiples of; in the order in which they are tried."""
 _SIDES = (48, 224, 32, 64, 256, 96, 128, 384, 320, 640, 512)
 """Sides of images that a model may be made for."""
-_TRIALS = 24
+_HINTS = 12
+_EFFORT = 30_000
+"""Nodes to look at in the search for sizes that a model is made for."""
 _WINDOWS = {"AveragePool", "Conv", "ConvInteger", "ConvTranspose", "LpPool", "MaxPool", "QLinearConv", "STFT"}
 
 Sizes = Mapping[str, int]
@@ -106,8 +108,10 @@ class _Search:
         dims = self._dims()
         for number, multiples in enumerate(_MULTIPLES):
             made = [self._try(_multiples(dims, which, *multiples)) for which in (0, 1)]
-            fits = all(t is not None and not t.wrong for t in made)
-            if fits and (number == 3 or not any(t is not None and t.empty for t in made)):
+            first, second = made
+            if first is None or second is None or first.wrong or second.wrong:
+                continue
+            if number == 3 or not (first.empty or second.empty or _single_steps(first, second)):
                 break
         if not self.tables:
             raise self.error or InputError("The shapes of the model could not be inferred.")
@@ -181,14 +185,14 @@ class _Search:
         hints = self._hints(dims)
         start = dict(self.tables[0].sizes)
         other = dict(self.tables[1].sizes)
-        before = len(self.tables)
+        most = len(self.tables) + max(_EFFORT // max(len(self.model.graph), 150), 24)
         for combination in itertools.product(*hints.values()):
             chosen = dict(zip(hints, combination, strict=True))
             sizes = {key: dim.given or chosen[dim.kind] or start[key] for key, dim in dims.items()}
             first = self._try(sizes)
             if first is not None and not first.wrong:
                 break
-            if len(self.tables) - before > _TRIALS:
+            if len(self.tables) > most:
                 return None
         else:
             return None
@@ -200,21 +204,21 @@ class _Search:
         return first, second
 
     def _hints(self, dims: Mapping[str, _Dim]) -> dict[str, list[int | None]]:
-        """Sizes to try by kind of dimension: the usual ones, and what Reshapes are made for; None: as it is."""
-        targets = [
-            [int(d) for d in tensor.numpy().ravel()]
-            for node in self.model.graph
-            if node.op_type == "Reshape" and not node.domain and len(node.inputs) > 1 and node.inputs[1] is not None
-            and (tensor := parameter_tensor(node.inputs[1])) is not None and tensor.size < 8
-        ]  # fmt: skip
-        common = [Counter(t[k] for t in targets if len(t) > k and t[k] > 0).most_common(3) for k in (0, 1)]
+        """Sizes to try by kind of dimension: those that stand in constants, and usual ones; None: as it is."""
+        tensors = [v.const_value for v in parameters(self.model.graph).values() if v.const_value is not None]
+        tensors += [t for node in self.model.graph if node.op_type == "Constant" and (t := constant_tensor(node))]
+        lists = [t.numpy().ravel().tolist() for t in tensors if t.dtype == ir.DataType.INT64 and 0 < t.size < 8]
+        entries = Counter(n for numbers in lists for n in numbers)
+        entries += Counter(d for t in tensors if t.dtype.is_floating_point() for d in t.shape.numpy())
+        some = [n for n, _ in entries.most_common() if 1 < n <= 1 << 16]
+        heads = [n for n, _ in Counter(numbers[0] for numbers in lists).most_common() if n > 1]
         made: dict[str, Sequence[int]] = {
-            "batch": list(dict.fromkeys([1, *(n for n, _ in common[0])])),
-            "length": [n for n, _ in common[1]],
-            "side": _SIDES,
+            "batch": [1, *heads[:3]],
+            "length": some[:_HINTS],
+            "side": [*_SIDES, *some[:_HINTS]],
         }
         kinds = {dim.kind for dim in dims.values()}
-        return {kind: [None, *sizes] if kind in kinds else [None] for kind, sizes in made.items()}
+        return {kind: [None, *dict.fromkeys(sizes)] if kind in kinds else [None] for kind, sizes in made.items()}
 
 
 @dataclass

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from cipm_ir.ir.labels import Factor, State, reshape_groups
 from cipm_ir.rules.context import OpContext, fixed
 from cipm_ir.rules.registry import Opaque, operator
 from cipm_ir.rules.resize import Resize, target_rule
+
+_MOST = 1 << 22
+"""Labels written out at most, where a dynamic size makes them many."""
 
 
 def reshaped(op: OpContext, state: State, new: tuple[int, ...]) -> State:
@@ -80,8 +85,19 @@ def reshape(op: OpContext) -> None:
         raise Opaque("how axes are grouped depends on a dynamic size")
     for k in range(1, len(op.node.inputs)):
         op.pin(op.optional(k), "target shape")
+    if state.factors and (a, b) != (state.shape, new) and math.prod(new) > _MOST and _mixes(state, new):
+        raise Opaque("units are mixed with a dynamic axis")
     made = reshaped(op, state, new)
     op.like(0, made, made.uniform)
+
+
+def _mixes(state: State, new: tuple[int, ...]) -> bool:
+    """Whether a labelled axis is split or merged with others: labels are then written out for each of their entries."""
+    groups = reshape_groups(state.shape, new) or []
+    return any(
+        math.prod(state.shape[a] for a in old) > _MOST and any(set(old) & set(f.axes) for f in state.factors)
+        for old, _ in groups
+    )
 
 
 _retarget = target_rule(1)
