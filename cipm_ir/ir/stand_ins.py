@@ -44,7 +44,7 @@ _CONTROLS = ((2, 1, 1), (3, 32, 1))
 """The further choices, small and large, and their multiples: they tell what only looks constant, as min(T, 64)."""
 _MULTIPLES = ((32, 1), (19, 1), (128, 1), (32, 16), (128, 480), (6720, 1), (6720, 6720), (128, 26880))
 """What sides of images, and other sizes but the first axis, are multiples of; in the order in which they are tried."""
-_SIDES = (48, 224, 32, 64, 256, 96, 128, 384, 320, 640, 512)
+_SIDES = (48, 224, 32, 64, 256, 96, 128, 28, 16, 8, 4, 384, 320, 640, 512, 299, 6, 10, 12, 14, 20, 24)
 """Sides of images that a model may be made for."""
 _HINTS = 12
 _EFFORT = 30_000
@@ -113,11 +113,12 @@ class _Search:
                 continue
             if number == 3 or not (first.empty or second.empty or _single_steps(first, second)):
                 break
-        if not self.tables:
+        pair = self._pair(dims)
+        if pair is None or pair[0].wrong or pair[1].wrong:
+            pair = self._fixed(dims) or pair
+        if pair is None:
             raise self.error or InputError("The shapes of the model could not be inferred.")
-        first, second = self._pair(dims)
-        if not any(t.wrong == 0 for t in self.tables):
-            first, second = self._fixed(dims) or (first, second)
+        first, second = pair
         for control in _CONTROLS:
             self._try(_multiples(dims, *control))
         others = [t for t in self.tables if t is not first and t is not second and not t.wrong]
@@ -167,41 +168,46 @@ class _Search:
         self.tables.append(_Table(sizes, shapes, wrong, sum(map(_is_emptied, places))))
         return self.tables[-1]
 
-    def _pair(self, dims: Mapping[str, _Dim]) -> tuple[_Table, _Table]:
+    def _pair(self, dims: Mapping[str, _Dim]) -> tuple[_Table, _Table] | None:
         """The two choices with the fewest contradictions; no size is the same in both."""
-        given = {key: dim.given for key, dim in dims.items() if dim.given is not None}
-        usual = [t for t in self.tables if all(t.sizes[key] == n for key, n in given.items())]
         pairs = [
             (a, b)
-            for a, b in itertools.permutations(self.tables, 2)
-            if (a in usual or not usual) and all(a.sizes[key] != b.sizes[key] for key in dims)
+            for a, b in itertools.permutations(self._suggested(dims), 2)
+            if all(a.sizes[key] != b.sizes[key] for key in dims)
         ]
-        if not pairs:
-            return self.tables[0], self.tables[0]
-        return min(pairs, key=_cost)
+        if pairs:
+            return min(pairs, key=_cost)
+        return (self.tables[0], self.tables[0]) if self.tables else None
+
+    def _suggested(self, dims: Mapping[str, _Dim]) -> list[_Table]:
+        """The tables at sizes that were suggested first; all where none are."""
+        given = {key: dim.given for key, dim in dims.items() if dim.given is not None}
+        return sorted(self.tables, key=lambda t: any(t.sizes[key] != n for key, n in given.items()))
 
     def _fixed(self, dims: Mapping[str, _Dim]) -> tuple[_Table, _Table] | None:
-        """Where no sizes fit: two choices that do and share as few sizes as possible, if some fit."""
-        hints = self._hints(dims)
-        start = dict(self.tables[0].sizes)
-        other = dict(self.tables[1].sizes)
-        most = len(self.tables) + max(_EFFORT // max(len(self.model.graph), 150), 24)
-        for combination in itertools.product(*hints.values()):
-            chosen = dict(zip(hints, combination, strict=True))
-            sizes = {key: dim.given or chosen[dim.kind] or start[key] for key, dim in dims.items()}
-            first = self._try(sizes)
-            if first is not None and not first.wrong:
-                break
-            if len(self.tables) > most:
-                return None
-        else:
+        """Where no two sizes fit: two choices that do and share as few sizes as possible, if one fits at all."""
+        first = next((t for t in self._suggested(dims) if not t.wrong), None) or self._made_for(dims)
+        if first is None:
             return None
         second = first
         for key in dims:  # what need not be fixed is not
-            freed = self._try({**second.sizes, key: other[key] if other[key] != first.sizes[key] else start[key]})
-            if freed is not None and not freed.wrong:
-                second = freed
+            for size in (*(_multiples(dims, which, *_MULTIPLES[0])[key] for which in (1, 2)), 2 * first.sizes[key]):
+                freed = self._try({**second.sizes, key: size}) if size != first.sizes[key] else None
+                if freed is not None and not freed.wrong:
+                    second = freed
+                    break
         return first, second
+
+    def _made_for(self, dims: Mapping[str, _Dim]) -> _Table | None:
+        """Shapes at the sizes that the model is made for, where they are found."""
+        hints, start = self._hints(dims), _multiples(dims, 0, *_MULTIPLES[0])
+        most = max(_EFFORT // max(len(self.model.graph), 150), 24)
+        for combination in itertools.islice(itertools.product(*hints.values()), most):
+            chosen = dict(zip(hints, combination, strict=True))
+            found = self._try({key: dim.given or chosen[dim.kind] or start[key] for key, dim in dims.items()})
+            if found is not None and not found.wrong:
+                return found
+        return None
 
     def _hints(self, dims: Mapping[str, _Dim]) -> dict[str, list[int | None]]:
         """Sizes to try by kind of dimension: those that stand in constants, and usual ones; None: as it is."""
