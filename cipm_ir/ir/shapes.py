@@ -22,7 +22,7 @@ Shape = tuple[int, ...]
 _UNKNOWN = (1009, 1013)
 _STRIP_BYTES = 4096
 SUGGESTED = "suggested sizes"
-"""Key of an input's `meta` under which sizes are that the user suggests for it."""
+"""Key in the `meta` of an input for the sizes that the user suggests for it."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,9 @@ def annotated(model: ir.Model, replaceable: set[ir.Value]) -> tuple[dict[str, Sh
     return known, types, complete
 
 
-def suggestion(value: ir.Value) -> Shape | None:
-    """Sizes that the user suggested for an input (`input_shapes=`), None where there are none."""
-    found: Shape | None = value.meta.get(SUGGESTED)
+def suggestion(value: ir.Value) -> tuple[int | None, ...]:
+    """Sizes that the user suggested for an input (`cipm_ir.ir.input_shapes`), None for an axis without; or nothing."""
+    found: tuple[int | None, ...] = value.meta.get(SUGGESTED) or ()
     return found
 
 
