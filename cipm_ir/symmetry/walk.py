@@ -12,7 +12,9 @@ import onnx_ir as ir
 from cipm_ir.ir.constants import constant_tensor, evaluate
 from cipm_ir.ir.labels import Array, Factor, State
 from cipm_ir.ir.parameters import parameters
-from cipm_ir.ir.shapes import Shape, Shapes, implied_shape, infer_node, infer_shapes, subgraphs
+from cipm_ir.ir.shapes import Shape, Shapes, implied_shape, infer_node, subgraphs
+from cipm_ir.ir.stand_ins import infer_shapes
+from cipm_ir.ir.varying import note_varying
 from cipm_ir.rules import load_rules
 from cipm_ir.rules.context import Literal, OpContext
 from cipm_ir.rules.events import Recorder
@@ -37,8 +39,14 @@ class Walk:
     leaf_factors: list[LeafFactor]
     use_leaf: dict[Use, int]
     literals: dict[str, Literal]
+    varying: dict[str, Array]
     opaque: list[OpaqueNode]
     nodes: list[ir.Node]
+
+    def constant(self, name: str) -> Array | None:
+        """A number that a value is known to be at all sizes of the inputs."""
+        pair = self.literals.get(name)
+        return None if pair is None or pair[0] is not pair[1] or name in self.varying else pair[0]
 
 
 def walk(model: ir.Model) -> Walk:
@@ -58,6 +66,7 @@ class _Walker:
         self.leaf_factors: list[LeafFactor] = []
         self.use_leaf: dict[Use, int] = {}
         self.literals: dict[str, Literal] = {}
+        self.varying: dict[str, Array] = {}
         self.opaque: list[OpaqueNode] = []
         self.nodes = list(model.graph)
         self.tied: dict[str, int] = {}
@@ -94,6 +103,7 @@ class _Walker:
             self.leaf_factors,
             self.use_leaf,
             self.literals,
+            self.varying,
             self.opaque,
             self.nodes,
         )
@@ -196,7 +206,7 @@ class _Walker:
         version = node.version or self.opsets.get(domain, 1)
         shapes = self._output_shapes(node, version)
         entry = lookup(domain, node.op_type)
-        op = OpContext(node, version, inputs, shapes, literals, self.rec, self.shapes.second, self)
+        op = OpContext(node, version, inputs, shapes, literals, self.rec, self.shapes.second, self.varying, self)
         op.elementwise = entry is not None and entry.elementwise
         try:
             if entry is None:
@@ -302,6 +312,8 @@ class _Walker:
         out = node.outputs[0].name or ""
         if second is not None:
             self.literals[out] = (first, first if first.shape == second.shape and (first == second).all() else second)
+            if not self.shapes.static:
+                note_varying(self.varying, self.shapes, node, [None if p is None else p[0] for p in literals], first)
         if first.dtype.kind not in "iub" or any(self._quantized(v) for v in node.inputs):
             return False
         self.states[out] = State(first.shape)
@@ -322,6 +334,7 @@ class _Walker:
             or node.domain
             or literals[0] is None
             or literals[0][0] is not literals[0][1]
+            or (node.inputs[0].name if node.inputs[0] else "") in self.varying
         ):
             return False
         value = node.outputs[0]
