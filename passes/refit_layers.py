@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from cipm_ir.ir.bodies import nodes_in_order
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Labels
 from cipm_ir.ir.parameters import is_parameter, parameter_tensor
@@ -71,7 +72,7 @@ def layers_of(program: Program) -> list[Layer]:
     """Products whose weights may be refitted, in graph order."""
     uses = weight_uses(program)
     live = moving(program.model)
-    nodes = list(program.model.graph)
+    nodes = nodes_in_order(program.model.graph)
     place = {id(n): k for k, n in enumerate(nodes)}
     made = []
     for reader in products(program):
@@ -179,7 +180,7 @@ def _ready(value: ir.Value, start: int, place: dict[int, int]) -> bool:
 
 def grouped(program: Program, layers: list[Layer]) -> list[list[Layer]]:
     """Products in a row that read one value; one that is added to another of them comes after it, in a group alone."""
-    nodes = list(program.model.graph)
+    nodes = nodes_in_order(program.model.graph)
     place = {id(n): k for k, n in enumerate(nodes)}
     made = {v.name: v for n in nodes for v in n.outputs}
     groups: list[list[Layer]] = []
