@@ -11,9 +11,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from cipm_ir.ir.constants import attribute
-from cipm_ir.ir.parameters import parameter_tensor
+from cipm_ir.ir.parameters import named, parameter_tensor
 from cipm_ir.passes.replace_values import remove_if_unused, replace_value
-from cipm_ir.runtime.graphs import named
 
 Array = npt.NDArray[Any]
 _INTO = ("Conv", "ConvTranspose", "Gemm")

@@ -11,9 +11,8 @@ import onnx_ir as ir
 
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Array
-from cipm_ir.ir.parameters import parameter_tensor
+from cipm_ir.ir.parameters import named, parameter_tensor
 from cipm_ir.ir.shapes import Shapes, infer_shapes
-from cipm_ir.runtime.graphs import named
 
 STANDARD = ("", "ai.onnx")
 REAL = {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from cipm_ir.ir.lifted import held_weights, put_back
-from cipm_ir.ir.parameters import is_overridable
+from cipm_ir.ir.parameters import is_overridable, named
 
 _HOME = "cipm_ir.home"
 """In `Value.meta` of an initializer that a body holds in the file: where, as `Home`."""
@@ -47,9 +47,9 @@ def nodes_in_order(graph: ir.Graph) -> list[ir.Node]:
     return found
 
 
-def body_graphs(graph: ir.Graph, outer: str = "", home: tuple[tuple[str, str], ...] = ()) -> Iterator[
-    tuple[str, tuple[tuple[str, str], ...], ir.Graph]
-]:
+def body_graphs(
+    graph: ir.Graph, outer: str = "", home: tuple[tuple[str, str], ...] = ()
+) -> Iterator[tuple[str, tuple[tuple[str, str], ...], ir.Graph]]:
     """Yield every body below a graph, outer ones first: its path (``If_12.then/Loop_3``), its home, and the graph."""
     for node in graph:
         first = next((value.name for value in node.outputs if value.name), None) or ""
@@ -69,6 +69,11 @@ def body_path(outer: str, node: ir.Node, key: str) -> str:
     return f"{outer}/{label}" if outer else label
 
 
+def qualified(node: ir.Node, path: str) -> str:
+    """Return the name of a node with the body that it stands in; without one by its first output."""
+    return f"{path}/{node.name or node.outputs[0].name}" if path else node.name or ""
+
+
 def merge_bodies(model: ir.Model) -> None:
     """Make names unique in the whole model, and parameters of bodies initializers of the main graph, in place."""
     graph = model.graph
@@ -84,6 +89,8 @@ def merge_bodies(model: ir.Model) -> None:
             while name in taken:
                 count += 1
                 name = f"{path}/{value.name}#{count}"
+            if value.const_value is not None:
+                value.const_value = named(value.const_value, name)  # to rename a value renames its tensor, too
             value.name = name
         taken.add(name)
 
@@ -119,7 +126,7 @@ def _initializer(node: ir.Node, tensor: ir.TensorProtocol) -> ir.Value:
 
 
 def put_home(graph: ir.Graph, value: ir.Value) -> bool:
-    """Give the file's own graph the tensor of an initializer that one of its bodies holds; False where there is none."""
+    """Give the file's own graph the tensor of an initializer that one of its bodies holds; False if none does."""
     known, tensor = value.meta.get(_HOME), value.const_value
     if known is None or tensor is None:
         return False

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from cipm_ir.ir.bodies import bodies, body_path, is_control_flow, nodes_in_order
+from cipm_ir.ir.bodies import bodies, body_path, is_control_flow, nodes_in_order, qualified
 from cipm_ir.ir.constants import constant_tensor, evaluate
 from cipm_ir.ir.labels import Array, Factor, State
 from cipm_ir.ir.parameters import overridable_inputs, parameters
@@ -173,7 +173,9 @@ class _Walker:
         for _, body in bodies(node):
             names += self._pin_values(body.outputs, reason)
         if names:
-            self.opaque.append(OpaqueNode(self._name(node), node.op_type, reason.partition(": ")[2], tuple(names)))
+            self.opaque.append(
+                OpaqueNode(qualified(node, self.path), node.op_type, reason.partition(": ")[2], tuple(names))
+            )
         for k, value in enumerate(node.outputs):
             name = value.name or ""
             if name and name not in self.shapes.first:
@@ -191,10 +193,6 @@ class _Walker:
         if node.op_type == "Loop" and index >= len(node.inputs) - 2:
             return [None]
         return [place.outputs[index] for place in starts]
-
-    def _name(self, node: ir.Node) -> str:
-        """Name of a node, with the body that it stands in."""
-        return f"{self.path}/{node.name or node.outputs[0].name}" if self.path else node.name or ""
 
     # ------------------------------------------------------------ parameters
     def _literal(self, value: ir.Value | None) -> Literal | None:
@@ -374,7 +372,7 @@ class _Walker:
             if value.name in self.params:
                 continue  # such a parameter is pinned where it is created
             op.pin(self.states.get(value.name or ""), f"captured by a subgraph of {node.op_type}")
-        self.opaque.append(OpaqueNode(self._name(node), node.op_type, reason, tuple(names)))
+        self.opaque.append(OpaqueNode(qualified(node, self.path), node.op_type, reason, tuple(names)))
 
     def _constant(self, node: ir.Node) -> None:
         name = node.outputs[0].name or ""
