@@ -84,6 +84,8 @@ def layers_of(program: Program) -> list[Layer]:
             continue  # computed, or given by the caller: what the product adds is not known
         if attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
             continue
+        if program.analysis.walk.paths[reader.node]:
+            continue  # in a body, whose values cannot be looked at
         linear = Linear.of(program, reader)
         made.append(Layer(reader, linear, *_surroundings(program, node, linear, uses, live, place)))
     return made
@@ -101,7 +103,9 @@ def left_out(program: Program, layers: Sequence[Layer], stays: Mask) -> list[str
         if event.node in fitted or not weighted or stays[analysis.classes.of[event.a]].all():
             continue
         reader = by_node.get(event.node)
-        if reader is None:
+        if analysis.walk.paths[event.node]:
+            why[event.node] = f"it stands in the body {analysis.walk.paths[event.node]}"
+        elif reader is None:
             why[event.node] = "only Conv (group 1), Gemm and MatMul with a weight are"
         elif uses.get(reader.weight) != 1:
             why[event.node] = f"{reader.weight} is used in several places"

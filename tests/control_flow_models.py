@@ -64,7 +64,7 @@ def _flag(main: Body) -> str:
     return main.op("Greater", ["top", main.number("nothing", np.float32(0))], "go")
 
 
-IN = [("x", F, ["N", 6]), ("flag", F, [1])]
+IN = [("x", F, ["N", 6]), ("flag", F, ["N", 1])]
 OUT = [("y", F, ["N", 4])]
 
 
@@ -175,11 +175,15 @@ def scanned(*, seed: int = 0) -> onnx.ModelProto:
     body.op("Identity", ["h1"], "yt")
     graph = body.graph([("h", F, ["N", 8]), ("xt", F, ["N", 6])], [("h1", F, ["N", 8]), ("yt", F, ["N", 8])])
     main.op("MatMul", ["x", main.weight("w0", 6, 8)], "h0")
-    main.nodes.append(helper.make_node("Scan", ["h0", "seq"], ["hT", "ys"], name="scan", body=graph, num_scan_inputs=1))
+    main.nodes.append(
+        helper.make_node(
+            "Scan", ["h0", "seq"], ["hT", "ys"], name="scan", body=graph, num_scan_inputs=1, scan_input_axes=[1]
+        )
+    )
     main.op("ReduceMean", ["ys"], "mean", axes=[0], keepdims=0)
     main.op("MatMul", [main.op("Add", ["hT", "mean"], "both"), main.weight("v", 8, 4)], "z")
     main.op("Mul", ["z", "flag"], "y")
-    return made(main.graph([*IN, ("seq", F, [5, "N", 6])], OUT))
+    return made(main.graph([*IN, ("seq", F, ["N", 5, 6])], OUT))
 
 
 def convolved(*, seed: int = 0) -> onnx.ModelProto:
@@ -238,13 +242,13 @@ def feeds(proto: onnx.ModelProto, *, yes: bool, seed: int = 3, batch: int = 7) -
     for info in proto.graph.input:
         shape = [d.dim_value or batch for d in info.type.tensor_type.shape.dim]
         found[info.name] = rng.standard_normal(shape).astype(np.float32)
-    found["flag"] = np.array([1.5 if yes else -1.5], np.float32)
+    found["flag"] = np.full((batch, 1), 1.5 if yes else -1.5, np.float32)
     return found
 
 
 def every_way(proto: onnx.ModelProto) -> list[dict[str, Array]]:
     """Inputs that take all branches of all models above: the inner condition is the sign of a sum."""
     made = [feeds(proto, yes=yes, seed=seed) for yes in (True, False) for seed in range(4)]
-    sums = {bool(one["x"].sum() > 0) for one in made if one["flag"][0] > 0}
+    sums = {bool(one["x"].sum() > 0) for one in made if one["flag"][0, 0] > 0}
     assert sums == {True, False}
     return made

@@ -241,6 +241,11 @@ class Program:
         """Multiply-accumulates of one run, as far as they could be counted, at stand-in sizes; see `count`."""
         return self.count().total
 
+    def unseen(self, space: Space) -> str:
+        """Why values that hold the units of a space cannot be looked at over data; empty where they can."""
+        body = self.analysis.bodies[self.index(space)]
+        return f"the body {body} uses its units, and values inside bodies cannot be looked at" if body else ""
+
     @property
     def overridable(self) -> tuple[str, ...]:
         """Inputs with a default: initializers that are graph inputs too (IR version 4 on). They are pinned."""
