@@ -108,6 +108,8 @@ def channels(program: Program, names: set[str], data: Data, limit: int) -> dict[
     for node in nodes_in_order(program.model.graph):
         if node.op_type == "Conv" and node.inputs[0] is not None and node.inputs[0].name in axis:
             axis[node.inputs[0].name or ""] = 1
+    if not axis:
+        return {}
     sums: dict[str, Floats] = {}
     peaks: dict[str, Floats] = {}
     rows: dict[str, float] = {}
