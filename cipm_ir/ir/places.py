@@ -43,6 +43,7 @@ class Place:
         inputs, outputs: concrete shapes.
         numbers: values of small constant inputs.
         bodies: the nodes of each subgraph.
+        starts: shapes of the inputs of the body of a Loop or Scan, None where unknown or different from run to run.
         trips: how often a Loop or Scan runs its body at most; None where that is not known.
     """
 
@@ -52,6 +53,7 @@ class Place:
     outputs: list[Shape | None]
     numbers: list[Array | None]
     bodies: list[list[Place]] = field(default_factory=list)
+    starts: list[Shape | None] = field(default_factory=list)
     trips: int | None = None
 
 
@@ -113,6 +115,18 @@ def place_from(
     return _Scope(model, shapes, types, {}, recorded, frozenset(unknown)).places(model.graph)
 
 
+def place_body(
+    model: ir.Model,
+    node: ir.Node,
+    shapes: Mapping[str, Shape],
+    types: Mapping[str, ir.DataType],
+    numbers: Mapping[str, Array],
+) -> Place:
+    """A Loop or Scan with its body, from what is known of the values around it, by name."""
+    unknown = frozenset(value.name or "" for value in overridable_inputs(model))
+    return _Scope(model, dict(shapes), dict(types), dict(numbers), lambda _: None, unknown).place(node)
+
+
 @dataclass
 class _Scope:
     """What is known inside one graph; a subgraph starts from what is known around it."""
@@ -130,7 +144,7 @@ class _Scope:
             tensor = value.const_value
             if tensor is not None:
                 self._tensor(name, tensor)
-        return [self._place(node) for node in graph]
+        return [self.place(node) for node in graph]
 
     def _tensor(self, name: str, tensor: ir.TensorProtocol) -> None:
         self.shapes[name] = tuple(tensor.shape.numpy())
@@ -138,7 +152,7 @@ class _Scope:
         if name not in self.unknown and tensor.size <= _NUMBERS and tensor.dtype != ir.DataType.STRING:
             self.numbers[name] = np.asarray(tensor.numpy())
 
-    def _place(self, node: ir.Node) -> Place:
+    def place(self, node: ir.Node) -> Place:
         domain = "" if node.domain == "ai.onnx" else node.domain
         version = node.version or self.model.opset_imports.get(domain, 1)
         names = [None if v is None else v.name or "" for v in node.inputs]
@@ -274,7 +288,7 @@ class _Scope:
             ends = [scope.shapes.get(v.name or "") for v in graph.outputs]
             changed = {k for k, out in carried.items() if inputs[k] is not None and ends[out] != inputs[k]}
             if not changed:
-                place.bodies = [nodes]
+                place.bodies, place.starts = [nodes], inputs
                 return ends
             inputs = [None if k in changed else s for k, s in enumerate(inputs)]
 
