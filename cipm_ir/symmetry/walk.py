@@ -10,9 +10,10 @@ import numpy as np
 import onnx_ir as ir
 
 from cipm_ir.ir.constants import constant_tensor, evaluate
+from cipm_ir.ir.fused_shapes import node_shapes
 from cipm_ir.ir.labels import Array, Factor, State
 from cipm_ir.ir.parameters import parameters
-from cipm_ir.ir.shapes import Shape, Shapes, implied_shape, infer_node, infer_shapes, subgraphs
+from cipm_ir.ir.shapes import Shape, Shapes, implied_shape, infer_shapes, subgraphs
 from cipm_ir.rules import load_rules
 from cipm_ir.rules.context import Literal, OpContext
 from cipm_ir.rules.events import Recorder
@@ -236,7 +237,7 @@ class _Walker:
         for which, table in enumerate((self.shapes.first, self.shapes.second)[: 1 if self.shapes.static else 2]):
             known = [None if v is None else self._known_shape(v, table) for v in node.inputs]
             numbers = [None if p is None else p[which] for p in literals]
-            found = infer_node(node, known, version, self.shapes.types, numbers)
+            found = node_shapes(node, known, version, self.shapes.types, numbers)
             for value, shape in zip(node.outputs, found, strict=True):
                 if shape is not None and value.name:
                     table.setdefault(value.name, shape)
