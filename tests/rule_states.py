@@ -48,7 +48,7 @@ class Site:
         proto, sample = case.build()
         nodes = [n for n in proto.graph.node if case.holds(n)]
         values: dict[str, Array] = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer} | sample.feeds
-        computed = {name for n in proto.graph.node for name in n.output}
+        computed = {name for n in proto.graph.node for name in n.output if name}
         wanted = sorted({name for n in nodes for name in (*n.input, *n.output)} & computed)
         with Runner(ir.from_proto(proto), extra_outputs=wanted) as runner:
             values |= runner.run(sample.feeds)

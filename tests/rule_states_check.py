@@ -59,7 +59,10 @@ def _runs(proto: onnx.ModelProto, moved: ir.Model, made: Bench) -> list[dict[str
     fed = onnx.ModelProto()
     fed.CopyFrom(proto)
     present = {value.name for value in fed.graph.output}
-    fed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in made.seen if name not in present)
+    typed = {info.name: info for info in made.shapes}
+    fed.graph.output.extend(
+        typed.get(name, onnx.ValueInfoProto(name=name)) for name in made.seen if name not in present
+    )
     values = {name: value.const_value for name, value in moved.graph.initializers.items()}
     assert values.keys() == {tensor.name for tensor in proto.graph.initializer}, "the element forked a parameter"
     other = dict(made.feeds)
