@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from cipm_ir.ir.labels import State
 from cipm_ir.rules.context import OpContext
-from cipm_ir.rules.contraction import Letters, contract, gemm, matmul_letters
+from cipm_ir.rules.contraction import Letters, by_expert, contract, gemm, matmul_letters
 from cipm_ir.rules.convolution import convolve, resize_group
 from cipm_ir.rules.elementwise import broadcast
 from cipm_ir.rules.normalization import normalized
@@ -117,7 +117,7 @@ def fused_matmul(op: OpContext) -> None:
         for x, axis in zip(names, order, strict=True):
             own[axis] = x
         letters.append(tuple(own))
-    made = contract(op, [a, b], letters, out)
+    made = contract(op, by_expert(op, [a, b], letters, out), letters, out)
     op.set(0, made.factors, made.uniform)
 
 

@@ -63,7 +63,7 @@ class _Walker:
         self.nodes = list(model.graph)
         self.tied: dict[str, int] = {}
         self.params: dict[str, tuple[ir.TensorProtocol | None, bool]] = {}
-        self.grouped_cache: dict[tuple[int, int], Factor] = {}
+        self.grouped_cache: dict[tuple[int, int, int], Factor] = {}
         self.here = -1
         self.nested = next(iter(model.graph.subgraphs()), None) is not None
 
@@ -204,6 +204,8 @@ class _Walker:
                 raise Opaque(node.metadata_props.get("reason") or "no rule for this operator")
             if any(v is not None and s is None for v, s in zip(node.inputs, inputs, strict=True)):
                 raise Opaque("the shape of an input is not known")
+            if entry.elementwise and len(inputs) > 1:
+                op.split_rows()
             entry.labels(op)
         except (Opaque, ValueError, IndexError) as reason:
             said = str(reason) if isinstance(reason, Opaque) else f"its shapes do not fit the operator ({reason})"
@@ -346,7 +348,7 @@ class _Walker:
         if where is None:
             return None
         leaf = self.leaves[where]
-        known = self.grouped_cache.get((where, groups))
+        known = self.grouped_cache.get((where, axis, groups))
         if known is not None:
             return known
         if leaf.shape[axis] == 1:
@@ -360,7 +362,7 @@ class _Walker:
             leaf.factors.append(factor)
             self.leaf_factors.append(factor)
             made = Factor((0, 1), labels, var)
-        self.grouped_cache[where, groups] = made
+        self.grouped_cache[where, axis, groups] = made
         return made
 
     def variance(self, node: ir.Node, index: int, epsilon: float) -> bool:
