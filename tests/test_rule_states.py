@@ -18,6 +18,7 @@ from tests import (
     registry_cases_layout,
     registry_cases_linear,
     registry_cases_runtime,
+    registry_cases_runtime_quantized,
     registry_cases_sequence,
 )
 from tests.registry_sample import CASES
@@ -37,6 +38,7 @@ FAMILIES = (
     registry_cases_linear,
     registry_cases_sequence,
     registry_cases_runtime,
+    registry_cases_runtime_quantized,
 )
 load_rules()
 

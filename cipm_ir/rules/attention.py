@@ -99,7 +99,7 @@ def _resize_attention(r: Resize) -> None:
 
 
 def attend(
-    op: OpContext, q: State, k: State, v: State, inputs: Sequence[int | None] = (None, None, None), mask: int = 3
+    op: OpContext, q: State, k: State, v: State, inputs: Sequence[int | None] = (None, None, None), mask: int | None = 3
 ) -> tuple[State, State]:
     """softmax(Q K' scale + mask) V per head, of (batch, heads, positions, d) each; the output and the scores.
 
@@ -107,7 +107,7 @@ def attend(
         op: the node.
         q, k, v: queries, keys and values; each key head serves a run of query heads.
         inputs: which inputs of the node they are, with the same axes; None for what was computed inside the node.
-        mask: the input of the node that is added to the scores.
+        mask: the input of the node that is added to the scores, None where there is none.
     """
     batch, heads, length, _ = q.shape
     keys = k.shape[2]
@@ -117,7 +117,7 @@ def attend(
     )  # fmt: skip
     op.freeze(scores)
     scores = State(scores.shape, tuple(fixed(f) for f in scores.factors), scores.uniform)
-    scores = _masked(op, scores, mask)
+    scores = scores if mask is None else _masked(op, scores, mask)
     y = contract(
         replace(op, shapes=[(batch, heads, length, v.shape[3])]),
         [scores, _repeated(v, heads)], [("b", "h", "s", "t"), ("b", "h", "t", "e")], ("b", "h", "s", "e"),

@@ -61,7 +61,7 @@ def _packed_sizes(attr: object, width: int) -> list[int]:
     return sizes or [width // 3] * 3
 
 
-def _resize_packed(r: Resize) -> None:
+def resize_packed(r: Resize) -> None:
     """Heads and the sizes of the three projections follow the columns of the weight."""
     before, after = r.old(1)[1], r.new(1)[1]
     if before == after:
@@ -78,7 +78,7 @@ def _resize_packed(r: Resize) -> None:
     _explicit_scale(r, sizes[0] // heads, parts[0][1])
 
 
-@operator("Attention", domain=RUNTIME, resize=_resize_packed)
+@operator("Attention", domain=RUNTIME, resize=resize_packed)
 def packed_attention(op: OpContext) -> None:
     """One product gives queries, keys and values next to each other; no projection of the output."""
     if op.has(4) or op.has(6) or _has_output(op, 1):
@@ -87,7 +87,7 @@ def packed_attention(op: OpContext) -> None:
         raise Opaque("rotary positions inside it")
     op.pin(op.optional(3), "mask of Attention")
     x, weight = op.state(0), op.state(1)
-    _attend_packed(op, _projected(op, x, weight, 2), mask=5)
+    attend_packed(op, _projected(op, x, weight, 2), mask=5)
 
 
 def _projected(op: OpContext, x: State, weight: State, bias: int) -> State:
@@ -97,7 +97,8 @@ def _projected(op: OpContext, x: State, weight: State, bias: int) -> State:
     return out if given is None else add_bias(op, out, given, bias)
 
 
-def _attend_packed(op: OpContext, packed: State, mask: int) -> None:
+def attend_packed(op: OpContext, packed: State, mask: int | None) -> None:
+    """Cut queries, keys and values apart and set the output to their attention; ``mask``: input that is added to scores."""
     heads = int(op.attr("num_heads"))
     parts = _cut(op, plain(packed), _packed_sizes(op.attr("qkv_hidden_sizes"), packed.shape[2]))
     y, _ = attend(op, *(in_heads(op, part, heads) for part in parts), mask=mask)
