@@ -130,7 +130,7 @@ def of_integers(net: Sample) -> None:
     net.read(own(net, "MatMulIntegerToFloat", x, w, sx, s, zx, z), units="c")
 
 
-@case(f"{RUNTIME}::QGemm", PLAIN, PLAIN)
+@case(f"{RUNTIME}::QGemm", PLAIN, PLAIN, coarse=SIGN)
 def of_rows(net: Sample) -> None:
     out = numbers(net, 0.4)
     w = quantized_weight(net, (6, 6), 0, "c")
