@@ -107,7 +107,10 @@ for _name in ("FusedMatMul", "TransposeMatMul"):
 @case(f"{RUNTIME}::FusedMatMul", "R* wr S(3)", "R* wr S(3)", "blocks S(2)")
 def heads_in_the_middle(net: Sample) -> None:
     q, k = (net.op("Reshape", h, net.const([2, 5, 2, 3])) for h in (net.sequence(units="q"), _keys(net, "q")))
-    q, k = (net.op("Squeeze", net.op("Slice", x, net.const([0]), net.const([1]), net.const([0])), net.const([0])) for x in (q, k))
+    q, k = (
+        net.op("Squeeze", net.op("Slice", x, net.const([0]), net.const([1]), net.const([0])), net.const([0]))
+        for x in (q, k)
+    )
     s = own(net, "FusedMatMul", q, k, transBatchA=1, transBatchB=1, transB=1)  # (positions, heads, d)
     net.result(net.op("ReduceSum", s, net.const([0]), keepdims=0))
 

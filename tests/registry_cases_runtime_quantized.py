@@ -69,7 +69,11 @@ def along_units(net: Sample) -> None:
 @case(f"{RUNTIME}::QLinearConcat", PLAIN)
 def along_positions(net: Sample) -> None:
     out = numbers(net)
-    read(net, own(net, "QLinearConcat", *out, *bytes_of(net, net.sequence()), *bytes_of(net, net.sequence()), axis=1), *out)
+    read(
+        net,
+        own(net, "QLinearConcat", *out, *bytes_of(net, net.sequence()), *bytes_of(net, net.sequence()), axis=1),
+        *out,
+    )
 
 
 @case(f"{RUNTIME}::QLinearAveragePool", PLAIN)

@@ -81,7 +81,10 @@ class Site:
 
 def opsets(opset: int, nodes: Sequence[onnx.NodeProto]) -> list[onnx.OperatorSetIdProto]:
     """ONNX's own operator set, and version 1 of every other domain of the nodes."""
-    return [helper.make_opsetid("", opset), *(helper.make_opsetid(d, 1) for d in sorted({n.domain for n in nodes} - {""}))]
+    return [
+        helper.make_opsetid("", opset),
+        *(helper.make_opsetid(d, 1) for d in sorted({n.domain for n in nodes} - {""})),
+    ]
 
 
 # ---------------------------------------------------------------- states

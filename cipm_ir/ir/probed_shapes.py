@@ -42,8 +42,8 @@ def probed_shapes(
     if node.domain in _NOT_RUN or missing or nested or sum(math.prod(s) for s in known) > _MOST:
         return None
     kinds = [t or ir.DataType.FLOAT for t in types]
-    feeds = [{}, {}]  # type: list[dict[str, Array]]
-    places = []
+    feeds: list[dict[str, Array]] = [{}, {}]
+    places: list[ir.Value | None] = []
     for k, (value, shape) in enumerate(zip(node.inputs, inputs, strict=True)):
         if value is None or shape is None:
             places.append(None)

@@ -98,10 +98,11 @@ def _projected(op: OpContext, x: State, weight: State, bias: int) -> State:
 
 
 def attend_packed(op: OpContext, packed: State, mask: int | None) -> None:
-    """Cut queries, keys and values apart and set the output to their attention; ``mask``: input that is added to scores."""
+    """Cut queries, keys and values apart and set the output; ``mask``: the input that is added to scores."""
     heads = int(op.attr("num_heads"))
     parts = _cut(op, plain(packed), _packed_sizes(op.attr("qkv_hidden_sizes"), packed.shape[2]))
-    y, _ = attend(op, *(in_heads(op, part, heads) for part in parts), mask=mask)
+    q, k, v = (in_heads(op, part, heads) for part in parts)
+    y, _ = attend(op, q, k, v, mask=mask)
     op.set(0, merged(op, y, op.shape()).factors)
 
 
@@ -128,9 +129,9 @@ def multi_head_attention(op: OpContext) -> None:
     states = [plain(op.state(k)) for k in range(3)]
     if op.has(3):
         pieces = _cut(op, plain(op.state(3)), [s.shape[-1] if s.rank == 3 else s.shape[1] * s.shape[3] for s in states])
-        for k, (state, piece) in enumerate(zip(states, pieces, strict=True)):
+        for index, (state, piece) in enumerate(zip(states, pieces, strict=True)):
             if state.rank == 3:
-                states[k] = summed(op, [state, piece], state.shape)
+                states[index] = summed(op, [state, piece], state.shape)
             else:
                 op.pin(piece, "the bias of keys and values that are cut into heads")
     heads = int(op.attr("num_heads"))
@@ -181,11 +182,11 @@ def _resize_group_query(r: Resize) -> None:
 
 @operator("GroupQueryAttention", domain=RUNTIME, resize=_resize_group_query)
 def group_query_attention(op: OpContext) -> None:
-    """Each key head serves a run of query heads; rotary positions inside; heads of values are as wide as those of keys."""
+    """Each key head serves a run of query heads; rotary positions inside; all heads have one size."""
     if any(op.has(k) for k in range(11, 16)) or _has_output(op, 3):
         raise Opaque("sinks, quantized keys or normalized heads inside it, or its scores are asked for")
-    for k in (5, 6, 9):
-        op.pin(op.optional(k), "lengths or positions")
+    for index in (5, 6, 9):
+        op.pin(op.optional(index), "lengths or positions")
     heads, few = int(op.attr("num_heads")), int(op.attr("kv_num_heads"))
     query = plain(op.state(0))
     if op.has(1):

@@ -251,7 +251,7 @@ def _resize_lstm(r: Resize) -> None:
 
 @operator("DynamicQuantizeLSTM", domain=RUNTIME, resize=_resize_lstm)
 def quantized_lstm(op: OpContext) -> None:
-    """An LSTM whose quantized weights lie the other way round: (directions, inputs, gates) and (directions, H, gates)."""
+    """An LSTM whose quantized weights lie the other way round: the gates are the last axis."""
     entry = lookup("", "LSTM")
     if entry is None:
         raise Opaque("no rule for LSTM inside it")

@@ -75,7 +75,7 @@ def summed(op: OpContext, terms: Sequence[State], shape: tuple[int, ...]) -> Sta
 def activated(op: OpContext, state: State, name: str, numbers: Sequence[float]) -> State:
     """Return the state behind an activation that a fused operator names, with the numbers that it takes."""
     if name in ("LeakyRelu", "Elu", "ThresholdedRelu"):
-        attributes = {"alpha": float(numbers[0])} if numbers else {}
+        attributes: dict[str, Any] = {"alpha": float(numbers[0])} if numbers else {}
         return step(op, name, [state], state.shape, **attributes)
     if name == "Clip":
         bounds = dict(enumerate((float(n) for n in numbers[:2]), start=1))

@@ -205,10 +205,13 @@ def _with_outputs(model: ir.Model, extra: Sequence[str]) -> ir.Model:
     return copy
 
 
+_WITH_SUM = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
+
+
 def _typed(value: ir.Value) -> ir.Value:
-    """Say the type of a further output of an operator of onnxruntime, which has no inference for those."""
+    """Say the type of the sum that a skip normalization gives out; onnxruntime infers none for it."""
     maker = value.producer()
-    if value.type is None and maker is not None and maker.domain == "com.microsoft" and value.index():
+    if value.type is None and maker is not None and maker.op_type in _WITH_SUM:
         known = [v.dtype for v in maker.inputs if v is not None and v.dtype is not None and v.dtype.is_floating_point()]
         value.type = ir.TensorType(known[0] if known else ir.DataType.FLOAT)
     return value
