@@ -62,7 +62,7 @@ class _Walker:
         self.nodes = list(model.graph)
         self.tied: dict[str, int] = {}
         self.params: dict[str, tuple[ir.TensorProtocol | None, bool]] = {}
-        self.grouped_cache: dict[tuple[int, int], Factor] = {}
+        self.grouped_cache: dict[tuple[int, int, int], Factor] = {}
         self.here = -1
         self.nested = next(iter(model.graph.subgraphs()), None) is not None
 
@@ -345,11 +345,11 @@ class _Walker:
         if where is None:
             return None
         leaf = self.leaves[where]
-        known = self.grouped_cache.get((where, groups))
+        known = self.grouped_cache.get((where, axis, groups))
         if known is not None:
             return known
         if leaf.shape[axis] == 1:
-            made = Factor((0, 1), self.rec.fresh(groups, 1), self.rec.variable())
+            made = Factor((0, axis), self.rec.fresh(groups, 1), self.rec.variable())
         else:
             for f in leaf.factors:
                 if f.axes == (axis,):
@@ -358,8 +358,8 @@ class _Walker:
             factor = LeafFactor(where, (0, axis), int(labels[0, 0]), labels.shape, var, groups)
             leaf.factors.append(factor)
             self.leaf_factors.append(factor)
-            made = Factor((0, 1), labels, var)
-        self.grouped_cache[where, groups] = made
+            made = Factor((0, axis), labels, var)
+        self.grouped_cache[where, axis, groups] = made
         return made
 
     def variance(self, node: ir.Node, index: int, epsilon: float) -> bool:
