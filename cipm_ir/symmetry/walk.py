@@ -267,6 +267,13 @@ class _Walker:
             if state is not None and state.factors:
                 names.append("" if value is None else value.name or "")
             op.pin(state, f"{node.op_type}: {reason}")
+        for k in range(len(node.inputs)):  # labels that a rule gave groups of rows before it gave up
+            where = self.use_leaf.get((self.here, k))
+            for f in () if where is None else self.leaves[where].factors:
+                if f.groups:
+                    labels = np.arange(f.base, f.base + f.size)
+                    self.rec.pin(labels, f"{node.op_type}: {reason}")
+                    self.rec.zero(labels, f.var)
         for value in captured_values(node):
             name = value.name or ""
             if name in self.states and self.states[name].factors and name not in names:
