@@ -216,7 +216,7 @@ class OpContext:
         if self.seeds is None or value is None:
             return None
         for node, position in value.uses():
-            if (node.op_type, position, attribute(node, "group", 1)) != (self.node.op_type, index, groups):
+            if (position, *_grouping(node)) != (index, *_grouping(self.node)):
                 return None
         return self.seeds.grouped(self.node, index, axis, groups)
 
@@ -277,6 +277,11 @@ class OpContext:
             return None
         self.unify(factor, own)
         return own
+
+
+def _grouping(node: ir.Node) -> tuple[str, int, str]:
+    """By what a node tells groups of rows of its weights apart."""
+    return node.op_type, attribute(node, "group", 1), str(attribute(node, "direction", ""))
 
 
 def _same(a: Array, b: Array) -> bool:

@@ -378,6 +378,13 @@ class _Walker:
             if state is not None and state.factors:
                 names.append("" if value is None else value.name or "")
             op.pin(state, f"{node.op_type}: {reason}")
+        for k in range(len(node.inputs)):  # labels that a rule gave groups of rows before it gave up
+            where = self.use_leaf.get((self.here, k))
+            for f in () if where is None else self.leaves[where].factors:
+                if f.groups:
+                    labels = np.arange(f.base, f.base + f.size)
+                    self.rec.pin(labels, f"{node.op_type}: {reason}")
+                    self.rec.zero(labels, f.var)
         for value in captured_values(node):
             name = value.name or ""
             if name in self.states and self.states[name].factors and name not in names:
@@ -463,7 +470,7 @@ class _Walker:
         if known is not None:
             return known
         if leaf.shape[axis] == 1:
-            made = Factor((0, 1), self.rec.fresh(groups, 1), self.rec.variable())
+            made = Factor((0, axis), self.rec.fresh(groups, 1), self.rec.variable())
         else:
             for f in leaf.factors:
                 if f.axes == (axis,):
@@ -472,7 +479,7 @@ class _Walker:
             factor = LeafFactor(where, (0, axis), int(labels[0, 0]), labels.shape, var, groups)
             leaf.factors.append(factor)
             self.leaf_factors.append(factor)
-            made = Factor((0, 1), labels, var)
+            made = Factor((0, axis), labels, var)
         self.grouped_cache[where, axis, groups] = made
         return made
 
