@@ -122,7 +122,7 @@ def random_inputs(
             raise UnsupportedError(f"Input {value.name!r} has no known rank; give its sizes in input_shapes, or data.")
         shape = tuple(
             sizes.get(own_name(name, axis)) or _size(dim, axis, batch, sizes, free_size)
-            for axis, dim in enumerate(value.shape or suggestion(value))
+            for axis, dim in enumerate(suggestion(value) if value.shape is None else value.shape)
         )
         made[value.name or ""] = _random_input(value, shape, rng, index_limit, recipe)
     return made
