@@ -16,7 +16,8 @@ from cipm_ir.passes.base import Kind, Pass, Progress, ignore_progress
 from cipm_ir.passes.pipeline import OnFailure, Outcome, Verify, Witness, check_analysis, check_properties, run_passes
 from cipm_ir.passes.report import Report
 from cipm_ir.passes.text import parse_passes
-from cipm_ir.runtime.inputs import Data
+from cipm_ir.runtime.batch_size import fit_batch, share_batch
+from cipm_ir.runtime.data import Data
 from cipm_ir.runtime.verify import Verification, verify_models
 from cipm_ir.sources import (
     Examples,
@@ -158,8 +159,10 @@ def optimize(
         source: see `Source`; never changed.
         passes: names in text form (`"prune{macs=0.5}"`), pass objects, or a mix; None: `DEFAULT_PASSES`, for a torch
             program `DEFAULT_TORCH_PASSES`.
-        data: calibration and verification input: a dict of arrays by input name (first axis samples), an .npz file of
-            them, a list or a folder of such files, an iterable of dicts; of one input also an array or a .npy file.
+        data: calibration and verification input, first axes samples: a dict of arrays or tensors by input name, an
+            array for a model of one input, a tuple of one for each input, an iterable of such batches (a DataLoader, a
+            list; labels behind the inputs are left out), an .npz or .npy file, a list or folder of them; see
+            `cipm_ir.runtime.data`.
         output: where to write the result, beside first and then renamed; it may be the source.
         verify: run the model before and after each pass; "strict": leave out what could not be run, too.
         annotate: write the groups of every axis into the metadata of the result.
@@ -234,6 +237,8 @@ def verify(
     examples, sizes = Examples(example_inputs, example_kwargs), Sizes(input_shapes)
     first, second = read_checked(a, examples, sizes), read_checked(b, examples, sizes)
     data = read_data(data, first)
+    fit_batch(first.model, data)
+    share_batch(first.model, first.written)
     if not isinstance(origin_of(first), OnnxOrigin) or not isinstance(origin_of(second), OnnxOrigin):
         across = torch_module("backends.to_torch_origin").compare_programs
         found: Verification = across(first, second, data=data, seed=seed, rtol=rtol, atol=atol, cases=cases)
@@ -280,6 +285,7 @@ def statistics(
     samples = read_data(data, program)
     if samples is None:
         raise InputError("Statistics need data: give inputs, as for optimize.")
+    fit_batch(program.model, samples)
     if engine is None:
         return statistics.collect(program, samples, **options)
     return distributed.collect(program, samples, engine=engine, **options)
@@ -367,6 +373,6 @@ def _noted(result: Result) -> Result:
     inputs = result.program.model.graph.inputs
     if emitted.reason and inputs and all(v.shape is not None and v.shape.is_static() for v in inputs):
         notes.append("the graph may take only inputs of the example's sizes: dynamic_shapes= keeps sizes open")
-    noted = replace(result, report=replace(result.report, notes=tuple(notes)))
+    noted = replace(result, report=replace(result.report, notes=(*result.report.notes, *notes)))
     noted.__dict__["emitted"] = emitted
     return noted

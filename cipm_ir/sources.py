@@ -14,11 +14,12 @@ import onnx_ir as ir
 
 from cipm_ir.backends.targets import check_target, onnx_form, torch_form
 from cipm_ir.backends.to_onnx import save_onnx
-from cipm_ir.errors import InputError, OptionError, OutputError, UnsupportedError
-from cipm_ir.frontends.from_onnx import check_shapes, load_onnx
+from cipm_ir.errors import OptionError, OutputError, UnsupportedError
+from cipm_ir.frontends.from_onnx import load_onnx
 from cipm_ir.ir.input_shapes import InputShapes
-from cipm_ir.runtime.inputs import Data, true_inputs
-from cipm_ir.runtime.npz import Files, mapped
+from cipm_ir.runtime.checks import check_shapes, correct_shapes
+from cipm_ir.runtime.data import Data, normalized
+from cipm_ir.runtime.inputs import true_inputs
 from cipm_ir.runtime.quiet import quiet
 from cipm_ir.symmetry.analysis import uncollected
 from cipm_ir.symmetry.program import Program
@@ -70,10 +71,10 @@ class Sizes:
 
 
 def read(source: Source, examples: Examples = Examples(), sizes: Sizes = Sizes()) -> Program:
-    """A program of whatever holds a model.
+    """A program of whatever holds a model; the shapes of an ONNX model are checked, and wrong notes corrected.
 
-    Errors: `InputError` (no such file, not a model, damaged, input shapes that do not fit), `OptionError`,
-    `UnsupportedError`.
+    Errors: `InputError` (no such file, not a model, damaged, contradictory shapes, input shapes that do not fit),
+        `OptionError`, `UnsupportedError`.
     """
     if sizes.input_shapes is not None and _holds_torch(source):
         raise OptionError(
@@ -100,17 +101,18 @@ def read(source: Source, examples: Examples = Examples(), sizes: Sizes = Sizes()
             capture = load_torch(source, examples.inputs, examples.kwargs, examples.dynamic_shapes, examples.method)
         return Program(capture.model, origin=torch_module("backends.to_torch_origin").TorchOrigin(capture))
     loaded = load_onnx(source)
+    correct_shapes(loaded.model)
     return Program.of(loaded.model, origin=OnnxOrigin(loaded.kind, loaded.path, loaded.external), **vars(sizes))
 
 
 def read_checked(source: Source, examples: Examples = Examples(), sizes: Sizes = Sizes()) -> Program:
-    """The same, its shapes checked.
+    """The same, the shapes of a torch graph checked, too.
 
-    Errors: as `read`; `InputError` for shapes that contradict each other.
+    Errors: as `read`.
     """
     program = read(source, examples, sizes)
     capture = getattr(program.origin, "capture", None)
-    if program is not source and (capture is None or capture.kind == "graph"):  # torch has checked what it traced
+    if program is not source and capture is not None and capture.kind == "graph":  # torch has checked what it traced
         check_shapes(program.model)
     return program
 
@@ -156,28 +158,13 @@ def origin_of(program: Program) -> Any:
 
 
 def read_data(data: Data | None, program: Program) -> Data | None:
-    """Samples in the form that everything takes: files of a folder or list are opened, one array gets its input's name.
+    """Samples by input name, whatever holds them; see `cipm_ir.runtime.data`.
 
-    Errors: `InputError`: no such file, a folder without .npz files, one array for a model of several inputs.
+    Errors: `InputError`: no such file, a folder without arrays, one array for a model of several inputs.
     """
-    if isinstance(data, list | tuple) and data and all(isinstance(one, str | os.PathLike) for one in data):
-        return Files(tuple(os.fspath(one) for one in data))
-    what = "The data"
-    if isinstance(data, str | os.PathLike):
-        if os.path.isdir(data):
-            return Files.of(data)
-        if not os.fspath(data).endswith(".npy"):
-            return data
-        what, data = repr(os.fspath(data)), mapped(data)
-    if not hasattr(data, "__array__"):
-        return data
-    names = [value.name or "" for value in true_inputs(program.model)]
-    if len(names) != 1:
-        raise InputError(
-            f"{what} is one array, but the model has inputs {', '.join(map(repr, names)) or 'no'}; give one for each, "
-            "by name, in a dict or an .npz file."
-        )
-    return {names[0]: data}
+    if data is None:
+        return None
+    return normalized(data, [value.name or "" for value in true_inputs(program.model)])
 
 
 def check_output(path: str | os.PathLike[str], source: Source = None) -> None:

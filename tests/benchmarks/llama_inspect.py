@@ -112,9 +112,7 @@ class Llama:
         positions = self.node("Cast", self.node("Unsqueeze", "position_ids", self.last), to=TensorProto.FLOAT)
         angles = self.node("Mul", positions, self.number("inverse_frequencies", frequencies, np.float32))
         angles = self.node("Unsqueeze", self.node("Concat", angles, angles, axis=-1), self.number("axis1", [1]))
-        self.cos, self.sin = (
-            self.node("Cast", self.node(op, angles), to=TensorProto.FLOAT16) for op in ("Cos", "Sin")
-        )
+        self.cos, self.sin = (self.node("Cast", self.node(op, angles), to=TensorProto.FLOAT16) for op in ("Cos", "Sin"))
         kept = self.node("Unsqueeze", "attention_mask", self.number("axes12", [1, 2]))
         self.mask = self.node("Mul", self.node("Cast", self.node("Sub", kept, self.number("one", 1)),
                                                to=TensorProto.FLOAT16), self.number("far", 6e4, np.float16))  # fmt: skip
