@@ -122,11 +122,12 @@ def random_inputs(
     made: Feeds = {}
     for value in true_inputs(model):
         name = value.name or ""
-        if value.shape is None and None in (suggestion(value) or (None,)):
+        if value.shape is None and not suggestion(value):
             raise UnsupportedError(f"Input {value.name!r} has no known rank; give its sizes in input_shapes, or data.")
+        declared = ir.Shape(suggestion(value)) if value.shape is None else value.shape
         shape = tuple(
             sizes.get(own_name(name, axis)) or _size(dim, axis, batch, sizes, free_size)
-            for axis, dim in enumerate(suggestion(value) if value.shape is None else value.shape)
+            for axis, dim in enumerate(declared)
         )
         made[value.name or ""] = _random_input(value, shape, rng, index_limit, recipe)
     return made

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -49,7 +50,7 @@ class Llama:
             self.tensors.append(onnx.numpy_helper.from_array(np.asarray(value, dtype), name))
         return name
 
-    def node(self, op: str, *inputs: str, **attributes: object) -> str:
+    def node(self, op: str, *inputs: str, **attributes: Any) -> str:
         """Name of the output of a new node."""
         out = f"{op.lower()}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(op, list(inputs), [out], name=out, **attributes))
@@ -96,7 +97,8 @@ class Llama:
     def _graph(self, layers: int, width: int, inner: int, vocabulary: int) -> None:
         groups = self.heads // self.key_heads
         self.two, self.epsilon = self.number("two", 2.0, np.float32), self.number("epsilon", 1e-5, np.float32)
-        self.last, self.zero, self.half = self.number("last", [-1]), self.number("zero", [0]), self.number("half", [self.size // 2])  # fmt: skip
+        self.last, self.zero = self.number("last", [-1]), self.number("zero", [0])
+        self.half = self.number("half", [self.size // 2])
         self.end, self.axis2 = self.number("end", [1 << 31]), self.number("axis2", [2])
         self.by_head = self.number("by_head", [0, 0, self.heads, self.size])
         self.by_key = self.number("by_key", [0, 0, self.key_heads, self.size])
@@ -114,8 +116,8 @@ class Llama:
         angles = self.node("Unsqueeze", self.node("Concat", angles, angles, axis=-1), self.number("axis1", [1]))
         self.cos, self.sin = (self.node("Cast", self.node(op, angles), to=TensorProto.FLOAT16) for op in ("Cos", "Sin"))
         kept = self.node("Unsqueeze", "attention_mask", self.number("axes12", [1, 2]))
-        self.mask = self.node("Mul", self.node("Cast", self.node("Sub", kept, self.number("one", 1)),
-                                               to=TensorProto.FLOAT16), self.number("far", 6e4, np.float16))  # fmt: skip
+        hidden = self.node("Cast", self.node("Sub", kept, self.number("one", 1)), to=TensorProto.FLOAT16)
+        self.mask = self.node("Mul", hidden, self.number("far", 6e4, np.float16))
         x = self.node("Gather", self.weight("embed_tokens.weight", vocabulary, width), "input_ids")
         for layer in range(layers):
             at = f"layers.{layer}"
