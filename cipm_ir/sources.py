@@ -74,7 +74,7 @@ def read(source: Source, examples: Examples = Examples(), sizes: Sizes = Sizes()
     """A program of whatever holds a model; the shapes of an ONNX model are checked, and wrong notes corrected.
 
     Errors: `InputError` (no such file, not a model, damaged, contradictory shapes, input shapes that do not fit),
-        `OptionError`, `UnsupportedError`.
+    `OptionError`, `UnsupportedError`.
     """
     if sizes.input_shapes is not None and _holds_torch(source):
         raise OptionError(
