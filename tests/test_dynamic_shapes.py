@@ -157,11 +157,13 @@ def recognizer(height: int | str, batch: int | str = "n") -> onnx.ModelProto:
     return made(nodes, {"x": [batch, 3, height, 48]}, {"y": None}, parameters)
 
 
-def test_a_size_that_a_constant_fixes_is_found_and_said() -> None:
+def test_sizes_that_a_constant_asks_for_are_found() -> None:
     dynamic, fixed = recognizer("h"), recognizer(48)
     assert units(dynamic) == units(fixed) and not units(dynamic)[1]
     shapes = infer_shapes(ir.from_proto(dynamic))
-    assert shapes.only == {"h": 48} and shapes.first["x"][0] != shapes.second["x"][0]
+    # 45 to 48 come out as 3 rows: even this size is not taken for the only one
+    assert 45 <= shapes.first["x"][2] <= 48 and 45 <= shapes.second["x"][2] <= 48
+    assert not shapes.only and shapes.first["x"] != shapes.second["x"]
 
 
 def test_a_batch_that_a_constant_fixes_is_found() -> None:
