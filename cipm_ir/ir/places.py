@@ -1,8 +1,8 @@
 """Every node of a graph with the concrete shapes around it, subgraphs included, at given sizes of the inputs.
 
 For the analysis dynamic sizes are chosen by `cipm_ir.ir.stand_ins`; to count, sizes are those of a run. ONNX's
-inference of the whole graph comes first; where it gives up, nodes are taken one by one, small numbers are evaluated,
-and operators of onnxruntime's own domain are inferred by `cipm_ir.ir.fused_shapes`.
+inference of the whole graph comes first; where it gives up, small numbers are evaluated and nodes are taken one by one
+(`cipm_ir.ir.fused_shapes.node_shapes`).
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ import numpy as np
 import onnx_ir as ir
 
 from cipm_ir.ir.constants import LIMIT, attribute, constant_tensor, evaluate
-from cipm_ir.ir.fused_shapes import fused_shapes
+from cipm_ir.ir.fused_shapes import node_shapes
 from cipm_ir.ir.labels import Array
 from cipm_ir.ir.parameters import free_inputs, overridable_inputs
 from cipm_ir.ir.shapes import (
     Shape,
     annotated,
-    infer_node,
     infer_sized,
     own_name,
     recorded_shape,
@@ -43,6 +42,7 @@ class Place:
         inputs, outputs: concrete shapes.
         numbers: values of small constant inputs.
         bodies: the nodes of each subgraph.
+        starts: shapes of the inputs of the body of a Loop or Scan, None where unknown or different from run to run.
         trips: how often a Loop or Scan runs its body at most; None where that is not known.
     """
 
@@ -52,6 +52,7 @@ class Place:
     outputs: list[Shape | None]
     numbers: list[Array | None]
     bodies: list[list[Place]] = field(default_factory=list)
+    starts: list[Shape | None] = field(default_factory=list)
     trips: int | None = None
 
 
@@ -113,6 +114,18 @@ def place_from(
     return _Scope(model, shapes, types, {}, recorded, frozenset(unknown)).places(model.graph)
 
 
+def place_body(
+    model: ir.Model,
+    node: ir.Node,
+    shapes: Mapping[str, Shape],
+    types: Mapping[str, ir.DataType],
+    numbers: Mapping[str, Array],
+) -> Place:
+    """A Loop or Scan with its body, from what is known of the values around it, by name."""
+    unknown = frozenset(value.name or "" for value in overridable_inputs(model))
+    return _Scope(model, dict(shapes), dict(types), dict(numbers), lambda _: None, unknown).place(node)
+
+
 @dataclass
 class _Scope:
     """What is known inside one graph; a subgraph starts from what is known around it."""
@@ -130,7 +143,7 @@ class _Scope:
             tensor = value.const_value
             if tensor is not None:
                 self._tensor(name, tensor)
-        return [self._place(node) for node in graph]
+        return [self.place(node) for node in graph]
 
     def _tensor(self, name: str, tensor: ir.TensorProtocol) -> None:
         self.shapes[name] = tuple(tensor.shape.numpy())
@@ -138,7 +151,7 @@ class _Scope:
         if name not in self.unknown and tensor.size <= _NUMBERS and tensor.dtype != ir.DataType.STRING:
             self.numbers[name] = np.asarray(tensor.numpy())
 
-    def _place(self, node: ir.Node) -> Place:
+    def place(self, node: ir.Node) -> Place:
         domain = "" if node.domain == "ai.onnx" else node.domain
         version = node.version or self.model.opset_imports.get(domain, 1)
         names = [None if v is None else v.name or "" for v in node.inputs]
@@ -173,11 +186,7 @@ class _Scope:
                 return
         if all(v.name in self.shapes or not v.name for v in node.outputs):
             return
-        found = fused_shapes(node, place.inputs) if node.domain in ("", "ai.onnx", "com.microsoft") else None
-        if found is None:
-            found = infer_node(node, place.inputs, place.version, self.types, place.numbers)
-        elif node.domain != "com.microsoft" and (kind := self._type(node.inputs[0])) is not None:
-            self.types.setdefault(node.outputs[0].name or "", kind)  # normalizations keep the type
+        found = node_shapes(node, place.inputs, place.version, self.types, place.numbers)
         for value, shape in zip(node.outputs, found, strict=False):
             if shape is not None and value.name:
                 self.shapes.setdefault(value.name, shape)
@@ -274,7 +283,7 @@ class _Scope:
             ends = [scope.shapes.get(v.name or "") for v in graph.outputs]
             changed = {k for k, out in carried.items() if inputs[k] is not None and ends[out] != inputs[k]}
             if not changed:
-                place.bodies = [nodes]
+                place.bodies, place.starts = [nodes], inputs
                 return ends
             inputs = [None if k in changed else s for k, s in enumerate(inputs)]
 

@@ -122,12 +122,13 @@ def random_inputs(
     made: Feeds = {}
     for value in true_inputs(model):
         name = value.name or ""
-        if value.shape is None and not suggestion(value):
+        axes = suggestion(value) if value.shape is None else tuple(value.shape)
+        if value.shape is None and (not axes or None in axes):
             raise UnsupportedError(f"Input {value.name!r} has no known rank; give its sizes in input_shapes, or data.")
-        declared = ir.Shape(suggestion(value)) if value.shape is None else value.shape
         shape = tuple(
             sizes.get(own_name(name, axis)) or _size(dim, axis, batch, sizes, free_size)
-            for axis, dim in enumerate(declared)
+            for axis, dim in enumerate(axes)
+            if dim is not None
         )
         made[value.name or ""] = _random_input(value, shape, rng, index_limit, recipe)
     return made
