@@ -50,6 +50,7 @@ _HINTS = 12
 _EFFORT = 30_000
 """Nodes to look at in the search for sizes that a model is made for."""
 _WINDOWS = {"AveragePool", "Conv", "ConvInteger", "ConvTranspose", "LpPool", "MaxPool", "QLinearConv", "STFT"}
+_RECURRENT = {"GRU", "LSTM", "RNN"}
 
 Sizes = Mapping[str, int]
 
@@ -296,6 +297,9 @@ def _cannot_run(place: Place, types: dict[str, ir.DataType]) -> bool:
     a = place.inputs[0] if place.inputs else None
     if node.op_type == "Reshape" and a is not None:
         return math.prod(a) != math.prod(outs[0] or ())
+    if node.op_type in _RECURRENT and a is not None and len(a) == 3:
+        axis = 0 if attribute(node, "layout", 0) else 1
+        return any(s is not None and len(s) == 3 and s[axis] != a[axis] for s in place.inputs[5:7])
     if node.op_type == "Gemm" and a is not None and (b := place.inputs[1]) is not None and len(a) == len(b) == 2:
         return a[0 if attribute(node, "transA", 0) else 1] != b[1 if attribute(node, "transB", 0) else 0]
     return False
