@@ -118,7 +118,7 @@ def test_wrong_sizes_are_refused_in_one_sentence(name: str) -> None:
 
 
 def test_one_symbol_has_one_size() -> None:
-    with pytest.raises(InputError, match="2 for axis 0 of input 'x' and 5 for axis 0 of input 'z:0'.*both 'n'"):
+    with pytest.raises(InputError, match=r"2 for axis 0 of input 'x' and 5 for axis 0 of input 'z:0'.*both 'n'"):
         cipm_ir.load(two_inputs(), input_shapes={"x": (2, 3), "z:0": (5, 3)})
     apart = cipm_ir.load(two_inputs(shared=False), input_shapes={"x": (2, 3), "z:0": (5, 3)})
     assert apart.count().sizes == {"n": 2, "m": 5}
