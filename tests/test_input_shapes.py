@@ -42,7 +42,7 @@ def declared(made: Any) -> list[int | str]:
 
 
 @pytest.mark.parametrize("given", [{"x": (2, 3, 20, 30)}, (2, 3, 20, 30), {"x": [2, None, np.int64(20), 30]}])
-@pytest.mark.parametrize("dims", [["n", 3, "h", "w"], [None, 3, None, None], [-1, 3, -1, -1]])
+@pytest.mark.parametrize("dims", [["n", 3, "h", "w"], [None, 3, None, None], [-1, 3, -1, -1], ["?", 3, "?", "?"]])
 def test_costs_count_at_the_given_sizes_and_the_file_stays_dynamic(given: Any, dims: list[Any]) -> None:
     result = cipm_ir.optimize(images(*dims), ["canonicalize"], input_shapes=given)
     assert result.report.before.macs == 2 * 20 * 30 * (4 * 27 + 8)
