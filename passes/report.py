@@ -30,7 +30,8 @@ _WIDTH = 118
 class Totals:
     """Sizes of a program: float parameters, multiply-accumulates of a run, bytes of all weights, nodes, free units.
 
-    ``sizes``: at which dynamic dimensions were counted; ``uncounted``: nodes whose multiply-accumulates are not known.
+    ``sizes``: at which dynamic dimensions were counted; ``uncounted``: nodes whose multiply-accumulates are not known;
+    ``only``: sizes that the file calls dynamic, but no others fit the constants inside.
     """
 
     parameters: int
@@ -40,6 +41,7 @@ class Totals:
     units: int
     sizes: Mapping[str, int] = field(default_factory=dict)
     uncounted: tuple[str, ...] = ()
+    only: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, program: Program, sizes: Mapping[str, int] | None = None) -> Totals:
@@ -56,6 +58,7 @@ class Totals:
             sum(space.size for space in program.spaces if space.kind == "units"),
             dict(counted.sizes),
             tuple(map(str, counted.unknown)),
+            dict(program.analysis.walk.shapes.only),
         )
 
     @property
@@ -69,7 +72,8 @@ class Totals:
         at = f"MACs are counted at {sizes_in_words(self.sizes)}" if self.sizes else ""
         more = f" and {len(self.uncounted) - 3} more" if len(self.uncounted) > 3 else ""
         without = f"MACs are without what cannot be counted: {'; '.join(self.uncounted[:3])}{more}"
-        return [line for line in (at, without if self.uncounted else "") if line]
+        only = f"taken as fixed, since no other size that was tried fits: {sizes_in_words(self.only)}"
+        return [line for line in (at, without if self.uncounted else "", only if self.only else "") if line]
 
 
 @dataclass(frozen=True)

@@ -346,7 +346,7 @@ def test_debug_shows_where_a_bad_input_was_found(capsys: Capture) -> None:
 
 
 def test_stopping_is_no_defect(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(*_: Any) -> None:
+    def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("cipm_ir.api.load", stop)

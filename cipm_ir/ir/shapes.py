@@ -58,7 +58,7 @@ def _declared(value: ir.Value) -> Shape | None:
 
 
 def forget_impossible_sizes(graph: ir.Graph) -> None:
-    """Make sizes of -1 or 0 unknown, as files of some exporters mean them; in subgraphs too.
+    """Make sizes of -1, 0 or "?" unknown, as files of some exporters mean them; in subgraphs too.
 
     A negative size is none. A size of 0 is one where a tensor is known to be empty (an initializer, a Constant); of an
     input it says that the exporter had nothing to write.
@@ -69,8 +69,9 @@ def forget_impossible_sizes(graph: ir.Graph) -> None:
             continue
         made = value.producer()
         least = 0 if made is not None and (made.op_type == "Constant" or not made.inputs) else 1
-        if any(isinstance(d, int) and d < least for d in value.shape):
-            value.shape = ir.Shape([None if isinstance(d, int) and d < least else d for d in value.shape])
+        impossible = [d < least if isinstance(d, int) else d.value == "?" for d in value.shape]
+        if any(impossible):
+            value.shape = ir.Shape([None if bad else d for bad, d in zip(impossible, value.shape, strict=True)])
     for one in inner:
         forget_impossible_sizes(one)
 

@@ -50,6 +50,7 @@ _HINTS = 12
 _EFFORT = 30_000
 """Nodes to look at in the search for sizes that a model is made for."""
 _WINDOWS = {"AveragePool", "Conv", "ConvInteger", "ConvTranspose", "LpPool", "MaxPool", "QLinearConv", "STFT"}
+_RECURRENT = {"GRU", "LSTM", "RNN"}
 
 Sizes = Mapping[str, int]
 
@@ -138,7 +139,8 @@ class _Search:
                     continue
                 kind = "batch" if axis == 0 else "side" if axis > 1 and len(value.shape) > 3 else "length"
                 dim = found.setdefault(_key(value, axis), _Dim(kind))
-                dim.given = dim.given or (given[axis] if given else None)
+                if given and given[axis] != 1:  # an axis of 1 would be taken for one that is broadcast
+                    dim.given = dim.given or given[axis]
         return found
 
     def _try(self, sizes: Sizes) -> _Table | None:
@@ -190,13 +192,19 @@ class _Search:
         if first is None:
             return None
         second = first
+        usual, small = (_multiples(dims, which, *_MULTIPLES[0]) for which in (1, 2))
         for key in dims:  # what need not be fixed is not
-            for size in (*(_multiples(dims, which, *_MULTIPLES[0])[key] for which in (1, 2)), 2 * first.sizes[key]):
-                freed = self._try({**second.sizes, key: size}) if size != first.sizes[key] else None
-                if freed is not None and not freed.wrong:
-                    second = freed
-                    break
+            size = first.sizes[key]
+            freed = self._fitting(second, key, (usual[key], small[key], 2 * size, size + 1, max(size - 1, 1)))
+            if freed is not None:
+                second = freed
+                first = (size == 1 and self._fitting(first, key, (small[key], usual[key]))) or first
         return first, second
+
+    def _fitting(self, table: _Table, key: str, sizes: Sequence[int]) -> _Table | None:
+        """The first of the tables with another size that has no contradiction."""
+        others = (self._try({**table.sizes, key: size}) for size in sizes if size != table.sizes[key])
+        return next((t for t in others if t is not None and not t.wrong), None)
 
     def _made_for(self, dims: Mapping[str, _Dim]) -> _Table | None:
         """Shapes at the sizes that the model is made for, where they are found."""
@@ -289,6 +297,9 @@ def _cannot_run(place: Place, types: dict[str, ir.DataType]) -> bool:
     a = place.inputs[0] if place.inputs else None
     if node.op_type == "Reshape" and a is not None:
         return math.prod(a) != math.prod(outs[0] or ())
+    if node.op_type in _RECURRENT and a is not None and len(a) == 3:
+        axis = 0 if attribute(node, "layout", 0) else 1
+        return any(s is not None and len(s) == 3 and s[axis] != a[axis] for s in place.inputs[5:7])
     if node.op_type == "Gemm" and a is not None and (b := place.inputs[1]) is not None and len(a) == len(b) == 2:
         return a[0 if attribute(node, "transA", 0) else 1] != b[1 if attribute(node, "transB", 0) else 0]
     return False

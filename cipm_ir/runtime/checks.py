@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from cipm_ir.errors import InputError
 from cipm_ir.ir.parameters import named
+from cipm_ir.ir.shapes import forget_impossible_sizes
 from cipm_ir.runtime.graphs import all_graphs, describe_node
 
 _Shape: TypeAlias = list[int | None]
@@ -113,6 +114,7 @@ def _without_weights(model: ir.Model, keep_bytes: int) -> onnx.ModelProto:
 
 def _stripped(model: ir.Model, keep_bytes: int) -> onnx.ModelProto:
     stripped = model.clone()
+    forget_impossible_sizes(stripped.graph)
     for graph in all_graphs(stripped):
         for value in graph.initializers.values():
             tensor = value.const_value

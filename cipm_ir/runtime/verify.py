@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -11,7 +12,10 @@ import numpy as np
 import onnx_ir as ir
 
 from cipm_ir.errors import CipmError, InputError, UnsupportedError
+from cipm_ir.ir.input_shapes import noted_sizes
 from cipm_ir.ir.parameters import overridable_inputs
+from cipm_ir.ir.shapes import SUGGESTED
+from cipm_ir.ir.stand_ins import infer_shapes
 from cipm_ir.runtime.compare import MEASURED, Case, Outputs, Reference, Tolerance, Verification
 from cipm_ir.runtime.endings import Ending, common_endings, endings, output_units
 from cipm_ir.runtime.graphs import all_graphs
@@ -284,7 +288,7 @@ def _accepted(
     """
     first: InputError | None = None
     known = model.graph.meta.get(RUNS_AT)
-    for batch, free_size, limit in _SIZES:
+    for batch, free_size, limit in itertools.chain(_SIZES, _fitting_sizes(model)):
         batch = known or batch
         feeds = random_inputs(model, rng, batch, free_size=free_size, index_limit=limit)
         start = time.perf_counter()
@@ -303,7 +307,29 @@ def _accepted(
             if {x.shape for x in fewer.values()} != {x.shape for x in feeds.values()} and not tried("", fewer, run):
                 model.graph.meta[RUNS_AT] = batch
         return batch, free_size, limit, case, seconds
+    if first is not None and _is_open(model):
+        raise InputError(f"{str(first).rstrip('.')} (sizes that it runs with may be given in input_shapes).")
     raise first or InputError("No random inputs were tried.")
+
+
+def _is_open(model: ir.Model) -> bool:
+    return any(value.shape is None or not value.shape.is_static() for value in true_inputs(model))
+
+
+def _fitting_sizes(model: ir.Model) -> Iterator[tuple[int, int, None]]:
+    """Yield for sizes at which the shapes inside the model fit each other; they are noted on its inputs meanwhile."""
+    if not _is_open(model) or noted_sizes(model.graph):
+        return
+    inputs = true_inputs(model)
+    found = infer_shapes(model)
+    for table in (found.first, found.second):
+        shapes = [table.get(value.name or "") for value in inputs]
+        if all(s is not None and math.prod(s) <= _LONG_ENTRIES for s in shapes):
+            for value, shape in zip(inputs, shapes, strict=True):
+                value.meta[SUGGESTED] = shape
+            yield 1, 8, None
+    for value in inputs:
+        value.meta.pop(SUGGESTED, None)
 
 
 def _more_samples(
@@ -326,7 +352,7 @@ def _more_samples(
 
 def _long(model: ir.Model, run: Callable[[Feeds], Outputs], rng: np.random.Generator, limit: int | None) -> list[Case]:
     """Larger sizes, where sizes are open: later positions, and integers that reach every row of a table."""
-    if all(isinstance(dim, int) and dim > 0 for value in true_inputs(model) for dim in value.shape or ()):
+    if not _is_open(model) or noted_sizes(model.graph):
         return []
     for free_size in _LONG:
         batch = min(max(2, -(-largest_table(model) // free_size)), 64)

@@ -64,7 +64,8 @@ def components(count: int, pairs: list[tuple[Labels, Labels]]) -> tuple[int, Lab
 
 def unique_pairs(a: Labels, b: Labels) -> Labels:
     """Distinct rows (a, b), sorted; entries below 2^31."""
-    key = np.unique((a << 31) | b)
+    key = np.sort((a << 31) | b)  # several times faster than np.unique, which hashes
+    key = key[np.r_[True, key[1:] != key[:-1]][: len(key)]]
     return np.stack([key >> 31, key & ((1 << 31) - 1)], 1)
 
 
