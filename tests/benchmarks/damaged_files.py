@@ -581,6 +581,8 @@ def main() -> None:
         + ", ".join(f"{count} {end}" for end, count in tally.most_common())
         + f"; slowest {slowest:.0f} s"
     )
+    for (kind, end), count in sorted(kinds.items()):
+        print(f"  {kind:20} {end:10} {count}")
     if not any(tally[end] for end in DEFECTS):
         return
     sys.exit(1)
