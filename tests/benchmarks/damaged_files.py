@@ -565,7 +565,6 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="show the cases that ended well, too")
     options = parser.parse_args()
     import onnxruntime  # noqa: F401  (loaded once, before the children)
-    import torch  # noqa: F401
 
     import cipm_ir.api
     import cipm_ir.cli  # noqa: F401
