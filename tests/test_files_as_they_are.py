@@ -307,3 +307,25 @@ def test_weights_in_several_files_at_offsets(tmp_path: Path) -> None:
     (tmp_path / "b.bin").unlink()
     with pytest.raises(cipm_ir.InputError, match=r"b\.bin' of tensor 'w2' is missing; put it beside the model"):
         load_onnx(tmp_path / "m.onnx")
+
+
+# --- old opsets -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("opset", [7, 9, 10, 11, 28])
+def test_a_computed_size_is_patched_with_what_the_opset_has(opset: int) -> None:
+    """The model gives out the shape of its hidden layer, which stays what it was when units are removed."""
+    model = net(min(opset, 17))
+    model.opset_import[0].version = opset
+    model.ir_version = 3 + (opset > 8) * 1 + (opset > 20) * 10
+    model.graph.node.append(helper.make_node("Shape", ["r"], ["size"]))
+    model.graph.output.append(helper.make_tensor_value_info("size", TensorProto.INT64, [2]))
+    if model.ir_version == 3:
+        model.graph.input.extend(
+            helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in model.graph.initializer
+        )
+    made = cipm_ir.optimize(model, ["prune{ratio=0.6}"]).model
+    onnx.checker.check_model(made, full_check=True)
+    assert made.graph.initializer[0].dims[1] < 6
+    if opset < 28:
+        assert ran(made)[1].tolist() == [3, 6]
