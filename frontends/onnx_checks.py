@@ -125,8 +125,8 @@ def _wrong_kind(
     if attribute.name not in kinds:
         known = ", ".join(map(repr, kinds)) or "none"
         return InputError(
-            f"{label} is not one that {node.op_type} has in opset {versions[node.domain]} ({known}); the model is damaged "
-            "or names the wrong opset."
+            f"{label} is not one that {node.op_type} has in opset {versions[node.domain]} ({known}); the model is "
+            "damaged or names the wrong opset."
         )
     found, needed = (onnx.AttributeProto.AttributeType.Name(k) for k in (attribute.type, kinds[attribute.name]))
     return InputError(f"{label} is of type {found}, and {needed} is needed; the model is damaged.")

@@ -72,7 +72,7 @@ class NodeResize(Resize):
         )
 
     def patched(self, current: ir.Value, now: Literal, value: Array) -> ir.Value:
-        """The computed literal with some entries replaced: in its Concat, by ScatterElements, or by arithmetic before opset 11."""
+        """The computed literal with some entries replaced: in its Concat, or by nodes that the opset has."""
         editor = self.parent.editor
         moving = (now[0] != value) & (now[0] != now[1])
         if moving.any():
