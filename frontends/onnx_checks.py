@@ -106,6 +106,11 @@ def _check_nodes(nodes: Iterable[onnx.NodeProto], defined: set[str], versions: M
             _check_attribute(attribute, node, versions)
             if kinds is not None and kinds.get(attribute.name) != attribute.type:
                 raise _wrong_kind(attribute, node, kinds, versions)
+        if kinds is not None and {"axis", "broadcast"} <= {attribute.name for attribute in node.attribute}:
+            raise UnsupportedError(
+                f"{_capital(describe_node(node))} broadcasts along an axis, as ONNX did before opset 7; convert the model "
+                "with onnx.version_converter first."
+            )
 
 
 @functools.cache

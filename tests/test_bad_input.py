@@ -332,6 +332,15 @@ def test_parameters_of_wrong_length(
     check_shapes(load_onnx(one_operator(op, {**shapes, name: right}, **attributes)).model)
 
 
+def test_broadcasting_of_old_opsets() -> None:
+    model = one_operator("Add", {"b": (4,)}, axis=0, broadcast=1)
+    model.opset_import[0].version = 6
+    text = message(UnsupportedError, lambda: load_onnx(model))
+    assert text.startswith("Node 'odd' (Add) broadcasts along an axis, as ONNX did before opset 7")
+    del model.graph.node[1].attribute[0]
+    load_onnx(model)
+
+
 @pytest.mark.parametrize(
     ("attribute", "text"),
     [
