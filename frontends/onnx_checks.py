@@ -108,7 +108,7 @@ def _check_nodes(nodes: Iterable[onnx.NodeProto], defined: set[str], versions: M
                 raise _wrong_kind(attribute, node, kinds, versions)
         if kinds is not None and {"axis", "broadcast"} <= {attribute.name for attribute in node.attribute}:
             raise UnsupportedError(
-                f"{_capital(describe_node(node))} broadcasts along an axis, as ONNX did before opset 7; convert the model "
+                f"{_capital(describe_node(node))} broadcasts along an axis, as ONNX did before opset 7; convert it "
                 "with onnx.version_converter first."
             )
 

@@ -44,6 +44,8 @@ PASSES = (
     ("equalize", "fold-batch-norm", "canonicalize-signs"),
     ("prune{ratio=0.7}",),
 )
+_RANDOM = {f"Random{kind}{like}" for kind in ("Normal", "Uniform") for like in ("", "Like")}
+_RANDOM |= {"Bernoulli", "Multinomial", "Dropout"}
 _BIG, _HUGE = 1 << 30, (1 << 62) + 5
 
 
@@ -501,8 +503,7 @@ def _compared(source: Path, target: Path, approximate: bool) -> tuple[str, str]:
         import onnxruntime as ort
 
         session = ort.InferenceSession(str(target), providers=["CPUExecutionProvider"])
-        again = ran(source)
-        if isinstance(again, str) or not all(map(same, first[1], again[1])):
+        if any(node.op_type in _RANDOM for node in onnx.load(source, load_external_data=False).graph.node):
             return "right", "it draws random numbers"
         for feeds, outputs in zip(*first, strict=True):
             if not same(outputs, session.run(None, feeds)):
