@@ -13,7 +13,8 @@ import onnx
 import onnx_ir as ir
 
 from cipm_ir.errors import InputError
-from cipm_ir.runtime.graphs import all_graphs, describe_node, named
+from cipm_ir.ir.parameters import named
+from cipm_ir.runtime.graphs import all_graphs, describe_node
 
 _Shape: TypeAlias = list[int | None]
 _CHUNK = 1 << 22
