@@ -120,7 +120,7 @@ def _attribute_kinds(domain: str, op: str, version: int) -> Mapping[str, int] | 
     if version < 1 or not onnx.defs.has(op, version, domain):
         return None
     schema = onnx.defs.get_schema(op, version, domain)
-    return {name: int(attribute.type.value) for name, attribute in schema.attributes.items()}
+    return {name: int(a.type.value) for name, a in schema.attributes.items()}  # type: ignore[attr-defined]
 
 
 def _wrong_kind(
