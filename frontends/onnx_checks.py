@@ -106,11 +106,22 @@ def _check_nodes(nodes: Iterable[onnx.NodeProto], defined: set[str], versions: M
             _check_attribute(attribute, node, versions)
             if kinds is not None and kinds.get(attribute.name) != attribute.type:
                 raise _wrong_kind(attribute, node, kinds, versions)
+        if kinds is not None and node.op_type.startswith("Random"):
+            _check_distribution(node)
         if kinds is not None and {"axis", "broadcast"} <= {attribute.name for attribute in node.attribute}:
             raise UnsupportedError(
                 f"{_capital(describe_node(node))} broadcasts along an axis, as ONNX did before opset 7; convert it "
                 "with onnx.version_converter first."
             )
+
+
+def _check_distribution(node: onnx.NodeProto) -> None:
+    """Refuse what ends the process in onnxruntime: an empty range, a width that is not positive."""
+    given = {attribute.name: attribute.f for attribute in node.attribute}
+    if node.op_type.startswith("RandomUniform") and not given.get("low", 0.0) <= given.get("high", 1.0):
+        raise InputError(f"{_capital(describe_node(node))} draws from an empty range; its low is above its high.")
+    if node.op_type.startswith("RandomNormal") and not given.get("scale", 1.0) > 0.0:
+        raise InputError(f"{_capital(describe_node(node))} has the scale {given['scale']:g}, which is not positive.")
 
 
 @functools.cache

@@ -351,3 +351,18 @@ def test_broadcasting_of_old_opsets() -> None:
 def test_attributes_that_the_operator_does_not_take(attribute: dict[str, Any], text: str) -> None:
     load_onnx(one_operator("Softmax", {}, axis=1))
     assert text in message(InputError, lambda: load_onnx(one_operator("Softmax", {}, **attribute)))
+
+
+@pytest.mark.parametrize(
+    ("op", "attributes", "word"),
+    [
+        ("RandomUniformLike", {"low": 0.5, "high": 0.0}, "empty range"),
+        ("RandomUniformLike", {"low": 2.0}, "empty range"),
+        ("RandomNormalLike", {"scale": 0.0}, "scale 0"),
+        ("RandomNormalLike", {"scale": -1.0}, "not positive"),
+    ],
+)
+def test_distributions_that_end_the_process(op: str, attributes: dict[str, float], word: str) -> None:
+    """onnxruntime aborts on these, and takes the process with it."""
+    assert word in message(InputError, lambda: load_onnx(one_operator(op, {}, **attributes)))
+    load_onnx(one_operator(op, {}))

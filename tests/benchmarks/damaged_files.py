@@ -65,6 +65,9 @@ Damage: TypeAlias = Callable[[onnx.ModelProto, Generator], None]
 
 
 def _some(rng: Generator, field: Any) -> Any:
+    """Any of them; an IndexError where there is none."""
+    if not len(field):
+        raise IndexError
     return field[int(rng.integers(len(field)))]
 
 
