@@ -502,17 +502,10 @@ def _compared(source: Path, target: Path, approximate: bool) -> tuple[str, str]:
         return "wrong", f"the result does not run: {second}"
     if approximate:
         return "right", "approximate"
-    try:
-        import onnxruntime as ort
-
-        session = ort.InferenceSession(str(target), providers=["CPUExecutionProvider"])
-        if any(node.op_type in _RANDOM for node in onnx.load(source, load_external_data=False).graph.node):
-            return "right", "it draws random numbers"
-        for feeds, outputs in zip(*first, strict=True):
-            if not same(outputs, session.run(None, feeds)):
-                return "wrong", "other outputs"
-    except Exception as error:
-        return "wrong", f"the result fails: {str(error)[:160]}"
+    if any(node.op_type in _RANDOM for node in onnx.load(source, load_external_data=False).graph.node):
+        return "right", "it draws random numbers"
+    if len(first[1]) != len(second[1]) or not all(map(same, first[1], second[1])):
+        return "wrong", "other outputs"
     return "right", ""
 
 
