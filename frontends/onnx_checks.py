@@ -7,7 +7,8 @@ names, unnamed or sparse initializers, training info); the checks on the proto s
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -49,10 +50,17 @@ def check_proto(proto: onnx.ModelProto) -> None:
         raise UnsupportedError("The model holds training_info, which would be lost; remove it first.")
     texts = (proto.producer_name, proto.producer_version, proto.domain, proto.doc_string)
     _check_text((*texts, *(entry.domain for entry in proto.opset_import)), "the header of the model")
-    _check_graph(proto.graph)
+    _check_graph(proto.graph, _versions(proto.opset_import))
     for function in proto.functions:
         _check_unique(function.input, "input", f"function {function.name!r}")
-        _check_nodes(function.node, set(function.input))
+        _check_nodes(function.node, set(function.input), _versions(function.opset_import))
+
+
+def _versions(imports: Iterable[onnx.OperatorSetIdProto]) -> Mapping[str, int]:
+    """The opset versions by domain; both names of ONNX's own domain are known."""
+    found = {entry.domain: entry.version for entry in imports}
+    own = found.get("", found.get("ai.onnx", 0))
+    return {**found, "": own, "ai.onnx": own}
 
 
 def _check_opset(entry: onnx.OperatorSetIdProto) -> None:
@@ -67,7 +75,7 @@ def _check_opset(entry: onnx.OperatorSetIdProto) -> None:
     )
 
 
-def _check_graph(graph: onnx.GraphProto) -> None:
+def _check_graph(graph: onnx.GraphProto, versions: Mapping[str, int]) -> None:
     where = f"graph {graph.name!r}"
     names = [tensor.name for tensor in graph.initializer]
     infos = (*graph.input, *graph.output, *graph.value_info)
@@ -82,10 +90,10 @@ def _check_graph(graph: onnx.GraphProto) -> None:
             raise UnsupportedError(
                 f"Value {info.name!r} is a map, which the graph IR cannot hold; remove the ZipMap node."
             )
-    _check_nodes(graph.node, {*names, *inputs})
+    _check_nodes(graph.node, {*names, *inputs}, versions)
 
 
-def _check_nodes(nodes: Iterable[onnx.NodeProto], defined: set[str]) -> None:
+def _check_nodes(nodes: Iterable[onnx.NodeProto], defined: set[str], versions: Mapping[str, int]) -> None:
     for node in nodes:
         texts = (node.name, node.op_type, node.domain, node.overload, node.doc_string, *node.input, *node.output)
         _check_text(texts, f"a {node.op_type} node")
@@ -93,16 +101,59 @@ def _check_nodes(nodes: Iterable[onnx.NodeProto], defined: set[str]) -> None:
             if name and name in defined:
                 raise InputError(f"Value {name!r} is defined twice, the second time by {describe_node(node)}.")
             defined.add(name)
+        kinds = _attribute_kinds(node.domain, node.op_type, versions.get(node.domain, 0)) if node.attribute else None
         for attribute in node.attribute:
-            _check_attribute(attribute, node)
+            _check_attribute(attribute, node, versions)
+            if kinds is not None and kinds.get(attribute.name) != attribute.type:
+                raise _wrong_kind(attribute, node, kinds, versions)
+        if kinds is not None and node.op_type.startswith("Random"):
+            _check_distribution(node)
+        if kinds is not None and {"axis", "broadcast"} <= {attribute.name for attribute in node.attribute}:
+            raise UnsupportedError(
+                f"{_capital(describe_node(node))} broadcasts along an axis, as ONNX did before opset 7; convert it "
+                "with onnx.version_converter first."
+            )
 
 
-def _check_attribute(attribute: onnx.AttributeProto, node: onnx.NodeProto) -> None:
+def _check_distribution(node: onnx.NodeProto) -> None:
+    """Refuse what ends the process in onnxruntime: an empty range, a width that is not positive."""
+    given = {attribute.name: attribute.f for attribute in node.attribute}
+    if node.op_type.startswith("RandomUniform") and not given.get("low", 0.0) <= given.get("high", 1.0):
+        raise InputError(f"{_capital(describe_node(node))} draws from an empty range; its low is above its high.")
+    if node.op_type.startswith("RandomNormal") and not given.get("scale", 1.0) > 0.0:
+        raise InputError(f"{_capital(describe_node(node))} has the scale {given['scale']:g}, which is not positive.")
+
+
+@functools.cache
+def _attribute_kinds(domain: str, op: str, version: int) -> Mapping[str, int] | None:
+    """The types of the attributes that an operator of ONNX has in an opset; None for an operator of others."""
+    domain = "" if domain == "ai.onnx" else domain
+    if version < 1 or not onnx.defs.has(op, version, domain):
+        return None
+    schema = onnx.defs.get_schema(op, version, domain)
+    return {name: int(a.type.value) for name, a in schema.attributes.items()}  # type: ignore[attr-defined]
+
+
+def _wrong_kind(
+    attribute: onnx.AttributeProto, node: onnx.NodeProto, kinds: Mapping[str, int], versions: Mapping[str, int]
+) -> InputError:
+    label = f"Attribute {attribute.name!r} of {describe_node(node)}"
+    if attribute.name not in kinds:
+        known = ", ".join(map(repr, kinds)) or "none"
+        return InputError(
+            f"{label} is not one that {node.op_type} has in opset {versions[node.domain]} ({known}); the model is "
+            "damaged or names the wrong opset."
+        )
+    found, needed = (onnx.AttributeProto.AttributeType.Name(k) for k in (attribute.type, kinds[attribute.name]))
+    return InputError(f"{label} is of type {found}, and {needed} is needed; the model is damaged.")
+
+
+def _check_attribute(attribute: onnx.AttributeProto, node: onnx.NodeProto, versions: Mapping[str, int]) -> None:
     _check_text((attribute.name, attribute.ref_attr_name, attribute.doc_string), describe_node(node))
     if attribute.type == onnx.AttributeProto.UNDEFINED:
         raise InputError(f"Attribute {attribute.name!r} of {describe_node(node)} has no type.")
     if attribute.HasField("g"):
-        _check_graph(attribute.g)
+        _check_graph(attribute.g, versions)
     elif attribute.HasField("t"):
         check_tensor(attribute.t, f"Attribute {attribute.name!r} of {describe_node(node)}")
     elif attribute.HasField("sparse_tensor") or attribute.sparse_tensors:
@@ -111,7 +162,7 @@ def _check_attribute(attribute: onnx.AttributeProto, node: onnx.NodeProto) -> No
         )
     else:
         for graph in attribute.graphs:
-            _check_graph(graph)
+            _check_graph(graph, versions)
         for tensor in attribute.tensors:
             check_tensor(tensor, f"Attribute {attribute.name!r} of {describe_node(node)}")
 

@@ -140,11 +140,16 @@ def check_analysis(program: Program) -> None:
     except CipmError:
         raise
     except Exception as error:
-        model = program.emit()
-        found = verify_models(model, model, cases=1)
-        if found.verified:
-            raise
-        raise InputError(f"The model can be neither analysed nor run: {found.reason.rstrip('.')}.") from error
+        _refuse_damaged(program, "analysed", error)
+        raise
+
+
+def _refuse_damaged(program: Program, what: str, error: Exception) -> None:
+    """Raise `InputError` in place of an error of ours where the runtime cannot run the model either."""
+    model = program.emit()
+    found = verify_models(model, model, cases=1)
+    if not found.verified:
+        raise InputError(f"The model can be neither {what} nor run: {found.reason.rstrip('.')}.") from error
 
 
 def check_properties(passes: Iterable[Pass]) -> None:
@@ -275,6 +280,7 @@ class _Run:
                 raise
             raise type(error)(f"Pass {one.name!r}: {error}") from error
         except Exception as error:
+            _refuse_damaged(self.program, f"changed by pass '{one}'", error)
             error.add_note(f"This happened in pass {one}.")
             raise
         if not isinstance(result, PassResult):

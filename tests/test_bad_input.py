@@ -291,3 +291,78 @@ def test_nan_weights_are_named_and_infinities_pass(tmp_path: Path) -> None:
     model = load_onnx(tmp_path / "m.onnx").model
     text = message(InputError, lambda: check_finite(model))
     assert "'w1'" in text and "[2, 7]" in text
+
+
+def one_operator(op: str, shapes: dict[str, tuple[int, ...]], **attributes: Any) -> onnx.ModelProto:
+    """A product with a weight, then an operator with parameters of the given shapes."""
+    arrays = {"w": np.ones((5, 6), np.float32), **{k: np.ones(s, np.float32) for k, s in shapes.items()}}
+    first = [3, 4, 5] if op in ("LSTM", "GRU", "RNN") else [4, 5]
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"]),
+        helper.make_node(op, ["h", *shapes], ["y"], name="odd", **attributes),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", FLOAT, first)],
+        [helper.make_tensor_value_info("y", FLOAT, None)],
+        [numpy_helper.from_array(array, name) for name, array in arrays.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+LENGTHS: list[tuple[str, dict[str, tuple[int, ...]], dict[str, Any], str, tuple[int, ...]]] = [
+    ("Gemm", {"v": (6, 3), "c": (2,)}, {}, "c", (3,)),
+    ("Gemm", {"v": (3, 6), "c": (4, 2)}, {"transB": 1}, "c", (4, 3)),
+    ("LayerNormalization", {"s": (7,), "b": (6,)}, {}, "s", (6,)),
+    ("LayerNormalization", {"s": (6,), "b": (5,)}, {}, "b", (6,)),
+    ("LSTM", {"v": (1, 8, 5), "r": (1, 8, 2)}, {"hidden_size": 2}, "v", (1, 8, 6)),
+    ("GRU", {"v": (1, 6, 6), "r": (1, 8, 2)}, {"hidden_size": 2}, "r", (1, 6, 2)),
+    ("RNN", {"v": (1, 2, 6), "r": (1, 2, 2), "b": (1, 3)}, {"hidden_size": 2}, "b", (1, 4)),
+]
+
+
+@pytest.mark.parametrize(("op", "shapes", "attributes", "name", "right"), LENGTHS)
+def test_parameters_of_wrong_length(
+    op: str, shapes: dict[str, tuple[int, ...]], attributes: dict[str, Any], name: str, right: tuple[int, ...]
+) -> None:
+    """The control is the same operator with the right length."""
+    text = message(InputError, lambda: check_shapes(load_onnx(one_operator(op, shapes, **attributes)).model))
+    assert f"of {name!r} has size" in text and "'odd'" in text
+    check_shapes(load_onnx(one_operator(op, {**shapes, name: right}, **attributes)).model)
+
+
+def test_broadcasting_of_old_opsets() -> None:
+    model = one_operator("Add", {"b": (4,)}, axis=0, broadcast=1)
+    model.opset_import[0].version = 6
+    text = message(UnsupportedError, lambda: load_onnx(model))
+    assert text.startswith("Node 'odd' (Add) broadcasts along an axis, as ONNX did before opset 7")
+    del model.graph.node[1].attribute[0]
+    load_onnx(model)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "text"),
+    [
+        ({"axis": "words"}, "Attribute 'axis' of node 'odd' (Softmax) is of type STRING, and INT is needed"),
+        ({"axes": [1]}, "Attribute 'axes' of node 'odd' (Softmax) is not one that Softmax has in opset 17 ('axis')"),
+    ],
+)
+def test_attributes_that_the_operator_does_not_take(attribute: dict[str, Any], text: str) -> None:
+    load_onnx(one_operator("Softmax", {}, axis=1))
+    assert text in message(InputError, lambda: load_onnx(one_operator("Softmax", {}, **attribute)))
+
+
+@pytest.mark.parametrize(
+    ("op", "attributes", "word"),
+    [
+        ("RandomUniformLike", {"low": 0.5, "high": 0.0}, "empty range"),
+        ("RandomUniformLike", {"low": 2.0}, "empty range"),
+        ("RandomNormalLike", {"scale": 0.0}, "scale 0"),
+        ("RandomNormalLike", {"scale": -1.0}, "not positive"),
+    ],
+)
+def test_distributions_that_end_the_process(op: str, attributes: dict[str, float], word: str) -> None:
+    """onnxruntime aborts on these, and takes the process with it."""
+    assert word in message(InputError, lambda: load_onnx(one_operator(op, {}, **attributes)))
+    load_onnx(one_operator(op, {}))

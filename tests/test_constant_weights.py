@@ -141,3 +141,43 @@ def test_a_different_constant_is_found_out() -> None:
     array[0, 0] += 1.0
     changed.graph.node[2].attribute[0].t.CopyFrom(numpy_helper.from_array(array, "v"))
     assert np.abs(ran(model) - ran(changed)).max() > 1e-3
+
+
+def corner(kind: str) -> onnx.ModelProto:
+    """The net with its first weight behind something: a function, a cast, a dequantization, a second use."""
+    model = net(constant=True)
+    graph, (w, b, _, _) = model.graph, list(model.graph.node)[:4]
+    array = numpy_helper.to_array(w.attribute[0].t)
+    if kind == "in a function":
+        nodes = [w, b, helper.make_node("Gemm", ["a", "w", "b"], ["o"])]
+        imports = [helper.make_opsetid("", 13)]
+        model.functions.append(helper.make_function("local", "First", ["a"], ["o"], nodes, imports))
+        model.opset_import.append(helper.make_opsetid("local", 1))
+        graph.node[4].CopyFrom(helper.make_node("First", ["x"], ["h"], domain="local"))
+        del graph.node[:2]
+    elif kind == "cast":
+        half = numpy_helper.from_array(array.astype(np.float16), "q")
+        graph.node[0].CopyFrom(helper.make_node("Constant", [], ["q"], value=half))
+        graph.node.insert(1, helper.make_node("Cast", ["q"], ["w"], to=TensorProto.FLOAT))
+    elif kind == "dequantized":
+        whole = numpy_helper.from_array(np.rint(array * 40).astype(np.int8), "q")
+        graph.node[0].CopyFrom(helper.make_node("Constant", [], ["q"], value=whole))
+        graph.node.insert(1, helper.make_node("Constant", [], ["s"], value_float=0.025))
+        graph.node.insert(2, helper.make_node("DequantizeLinear", ["q", "s"], ["w"]))
+    else:
+        graph.node[5].output[0] = "r1"
+        graph.node.insert(6, helper.make_node("Mul", ["r1", "b"], ["r"]))
+    return model
+
+
+@pytest.mark.parametrize("kind", ["in a function", "cast", "dequantized", "used twice"])
+def test_corners(kind: str) -> None:
+    model = corner(kind)
+    program = cipm_ir.load(model)
+    assert sorted(space.size for space in program.spaces) == [32]
+    moves = {s: s.random(np.random.default_rng(0), power_of_two=True) for s in program.spaces}
+    moved = program.act(moves).emit()
+    np.testing.assert_allclose(ran(moved), ran(model), rtol=1e-4, atol=1e-4)
+    half = cipm_ir.optimize(model, ["prune{macs=0.5}"]).program
+    assert sorted(space.size for space in half.spaces) == [16]
+    ran(half.emit())

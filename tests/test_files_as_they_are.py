@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -277,3 +278,54 @@ def test_what_onnxruntime_refuses_is_refused(kind: str) -> None:
     with pytest.raises(cipm_ir.InputError) as caught:
         load_onnx(model)
     assert str(caught.value) == text
+
+
+# --- external data --------------------------------------------------------------------------------
+
+
+def test_weights_in_several_files_at_offsets(tmp_path: Path) -> None:
+    """One weight in a folder below, one behind an offset, one inside a Constant node."""
+    model = net()
+    (wanted,) = ran(model)
+    model.graph.node.insert(0, helper.make_node("Constant", [], ["w2"], value=model.graph.initializer.pop()))
+    (tmp_path / "below").mkdir()
+    places = {"w1": ("below/a.bin", 0), "w2": ("b.bin", 64)}
+    for tensor in (model.graph.initializer[0], model.graph.node[0].attribute[0].t):
+        location, offset = places[tensor.name]
+        (tmp_path / location).write_bytes(bytes(offset) + tensor.raw_data + bytes(7))
+        for key, value in (("location", location), ("offset", str(offset)), ("length", str(len(tensor.raw_data)))):
+            tensor.external_data.add(key=key, value=value)
+        tensor.ClearField("raw_data")
+        tensor.data_location = TensorProto.EXTERNAL
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    for passes in ([], ["canonicalize"], ["prune{ratio=0.6}"]):
+        result = cipm_ir.optimize(tmp_path / "m.onnx", passes, output=tmp_path / "out.onnx")
+        made = onnx.load(tmp_path / "out.onnx")
+        if not passes or passes == ["canonicalize"]:
+            np.testing.assert_allclose(ran(made)[0], wanted, rtol=1e-5, atol=1e-5)
+        assert result.report.before.parameters == 42
+    (tmp_path / "b.bin").unlink()
+    with pytest.raises(cipm_ir.InputError, match=r"b\.bin' of tensor 'w2' is missing; put it beside the model"):
+        load_onnx(tmp_path / "m.onnx")
+
+
+# --- old opsets -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("opset", [7, 9, 10, 11, 28])
+def test_a_computed_size_is_patched_with_what_the_opset_has(opset: int) -> None:
+    """The model gives out the shape of its hidden layer, which stays what it was when units are removed."""
+    model = net(min(opset, 17))
+    model.opset_import[0].version = opset
+    model.ir_version = 3 + (opset > 8) * 1 + (opset > 20) * 10
+    model.graph.node.append(helper.make_node("Shape", ["r"], ["size"]))
+    model.graph.output.append(helper.make_tensor_value_info("size", TensorProto.INT64, [2]))
+    if model.ir_version == 3:
+        model.graph.input.extend(
+            helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in model.graph.initializer
+        )
+    made = cipm_ir.optimize(model, ["prune{ratio=0.6}"]).model
+    onnx.checker.check_model(made, full_check=True)
+    assert made.graph.initializer[0].dims[1] < 6
+    if opset < 28:
+        assert ran(made)[1].tolist() == [3, 6]

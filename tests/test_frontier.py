@@ -74,7 +74,7 @@ def test_only_what_is_needed_is_run() -> None:
     ("names", "data", "complaint"),
     [
         (["nothing"], rows(4), "no value 'nothing'"),
-        (None, {"y": rows(4)["x"]}, "no array for input 'x'"),
+        (None, {"y": rows(4)["x"], "z": rows(4)["x"]}, "no array for input 'x'"),
         (None, rows(4, 5), "has shape"),
         (None, rows(0), "holds no samples"),
         (None, [], "holds no samples"),

@@ -373,7 +373,7 @@ def test_what_cannot_be_measured() -> None:
     with pytest.raises(InputError, match="no samples to measure"):
         timing_feeds(model, {"x": np.ones((0, 64), np.float32)})
     with pytest.raises(InputError, match="no array for input 'x'"):
-        timing_feeds(model, {"y": np.ones((1, 64), np.float32)})
+        timing_feeds(model, {"y": np.ones((1, 64), np.float32), "z": np.ones(1)})
     with pytest.raises(UnsupportedError, match="cannot run the model, so it cannot be timed"):
         measure_latency(program_of("custom_op").model, feeds)
     program = program_of("mlp_relu")

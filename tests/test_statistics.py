@@ -313,7 +313,7 @@ def test_constant_inputs(rng: np.random.Generator) -> None:
     ("data", "message"),
     [
         ({"x": np.full((4, 5), np.nan, np.float32)}, "is NaN or infinite on samples 0 to 3"),
-        ({"y": np.zeros((4, 5), np.float32)}, "no array for input 'x'"),
+        ({"y": np.zeros((4, 5), np.float32), "z": np.zeros(4)}, "no array for input 'x'"),
         ({"x": np.zeros((4, 6), np.float32)}, "has shape"),
         ({"x": np.zeros((0, 5), np.float32)}, "no samples"),
         (iter([]), "no samples"),

@@ -104,6 +104,7 @@ def test_without_data_or_with_the_wrong_name() -> None:
     module, x = convnet(), torch.randn(8, 3, 6, 6)
     with pytest.raises(OptionError, match="give it calibration inputs"):
         cipm_ir.optimize(module, ["compress{macs=0.6}"], example_inputs=(x[:2],))
+    wrong = {"nothing": x.numpy(), "labels": np.zeros(8)}
     with pytest.raises(InputError, match="no array for input"):
-        cipm_ir.optimize(module, ["compress{macs=0.6}"], data={"nothing": x.numpy()}, example_inputs=(x[:2],))
+        cipm_ir.optimize(module, ["compress{macs=0.6}"], data=wrong, example_inputs=(x[:2],))
     assert np.isfinite(module(x).detach().numpy()).all()

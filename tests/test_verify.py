@@ -197,11 +197,11 @@ def test_given_data_shows_a_difference_that_random_inputs_do_not() -> None:
     ("data", "word"),
     [
         ("nothing.npz", "no data file"),
-        ({"z": np.zeros((4, 6), np.float32)}, "'x'"),
+        ({"z": np.zeros((4, 6), np.float32), "u": np.zeros(4)}, "'x'"),
         ({"x": np.zeros((4, 7), np.float32)}, "shape"),
         ({"x": np.zeros((4, 6), np.complex64)}, "complex64"),
-        ([3], "int"),
-        (3, "not int"),
+        ([3], "shape"),
+        (3, "of type int"),
     ],
 )
 def test_bad_data(data: Any, word: str) -> None:

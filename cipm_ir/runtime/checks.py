@@ -20,6 +20,7 @@ from cipm_ir.runtime.graphs import all_graphs, describe_node
 _Shape: TypeAlias = list[int | None]
 _CHUNK = 1 << 22
 _STANDARD = {"", "ai.onnx", "ai.onnx.ml"}
+_GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 
 
 def check_shapes(model: ir.Model, keep_bytes: int = 4096) -> None:
@@ -174,7 +175,7 @@ def _inner_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 def _infer(proto: onnx.ModelProto) -> tuple[onnx.ModelProto | None, str]:
     try:
         return onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=False), ""
-    except onnx.shape_inference.InferenceError as error:
+    except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, ValueError, RuntimeError) as error:
         return None, _readable(str(error))
 
 
@@ -221,10 +222,32 @@ def _channel_pairs(node: onnx.NodeProto, given: list[_Shape | None]) -> Iterator
     elif node.op_type == "Gemm" and len(data) == len(weight) == 2:
         inner = 1 if integers.get("transB", 0) else 0
         yield f"axis {inner} of {node.input[1]!r}", weight[inner], data[0 if integers.get("transA", 0) else 1]
+        if bias and bias[-1] != 1:
+            yield f"axis {len(bias) - 1} of {node.input[2]!r}", bias[-1], weight[1 - inner]
+    elif node.op_type in _GATES and len(weight) == 3 and len(data) == 3:
+        yield from _recurrent_pairs(node, given, _GATES[node.op_type])
+    elif node.op_type == "LayerNormalization" and len(weight) == 1 and weight[0] != 1 and data:
+        yield f"axis 0 of {node.input[1]!r}", weight[0], data[-1]
+        if bias is not None and len(bias) == 1 and bias[0] != 1:
+            yield f"axis 0 of {node.input[2]!r}", bias[0], data[-1]
     elif node.op_type in ("BatchNormalization", "InstanceNormalization") and len(data) > 1:
         for name, shape in zip(node.input[1:], given[1:], strict=True):
             if shape is not None and len(shape) == 1:
                 yield f"axis 0 of {name!r}", shape[0], data[1]
+
+
+def _recurrent_pairs(
+    node: onnx.NodeProto, given: list[_Shape | None], gates: int
+) -> Iterator[tuple[str, int | None, int | None]]:
+    """The same for RNN, GRU and LSTM, whose weights are (directions, gates x hidden, inputs)."""
+    data, weight, again, bias = (*given, None, None)[:4]
+    assert data is not None and weight is not None
+    yield f"axis 2 of {node.input[1]!r}", weight[2], data[2]
+    if again is not None and len(again) == 3:
+        yield f"axis 1 of {node.input[2]!r}", again[1], weight[1]
+        yield f"axis 1 of {node.input[2]!r}", again[1], _times(again[2], gates)
+    if bias is not None and len(bias) == 2:
+        yield f"axis 1 of {node.input[3]!r}", bias[1], _times(weight[1], 2)
 
 
 def _times(size: int | None, factor: int) -> int | None:

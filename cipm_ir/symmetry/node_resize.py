@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from cipm_ir.symmetry.restrict import Literals, Shape
 
 
+_SCATTER_ELEMENTS = 11
+"""The opset from which on this operator exists."""
+
+
 class NodeResize(Resize):
     """One node: its shapes and kept positions before and after, its attributes and literals."""
 
@@ -68,7 +72,7 @@ class NodeResize(Resize):
         )
 
     def patched(self, current: ir.Value, now: Literal, value: Array) -> ir.Value:
-        """The computed literal with some entries replaced: in its Concat if there is one, else by ScatterElements."""
+        """The computed literal with some entries replaced: in its Concat, or by nodes that the opset has."""
         editor = self.parent.editor
         moving = (now[0] != value) & (now[0] != now[1])
         varies = self.parent.analysis.walk.varying.get(current.name or "")
@@ -92,6 +96,14 @@ class NodeResize(Resize):
                         inputs[k].name or "size", ir.tensor(np.asarray(value[lo : int(ends[k])], now[0].dtype))
                     )
                 return self._insert("Concat", inputs, list(producer.attributes.values()), current)
+        opset = editor.model.opset_imports.get("", 1)
+        if opset < _SCATTER_ELEMENTS:
+            wanted = np.asarray(value, now[0].dtype)
+            stays, other = np.ones_like(wanted), np.zeros_like(wanted)
+            stays[wrong], other[wrong] = 0, wanted[wrong]
+            for op_type, array in (("Mul", stays), ("Add", other)):
+                current = self._insert(op_type, [current, editor.initializer("size", ir.tensor(array))], [], current)
+            return current
         index = editor.initializer("index", ir.tensor(wrong.astype(np.int64)))
         update = editor.initializer("size", ir.tensor(np.asarray(value[wrong], now[0].dtype)))
         return self._insert("ScatterElements", [current, index, update], [], current)

@@ -44,6 +44,8 @@ PASSES = (
     ("equalize", "fold-batch-norm", "canonicalize-signs"),
     ("prune{ratio=0.7}",),
 )
+_RANDOM = {f"Random{kind}{like}" for kind in ("Normal", "Uniform") for like in ("", "Like")}
+_RANDOM |= {"Bernoulli", "Multinomial", "Dropout"}
 _BIG, _HUGE = 1 << 30, (1 << 62) + 5
 
 
@@ -63,6 +65,9 @@ Damage: TypeAlias = Callable[[onnx.ModelProto, Generator], None]
 
 
 def _some(rng: Generator, field: Any) -> Any:
+    """Any of them; an IndexError where there is none."""
+    if not len(field):
+        raise IndexError
     return field[int(rng.integers(len(field)))]
 
 
@@ -497,15 +502,10 @@ def _compared(source: Path, target: Path, approximate: bool) -> tuple[str, str]:
         return "wrong", f"the result does not run: {second}"
     if approximate:
         return "right", "approximate"
-    try:
-        import onnxruntime as ort
-
-        session = ort.InferenceSession(str(target), providers=["CPUExecutionProvider"])
-        for feeds, outputs in zip(*first, strict=True):
-            if not same(outputs, session.run(None, feeds)):
-                return "wrong", "other outputs"
-    except Exception as error:
-        return "wrong", f"the result fails: {str(error)[:160]}"
+    if any(node.op_type in _RANDOM for node in onnx.load(source, load_external_data=False).graph.node):
+        return "right", "it draws random numbers"
+    if len(first[1]) != len(second[1]) or not all(map(same, first[1], second[1])):
+        return "wrong", "other outputs"
     return "right", ""
 
 
@@ -562,7 +562,6 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="show the cases that ended well, too")
     options = parser.parse_args()
     import onnxruntime  # noqa: F401  (loaded once, before the children)
-    import torch  # noqa: F401
 
     import cipm_ir.api
     import cipm_ir.cli  # noqa: F401
@@ -581,6 +580,8 @@ def main() -> None:
         + ", ".join(f"{count} {end}" for end, count in tally.most_common())
         + f"; slowest {slowest:.0f} s"
     )
+    for (kind, end), count in sorted(kinds.items()):
+        print(f"  {kind:20} {end:10} {count}")
     if not any(tally[end] for end in DEFECTS):
         return
     sys.exit(1)
