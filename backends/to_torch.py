@@ -92,7 +92,7 @@ def _evaluate(model: ir.Model) -> None:
 
 
 def _proven(capture: Capture, state: State) -> Emitted | None:
-    """The caller's class with the new tensors, if that alone is proven to be the program; no graph is written for it."""
+    """The caller's class with the new tensors, if that alone is proven to be the program; no graph is written."""
     if capture.args is None:
         return None
     module, attributes = _of_the_class(capture, state)
@@ -215,9 +215,7 @@ def _check_reading(capture: Capture) -> None:
         )
 
 
-def disagreement(
-    capture: Capture, made: Any, graph: fx.GraphModule, must_run: bool = True, few: bool = False
-) -> str:
+def disagreement(capture: Capture, made: Any, graph: fx.GraphModule, must_run: bool = True, few: bool = False) -> str:
     """How something made of a program computes otherwise than its graph, on inputs of our own; empty where it does not.
 
     Args:

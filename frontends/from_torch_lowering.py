@@ -190,10 +190,12 @@ class Lowerer:
             return None
         known = bool(through) and is_tensor(b.out)
         attributes = [attribute_of(name, value) for name, value in through.items()] if known else []
-        cost = {"entries": str(_entries(b.out, operands, through))} if known else {}
+        entries = _entries(b.out, operands, through) if known else None
+        cost = {} if entries is None else {"entries": str(entries)}
         made = ir.Node(
             OPAQUE, name, [x.value for x in operands], attributes, outputs=[x.value for x in outputs],
-            name=node.name, metadata_props={"reason": reason, "call": call_of(node, self.modules), **self._cost(node), **cost},
+            name=node.name,
+            metadata_props={"reason": reason, "call": call_of(node, self.modules), **self._cost(node), **cost},
         )  # fmt: skip
         self.graph.append(made)
         b.made.append(made)
@@ -328,11 +330,11 @@ class Lowerer:
             self.graph.outputs.append(value)
 
 
-def _entries(out: Any, operands: list[Any], through: Mapping[str, Any]) -> int:
-    """Entries that a call costs in proportion to; see `cipm_ir.rules.costs`."""
-    found = math.prod(static_shape(out) or ())
-    inner = operands[0].dims[-1] if "stacked" in through else 1
-    return int(found * (inner or 1))
+def _entries(out: Any, operands: list[Any], through: Mapping[str, Any]) -> int | None:
+    """Entries that a call costs in proportion to; see `cipm_ir.rules.costs`. None where a size is dynamic."""
+    sizes = [*static_shape(out), *([operands[0].dims[-1]] if "stacked" in through else [])]
+    known = [n for n in sizes if n is not None]
+    return math.prod(known) if len(known) == len(sizes) else None
 
 
 def _remove_dead(graph: ir.Graph) -> None:

@@ -335,7 +335,7 @@ def pairwise_distance(
 @lowers("cdist", "_cdist_forward")
 def cdist(b: Lowering, x1: Tensor, x2: Tensor, p: Any = 2.0, compute_mode: Any = None) -> Tensor:
     """Norms of the differences of all pairs of rows."""
-    (many, width), (few, _) = x1.dims[-2:], x2.dims[-2:]
+    width, few = x1.dims[-1], x2.dims[-2]
     first = b.op("Unsqueeze", x1, np.asarray([x1.rank - 1], np.int64), shape=(*x1.dims[:-1], 1, width))
     second = b.op("Unsqueeze", x2, np.asarray([x2.rank - 2], np.int64), shape=(*x2.dims[:-2], 1, few, width))
     gap = b.op("Sub", first, second, shape=(*b.shape, width))

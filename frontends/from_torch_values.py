@@ -301,6 +301,7 @@ def static_shape(fake: torch.Tensor) -> Dims:
 
 
 def attribute_of(name: str, value: Any) -> ir.Attr:
+    """Return an attribute of an ONNX node for a Python value."""
     if isinstance(value, bool | int | np.integer):
         return ir.AttrInt64(name, int(value))
     if isinstance(value, float):

@@ -37,7 +37,7 @@ def moved(module: nn.Module, inputs: tuple[Any, ...], method: str) -> tuple[floa
 def flops(module: nn.Module, inputs: tuple[Any, ...]) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(*inputs)
-    return counter.get_total_flops() // 2
+    return int(counter.get_total_flops()) // 2
 
 
 class Between(nn.Module):
@@ -142,6 +142,53 @@ def test_complex_filters_follow(method: str) -> None:
     result = cipm_ir.optimize(module, ["prune{macs=0.6}"], example_inputs=inputs, method=method)
     assert type(result.model) is GlobalFilter
     assert result.program.macs == cipm_ir.load(result.model, inputs, method=method).macs <= 0.6 * before
+
+
+# ---------------------------------------------------------------- experts
+EXPERTS: dict[str, Callable[[Any, Any], Any]] = {
+    "bmm": lambda m, x: torch.bmm(torch.bmm(x.expand(3, 6, 12), m.a).relu(), m.b).sum(0),
+    "matmul": lambda m, x: torch.matmul(torch.matmul(x[0], m.a).relu(), m.b).mean(0),
+    "baddbmm": lambda m, x: torch.baddbmm(m.d, torch.baddbmm(m.c, x.expand(3, 6, 12), m.a).relu(), m.b).sum(0),
+}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_each_expert_has_an_order_of_its_own(name: str) -> None:
+    parameters = {"a": (3, 12, 20), "b": (3, 20, 5), "c": (3, 1, 20), "d": (3, 1, 5)}
+    module, inputs = Between(EXPERTS[name], **parameters).double().eval(), (X[:1].double(),)
+    program = cipm_ir.load(module, inputs)
+    assert units_of(program) == [20, 20, 20] and [s.size for s in program.spaces if s.kind == "blocks"] == [3]
+    assert program.macs == flops(module, inputs)
+    assert moved(module, inputs, "symbolic")[0] < 1e-12
+
+
+class Routed(nn.Module):
+    """Rows sorted by expert, as transformers multiplies them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.randn(shape)) for shape in ((4, 16, 32), (4, 32, 8)))
+
+    def forward(self, x: Any, offsets: Any) -> Any:
+        hidden = torch._grouped_mm(x, self.up, offsets).relu()
+        return torch._grouped_mm(hidden, self.down, offsets)
+
+
+def test_products_of_routed_rows() -> None:
+    """Experts that are chosen by number stay where they are, and share the order of their units."""
+    module = Routed().to(torch.bfloat16).eval()
+    inputs = (torch.randn(8, 16, dtype=torch.bfloat16), torch.tensor([2, 4, 5, 8], dtype=torch.int32))
+    try:
+        module(*inputs)
+    except (RuntimeError, NotImplementedError) as error:
+        pytest.skip(f"this torch has no grouped product here: {error}")
+    program = cipm_ir.load(module, inputs)
+    assert units_of(program) == [32]
+    rows = 8 * (16 * 32 + 32 * 8)
+    assert program.macs == rows
+    space = program.spaces[0]
+    half = program.restrict({space: np.arange(16)})
+    assert half.macs == rows // 2
 
 
 # ---------------------------------------------------------------- directions
