@@ -92,7 +92,7 @@ def _evaluate(model: ir.Model) -> None:
 
 
 def _proven(capture: Capture, state: State) -> Emitted | None:
-    """The caller's class with the new tensors, if that alone is proven to be the program; no graph is written for it."""
+    """The caller's class with the new tensors, if that alone is proven to be the program; no graph is written."""
     if capture.args is None:
         return None
     module, attributes = _of_the_class(capture, state)

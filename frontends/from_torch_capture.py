@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from cipm_ir.errors import InputError, UnsupportedError
 from cipm_ir.frontends.from_torch_table import bare_name, function_entry, load_table, module_entry
+from cipm_ir.runtime.torch_modes import unchanged
 from cipm_ir.runtime.torch_shapes import ShapeError, propagate
 
 METHODS = ("auto", "symbolic", "export")
@@ -72,7 +73,9 @@ def _from_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     reasons: list[str] = []
     if method in ("auto", "symbolic"):
         try:
-            symbolic = _symbolic(module, args, kwargs, dynamic)
+            hooked = any(is_changed(m) for m in module.modules())
+            with unchanged(module) if hooked else contextlib.nullcontext():  # hooks may keep what they compute
+                symbolic = _symbolic(module, args, kwargs, dynamic)
             missing = unknown(symbolic)
             if method == "symbolic" or not missing:
                 return symbolic

@@ -30,7 +30,7 @@ native_batch_norm native_dropout native_group_norm native_layer_norm new_empty n
 new_zeros nonzero norm normal one_hot ones ones_like permute pixel_shuffle pixel_unshuffle prod rand rand_like
 randint randn randn_like randperm reflection_pad1d reflection_pad2d reflection_pad3d repeat repeat_interleave
 replication_pad1d replication_pad2d replication_pad3d resize_ roll scatter scatter_add scatter_reduce searchsorted
-select_scatter set_ slice_scatter sort split_with_sizes stack std std_mean sum take topk tril triu unfold
+select_scatter set_ slice_scatter sort split_with_sizes stack std std_mean sum take topk tril triu unfold unsafe_split
 unique_consecutive upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d
 upsample_nearest3d upsample_trilinear3d var var_mean zero_ zeros zeros_like
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from inspect import BoundArguments
 from typing import Any
@@ -24,6 +25,7 @@ from cipm_ir.frontends.from_torch_values import (
     Number,
     Refused,
     Tensor,
+    attribute_of,
     leaves,
     onnx_dtype,
     static_shape,
@@ -92,7 +94,7 @@ class Lowerer:
                 self.env[targets[0]] = made
         except Refused as reason:
             self._undo()
-            made = self._opaque(node, args, kwargs, str(reason))
+            made = self._opaque(node, args, kwargs, str(reason), getattr(reason, "attributes", {}))
             own = self._named(node, made)
             for target in targets:
                 own += self._overwritten(node, target, (args, kwargs))
@@ -169,8 +171,8 @@ class Lowerer:
             if isinstance(number, Number) and number.built is not None and _dead(number.built):
                 number.built = None
 
-    def _opaque(self, node: fx.Node, args: Any, kwargs: Any, reason: str) -> Any:
-        """A node that takes every tensor it could read; nothing that reaches it can move."""
+    def _opaque(self, node: fx.Node, args: Any, kwargs: Any, reason: str, through: Mapping[str, Any]) -> Any:
+        """A node that takes every tensor it could read; what reaches it can move as far as ``through`` says."""
         b = self.lowering
         operands = [x for x in leaves((args, kwargs)) if isinstance(x, Tensor | Number)]
         name = bare_name(node.target)[0]
@@ -186,9 +188,14 @@ class Lowerer:
             outputs = [Tensor(ir.Value(name=f"{node.name}/{k}"), x.dtype, static_shape(x)) for k, x in enumerate(fakes)]
         if not outputs:
             return None
+        known = bool(through) and is_tensor(b.out)
+        attributes = [attribute_of(name, value) for name, value in through.items()] if known else []
+        entries = _entries(b.out, operands, through) if known else None
+        cost = {} if entries is None else {"entries": str(entries)}
         made = ir.Node(
-            OPAQUE, name, [x.value for x in operands], outputs=[x.value for x in outputs],
-            name=node.name, metadata_props={"reason": reason, "call": call_of(node, self.modules), **self._cost(node)},
+            OPAQUE, name, [x.value for x in operands], attributes, outputs=[x.value for x in outputs],
+            name=node.name,
+            metadata_props={"reason": reason, "call": call_of(node, self.modules), **self._cost(node), **cost},
         )  # fmt: skip
         self.graph.append(made)
         b.made.append(made)
@@ -321,6 +328,13 @@ class Lowerer:
                 value = out
             seen.add(value)
             self.graph.outputs.append(value)
+
+
+def _entries(out: Any, operands: list[Any], through: Mapping[str, Any]) -> int | None:
+    """Entries that a call costs in proportion to; see `cipm_ir.rules.costs`. None where a size is dynamic."""
+    sizes = [*static_shape(out), *([operands[0].dims[-1]] if "stacked" in through else [])]
+    known = [n for n in sizes if n is not None]
+    return math.prod(known) if len(known) == len(sizes) else None
 
 
 def _remove_dead(graph: ir.Graph) -> None:

@@ -332,6 +332,16 @@ def pairwise_distance(
     return norm_over(b, gap, norm if p is None else p, [rank - 1], keepdim)
 
 
-@lowers("cdist", "_cdist_forward", "_euclidean_dist")
-def cdist(b: Lowering, *args: Any, **kwargs: Any) -> Tensor:
-    raise Refused("distances of all pairs")
+@lowers("cdist", "_cdist_forward")
+def cdist(b: Lowering, x1: Tensor, x2: Tensor, p: Any = 2.0, compute_mode: Any = None) -> Tensor:
+    """Norms of the differences of all pairs of rows."""
+    width, few = x1.dims[-1], x2.dims[-2]
+    first = b.op("Unsqueeze", x1, np.asarray([x1.rank - 1], np.int64), shape=(*x1.dims[:-1], 1, width))
+    second = b.op("Unsqueeze", x2, np.asarray([x2.rank - 2], np.int64), shape=(*x2.dims[:-2], 1, few, width))
+    gap = b.op("Sub", first, second, shape=(*b.shape, width))
+    return norm_over(b, gap, p, [len(b.shape)], False)
+
+
+@lowers("_euclidean_dist")
+def euclidean_dist(b: Lowering, x1: Tensor, x2: Tensor) -> Tensor:
+    return cdist(b, x1, x2)

@@ -72,6 +72,8 @@ def _module(
         raise Refused("an LSTM with projections")
     if not isinstance(input, Tensor):
         raise Refused("a packed sequence")
+    if any(p.shape[1] != module.hidden_size for k, p in module.named_parameters() if k.startswith("weight_hh")):
+        raise Refused("layers of different hidden sizes, which torch starts from one state")
     names = [name for name, _ in module.named_parameters(recurse=False, remove_duplicate=False)]
     params = [b.parameter(f"{path}.{name}") for name in names]
     alone = input.rank == 2

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from cipm_ir.frontends.from_torch_ops_arithmetic import numbers
+from cipm_ir.frontends.from_torch_ops_fourier import part
 from cipm_ir.frontends.from_torch_table import lowers
 from cipm_ir.frontends.from_torch_values import Lowering, Number, Refused, Tensor, known
 
@@ -38,6 +39,8 @@ def attribute(b: Lowering, input: Any, name: str) -> Any:
         if name in ("T", "mT") and input.rank >= 2:
             perm = [*range(input.rank - 2), input.rank - 1, input.rank - 2]
             return b.transpose(input, perm if name == "mT" else list(reversed(range(input.rank))))
+        if name in ("real", "imag") and (input.dtype.is_complex or name == "real"):
+            return part(b, input)
         if name == "data":
             return b.op("Identity", input, shape=input.shape)
     elif isinstance(b.out, bool | int | float | str | torch.dtype | torch.device | type(None)):

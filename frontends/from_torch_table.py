@@ -43,6 +43,7 @@ FAMILIES = (
     "attention",
     "recurrent",
     "sizes",
+    "fourier",
 )
 
 _FRESH = ("elementwise", "arithmetic", "contraction", "convolution", "pooling", "normalization", "reduction",

@@ -28,6 +28,21 @@ class Refused(Exception):
     """Raised by an entry for a use that it cannot express: the node becomes opaque, with this reason."""
 
 
+class Transparent(Refused):
+    """Raised for an operation without a form in ONNX of which it is known how labels go through.
+
+    ``attributes``: for `cipm_ir.rules.foreign`.
+    """
+
+    def __init__(self, reason: str, **attributes: Any) -> None:
+        super().__init__(reason)
+        self.attributes = attributes
+
+
+_COMPLEX = {"Abs", "Add", "Sub", "Mul", "Div", "Neg", "MatMul", "Einsum"}
+"""Operators whose labels go through alike for complex numbers, which ONNX does not have."""
+
+
 def onnx_dtype(dtype: torch.dtype) -> ir.DataType:
     """Element type of the IR; refused where ONNX has none."""
     found = _DTYPES.get(dtype)
@@ -134,13 +149,15 @@ class Lowering:
         if any(isinstance(x, Tensor) and x.dtype.is_complex for x in inputs) or (
             dtype is not None and dtype.is_complex
         ):
+            if op_type in _COMPLEX and not self.made and all(isinstance(x, Tensor) for x in inputs):
+                raise Transparent("complex numbers", like=op_type, **attributes)
             raise Refused("complex numbers")
         values = [self.operand(x, like) for x in inputs]
         while values and values[-1] is None:
             values.pop()
         kind = dtype or like or torch.int64
         outputs = [self.fresh(op_type, kind, None if s is None else tuple(s)) for s in shapes]
-        attrs = {k: _attribute(k, v) for k, v in attributes.items() if v is not None}
+        attrs = {k: attribute_of(k, v) for k, v in attributes.items() if v is not None}
         node = ir.Node("", op_type, values, attrs, outputs=[o.value for o in outputs], name=outputs[0].value.name)
         if op_type == "ConstantOfShape":
             outputs[0].value.meta["constant"] = True
@@ -283,7 +300,8 @@ def static_shape(fake: torch.Tensor) -> Dims:
     return tuple(int(d) if type(d) is int else None for d in fake.shape)
 
 
-def _attribute(name: str, value: Any) -> ir.Attr:
+def attribute_of(name: str, value: Any) -> ir.Attr:
+    """Return an attribute of an ONNX node for a Python value."""
     if isinstance(value, bool | int | np.integer):
         return ir.AttrInt64(name, int(value))
     if isinstance(value, float):

@@ -227,7 +227,7 @@ class OpContext:
         """
         state, value = self.state(index), self.node.inputs[index]
         rows, along = state.factor_of(0), state.factor_of(axis)
-        if self.seeds is None or value is None or value.meta.get("tied") or value.is_graph_output():
+        if self.seeds is None or value is None or value.is_graph_output():
             return None
         if axis == 0 or rows is None or along is None or len(rows.axes) + len(along.axes) > 2 or len(value.uses()) > 1:
             return None

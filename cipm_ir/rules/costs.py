@@ -125,7 +125,7 @@ def macs_of(site: Site) -> int:
     """
     stated = site.node.metadata_props.get("macs")
     if stated is not None and site.node.domain == "pkg.torch":
-        return int(stated)
+        return _scaled(site, int(stated))
     rule = _rule(site.node)
     if rule is None:
         raise Uncounted(site.node.metadata_props.get("uncounted") or "there is no rule that counts this operator")
@@ -133,6 +133,20 @@ def macs_of(site: Site) -> int:
         return int(rule(site))
     except (ValueError, IndexError, TypeError, ZeroDivisionError) as error:
         raise Uncounted(f"its shapes do not fit the operator ({error})") from error
+
+
+def _scaled(site: Site, stated: int) -> int:
+    """What a call in torch costs: as counted when it was read; where its shapes may change since, in proportion.
+
+    ``entries``: of its first output when it was read, and of the product with a stack of matrices also of its inputs.
+    """
+    before = site.node.metadata_props.get("entries")
+    if before is None or not site.outputs or site.outputs[0] is None:
+        return stated
+    now = math.prod(site.outputs[0])
+    if "stacked" in site.node.attributes:
+        now *= (site.inputs[0] or (0,))[-1]
+    return stated * now // max(int(before), 1)
 
 
 def _rule(node: ir.Node) -> CostRule | None:

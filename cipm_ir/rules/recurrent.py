@@ -66,7 +66,7 @@ def recurrent(op: OpContext) -> None:
 
 
 def _by_direction(op: OpContext, index: int, axis: int, place: int = 0) -> Factor | None:
-    """Labels (directions, size) of an axis of an input whose axis ``place`` is the direction; None where it is fixed."""
+    """Labels (directions, size) of an axis of an input with directions on axis ``place``; None where it is fixed."""
     state = op.state(index)
     directions = state.shape[place]
     joint = next((f for f in state.factors if f.axes == (place, axis)), None)
@@ -148,7 +148,7 @@ def _outputs(op: OpContext, hidden: Labels | None) -> None:
 
 
 def stacked(node: ir.Node) -> bool:
-    """Whether a Concat puts the weights of the directions of recurrent layers on top of each other, and nothing else."""
+    """Whether a Concat only puts the weights of the directions of recurrent layers on top of each other."""
     uses = list(node.outputs[0].uses())
     if attribute(node, "axis", 0) != 0 or not uses or node.outputs[0].is_graph_output():
         return False
@@ -171,7 +171,7 @@ def on_top(op: OpContext, states: Sequence[State]) -> State | None:
         plain = [p for p in parts if p is not None and p.axes == (axis,)]
         if len(plain) < len(parts):
             return None
-        if axis == 2 and op.node.outputs[0].uses()[0].idx == 1:  # columns of W: both directions take the same inputs
+        if axis == 2 and next(iter(op.node.outputs[0].uses())).idx == 1:  # both directions take the same inputs
             for p in plain[1:]:
                 op.rec.unify(plain[0].labels, p.labels)
                 op.rec.same(p.labels, plain[0].var, p.var)

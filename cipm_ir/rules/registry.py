@@ -42,6 +42,7 @@ class Opaque(Exception):
 
 
 _REGISTRY: dict[tuple[str, str], Operator] = {}
+_OF_DOMAIN: dict[str, Operator] = {}
 
 
 def operator(
@@ -51,9 +52,14 @@ def operator(
     literals: tuple[int, ...] = (),
     elementwise: bool = False,
 ) -> Callable[[LabelRule], LabelRule]:
-    """Register a label rule for operators; registering one twice is an error."""
+    """Register a label rule for operators; registering one twice is an error.
+
+    Without names it is the rule of all operators of a domain that have none of their own.
+    """
 
     def register(rule: LabelRule) -> LabelRule:
+        if not names:
+            _OF_DOMAIN[domain] = Operator("", domain, rule, resize, literals, elementwise)
         for name in names:
             key = (domain, name)
             if key in _REGISTRY:
@@ -66,7 +72,8 @@ def operator(
 
 def lookup(domain: str, name: str) -> Operator | None:
     """The entry of an operator, or None where there is none."""
-    return _REGISTRY.get(("" if domain == "ai.onnx" else domain, name))
+    domain = "" if domain == "ai.onnx" else domain
+    return _REGISTRY.get((domain, name)) or _OF_DOMAIN.get(domain)
 
 
 def registered() -> tuple[Operator, ...]:

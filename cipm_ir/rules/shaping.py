@@ -48,9 +48,13 @@ def reshaped(op: OpContext, state: State, new: tuple[int, ...]) -> State:
 
 def _product(op: OpContext, state: State, cluster: list[Factor]) -> Factor:
     """One joint factor for several over different axes that a reshape merges: a grid of cells tied to its sides."""
+    if len(cluster) > 2:  # of a convolution's weight (in, taps, taps) the taps are fixed anyway
+        longest = max(cluster, key=lambda f: (f.labels.size, -f.axes[0]))
+        for f in cluster:
+            if f is not longest:
+                op.pin(State(state.shape, (f,)), "merged with two other labelled axes by a reshape")
+        return longest
     axes = tuple(sorted(a for f in cluster for a in f.axes))
-    if len(cluster) > 2:
-        raise Opaque("a reshape that merges more than two labelled axes")
     cells = Factor(axes, op.rec.fresh(*(state.shape[a] for a in axes)))
     for f in cluster:
         op.freeze_factor(f)
