@@ -130,10 +130,14 @@ def forced(model: ir.Model, path: str) -> ir.Model | None:
     for node, outer in _holders(copy.graph, ""):
         for key, _ in bodies(node):
             if node.op_type == "If" and body_path(outer, node, key) == path and node.graph is not None:
-                made = ir.node("Constant", [], {"value": ir.tensor(np.array(key == "then_branch"))})
-                made.outputs[0].name = f"{path}.taken"
-                node.graph.insert_before(node, made)
-                node.replace_input_with(0, made.outputs[0])
+                # computed from the condition: runtimes that see a constant there rewrite the graph
+                made = [ir.node("Xor", [node.inputs[0], node.inputs[0]])]
+                if key == "then_branch":
+                    made.append(ir.node("Not", [made[0].outputs[0]]))
+                for count, one in enumerate(made):
+                    one.outputs[0].name = f"{path}.taken.{count}"
+                    node.graph.insert_before(node, one)
+                node.replace_input_with(0, made[-1].outputs[0])
                 return copy
     return None
 
