@@ -262,7 +262,11 @@ class OnnxVariants:
             v.const_value.nbytes for g in all_graphs(self._model) for v in g.initializers.values() if v.const_value
         )
         draws = [f"draw {k}" for k in range(DRAWS if weights <= _LARGE else 1)]
-        exact = self._optimized and self.backend == "onnxruntime" and not (processor_saturates() and computes_in_integers(self._model))
+        exact = (
+            self._optimized
+            and self.backend == "onnxruntime"
+            and not (processor_saturates() and computes_in_integers(self._model))
+        )
         return ["optimized", *draws] if exact else draws
 
     def more(self) -> Sequence[str]:
