@@ -59,12 +59,13 @@ def test_the_same_without_data_and_within_nested_branches() -> None:
 
 def never() -> onnx.ModelProto:
     """An If whose second branch cannot run: the width does not fit. In the file, its body is the first."""
-    then = onnx.parser.parse_graph(
-        "t () => (float[N, 4] a) <float[4, 4] w = {1,0,0,0,0,1,0,0,0,0,1,0,0,0,0,1}> { a = MatMul(x, w) }"
-    )
-    other = onnx.parser.parse_graph(
-        "e () => (float[N, 5] b) <float[5, 5] v = {1,0,0,0,0,0,1,0,0,0,0,0,1,0,0,0,0,0,1,0,0,0,0,0,1}> { b = MatMul(x, v) }"
-    )
+    parts = []
+    for size, out in ((4, "a"), (5, "b")):
+        unit = onnx.numpy_helper.from_array(np.eye(size, dtype=np.float32), f"w{size}")
+        product = onnx.helper.make_node("MatMul", ["x", unit.name], [out])
+        info = onnx.helper.make_tensor_value_info(out, 1, ["N", size])
+        parts.append(onnx.helper.make_graph([product], out, [], [info], [unit]))
+    then, other = parts
     node = onnx.helper.make_node("If", ["c"], ["y"], name="If_0", then_branch=then, else_branch=other)
     total = onnx.helper.make_node("ReduceSum", ["x"], ["s"], keepdims=0)
     less = onnx.helper.make_node("Less", ["s", "big"], ["c"])

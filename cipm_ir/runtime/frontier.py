@@ -24,9 +24,10 @@ _IN_MEMORY = 1 << 30
 class Frontier:
     """Values of a model over data, up to a position in its graph.
 
-    ``position``: the nodes before it have been run, in the order of the walk (`cipm_ir.ir.bodies.nodes_in_order`). ``values[k]``: for batch k, all values that nodes from there on, or
-    the outputs, read. What depends on no input is never kept: it is computed again where it is needed, from the weights
-    of the model that runs then. Use it as a context manager, or call `close`.
+    ``position``: the nodes before it have been run, in the order of the walk (`cipm_ir.ir.bodies.nodes_in_order`).
+    ``values[k]``: for batch k, all values that nodes from there on, or the outputs, read. What depends on no input is
+    never kept: it is computed again where it is needed, from the weights of the model that runs then. Use it as a
+    context manager, or call `close`.
     """
 
     def __init__(self, model: ir.Model, data: Data, *, size: int = 64, limit: int | None = None) -> None:
