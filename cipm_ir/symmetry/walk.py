@@ -399,7 +399,8 @@ class _Walker:
             if value.name in self.params:
                 continue  # such a parameter is pinned where it is created
             op.pin(self.states.get(value.name or ""), f"captured by a subgraph of {node.op_type}")
-        self.opaque.append(OpaqueNode(qualified(node, self.path), node.op_type, reason, tuple(names)))
+        if names or not self.path:  # in a body, of what costs units alone: shapes there are often unknown
+            self.opaque.append(OpaqueNode(qualified(node, self.path), node.op_type, reason, tuple(names)))
 
     def _constant(self, node: ir.Node) -> None:
         name = node.outputs[0].name or ""
