@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cipm_ir.backends.to_onnx import emit_proto
 from cipm_ir.errors import InputError, OptionError, UnsupportedError
 from cipm_ir.frontends.from_onnx import check_finite
+from cipm_ir.ir.input_shapes import InputShapes
 from cipm_ir.passes.base import Kind, Pass, Progress, ignore_progress
 from cipm_ir.passes.pipeline import OnFailure, Outcome, Verify, Witness, check_analysis, check_properties, run_passes
 from cipm_ir.passes.report import Report
@@ -21,6 +22,7 @@ from cipm_ir.runtime.verify import Verification, verify_models
 from cipm_ir.sources import (
     Examples,
     OnnxOrigin,
+    Sizes,
     Source,
     check_output,
     origin_of,
@@ -60,6 +62,7 @@ class Result:
     report: Report
     witness: tuple[Witness, ...]
     annotate: bool = False
+    verify: Verify = True
 
     def __repr__(self) -> str:
         """The report as a table: what a notebook or a print shows."""
@@ -81,7 +84,7 @@ class Result:
     def emitted(self) -> Emitted | None:
         """For a torch program: the object, as what it came out, and the attributes that were set."""
         emit = getattr(self.program.origin, "emit", None)
-        return None if emit is None else emit(self.program.emit())
+        return None if emit is None else emit(self.program.emit(), bool(self.verify))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model to ``path``, whole or not at all.
@@ -106,6 +109,8 @@ def load(
     *,
     dynamic_shapes: Any = None,
     method: str = "auto",
+    input_shapes: InputShapes | None = None,
+    fix_shapes: bool = False,
 ) -> Program:
     """Read a model and make it a program; weights stay on disk until they are needed.
 
@@ -115,10 +120,15 @@ def load(
         example_kwargs: for torch: its keyword arguments.
         dynamic_shapes: for torch: as in `torch.export.export`; sizes that it does not name are fixed.
         method: for an `nn.Module`: "symbolic" (torch.fx tracing), "export", or "auto": the first where it works.
+        input_shapes: for ONNX: sizes by input, ``{"x": (1, 3, 640, 640)}``, None for one that stays open; of one input
+            also its sizes alone. Analysis, costs and verification use them; the model stays dynamic.
+        fix_shapes: declare these sizes in the model.
 
-    Errors: `InputError` (no such file, not a model, damaged, shapes that contradict each other), `UnsupportedError`.
+    Errors: `InputError` (no such file, not a model, damaged, shapes that contradict each other), `OptionError`,
+        `UnsupportedError`.
     """
-    program = read_checked(source, Examples(example_inputs, example_kwargs, dynamic_shapes, method))
+    examples = Examples(example_inputs, example_kwargs, dynamic_shapes, method)
+    program = read_checked(source, examples, Sizes(input_shapes, fix_shapes))
     check_analysis(program)
     return program
 
@@ -140,6 +150,8 @@ def optimize(
     example_kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
     method: str = "auto",
+    input_shapes: InputShapes | None = None,
+    fix_shapes: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> Result:
     """Run passes on a model and check after each that it still computes what it should.
@@ -162,6 +174,7 @@ def optimize(
         rtol, atol: where either is given, outputs of exact passes may move by rtol times the largest value of their
             channel, plus atol; otherwise the rounding noise of the model itself decides.
         example_inputs, example_kwargs, dynamic_shapes, method: how to read a torch program, see `load`.
+        input_shapes, fix_shapes: sizes of dynamic dimensions of an ONNX model, see `load`.
         options: settings that all passes of the run see, see `cipm_ir.passes.Context`.
 
     Errors: `InputError`, `UnsupportedError`, `OptionError`, `OutputError`; `VerificationError` naming the pass that
@@ -171,7 +184,8 @@ def optimize(
     check_properties(todo or ())
     if output is not None:
         check_output(output, source)
-    program = read(source, Examples(example_inputs, example_kwargs, dynamic_shapes, method))
+    examples = Examples(example_inputs, example_kwargs, dynamic_shapes, method)
+    program = read(source, examples, Sizes(input_shapes, fix_shapes))
     if todo is None:
         todo = parse_passes(DEFAULT_PASSES if isinstance(origin_of(program), OnnxOrigin) else DEFAULT_TORCH_PASSES)
     outcome: Outcome = run_passes(
@@ -186,7 +200,7 @@ def optimize(
         progress=progress or ignore_progress,
         options={"gradients": _gradients, **(options or {})},
     )
-    result = _noted(Result(outcome.program, outcome.report, outcome.witness, annotate))
+    result = _noted(Result(outcome.program, outcome.report, outcome.witness, annotate, verify))
     if output is not None:
         result.save(output)
     return result
@@ -203,6 +217,7 @@ def verify(
     cases: int | None = None,
     example_inputs: Any = None,
     example_kwargs: Mapping[str, Any] | None = None,
+    input_shapes: InputShapes | None = None,
 ) -> Verification:
     """Do two models compute the same? Both run on the same random and given inputs.
 
@@ -216,11 +231,12 @@ def verify(
         cases: at most so many inputs of our own, and batches of data; None: what time allows.
         example_inputs, example_kwargs: for an `nn.Module`, see `load`. A torch program runs in torch, in evaluation
             mode; it may be compared with an ONNX model, inputs and outputs by position.
+        input_shapes: sizes of the random inputs, see `load`.
 
-    Errors: `InputError`, `UnsupportedError`.
+    Errors: `InputError`, `OptionError`, `UnsupportedError`.
     """
-    examples = Examples(example_inputs, example_kwargs)
-    first, second = read_checked(a, examples), read_checked(b, examples)
+    examples, sizes = Examples(example_inputs, example_kwargs), Sizes(input_shapes)
+    first, second = read_checked(a, examples, sizes), read_checked(b, examples, sizes)
     data = read_data(data, first)
     fit_batch(first.model, data)
     share_batch(first.model, first.written)

@@ -14,8 +14,9 @@ import onnx_ir as ir
 
 from cipm_ir.backends.targets import check_target, onnx_form, torch_form
 from cipm_ir.backends.to_onnx import save_onnx
-from cipm_ir.errors import OutputError, UnsupportedError
+from cipm_ir.errors import OptionError, OutputError, UnsupportedError
 from cipm_ir.frontends.from_onnx import load_onnx
+from cipm_ir.ir.input_shapes import InputShapes
 from cipm_ir.runtime.checks import check_shapes, correct_shapes
 from cipm_ir.runtime.data import Data, normalized
 from cipm_ir.runtime.inputs import true_inputs
@@ -57,13 +58,33 @@ class Examples:
     method: str = "auto"
 
 
-def read(source: Source, examples: Examples = Examples()) -> Program:
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of dynamic dimensions of an ONNX model; see `load`."""
+
+    input_shapes: InputShapes | None = None
+    fix_shapes: bool = False
+
+    def __post_init__(self) -> None:
+        if self.fix_shapes and self.input_shapes is None:
+            raise OptionError("fix_shapes fixes the sizes of input_shapes; give those, too.")
+
+
+def read(source: Source, examples: Examples = Examples(), sizes: Sizes = Sizes()) -> Program:
     """A program of whatever holds a model; the shapes of an ONNX model are checked, and wrong notes corrected.
 
-    Errors: `InputError` (no such file, not a model, damaged, contradictory shapes), `UnsupportedError`.
+    Errors: `InputError` (no such file, not a model, damaged, contradictory shapes, input shapes that do not fit),
+    `OptionError`, `UnsupportedError`.
     """
+    if sizes.input_shapes is not None and _holds_torch(source):
+        raise OptionError(
+            "input_shapes is for ONNX models; a torch program has the sizes of its example_inputs, and dynamic_shapes "
+            "keeps some open."
+        )
     if isinstance(source, Program):
-        return source
+        if sizes.input_shapes is None:
+            return source
+        return Program.of(source.written, origin=source.origin, **vars(sizes))
     if _names_torch(source):
         files, path = torch_module("frontends.from_torch_files"), os.fspath(source)
         if path.endswith(".pt2"):
@@ -81,15 +102,15 @@ def read(source: Source, examples: Examples = Examples()) -> Program:
         return Program(capture.model, origin=torch_module("backends.to_torch_origin").TorchOrigin(capture))
     loaded = load_onnx(source)
     correct_shapes(loaded.model)
-    return Program.of(loaded.model, origin=OnnxOrigin(loaded.kind, loaded.path, loaded.external))
+    return Program.of(loaded.model, origin=OnnxOrigin(loaded.kind, loaded.path, loaded.external), **vars(sizes))
 
 
-def read_checked(source: Source, examples: Examples = Examples()) -> Program:
+def read_checked(source: Source, examples: Examples = Examples(), sizes: Sizes = Sizes()) -> Program:
     """The same, the shapes of a torch graph checked, too.
 
     Errors: as `read`.
     """
-    program = read(source, examples)
+    program = read(source, examples, sizes)
     capture = getattr(program.origin, "capture", None)
     if program is not source and capture is not None and capture.kind == "graph":  # torch has checked what it traced
         check_shapes(program.model)
@@ -121,6 +142,12 @@ def _names_torch(source: Source) -> bool:
     )
 
 
+def _holds_torch(source: Source) -> bool:
+    if isinstance(source, Program):
+        return not isinstance(origin_of(source), OnnxOrigin)
+    return _is_torch(source) or _names_torch(source)
+
+
 def _is_torch(source: object) -> bool:
     return any(base.__module__.partition(".")[0] == "torch" for base in type(source).__mro__)
 
@@ -148,11 +175,7 @@ def check_output(path: str | os.PathLike[str], source: Source = None) -> None:
     if source is None:
         check_target(path)
         return
-    if isinstance(source, Program):
-        is_torch = not isinstance(origin_of(source), OnnxOrigin)
-    else:
-        is_torch = _is_torch(source) or _names_torch(source)
-    check_target(path, folder=(torch_form if is_torch else onnx_form)(path) == "plan")
+    check_target(path, folder=(torch_form if _holds_torch(source) else onnx_form)(path) == "plan")
 
 
 def check_annotated(path: str | os.PathLike[str]) -> None:

@@ -13,7 +13,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from cipm_ir.errors import InputError, UnsupportedError
+from cipm_ir.ir.input_shapes import noted_sizes
 from cipm_ir.ir.parameters import overridable_inputs
+from cipm_ir.ir.shapes import own_name, suggestion
 from cipm_ir.runtime.data import Data as Data
 from cipm_ir.runtime.data import Named, is_array, normalized
 from cipm_ir.runtime.npz import Archive, Files, Rows
@@ -107,7 +109,8 @@ def random_inputs(
         model: the model to feed.
         rng: the source of randomness.
         batch: the size of unknown first axes and of axes whose name says batch.
-        dims: sizes of symbolic axes by name.
+        dims: sizes of symbolic axes by name, ``x[2]`` for an axis of input x without one. Sizes that the user
+            suggested for the model come first.
         free_size: the size of the other unknown axes; one name, one size.
         index_limit: caps integer inputs, for a model whose tables could not be found.
         recipe: what to draw.
@@ -115,12 +118,18 @@ def random_inputs(
     Raises:
         UnsupportedError: an input is not a tensor, holds strings, or has no known rank.
     """
-    sizes = dict(dims or {})
+    sizes = {**(dims or {}), **noted_sizes(model.graph)}
     made: Feeds = {}
     for value in true_inputs(model):
-        if value.shape is None:
-            raise UnsupportedError(f"Input {value.name!r} has no known rank; give inputs as data.")
-        shape = tuple(_size(dim, axis, batch, sizes, free_size) for axis, dim in enumerate(value.shape))
+        name = value.name or ""
+        axes = suggestion(value) if value.shape is None else tuple(value.shape)
+        if value.shape is None and (not axes or None in axes):
+            raise UnsupportedError(f"Input {value.name!r} has no known rank; give its sizes in input_shapes, or data.")
+        shape = tuple(
+            sizes.get(own_name(name, axis)) or _size(dim, axis, batch, sizes, free_size)
+            for axis, dim in enumerate(axes)
+            if dim is not None
+        )
         made[value.name or ""] = _random_input(value, shape, rng, index_limit, recipe)
     return made
 

@@ -19,6 +19,7 @@ from onnx_ir.passes.common import InlinePass
 from cipm_ir.algebra import Dense, DenseElement, Element, Group
 from cipm_ir.errors import CipmError, SymmetryError
 from cipm_ir.ir.bodies import is_control_flow, merge_bodies, nodes_in_order, put_home
+from cipm_ir.ir.input_shapes import InputShapes, fix_input_shapes, note_input_shapes, noted_sizes
 from cipm_ir.ir.labels import Array
 from cipm_ir.ir.lifted import held_weights, lift_weights, put_back
 from cipm_ir.ir.parameters import is_parameter, note_ir_version, overridable_inputs
@@ -129,8 +130,18 @@ class Program:
         self._analysis = analysis
 
     @classmethod
-    def of(cls, model: ir.Model, *, origin: Origin | None = None) -> Program:
+    def of(
+        cls,
+        model: ir.Model,
+        *,
+        origin: Origin | None = None,
+        input_shapes: InputShapes | None = None,
+        fix_shapes: bool = False,
+    ) -> Program:
         """Program of an ONNX model; the model itself is never changed.
+
+        ``input_shapes``: sizes of dynamic dimensions for analysis, costs and verification; with ``fix_shapes`` the
+        program declares them.
 
         For the analysis functions are inlined, weights in Constant nodes become initializers (`cipm_ir.ir.lifted`),
         bodies of If, Loop and Scan hold none and share no names (`cipm_ir.ir.bodies`), and gathers that give a value
@@ -140,7 +151,11 @@ class Program:
         clone = model.clone()
         note_ir_version(clone)
         forget_impossible_sizes(clone.graph)
-        read = InlinePass()(model.clone()).model if clone.functions else clone
+        if input_shapes is not None:
+            note_input_shapes(clone.graph, input_shapes)
+        if fix_shapes:
+            fix_input_shapes(clone.graph)
+        read = InlinePass()(clone.clone()).model if clone.functions else clone
         if has_detours(read):
             read = read.clone()
             if not remove_detours(read) and not clone.functions:
@@ -228,12 +243,15 @@ class Program:
         """Multiply-accumulates of one run, with the nodes that could not be counted.
 
         Args:
-            sizes: of dynamic dimensions, by name; the others count at the stand-ins of `cipm_ir.symmetry.counting`.
+            sizes: of dynamic dimensions, by name, where none are suggested (`input_shapes=`); the others count at the
+                stand-ins of `cipm_ir.symmetry.counting`.
         """
         key = tuple(sorted((sizes or {}).items()))
         counts = self.analysis.counts
         if key not in counts:
-            counts[key] = count_macs(self._model, sizes, self.analysis.walk.shapes.first)
+            shapes = self.analysis.walk.shapes
+            known = {**shapes.only, **(sizes or {}), **noted_sizes(self._model.graph)}
+            counts[key] = count_macs(self._model, known, shapes.first)
         return counts[key]
 
     @property

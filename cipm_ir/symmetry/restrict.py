@@ -258,6 +258,10 @@ class Literals:
     def _as_before(self, name: str, value: ir.Value, node: ir.Node, position: int) -> ir.Value:
         """The number that a value was, in front of a node."""
         old, now = self.analysis.walk.literals[name], self.now[name]
+        if name in self.analysis.walk.varying and np.array_equal(old[0], old[1]):
+            raise SymmetryError(
+                f"{node.op_type} {node.name}: input {name!r} mixes a size that changes with a dynamic one."
+            )
         if np.array_equal(old[0], old[1]):
             return self.editor.initializer(name, ir.tensor(old[0]))
         changed = now[0] != old[0]
