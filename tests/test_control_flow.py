@@ -6,10 +6,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from tests import zoo
 from tests.control_flow_models import MODELS, UNITS, every_way, feeds
 
 import cipm_ir
+from cipm_ir.runtime.session import Runner
 from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.readers import readers
 
@@ -19,7 +19,8 @@ NAMES = list(MODELS)
 def ran(model: ir.Model | onnx.ModelProto, inputs: list[dict[str, np.ndarray]]) -> list[np.ndarray]:
     proto = model if isinstance(model, onnx.ModelProto) else ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)
-    return [zoo.run(proto, one)[0] for one in inputs]
+    with Runner(ir.from_proto(proto)) as runner:
+        return [np.asarray(runner.run(one)["y"]) for one in inputs]
 
 
 @pytest.fixture(scope="module", params=NAMES)

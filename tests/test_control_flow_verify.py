@@ -61,10 +61,10 @@ def never() -> onnx.ModelProto:
     """An If whose second branch cannot run: the width does not fit. In the file, its body is the first."""
     parts = []
     for size, out in ((4, "a"), (5, "b")):
-        unit = onnx.numpy_helper.from_array(np.eye(size, dtype=np.float32), f"w{size}")
+        unit = onnx.numpy_helper.from_array(np.asarray(np.identity(size), np.float32), f"w{size}")
         product = onnx.helper.make_node("MatMul", ["x", unit.name], [out])
-        info = onnx.helper.make_tensor_value_info(out, 1, ["N", size])
-        parts.append(onnx.helper.make_graph([product], out, [], [info], [unit]))
+        shown = onnx.helper.make_tensor_value_info(out, 1, ["N", size])
+        parts.append(onnx.helper.make_graph([product], out, [], [shown], [unit]))
     then, other = parts
     node = onnx.helper.make_node("If", ["c"], ["y"], name="If_0", then_branch=then, else_branch=other)
     total = onnx.helper.make_node("ReduceSum", ["x"], ["s"], keepdims=0)
