@@ -69,7 +69,7 @@ def never() -> onnx.ModelProto:
     node = onnx.helper.make_node("If", ["c"], ["y"], name="If_0", then_branch=then, else_branch=other)
     total = onnx.helper.make_node("ReduceSum", ["x"], ["s"], keepdims=0)
     less = onnx.helper.make_node("Less", ["s", "big"], ["c"])
-    big = onnx.numpy_helper.from_array(np.float32(1e30), "big")
+    big = onnx.numpy_helper.from_array(np.array(1e30, np.float32), "big")
     info = onnx.helper.make_tensor_value_info
     graph = onnx.helper.make_graph([total, less, node], "g", [info("x", 1, ["N", "C"])], [info("y", 1, None)], [big])
     return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9)
