@@ -18,6 +18,9 @@ Array: TypeAlias = npt.NDArray[Any]
 Outputs: TypeAlias = dict[str, Array]
 
 
+_NAMED = 3
+
+
 @dataclass(frozen=True)
 class Verification:
     """The outcome of a comparison; true in a condition when the models agree.
@@ -32,6 +35,7 @@ class Verification:
         outputs: (max_abs, max_rel) by output name.
         share: the largest |a - b| as a share of what is allowed there; at most 1 where the models agree.
         seconds: what the comparison took.
+        unrun: bodies of If, Loop and Scan that no input entered, and that could not be compared by force either.
     """
 
     ok: bool | None
@@ -43,6 +47,7 @@ class Verification:
     outputs: dict[str, tuple[float, float]] = field(default_factory=dict)
     share: float = 0.0
     seconds: float = 0.0
+    unrun: tuple[str, ...] = ()
 
     @property
     def verified(self) -> bool:
@@ -57,8 +62,15 @@ class Verification:
             return f"not verified: {self.reason}"
         numbers = f"max |Δ| {self.max_abs:.3g}, relative {self.max_rel:.3g}, {self.cases} cases"
         if self.ok:
-            return f"equal ({numbers}, at {self.share:.2g} of what rounding allows)"
+            unseen = f"; no input enters the body {named_paths(self.unrun)}, unchanged" if self.unrun else ""
+            return f"equal ({numbers}, at {self.share:.2g} of what rounding allows{unseen})"
         return f"different: {self.reason} ({numbers})"
+
+
+def named_paths(paths: Sequence[str]) -> str:
+    """Return some bodies by their paths, and how many more there are."""
+    more = f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
+    return f"{', '.join(paths[:_NAMED])}{more}"
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ def model_hash(model: ir.Model) -> str:
     """A hash over nodes, names, shapes and every byte of the weights, but not over comments and metadata."""
     digest = hashlib.sha256()
     _add(digest, sorted(model.opset_imports.items()))
-    _graph(digest, model.graph)
+    add_graph(digest, model.graph)
     for function in sorted(model.functions.values(), key=lambda f: f.identifier()):
         _add(digest, "function", function.identifier())
-        _graph(digest, function.graph)
+        add_graph(digest, function.graph)
     return digest.hexdigest()
 
 
@@ -64,13 +64,14 @@ def check_repeatable(data: Any) -> bool:
     return True
 
 
-def _graph(digest: Any, graph: ir.Graph) -> None:
+def add_graph(digest: Any, graph: ir.Graph) -> None:
+    """Add nodes, names, shapes and every byte of the weights of a graph, subgraphs included."""
     for values in (graph.inputs, graph.outputs):
         _add(digest, [(v.name, str(v.dtype), str(v.shape)) for v in values])
     for name, value in sorted(graph.initializers.items()):
         _add(digest, name)
         if value.const_value is not None:
-            _tensor(digest, value.const_value)
+            add_tensor(digest, value.const_value)
     for node in graph:
         _add(digest, node.domain, node.op_type, node.overload)
         _add(digest, [v.name if v is not None else None for v in node.inputs], [v.name for v in node.outputs])
@@ -84,9 +85,9 @@ def _graph(digest: Any, graph: ir.Graph) -> None:
 
 def _attribute(digest: Any, value: Any) -> None:
     if isinstance(value, ir.Graph):
-        _graph(digest, value)
+        add_graph(digest, value)
     elif isinstance(value, ir.TensorProtocol):
-        _tensor(digest, value)
+        add_tensor(digest, value)
     elif isinstance(value, list | tuple):
         _add(digest, len(value))
         for one in value:
@@ -95,7 +96,8 @@ def _attribute(digest: Any, value: Any) -> None:
         _add(digest, value)
 
 
-def _tensor(digest: Any, tensor: ir.TensorProtocol) -> None:
+def add_tensor(digest: Any, tensor: ir.TensorProtocol) -> None:
+    """Add type, shape and bytes of a tensor."""
     _add(digest, str(tensor.dtype), str(tensor.shape))
     digest.update(tensor.tobytes())
 

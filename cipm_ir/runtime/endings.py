@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from cipm_ir.ir.bodies import bodies
+
 Array: TypeAlias = npt.NDArray[Any]
 
 # Different inputs give different outputs, if only in exact arithmetic, so that equal programs agree in front of them.
@@ -20,7 +22,7 @@ _SOFTMAX = {"Softmax", "LogSoftmax"}
 _LOSSY = {"Clip", "HardSigmoid", "Relu", "ThresholdedRelu", "ArgMax", "ArgMin", "TopK", "Hardmax", "Sign", "Round"}
 _LOSSY |= {"Floor", "Ceil", "Greater", "Less", "GreaterOrEqual", "LessOrEqual"}
 # Their kernels subtract numbers of size 1, so that small results are not better than those.
-_BOUNDED = {"Sigmoid", "Tanh", "Erf", "Softsign", "HardSigmoid", "Softmax"}
+_BOUNDED = {"Sigmoid", "Tanh", "Erf", "Softsign", "HardSigmoid", "Softmax", "LSTM", "GRU", "RNN"}
 _MOVES = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Cast", "Slice", "Split", "Gather"}
 _COPIES = {"Identity", "Dropout"}
 _MOST = 16
@@ -74,12 +76,29 @@ def output_units(model: ir.Model) -> dict[str, float]:
     """
     found = {ending.name: 1.0 for ending in endings(model) if ending.softmax is not None}
     for output in model.graph.outputs:
-        node = output.producer()
-        while node is not None and node.op_type in _MOVES | _COPIES and node.inputs and node.inputs[0] is not None:
-            node = node.inputs[0].producer()
-        if node is not None and node.op_type in _BOUNDED:
+        if any(node.op_type in _BOUNDED for node in _makers(output)):
             found[output.name or ""] = 1.0
     return found
+
+
+def _makers(value: ir.Value | None) -> Iterator[ir.Node]:
+    """Yield the nodes that compute a value, through moves, copies, joins, and the branches of an If."""
+    node = None if value is None else value.producer()
+    if node is None or value is None:
+        return
+    if node.op_type == "If":
+        place = node.outputs.index(value)
+        for _, body in bodies(node):
+            yield from _makers(body.outputs[place])
+    elif node.op_type in _MOVES | _COPIES | {"Concat"}:
+        for source in node.inputs if node.op_type == "Concat" else node.inputs[:1]:
+            yield from _makers(source)
+    elif node.op_type == "Mul" and all(
+        (makers := list(_makers(source))) and all(one.op_type in _BOUNDED for one in makers) for source in node.inputs
+    ):  # as the output of a recurrent cell: a gate times a squashed state
+        yield from _makers(node.inputs[0])
+    else:
+        yield node
 
 
 def _before(

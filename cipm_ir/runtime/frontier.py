@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from cipm_ir.errors import InputError
+from cipm_ir.ir.bodies import nodes_in_order
 from cipm_ir.runtime.inputs import Data, Feeds, batches
 from cipm_ir.runtime.observe import check_values, part, samples
 from cipm_ir.runtime.session import Array, Runner, cores
@@ -23,9 +24,10 @@ _IN_MEMORY = 1 << 30
 class Frontier:
     """Values of a model over data, up to a position in its graph.
 
-    ``position``: the nodes before it have been run. ``values[k]``: for batch k, all values that nodes from there on, or
-    the outputs, read. What depends on no input is never kept: it is computed again where it is needed, from the weights
-    of the model that runs then. Use it as a context manager, or call `close`.
+    ``position``: the nodes before it have been run, in the order of the walk (`cipm_ir.ir.bodies.nodes_in_order`).
+    ``values[k]``: for batch k, all values that nodes from there on, or the outputs, read. What depends on no input is
+    never kept: it is computed again where it is needed, from the weights of the model that runs then. Use it as a
+    context manager, or call `close`.
     """
 
     def __init__(self, model: ir.Model, data: Data, *, size: int = 64, limit: int | None = None) -> None:
@@ -185,7 +187,9 @@ def _live(model: ir.Model, position: int) -> list[str]:
     known = moving(model)
     before = {v.name for v in model.graph.inputs}
     needed: set[str] = {v.name or "" for v in model.graph.outputs}
-    for k, node in enumerate(model.graph):
+    for k, node in enumerate(nodes_in_order(model.graph)):
+        if node.graph is not model.graph:
+            continue  # values inside bodies are never kept
         if k < position:
             before.update(v.name for v in node.outputs)
         else:

@@ -12,11 +12,13 @@ import numpy as np
 import onnx_ir as ir
 
 from cipm_ir.errors import CipmError, InputError, UnsupportedError
+from cipm_ir.ir.bodies import body_graphs
 from cipm_ir.ir.input_shapes import noted_sizes
 from cipm_ir.ir.parameters import overridable_inputs
 from cipm_ir.ir.shapes import SUGGESTED
 from cipm_ir.ir.stand_ins import infer_shapes
-from cipm_ir.runtime.compare import MEASURED, Case, Outputs, Reference, Tolerance, Verification
+from cipm_ir.runtime.branches import body_hash, entered, forced, has_bodies, without_functions
+from cipm_ir.runtime.compare import MEASURED, Case, Outputs, Reference, Tolerance, Verification, named_paths
 from cipm_ir.runtime.endings import Ending, common_endings, endings, output_units
 from cipm_ir.runtime.graphs import all_graphs
 from cipm_ir.runtime.inputs import (
@@ -76,6 +78,8 @@ _PATIENCE = 3 * _SECONDS
 BATCHES = 3
 """So many batches of data are looked at."""
 
+_FORCES = 8
+"""So many branches that no input takes are looked at by force."""
 _LONG_COST = 200
 _LARGE = 256 << 20
 
@@ -98,6 +102,9 @@ class Verifier:
         self._given = [] if data is None else list(itertools.islice(batches(data, model), cases or BATCHES))
         self._endings = endings(model)
         self._made: Reference | None = None
+        self._entered: dict[str, int] | None = None
+        self._branches: dict[str, Verifier | None] = {}
+        self._forces, self._below = _FORCES, ""
 
     @property
     def model(self) -> ir.Model:
@@ -107,7 +114,59 @@ class Verifier:
     def check(self, model: ir.Model, tolerance: Tolerance = MEASURED) -> Verification:
         """Compare another model, whose inputs and outputs must have the same names."""
         start = time.perf_counter()
-        return replace(self._check(model, tolerance), seconds=time.perf_counter() - start)
+        found = self._check(model, tolerance)
+        if found.ok and has_bodies(self._model):
+            found = self._with_branches(found, model, tolerance)
+        return replace(found, seconds=time.perf_counter() - start)
+
+    # ------------------------------------------------------------ bodies that no input enters
+    def _with_branches(self, found: Verification, model: ir.Model, tolerance: Tolerance) -> Verification:
+        """Compare what no input entered with the condition of its If forced; note what cannot be compared so."""
+        mine, other = without_functions(self._model), without_functions(model)
+        unknown, share = [], found.share
+        paths = self._never_entered(mine)
+        changed = {path for path in paths if body_hash(mine, path) != body_hash(other, path)}
+        for path in sorted(paths, key=lambda path: path not in changed):
+            verdict = self._forced(path, mine, other, tolerance)
+            if verdict is not None and verdict.ok is False:
+                return replace(verdict, reason=f"where {path} is taken, {verdict.reason}")
+            if verdict is None or verdict.ok is None:
+                unknown.append(path)
+            else:
+                unknown += verdict.unrun
+                share = max(share, verdict.share)
+        lost = [path for path in unknown if path in changed or body_hash(mine, path) != body_hash(other, path)]
+        if lost:
+            reason = f"no input enters the body {named_paths(lost)}, which changed; where inputs go, the outputs agree"
+            return replace(found, ok=None, reason=reason, unrun=tuple(unknown))
+        return replace(found, unrun=tuple(unknown), share=share)
+
+    def _never_entered(self, model: ir.Model) -> list[str]:
+        """Bodies that no input enters but constant ones, which tell little; without those below another of them."""
+        if self._entered is None:
+            assert self._made is not None
+            backend: Backend = "reference" if self._made.backend == "reference" else "onnxruntime"
+            try:
+                self._entered = entered(model, [f for f in self._made.feeds if _varied(f)] or self._made.feeds, backend)
+            except CipmError:
+                self._entered = {path: 0 for path, _, _ in body_graphs(model.graph)}
+        never = {path for path, count in self._entered.items() if not count and path.startswith(self._below)}
+        return [path for path in self._entered if path in never and not any(path.startswith(f"{o}/") for o in never)]
+
+    def _forced(self, path: str, mine: ir.Model, other: ir.Model, tolerance: Tolerance) -> Verification | None:
+        """Compare with one branch always taken; None where that is not possible, or was done often enough."""
+        second = forced(other, path)
+        if path not in self._branches:
+            first = forced(mine, path) if len(self._branches) < self._forces else None
+            self._branches[path] = None if first is None else self._alike(first, path)
+        inner = self._branches[path]
+        return None if inner is None or second is None else inner.check(second, tolerance)
+
+    def _alike(self, model: ir.Model, path: str) -> Verifier:
+        """A verifier of a variant that takes a branch, for what is in it, with fewer inputs of its own."""
+        made = Verifier(model, seed=self._seed, cases=min(self._cases or _LEAST, _LEAST))
+        made._given, made._forces, made._below = self._given, self._forces // 2, f"{path}/"
+        return made
 
     def _check(self, model: ir.Model, tolerance: Tolerance) -> Verification:
         apart = _interface_difference(self._model, model)
@@ -134,13 +193,18 @@ class Verifier:
     def _reference(self, backend: Backend | None) -> Reference:
         if self._made is None or (backend is not None and self._made.backend != backend):
             try:
-                self._made = _reference(self._model, self._endings, self._given, self._seed, self._cases, backend)
+                self._made = self._first_runs(backend)
             except InputError:
                 if not self._endings:
                     raise
                 self._endings = []  # a value that cannot be handed out
-                self._made = _reference(self._model, [], self._given, self._seed, self._cases, backend)
+                self._made = self._first_runs(backend)
         return self._made
+
+    def _first_runs(self, backend: Backend | None) -> Reference:
+        # onnxruntime's optimizations have crashed on graphs with a branch that never fits
+        whole = not self._below
+        return _reference(self._model, self._endings, self._given, self._seed, self._cases, backend, whole)
 
     def _actual(self, model: ir.Model, reference: Reference) -> list[Outputs] | InputError:
         pairs = common_endings(self._endings, endings(model))
@@ -185,8 +249,10 @@ def verify_models(
 class OnnxVariants:
     """An ONNX model, run plainly, with all of onnxruntime's optimizations, and with weights and inputs moved."""
 
-    def __init__(self, model: ir.Model, found: Sequence[Ending], seed: int, backend: Backend | None) -> None:
-        self._model, self._seed, self._backend = model, seed, backend
+    def __init__(
+        self, model: ir.Model, found: Sequence[Ending], seed: int, backend: Backend | None, optimized: bool = True
+    ) -> None:
+        self._model, self._seed, self._backend, self._optimized = model, seed, backend, optimized
         self._pairs = [(ending, ending) for ending in found]
 
     @property
@@ -200,7 +266,11 @@ class OnnxVariants:
             v.const_value.nbytes for g in all_graphs(self._model) for v in g.initializers.values() if v.const_value
         )
         draws = [f"draw {k}" for k in range(DRAWS if weights <= _LARGE else 1)]
-        exact = self.backend == "onnxruntime" and not (processor_saturates() and computes_in_integers(self._model))
+        exact = (
+            self._optimized
+            and self.backend == "onnxruntime"
+            and not (processor_saturates() and computes_in_integers(self._model))
+        )
         return ["optimized", *draws] if exact else draws
 
     def more(self) -> Sequence[str]:
@@ -228,6 +298,7 @@ def _reference(
     seed: int,
     cases: int | None,
     backend: Backend | None,
+    optimized: bool,
 ) -> Reference:
     """Run a model on data and on inputs of our own that it accepts.
 
@@ -245,7 +316,7 @@ def _reference(
         except CipmError:
             if not given:
                 raise
-    return Reference(OnnxVariants(model, found, seed, runner.backend), made, units=output_units(model))
+    return Reference(OnnxVariants(model, found, seed, runner.backend, optimized), made, units=output_units(model))
 
 
 def own_cases(
@@ -368,6 +439,11 @@ def tried(label: str, feeds: Feeds, run: Callable[[Feeds], Outputs]) -> list[Cas
         return [Case(label, feeds, run(feeds))]
     except InputError:
         return []
+
+
+def _varied(feeds: Feeds) -> bool:
+    """Whether some floating-point input has different entries."""
+    return any(x.dtype.kind not in "iub" and x.size > 1 and bool((x != x.flat[0]).any()) for x in feeds.values())
 
 
 def _values(pairs: Sequence[tuple[Ending, Ending]]) -> list[str]:

@@ -181,18 +181,45 @@ class _Walker:
                     self.rec.pin(f.labels, reason)
                     self.rec.zero(f.labels, f.var)
         names = self._pin_values(node.inputs, reason)
-        for _, body in bodies(node):
-            names += self._pin_values(body.outputs, reason)
-        if names:
-            self.opaque.append(
-                OpaqueNode(qualified(node, self.path), node.op_type, reason.partition(": ")[2], tuple(names))
-            )
+        ends = [list(body.outputs) for _, body in bodies(node)]
         for k, value in enumerate(node.outputs):
             name = value.name or ""
             if name and name not in self.shapes.first:
                 self._fixed(name, self._result(node, k, starts))
-            if name in self.shapes.first:
-                self.states[name] = State(self.shapes.first[name])
+            if name not in self.shapes.first:
+                continue
+            self.states[name] = State(self.shapes.first[name])
+            if node.op_type == "If" and (factors := self._selected(self.shapes.first[name], [end[k] for end in ends])):
+                self.states[name] = State(self.shapes.first[name], factors)
+        for end in ends:
+            free = [node.op_type == "If" and bool(self._factors(value)) for value in node.outputs]
+            names += self._pin_values([v for k, v in enumerate(end) if k >= len(free) or not free[k]], reason)
+        if names:
+            what = reason.partition(": ")[2]
+            self.opaque.append(OpaqueNode(qualified(node, self.path), node.op_type, what, tuple(names)))
+
+    def _factors(self, value: ir.Value) -> tuple[Factor, ...]:
+        state = self.states.get(value.name or "")
+        return () if state is None or value.name in self.params else state.factors
+
+    def _selected(self, shape: Shape, ends: Sequence[ir.Value]) -> tuple[Factor, ...]:
+        """Factors of an output of an If: what all branches label alike moves together; the rest is pinned."""
+        states = [self.states.get(end.name or "") for end in ends if end.name not in self.params]
+        if len(states) < len(ends) or any(state is None or state.shape != shape for state in states):
+            return ()
+        given = [self._factors(end) for end in ends]
+        found = []
+        for f in given[0]:
+            twins = [g for others in given[1:] for g in others if _alike(f, g)]
+            if len(twins) == len(given) - 1:
+                found.append(f)
+                for g in twins:
+                    self.rec.unify(f.labels, g.labels)
+                    self.rec.same(f.labels, f.var, g.var)
+        for f in [f for factors in given for f in factors if found and not any(_alike(f, g) for g in found)]:
+            self.rec.pin(f.labels, "If: not all branches have units on this axis")
+            self.rec.zero(f.labels, f.var)
+        return tuple(found)
 
     def _result(self, node: ir.Node, index: int, starts: list[Place]) -> list[Shape | None]:
         """Shapes of an output: what all branches give, or what does not depend on how often a body runs."""
@@ -392,7 +419,8 @@ class _Walker:
             if value.name in self.params:
                 continue  # such a parameter is pinned where it is created
             op.pin(self.states.get(value.name or ""), f"captured by a subgraph of {node.op_type}")
-        self.opaque.append(OpaqueNode(qualified(node, self.path), node.op_type, reason, tuple(names)))
+        if names or not self.path:  # in a body, of what costs units alone: shapes there are often unknown
+            self.opaque.append(OpaqueNode(qualified(node, self.path), node.op_type, reason, tuple(names)))
 
     def _constant(self, node: ir.Node) -> None:
         name = node.outputs[0].name or ""
@@ -495,6 +523,11 @@ class _Walker:
         for f in leaf.factors:
             f.epsilon = epsilon
         return True
+
+
+def _alike(f: Factor, g: Factor) -> bool:
+    """Whether two factors label the same axes, each position once."""
+    return f.axes == g.axes and f.labels.shape == g.labels.shape and not f.repeats and not g.repeats
 
 
 def node_graphs(node: ir.Node) -> Iterator[ir.Graph]:
