@@ -277,7 +277,7 @@ class _Walker:
             if value.name in self.params:
                 continue  # such a parameter is pinned where it is created
             op.pin(self.states.get(value.name or ""), f"captured by a subgraph of {node.op_type}")
-        self.opaque.append(OpaqueNode(node.name or "", node.op_type, reason, tuple(names)))
+        self.opaque.append(OpaqueNode(node.name or "", node.op_type, reason, tuple(names), self.here))
 
     def _constant(self, node: ir.Node) -> None:
         name = node.outputs[0].name or ""
