@@ -19,6 +19,7 @@ from tests import (
     registry_cases_linear,
     registry_cases_runtime,
     registry_cases_runtime_quantized,
+    registry_cases_sampling,
     registry_cases_sequence,
 )
 from tests.registry_sample import CASES
@@ -39,6 +40,7 @@ FAMILIES = (
     registry_cases_sequence,
     registry_cases_runtime,
     registry_cases_runtime_quantized,
+    registry_cases_sampling,
 )
 load_rules()
 
@@ -55,6 +57,7 @@ COARSE: dict[str, tuple[str, str]] = {
     "ConvTranspose": ("uniform", "space, and the batch of a grouped one"),
     "DepthToSpace": ("free uniform", "more than two labelled axes in one reshape are opaque"),
     "DequantizeLinear": ("free uniform", "by blocks it is opaque; along the axis of the scales nothing is uniform"),
+    "Einsum": ("uniform", "of three operands, positions that are summed in between count as fixed"),
     "EyeLike": ("free joint runs tiled", "opaque, though only the shape of the input counts"),
     "GRU": ("uniform", "states and outputs are never uniform"),
     "GatherElements": ("uniform", "indices for each entry on its own: nothing passes"),
@@ -87,6 +90,18 @@ COARSE: dict[str, tuple[str, str]] = {
     "SpaceToDepth": ("free uniform", "more than two labelled axes in one reshape are opaque"),
     "TopK": ("uniform", "the largest of equal entries along the axis itself"),
     "Upsample": ("uniform", "an interpolation of equal entries"),
+    "com.microsoft::Attention": ("uniform", "what is cut out of one packed axis counts as fixed where it is uniform"),
+    "com.microsoft::DynamicQuantizeLSTM": ("uniform", "states and outputs are never uniform"),
+    "com.microsoft::EmbedLayerNormalization": ("joint runs tiled", "a table of rows that are chosen by equal indices"),
+    "com.microsoft::FusedConv": ("uniform", "space counts as fixed"),
+    "com.microsoft::GroupQueryAttention": ("free uniform", "lengths of the sequences are from outside"),
+    "com.microsoft::MatMulNBits": ("uniform", "no axis of a packed product is uniform"),
+    "com.microsoft::MultiHeadAttention": (ALL, "batch and positions are fixed, and a mask is from outside"),
+    "com.microsoft::QAttention": ("uniform", "what is cut out of one packed axis counts as fixed where it is uniform"),
+    "com.microsoft::QLinearAveragePool": ("uniform", "space counts as fixed"),
+    "com.microsoft::QLinearConcat": ("uniform", "parts that are uniform count as fixed"),
+    "com.microsoft::QLinearConv": ("uniform", "space counts as fixed"),
+    "com.microsoft::SkipSimplifiedLayerNormalization": ("uniform", "terms that are uniform count as fixed"),
 }
 
 

@@ -30,7 +30,7 @@ def pinned_by_opaque(analysis: Analysis) -> int:
 
 
 def opaque_summary(analysis: Analysis) -> list[str]:
-    """Return lines for people: how many units all opaque nodes cost, and each one of them; none where there are none."""
+    """Return lines for people: how many units all opaque nodes cost, and how many each does."""
     costs = costs_of_opaque(analysis)
     if not costs:
         return []

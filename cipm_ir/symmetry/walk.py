@@ -17,6 +17,7 @@ from cipm_ir.ir.shapes import Shape, Shapes, implied_shape, infer_shapes, subgra
 from cipm_ir.rules import load_rules
 from cipm_ir.rules.context import Literal, OpContext
 from cipm_ir.rules.events import Recorder
+from cipm_ir.rules.no_rule import reason_for
 from cipm_ir.rules.registry import Opaque, lookup
 from cipm_ir.symmetry.leaves import Leaf, LeafFactor, OpaqueNode, Use
 
@@ -201,7 +202,7 @@ class _Walker:
         op.elementwise = entry is not None and entry.elementwise
         try:
             if entry is None:
-                raise Opaque(node.metadata_props.get("reason") or "no rule for this operator")
+                raise Opaque(node.metadata_props.get("reason") or reason_for(domain, node.op_type))
             if any(v is not None and s is None for v, s in zip(node.inputs, inputs, strict=True)):
                 raise Opaque("the shape of an input is not known")
             if entry.elementwise and len(inputs) > 1:
