@@ -24,9 +24,7 @@ BY_THE_WALK = {("", "Constant")}
 """Parameters to the walk."""
 ONNX = {(schema.domain, schema.name) for schema in onnx.defs.get_all_schemas_with_history()}
 RUNTIME = {
-    (schema.domain, schema.name)
-    for schema in ort_state.get_all_operator_schema()
-    if schema.domain == "com.microsoft"
+    (schema.domain, schema.name) for schema in ort_state.get_all_operator_schema() if schema.domain == "com.microsoft"
 }
 
 

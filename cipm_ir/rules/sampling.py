@@ -111,9 +111,7 @@ def centre_crop_pad(op: OpContext) -> None:
     x, shape = op.state(0), op.shape()
     op.pin(op.optional(1), "target size of CenterCropPad")
     a, b = op.second_shape(op.node.inputs[0]), op.second_shape(op.node.outputs[0])
-    changed = [
-        k for k in range(x.rank) if x.shape[k] != shape[k] or (a is not None and b is not None and a[k] != b[k])
-    ]
+    changed = [k for k in range(x.rank) if x.shape[k] != shape[k] or (a is not None and b is not None and a[k] != b[k])]
     rest = op.without(x, changed, "cropped or padded axis")
     op.set(0, rest.factors, rest.uniform)
 
