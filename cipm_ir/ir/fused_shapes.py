@@ -79,6 +79,11 @@ def node_shapes(
     """
     own = node.domain in ("", "ai.onnx", "com.microsoft")
     found = (fused_shapes(node, inputs) if own else None) or []
+    first = node.inputs[0] if node.inputs else None
+    if found and node.domain != "com.microsoft" and first is not None:  # normalizations, which keep the type
+        kind = first.dtype or types.get(first.name or "")
+        if kind is not None:
+            types.setdefault(node.outputs[0].name or "", kind)
     found = [*found, *[None] * (len(node.outputs) - len(found))]
     if any(s is None and v.name for s, v in zip(found, node.outputs, strict=False)):
         inferred = infer_node(node, list(inputs), version, types, list(numbers))
