@@ -22,7 +22,6 @@ from cipm_ir.ir.probed_shapes import probed_shapes
 from cipm_ir.runtime.session import run
 from cipm_ir.symmetry.program import Program
 
-
 CASES_OF = (registry_cases_runtime, registry_cases_runtime_quantized)
 
 

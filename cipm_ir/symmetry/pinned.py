@@ -14,8 +14,8 @@ def costs_of_opaque(analysis: Analysis) -> list[tuple[OpaqueNode, int]]:
     """Return the opaque nodes with the number of units that each one costs, the dearest first.
 
     A unit is a coupled class that holds a position of a parameter. It costs a node one where all pins on it are that
-    node's: were the node to let pass what reaches it, the unit would be free. This is a lower bound on what a rule would
-    bring. A unit that two opaque nodes pin counts for neither; weights behind a node, whose input is taken as fixed,
+    node's: were the node to let pass what reaches it, the unit would be free. This is a lower bound on what a rule
+    would bring. A unit that two opaque nodes pin counts for neither; weights behind a node, whose input is taken as fixed,
     count for the products that pin them.
     """
     at = [node.position for node in analysis.walk.opaque]
