@@ -15,8 +15,8 @@ def costs_of_opaque(analysis: Analysis) -> list[tuple[OpaqueNode, int]]:
 
     A unit is a coupled class that holds a position of a parameter. It costs a node one where all pins on it are that
     node's: were the node to let pass what reaches it, the unit would be free. This is a lower bound on what a rule
-    would bring. A unit that two opaque nodes pin counts for neither; weights behind a node, whose input is taken as fixed,
-    count for the products that pin them.
+    would bring. A unit that two opaque nodes pin counts for neither; weights behind a node, whose input is taken as
+    fixed, count for the products that pin them.
     """
     at = [node.position for node in analysis.walk.opaque]
     counts = _pinned_only_by(analysis, [{position} for position in at])
