@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -205,9 +206,10 @@ def test_shapes_and_labels_of_turned_products(turned: dict[str, int]) -> None:
     parameters = [
         numpy_helper.from_array(rng.standard_normal(s).astype(np.float32), n) for n, s in (("a", a), ("b", b))
     ]
+    given: dict[str, Any] = dict(turned)
     nodes = [
         helper.make_node("Mul", ["a", "one"], ["m"]),
-        helper.make_node("FusedMatMul", ["m", "b"], ["y"], domain="com.microsoft", **turned),
+        helper.make_node("FusedMatMul", ["m", "b"], ["y"], domain="com.microsoft", **given),
         helper.make_node("ReduceSum", ["y"], ["z"], keepdims=0),
     ]
     info = helper.make_tensor_value_info

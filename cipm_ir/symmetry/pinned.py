@@ -50,4 +50,4 @@ def _pinned_only_by(analysis: Analysis, groups: Sequence[set[int]]) -> list[int]
     np.minimum.at(low, held, by)
     np.maximum.at(high, held, by)
     only = classes.real & (low == high) & (high >= 0)
-    return np.bincount(high[only], minlength=len(groups)).tolist()
+    return [int(n) for n in np.bincount(high[only], minlength=len(groups))]
