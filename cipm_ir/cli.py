@@ -100,6 +100,7 @@ def inspect(
     from cipm_ir.api import load
     from cipm_ir.passes.report import Totals
     from cipm_ir.sources import check_annotated, save_annotated
+    from cipm_ir.symmetry.pinned import opaque_summary
 
     if annotate is not None:
         check_annotated(annotate)
@@ -109,12 +110,12 @@ def inspect(
     if as_json:
         print(json.dumps(_described(program), indent=2))
         return
-    costs = Totals.of(program).costs
+    below = [*opaque_summary(program.analysis), *Totals.of(program).costs]
     if spaces:
         _print_spaces(program)
-        print(*costs, sep="\n")
+        print(*below, sep="\n")
     else:
-        print(program, *(f"// {line}" for line in costs), sep="\n")
+        print(program, *(f"// {line}" for line in below), sep="\n")
 
 
 @app.command()
@@ -266,6 +267,7 @@ def _plain(value: Any) -> str:
 
 def _described(program: Program) -> dict[str, Any]:
     from cipm_ir.passes.report import Totals, as_plain
+    from cipm_ir.symmetry.pinned import costs_of_opaque, pinned_by_opaque
 
     def one(space: Space) -> dict[str, Any]:
         parent = None if space.parent is None else {"space": space.parent[0].name, "index": space.parent[1]}
@@ -282,7 +284,8 @@ def _described(program: Program) -> dict[str, Any]:
         {
             "totals": vars(Totals.of(program)),
             "spaces": [one(space) for space in program.spaces],
-            "opaque": [vars(node) for node in program.opaque],
+            "opaque": [{**vars(node), "units": units} for node, units in costs_of_opaque(program.analysis)],
+            "units_pinned_by_opaque": pinned_by_opaque(program.analysis),
         }
     )
     return made
@@ -298,8 +301,6 @@ def _print_spaces(program: Program) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     units = sum(space.size for space in program.spaces if space.kind == "units")
     print(f"{len(program.spaces)} spaces, {units} free units")
-    for node in program.opaque:
-        print(f"opaque: {node}")
 
 
 def _check_apart(used: dict[str, str | None], written: dict[str, str | None]) -> None:

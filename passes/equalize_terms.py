@@ -138,6 +138,8 @@ def _term(members: Members, leaf: int, found: list[Member], roles: tuple[int, in
     if any(m.groups and m.axis != summed for m in found):
         return None  # a grouped ConvTranspose: its groups are those of what is given out
     kept = [out, *sorted({m.axis for m in found} - {out, summed})]
+    if grouped:  # groups are runs of axis 0, also where that is an axis of its own (stacked experts)
+        kept = [0, *(a for a in kept if a != 0)]
     rest = tuple(a for a in range(array.ndim) if a not in (*kept, summed))
     laid = np.moveaxis(array, [*kept, summed, *rest], range(array.ndim))
     shape = [one.shape[a] for a in kept]

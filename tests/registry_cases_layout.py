@@ -323,6 +323,18 @@ def zero_channels(net: Sample) -> None:
     net.read(net.op("Pad", net.vector(), net.const([0, 1, 0, 2])), 9, "r")
 
 
+ONES = {f"h:{kind}": "the ones cannot follow, and are not told apart from the rest" for kind in ("scale", "sign")}
+
+
+@case("Pad", "S(3)", "S(3)", "blocks S(2)", coarse=ONES)
+def a_one_in_each_head(net: Sample) -> None:
+    """(3, 2, 3) to (3, 2, 4), read without and by the last position, as linear attention writes its sums."""
+    h = net.op("Pad", net.op("Reshape", net.vector(), net.const([3, 2, 3])), net.const([0] * 5 + [1]), net.const(1.0))
+    first = net.op("Slice", h, net.const([0]), net.const([3]), net.const([2]))
+    last = net.op("Slice", h, net.const([3]), net.const([4]), net.const([2]))
+    net.read(net.op("Reshape", net.op("Div", first, last), net.const([3, 6])))
+
+
 @case("Pad")
 def mirrored_channels(net: Sample) -> None:
     net.read(net.op("Pad", net.vector(), net.const([0, 1, 0, 2]), mode="reflect"), 9, "r")

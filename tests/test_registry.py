@@ -15,6 +15,7 @@ from tests import (
     registry_cases_linear,
     registry_cases_runtime,
     registry_cases_runtime_quantized,
+    registry_cases_sampling,
     registry_cases_sequence,
 )
 from tests.registry_sample import CASES, Case, Sample, check, difference, naive
@@ -34,6 +35,7 @@ FAMILIES = (
     registry_cases_sequence,
     registry_cases_runtime,
     registry_cases_runtime_quantized,
+    registry_cases_sampling,
 )
 load_rules()
 

@@ -291,7 +291,11 @@ def where(op: OpContext) -> None:
 @operator("Mul", "Div", elementwise=True)
 def multiply(op: OpContext) -> None:
     """Log-scales add (subtract); a factor without the axis is no constraint."""
-    states = [op.state(0), op.state(1)]
+    multiplied(op, [op.state(0), op.state(1)])
+
+
+def multiplied(op: OpContext, states: list[State]) -> None:
+    """Set the output to a product (a quotient) of the two inputs."""
     minus = -1 if op.node.op_type == "Div" else 1
     out = broadcast(op, states, op.node.op_type)
     _freeze_partial(op, states, out)  # a coarser partner is tied to blocks, which carry no scale

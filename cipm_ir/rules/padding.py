@@ -78,15 +78,16 @@ def pad(op: OpContext) -> None:
         if any(pads[x] != (0, 0) for x in range(state.rank)) and not zero:
             op.freeze_factor(f)
             g = fixed(f)
-        if len(hit) > 1 or (hit and len(f.axes) > 1):
+        if len(hit) > 1:
             factors.extend(op.without(State(state.shape, (f,)), hit, "Pad of a joint factor").factors)
             continue
         if hit:
             if min(pads[hit[0]]) < 0:
                 raise Opaque("Pad by a negative amount")
-            own = op.rec.fresh(sum(pads[hit[0]]))
-            before, after = np.split(own, [pads[hit[0]][0]])
-            g = Factor(g.axes, np.concatenate([before, g.labels, after]), g.var, g.repeats)
+            k = g.axes.index(hit[0])
+            own = op.rec.fresh(*g.labels.shape[:k], sum(pads[hit[0]]), *g.labels.shape[k + 1 :])
+            before, after = np.split(own, [pads[hit[0]][0]], axis=k)
+            g = Factor(g.axes, np.concatenate([before, g.labels, after], axis=k), g.var, g.repeats)
         factors.append(g)
     op.set(0, factors, [x for x in state.uniform if pads[x] == (0, 0)])
 

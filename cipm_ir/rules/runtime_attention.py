@@ -114,6 +114,8 @@ def _resize_multi_head(r: Resize) -> None:
         for k in (1, 2):
             if r.rows(k, 2, heads) != count:
                 raise Opaque("queries, keys and values keep different numbers of heads")
+    elif r.new(1) != r.new(2):
+        raise Opaque("keys and values in heads of different sizes, which the kernel does not take")
     r.set_attr("num_heads", count)
     _explicit_scale(r, r.old(0)[2] // heads, r.new(0)[2] // count)
 

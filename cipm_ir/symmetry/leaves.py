@@ -54,12 +54,13 @@ class Leaf:
 
 @dataclass(frozen=True)
 class OpaqueNode:
-    """A node that pinned what reached it, and why."""
+    """A node that pinned what reached it, and why; ``position``: in the graph."""
 
     name: str
     op: str
     reason: str
     inputs: tuple[str, ...]
+    position: int = -1
 
     def __str__(self) -> str:
         return f"{self.op} {self.name}: {self.reason}"

@@ -21,6 +21,7 @@ from cipm_ir.ir.varying import note_varying
 from cipm_ir.rules import load_rules
 from cipm_ir.rules.context import Literal, OpContext
 from cipm_ir.rules.events import Recorder
+from cipm_ir.rules.no_rule import reason_for
 from cipm_ir.rules.registry import Opaque, lookup
 from cipm_ir.symmetry.leaves import Leaf, LeafFactor, OpaqueNode, Use
 
@@ -196,7 +197,7 @@ class _Walker:
             names += self._pin_values([v for k, v in enumerate(end) if k >= len(free) or not free[k]], reason)
         if names:
             what = reason.partition(": ")[2]
-            self.opaque.append(OpaqueNode(qualified(node, self.path), node.op_type, what, tuple(names)))
+            self.opaque.append(OpaqueNode(qualified(node, self.path), node.op_type, what, tuple(names), self.here))
 
     def _factors(self, value: ir.Value) -> tuple[Factor, ...]:
         state = self.states.get(value.name or "")
@@ -334,7 +335,7 @@ class _Walker:
         op.elementwise = entry is not None and entry.elementwise
         try:
             if entry is None:
-                raise Opaque(node.metadata_props.get("reason") or "no rule for this operator")
+                raise Opaque(node.metadata_props.get("reason") or reason_for(domain, node.op_type))
             if any(v is not None and s is None for v, s in zip(node.inputs, inputs, strict=True)):
                 raise Opaque("the shape of an input is not known")
             if entry.elementwise and len(inputs) > 1:
@@ -420,7 +421,7 @@ class _Walker:
                 continue  # such a parameter is pinned where it is created
             op.pin(self.states.get(value.name or ""), f"captured by a subgraph of {node.op_type}")
         if names or not self.path:  # in a body, of what costs units alone: shapes there are often unknown
-            self.opaque.append(OpaqueNode(qualified(node, self.path), node.op_type, reason, tuple(names)))
+            self.opaque.append(OpaqueNode(qualified(node, self.path), node.op_type, reason, tuple(names), self.here))
 
     def _constant(self, node: ir.Node) -> None:
         name = node.outputs[0].name or ""

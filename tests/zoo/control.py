@@ -87,7 +87,7 @@ def custom_op(net: Net) -> None:
     finish(net, net.op("RampUp", start(net), domain="zoo.custom"))
 
 
-@synthetic(13, "control", "opaque", "pins")  # 7 + 6: an operator of onnxruntime's own domain
+@synthetic(21, "control")  # 7 + 8 + 6: an operator of onnxruntime's own domain
 def contrib_op(net: Net) -> None:
     net.domains["com.microsoft"] = 1
     h = net.op("BiasGelu", start(net), net.bias(8), domain="com.microsoft")
