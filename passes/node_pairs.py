@@ -3,7 +3,8 @@
 | pair | becomes | where |
 |---|---|---|
 | Transpose, Transpose | one Transpose, or nothing | both permutations are known |
-| Reshape, Reshape | the second | its target is constant, without an entry that copies an axis of the first's result |
+| two that keep the order of all entries (Reshape, Unsqueeze, ...; see `reshapes`) | one Reshape | all sizes of the result are proven but for one |
+| Concat of Concats | one Concat | along the same axis |
 | Unsqueeze, Unsqueeze | one Unsqueeze | the axes are constant, not negative unless the rank is known (opset 13 on) |
 | Cast, Cast | the second | the first loses nothing, and the second rounds or wraps the same way from either type |
 | ConcatFromSequence of a SequenceConstruct | Concat | along an existing axis |
@@ -20,9 +21,9 @@ import onnx_ir as ir
 
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.parameters import parameter_tensor
-from cipm_ir.passes.graph_facts import GraphFacts
-from cipm_ir.passes.no_ops import permutation
+from cipm_ir.passes.graph_facts import GraphFacts, permutation
 from cipm_ir.passes.replace_values import constant_before
+from cipm_ir.passes.reshapes import join_reshapes
 
 _STANDARD = ("", "ai.onnx")
 
@@ -39,6 +40,8 @@ def join_pair(node: ir.Node, facts: GraphFacts, version: int, name: Callable[[st
     Returns:
         What the pair always equals, where that is a value which exists; the node is not changed then.
     """
+    if node.op_type == "Concat" and version >= 4:
+        _concats(node)
     value = node.inputs[0] if node.inputs else None
     before = None if value is None else value.producer()
     if value is None or before is None or before.graph is not node.graph:
@@ -50,11 +53,12 @@ def join_pair(node: ir.Node, facts: GraphFacts, version: int, name: Callable[[st
     pair = (before.op_type, node.op_type)
     if pair == ("Transpose", "Transpose"):
         return _transposes(before, node, facts)
+    reshaped = join_reshapes(before, node, facts, version, name)
+    if reshaped is not None or node.inputs[0] is not value:
+        return reshaped
     if len(value.uses()) != 1 or value.is_graph_output():
         return None
-    if pair == ("Reshape", "Reshape"):
-        _reshapes(before, node, name)
-    elif pair == ("Unsqueeze", "Unsqueeze") and version >= 13:
+    if pair == ("Unsqueeze", "Unsqueeze") and version >= 13:
         _unsqueezes(before, node, facts, name)
     elif pair == ("Cast", "Cast") and _same_rounding(before, node, facts):
         node.replace_input_with(0, before.inputs[0])
@@ -77,22 +81,6 @@ def _transposes(before: ir.Node, node: ir.Node, facts: GraphFacts) -> ir.Value |
     return None
 
 
-def _reshapes(before: ir.Node, node: ir.Node, name: Callable[[str], str]) -> None:
-    if len(node.inputs) < 2 or len(before.inputs) < 2:
-        return
-    tensor = parameter_tensor(node.inputs[1])
-    if tensor is None:
-        return
-    target = np.array(tensor.numpy())
-    if not attribute(node, "allowzero", 0) and (target == 0).any():
-        # The axis that is copied is what is left when all other sizes are known.
-        if (target == 0).sum() > 1 or (target == -1).any():
-            return
-        target[target == 0] = -1
-        node.replace_input_with(1, constant_before(node, target, name("target")))
-    node.replace_input_with(0, before.inputs[0])
-
-
 def _unsqueezes(before: ir.Node, node: ir.Node, facts: GraphFacts, name: Callable[[str], str]) -> None:
     inner, outer = (parameter_tensor(n.inputs[1]) for n in (before, node))
     if inner is None or outer is None:
@@ -108,6 +96,24 @@ def _unsqueezes(before: ir.Node, node: ir.Node, facts: GraphFacts, name: Callabl
     axes = np.sort(np.concatenate([second, old[first]])).astype(np.int64)
     node.replace_input_with(1, constant_before(node, axes, name("axes")))
     node.replace_input_with(0, before.inputs[0])
+
+
+def _concats(node: ir.Node) -> None:
+    """Take the inputs of a Concat along the same axis, which nothing else consumes, instead of its result."""
+    made: list[ir.Value | None] = []
+    for value in node.inputs:
+        before = None if value is None else value.producer()
+        joins = before is not None and before.op_type == "Concat" and before.domain in _STANDARD
+        if value is None or before is None or not joins or before.graph is not node.graph or node.domain not in _STANDARD:
+            made.append(value)
+        elif len(value.uses()) != 1 or value.is_graph_output() or attribute(before, "axis") != attribute(node, "axis"):
+            made.append(value)
+        else:
+            made.extend(before.inputs)
+    if len(made) > len(node.inputs):
+        node.resize_inputs(len(made))
+        for index, value in enumerate(made):
+            node.replace_input_with(index, value)
 
 
 def _concatenated(before: ir.Node, node: ir.Node, name: str) -> ir.Value:
