@@ -15,6 +15,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from cipm_ir.errors import InputError
 from cipm_ir.ir.parameters import parameter_tensor, unlist_parameters
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
 from cipm_ir.passes.batch_norm import fold_batch_norms
@@ -27,6 +28,7 @@ from cipm_ir.passes.node_pairs import join_pair
 from cipm_ir.passes.registry import register
 from cipm_ir.passes.replace_values import remove_if_unused, remove_unused, replace_value, subgraphs
 from cipm_ir.passes.reshapes import write_target
+from cipm_ir.runtime.checks import check_shapes
 from cipm_ir.runtime.graphs import all_graphs, named
 from cipm_ir.symmetry.program import Program
 
@@ -102,7 +104,7 @@ class CleanUp(Pass):
         unlist_parameters(model)
         ctx.progress("constants and identities", 0.1)
         cleaner = _Cleaner(model, self.input_size_limit, self.output_size_limit)
-        if not cleaner.run():
+        if not cleaner.run() and not _consistent(model):
             # An output has another shape than the file says. Where nothing can tell, such a file is valid; it stays so.
             model = program.emit()
             unlist_parameters(model)
@@ -208,6 +210,14 @@ class _Cleaner:
         name = next(n for k in itertools.count(1) if (n := f"{base}_{k}") not in self.taken)
         self.taken[name] += 1
         return name
+
+
+def _consistent(model: ir.Model) -> bool:
+    try:
+        check_shapes(model)
+    except InputError:
+        return False
+    return True
 
 
 def _taken_branch(node: ir.Node, *, in_function: bool) -> ir.Graph | None:

@@ -6,6 +6,7 @@
 | two that keep the order of all entries (Reshape, Unsqueeze, ...; see `reshapes`) | one Reshape | all sizes of the result are proven but for one |
 | Concat of Concats | one Concat | along the same axis |
 | Unsqueeze, Unsqueeze | one Unsqueeze | the axes are constant, not negative unless the rank is known (opset 13 on) |
+| Gather, Unsqueeze | Gather | a single constant index, and the axis that it took away |
 | Cast, Cast | the second | the first loses nothing, and the second rounds or wraps the same way from either type |
 | ConcatFromSequence of a SequenceConstruct | Concat | along an existing axis |
 
@@ -56,6 +57,8 @@ def join_pair(node: ir.Node, facts: GraphFacts, version: int, name: Callable[[st
     reshaped = join_reshapes(before, node, facts, version, name)
     if reshaped is not None or node.inputs[0] is not value:
         return reshaped
+    if pair == ("Gather", "Unsqueeze"):
+        return _gathered(before, node, version, name)
     if len(value.uses()) != 1 or value.is_graph_output():
         return None
     if pair == ("Unsqueeze", "Unsqueeze") and version >= 13:
@@ -114,6 +117,23 @@ def _concats(node: ir.Node) -> None:
         node.resize_inputs(len(made))
         for index, value in enumerate(made):
             node.replace_input_with(index, value)
+
+
+def _gathered(before: ir.Node, node: ir.Node, version: int, name: Callable[[str], str]) -> ir.Value | None:
+    """One entry along an axis, then that axis again: a Gather with a list of one index."""
+    indices, axis = parameter_tensor(before.inputs[1]), int(attribute(before, "axis", 0))
+    if version < 13:
+        axes = list(attribute(node, "axes"))
+    else:
+        tensor = parameter_tensor(node.inputs[1])
+        axes = [] if tensor is None else np.asarray(tensor.numpy()).reshape(-1).tolist()
+    if indices is None or len(indices.shape) or axis < 0 or axes != [axis] or node.graph is None:
+        return None
+    one = constant_before(node, np.asarray(indices.numpy()).reshape(1), name("index"))
+    out = ir.Value(name=name("gathered"), type=node.outputs[0].type, shape=node.outputs[0].shape)
+    attributes = [ir.AttrInt64("axis", axis)]
+    node.graph.insert_before(node, ir.Node("", "Gather", [before.inputs[0], one], attributes, outputs=[out]))
+    return out
 
 
 def _concatenated(before: ir.Node, node: ir.Node, name: str) -> ir.Value:

@@ -54,7 +54,7 @@ def write_target(node: ir.Node, facts: GraphFacts, version: int, name: Callable[
     if entries is None or (any(isinstance(d, str) for d in entries) and not _fits(entries, shape)):
         return
     made = _target(entries, shape, copies=True)
-    if made is not None:
+    if made is not None and not _contradicts(node.outputs[0], made):
         node.replace_input_with(1, constant_before(node, made, name("target")))
 
 
@@ -102,6 +102,14 @@ def _fits(entries: Sequence[Dim], shape: Dims | None) -> bool:
     return a == b and math.prod(d for d in sizes if isinstance(d, int)) == math.prod(
         d for d in shape if isinstance(d, int)
     )
+
+
+def _contradicts(value: ir.Value, made: np.ndarray) -> bool:
+    """Whether the file states another shape for an output: it is valid only as long as nothing can tell."""
+    if not value.is_graph_output() or value.shape is None:
+        return False
+    pairs = zip(value.shape, made.tolist(), strict=False)
+    return len(value.shape) != len(made) or any(isinstance(a, int) and b > 0 and a != b for a, b in pairs)
 
 
 def _without_copies(entries: Sequence[Dim], shape: Dims | None) -> list[Dim]:
