@@ -15,6 +15,7 @@ from cipm_ir.passes.equalize import Equalize
 from cipm_ir.passes.expose import Expose
 from cipm_ir.passes.figures import Bars, Curves, Figure, HeatMap, Rows
 from cipm_ir.passes.fold import Fold
+from cipm_ir.passes.fold_affine import FoldAffine
 from cipm_ir.passes.pipeline import Outcome, RolledBack, Witness, run_passes
 from cipm_ir.passes.prune import Prune
 from cipm_ir.passes.recover_names import RecoverNames
@@ -38,6 +39,7 @@ __all__ = [
     "Expose",
     "Figure",
     "Fold",
+    "FoldAffine",
     "FoldBatchNorm",
     "HeatMap",
     "Kind",

@@ -130,7 +130,7 @@ class _Cleaner:
         self.taken = Counter(_names(model))
 
     def run(self) -> bool:
-        """Clean everything; return whether the shapes that the file states for its outputs agree with what is proven."""
+        """Clean everything; return whether the shapes that the file states for outputs agree with what is proven."""
         self._graph(list(self.model.graph), dict(self.model.opset_imports), in_function=False)
         for function in self.model.functions.values():
             self._graph(list(function), dict(function.opset_imports), in_function=True)
@@ -145,8 +145,8 @@ class _Cleaner:
             stated, proven = value.shape, self.facts.shape(value)
             if stated is None or proven is None:
                 continue
-            pairs = zip(stated, proven, strict=False)
-            if len(stated) != len(proven) or any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs):
+            pairs = [(a, b) for a, b in zip(stated, proven, strict=False) if isinstance(a, int) and isinstance(b, int)]
+            if len(stated) != len(proven) or any(a != b for a, b in pairs):
                 yield value
 
     def _graph(self, nodes: list[ir.Node], domains: dict[str, int], *, in_function: bool) -> None:

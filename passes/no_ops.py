@@ -41,8 +41,8 @@ from cipm_ir.passes.reshapes import keeps_order
 
 _STANDARD = ("", "ai.onnx")
 _Rule = Callable[[ir.Node, GraphFacts, int], "ir.Value | None"]
-# Operators to which 0 and -0 are not the same: 1/0 is inf, 1/-0 is -inf.
 _TO_THE_END = 2**31 - 1
+# Operators to which 0 and -0 are not the same: 1/0 is inf, 1/-0 is -inf.
 _SIGN_OF_ZERO = {"Div", "Reciprocal", "Pow", "BitCast"}
 
 
@@ -54,7 +54,8 @@ def copied_input(node: ir.Node, facts: GraphFacts, version: int) -> ir.Value | N
     same = None if rule is None else rule(node, facts, version)
     if same is None and keeps_order(node, facts):
         shape = facts.shape(node.inputs[0])
-        same = node.inputs[0] if shape is not None and None not in shape and shape == facts.shape(node.outputs[0]) else None
+        known = shape is not None and None not in shape
+        same = node.inputs[0] if known and shape == facts.shape(node.outputs[0]) else None
     return same
 
 

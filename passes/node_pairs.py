@@ -3,7 +3,7 @@
 | pair | becomes | where |
 |---|---|---|
 | Transpose, Transpose | one Transpose, or nothing | both permutations are known |
-| two that keep the order of all entries (Reshape, Unsqueeze, ...; see `reshapes`) | one Reshape | all sizes of the result are proven but for one |
+| two that keep the order of all entries, see `reshapes` | one Reshape | the sizes are proven but for one |
 | Concat of Concats | one Concat | along the same axis |
 | Unsqueeze, Unsqueeze | one Unsqueeze | the axes are constant, not negative unless the rank is known (opset 13 on) |
 | Gather, Unsqueeze | Gather | a single constant index, and the axis that it took away |
@@ -105,18 +105,23 @@ def _concats(node: ir.Node) -> None:
     """Take the inputs of a Concat along the same axis, which nothing else consumes, instead of its result."""
     made: list[ir.Value | None] = []
     for value in node.inputs:
-        before = None if value is None else value.producer()
-        joins = before is not None and before.op_type == "Concat" and before.domain in _STANDARD
-        if value is None or before is None or not joins or before.graph is not node.graph or node.domain not in _STANDARD:
-            made.append(value)
-        elif len(value.uses()) != 1 or value.is_graph_output() or attribute(before, "axis") != attribute(node, "axis"):
-            made.append(value)
-        else:
-            made.extend(before.inputs)
+        made.extend(value.producer().inputs if _joins(value, node) else [value])  # type: ignore[union-attr]
     if len(made) > len(node.inputs):
         node.resize_inputs(len(made))
         for index, value in enumerate(made):
             node.replace_input_with(index, value)
+
+
+def _joins(value: ir.Value | None, node: ir.Node) -> bool:
+    before = None if value is None else value.producer()
+    if value is None or before is None or before.graph is not node.graph or len(value.uses()) != 1:
+        return False
+    equal = (before.op_type, before.domain, attribute(before, "axis")) == (
+        "Concat",
+        node.domain,
+        attribute(node, "axis"),
+    )
+    return equal and node.domain in _STANDARD and not value.is_graph_output()
 
 
 def _gathered(before: ir.Node, node: ir.Node, version: int, name: Callable[[str], str]) -> ir.Value | None:
