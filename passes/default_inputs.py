@@ -14,6 +14,8 @@ _STATES = {
     ("", "LSTM"): (5, 6),
     ("com.microsoft", "DynamicQuantizeLSTM"): (5, 6),
 }
+_MOVES = ("Expand", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
+"""What gives out entries of its first input and nothing else."""
 _LIMIT = 1 << 16
 """Constants with more entries are not looked at."""
 
@@ -28,6 +30,9 @@ def drop_defaults(node: ir.Node) -> None:
 
 def _is_zero(value: ir.Value | None) -> bool:
     maker = None if value is None else value.producer()
+    while maker is not None and maker.op_type in _MOVES and maker.domain in ("", "ai.onnx"):
+        value = maker.inputs[0]
+        maker = None if value is None else value.producer()
     if maker is not None and maker.op_type == "ConstantOfShape" and maker.domain in ("", "ai.onnx"):
         tensor = attribute(maker, "value")
         if tensor is None:  # 0 of type float

@@ -255,6 +255,27 @@ def permutation(node: ir.Node, facts: GraphFacts) -> list[int] | None:
     return None if shape is None else list(range(len(shape)))[::-1]
 
 
+def slice_bounds(node: ir.Node, version: int) -> tuple[list[int], list[int], list[int], list[int]] | None:
+    """Return starts, ends, axes and steps of a Slice; None where they are not all constant."""
+    if version < 10:
+        given = [attribute(node, key) for key in ("starts", "ends", "axes")]
+        lists: list[list[int] | None] = [None if numbers is None else list(numbers) for numbers in given]
+    else:
+        tensors = [parameter_tensor(value) for value in node.inputs[1:]]
+        if any(t is None and value is not None for t, value in zip(tensors, node.inputs[1:], strict=True)):
+            return None
+        lists = [None if t is None else np.asarray(t.numpy()).reshape(-1).tolist() for t in tensors]
+    starts, ends, axes, steps = [*lists, None, None, None][:4]
+    if starts is None or ends is None:
+        return None
+    return (
+        starts,
+        ends,
+        list(range(len(starts))) if axes is None else axes,
+        [1] * len(starts) if steps is None else steps,
+    )
+
+
 def _code(symbol: str) -> int:
     return -_FIRST_SYMBOL - int(symbol[1:])
 

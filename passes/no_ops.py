@@ -35,7 +35,7 @@ import onnx_ir as ir
 
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.parameters import parameter_tensor
-from cipm_ir.passes.graph_facts import Dims, GraphFacts, permutation
+from cipm_ir.passes.graph_facts import Dims, GraphFacts, permutation, slice_bounds
 from cipm_ir.passes.replace_values import subgraphs
 from cipm_ir.passes.reshapes import keeps_order
 
@@ -169,19 +169,13 @@ def _single(node: ir.Node, facts: GraphFacts, version: int) -> ir.Value | None:
 
 
 def _slice(node: ir.Node, facts: GraphFacts, version: int) -> ir.Value | None:
-    if version < 10:
-        starts, ends, axes, steps = (attribute(node, name) for name in ("starts", "ends", "axes", "steps"))
-    else:
-        given = [parameter_tensor(value) for value in node.inputs[1:]]
-        if any(tensor is None and value is not None for tensor, value in zip(given, node.inputs[1:], strict=True)):
-            return None
-        lists = [None if tensor is None else np.asarray(tensor.numpy()).reshape(-1).tolist() for tensor in given]
-        starts, ends, axes, steps = [*lists, None, None][:4]
-    shape = facts.shape(node.inputs[0])
-    for k, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        size = None if shape is None else shape[axes[k] if axes else k]
+    bounds, shape = slice_bounds(node, version), facts.shape(node.inputs[0])
+    if bounds is None:
+        return None
+    for start, end, axis, step in zip(*bounds, strict=True):
+        size = None if shape is None else shape[axis]
         to_the_end = end >= _TO_THE_END or (isinstance(size, int) and end >= size)
-        if start != 0 or not to_the_end or (steps and steps[k] != 1):
+        if start != 0 or not to_the_end or step != 1:
             return None
     return node.inputs[0]
 

@@ -7,6 +7,7 @@
 | Concat of Concats | one Concat | along the same axis |
 | Unsqueeze, Unsqueeze | one Unsqueeze | the axes are constant, not negative unless the rank is known (opset 13 on) |
 | Gather, Unsqueeze | Gather | a single constant index, and the axis that it took away |
+| Slice, Slice | one Slice | constants, of different axes |
 | Cast, Cast | the second | the first loses nothing, and the second rounds or wraps the same way from either type |
 | ConcatFromSequence of a SequenceConstruct | Concat | along an existing axis |
 
@@ -22,7 +23,7 @@ import onnx_ir as ir
 
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.parameters import parameter_tensor
-from cipm_ir.passes.graph_facts import GraphFacts, permutation
+from cipm_ir.passes.graph_facts import GraphFacts, permutation, slice_bounds
 from cipm_ir.passes.replace_values import constant_before
 from cipm_ir.passes.reshapes import join_reshapes
 
@@ -63,6 +64,8 @@ def join_pair(node: ir.Node, facts: GraphFacts, version: int, name: Callable[[st
         return None
     if pair == ("Unsqueeze", "Unsqueeze") and version >= 13:
         _unsqueezes(before, node, facts, name)
+    elif pair == ("Slice", "Slice"):
+        _slices(before, node, facts, version, name)
     elif pair == ("Cast", "Cast") and _same_rounding(before, node, facts):
         node.replace_input_with(0, before.inputs[0])
     elif pair == ("SequenceConstruct", "ConcatFromSequence") and not attribute(node, "new_axis", 0):
@@ -99,6 +102,28 @@ def _unsqueezes(before: ir.Node, node: ir.Node, facts: GraphFacts, name: Callabl
     axes = np.sort(np.concatenate([second, old[first]])).astype(np.int64)
     node.replace_input_with(1, constant_before(node, axes, name("axes")))
     node.replace_input_with(0, before.inputs[0])
+
+
+def _slices(before: ir.Node, node: ir.Node, facts: GraphFacts, version: int, name: Callable[[str], str]) -> None:
+    first, second = (slice_bounds(n, version) for n in (before, node))
+    if first is None or second is None:
+        return
+    shape = facts.shape(before.inputs[0])
+    axes = [*first[2], *second[2]]
+    if shape is not None:
+        axes = [axis % len(shape) for axis in axes]
+    if len(set(axes)) != len(axes) or (min(axes) < 0 <= max(axes)):
+        return
+    starts, ends, _, steps = ([*a, *b] for a, b in zip(first, second, strict=True))
+    node.replace_input_with(0, before.inputs[0])
+    if version < 10:
+        for key, numbers in (("starts", starts), ("ends", ends), ("axes", axes)):
+            node.attributes[key] = ir.AttrInt64s(key, numbers)
+        return
+    node.resize_inputs(5)
+    lists = {"starts": starts, "ends": ends, "axes": axes, "steps": steps}
+    for index, (key, numbers) in enumerate(lists.items(), 1):
+        node.replace_input_with(index, constant_before(node, np.array(numbers, np.int64), name(key)))
 
 
 def _concats(node: ir.Node) -> None:

@@ -95,7 +95,7 @@ def _write(
     dtype, name = old.dtype, (node.inputs[1].name if node.inputs[1] is not None else None) or "weight"
     total = bias if shift is None else shift if bias is None else bias + shift
     rounded = None if total is None else round_once(total, dtype)
-    reason = "" if rounded is None or _finite(rounded) else f"the new bias does not fit into {dtype.name.lower()}"
+    reason = "" if rounded is None or _finite(rounded) else f"the new weights do not fit into {dtype.name.lower()}"
     if weights is not None and not reason:
         with np.errstate(all="ignore"):
             made = weights(np.asarray(old.numpy()).astype(np.float64))
@@ -116,7 +116,9 @@ def _write(
     return ""
 
 
-def _forgotten(tensor: ir.TensorProtocol, old: ir.TensorProtocol, weights: Callable[[Array], Array]) -> ir.TensorProtocol:
+def _forgotten(
+    tensor: ir.TensorProtocol, old: ir.TensorProtocol, weights: Callable[[Array], Array]
+) -> ir.TensorProtocol:
     """A tensor, or where it is large what computes it again."""
     if tensor.nbytes <= _LARGE:
         return tensor

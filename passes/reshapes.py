@@ -64,7 +64,7 @@ def join_reshapes(
     """Write two nodes in a row that keep the order as one.
 
     A Reshape is changed in place; anything else becomes a new Reshape of the input of the node before, which is
-    returned.
+    returned, or that input where the shape is the same.
     """
     if version < _FIRST_VERSION or not (keeps_order(before, facts) and keeps_order(node, facts)):
         return None
@@ -80,6 +80,8 @@ def join_reshapes(
             node.replace_input_with(0, source)
         return None
     shape = facts.shape(node.outputs[0])
+    if shape is not None and None not in shape and shape == facts.shape(source):
+        return source
     made = None if shape is None or 0 in shape else _target(list(shape), facts.shape(source), copies=False)
     if made is None or node.graph is None:
         return None
