@@ -147,7 +147,7 @@ def test_sizes_through_32_bits() -> None:
 
 def slices(*bounds: tuple[int, int, int, int]) -> onnx.ModelProto:
     """Slices in a row, each (start, end, axis, step)."""
-    nodes, constants = [], {}
+    nodes, constants = [], dict[str, Any]()
     names = ["x", *(f"v{k}" for k in range(len(bounds) - 1)), "z"]
     for k, numbers in enumerate(bounds):
         keys = [f"{what}{k}" for what in "seap"]
