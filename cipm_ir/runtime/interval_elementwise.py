@@ -122,7 +122,7 @@ def _thresholded(site: Site) -> Function | None:
 
 def _expit(e: Bounds) -> Bounds:
     small = np.exp(-np.abs(e))
-    return np.where(e < 0, small, 1.0) / (1 + small)
+    return np.asarray(np.where(e < 0, small, 1.0) / (1 + small))
 
 
 def _erf(e: Bounds) -> Bounds:
