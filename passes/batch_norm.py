@@ -18,17 +18,18 @@ _STANDARD = ("", "ai.onnx")
 
 
 def fold_batch_norms(model: ir.Model) -> tuple[int, Counter[str]]:
-    """Fold in place what can be folded in the main graph; return how many were, and why how many were not.
+    """Fold in place what can be folded, in bodies too; return how many were, and why how many were not.
 
     Names: the result keeps the name of the normalization's output, the weight its own; a new bias is named after it.
     New weights are computed in double precision and rounded once.
     """
     graph = model.graph
-    unused = {name for name, value in graph.initializers.items() if not value.uses()}
+    graphs = (graph, *graph.subgraphs())
+    unused = {value for one in graphs for value in one.initializers.values() if not value.uses()}
     version = graph.opset_imports.get("", graph.opset_imports.get("ai.onnx", 0))
     folded, kept, sources = 0, Counter[str](), list[ir.Node]()
     for norm in [node for node in graph.all_nodes() if _is_norm(node)]:
-        reason = _obstacle(norm, graph, version)
+        reason = _obstacle(norm, version)
         if not reason:
             sources += [node for value in _parameters(norm) for node in copies(value)]
             reason = _fold(norm, graph)
@@ -37,7 +38,7 @@ def fold_batch_norms(model: ir.Model) -> tuple[int, Counter[str]]:
         else:
             folded += 1
     if folded:
-        drop_unused(graph, unused, sources)
+        drop_unused(graphs, unused, sources)
     return folded, kept
 
 
@@ -45,15 +46,15 @@ def _is_norm(node: ir.Node) -> bool:
     return node.op_type == "BatchNormalization" and node.domain in _STANDARD
 
 
-def _obstacle(norm: ir.Node, graph: ir.Graph, version: int) -> str:
+def _obstacle(norm: ir.Node, version: int) -> str:
     """Why a normalization is no fixed affine map right after a contraction that has room for it; "" where it is."""
     value = norm.inputs[0]
     before = value.producer() if value is not None else None
-    if norm.graph is not graph or sum(out is norm.outputs[0] for out in graph.outputs) > 1:
-        return "inside a subgraph, or an output twice"
+    if norm.graph is None or sum(out is norm.outputs[0] for out in norm.graph.outputs) > 1:
+        return "an output twice"
     if value is None or before is None or before.op_type not in _INTO or before.domain not in _STANDARD:
         return "nothing before can take it"
-    if before.graph is not graph or value.is_graph_output() or len(value.uses()) != 1:
+    if before.graph is not norm.graph or value.is_graph_output() or len(value.uses()) != 1:
         return "its input is consumed elsewhere too"
     training = no_fixed_map(norm, version)
     if training:

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from cipm_ir.errors import InputError
-from cipm_ir.ir.parameters import parameter_tensor, unlist_parameters
+from cipm_ir.ir.parameters import named, parameter_tensor, unlist_parameters
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
 from cipm_ir.passes.batch_norm import fold_batch_norms
 from cipm_ir.passes.default_inputs import drop_defaults
@@ -29,7 +29,7 @@ from cipm_ir.passes.registry import register
 from cipm_ir.passes.replace_values import remove_if_unused, remove_unused, replace_value, subgraphs
 from cipm_ir.passes.reshapes import write_target
 from cipm_ir.runtime.checks import check_shapes
-from cipm_ir.runtime.graphs import all_graphs, named
+from cipm_ir.runtime.graphs import all_graphs
 from cipm_ir.symmetry.program import Program
 
 

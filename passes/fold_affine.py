@@ -78,7 +78,7 @@ class _Folder:
     def __init__(self, model: ir.Model) -> None:
         self.model, self.graph = model, model.graph
         self.version = self.graph.opset_imports.get("", self.graph.opset_imports.get("ai.onnx", 0))
-        self.unused = {name for name, value in self.graph.initializers.items() if not value.uses()}
+        self.unused = {value for value in self.graph.initializers.values() if not value.uses()}
         self.sources: list[ir.Node] = []
         self._facts: GraphFacts | None = None
 
@@ -93,7 +93,7 @@ class _Folder:
                 found = affine_map(node, self.version) if node.graph is self.graph else None
                 count += found is not None and step(node, found)
         if count:
-            drop_unused(self.graph, self.unused, self.sources)
+            drop_unused([self.graph], self.unused, self.sources)
         return count
 
     def _into_before(self, node: ir.Node, found: Map) -> bool:

@@ -6,7 +6,7 @@ Large ones are computed again when they are written, so that they are never all 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from cipm_ir.ir.constants import attribute
-from cipm_ir.ir.parameters import parameter_tensor
+from cipm_ir.ir.parameters import named, parameter_tensor
 from cipm_ir.passes.replace_values import remove_if_unused
-from cipm_ir.runtime.graphs import named
 
 Array = npt.NDArray[Any]
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -243,10 +242,11 @@ def _set_parameter(node: ir.Node, index: int, tensor: ir.TensorProtocol, base: s
         value.const_value = named(tensor, value.name or base)
         return
     name = value.name if value is not None and value.name else base
-    node.replace_input_with(index, _initializer(tensor, name, graph))
+    node.replace_input_with(index, _initializer(tensor, name, graph, node.graph or graph))
 
 
-def _initializer(tensor: ir.TensorProtocol, name: str, graph: ir.Graph) -> ir.Value:
+def _initializer(tensor: ir.TensorProtocol, name: str, graph: ir.Graph, place: ir.Graph) -> ir.Value:
+    """A new initializer of ``place``, the main graph or a body below it, under a name that nothing else has."""
     taken = {value.name for value in _values(graph)}
     unique, number = name, 1
     while unique in taken:
@@ -257,7 +257,7 @@ def _initializer(tensor: ir.TensorProtocol, name: str, graph: ir.Graph) -> ir.Va
         shape=ir.Shape(tensor.shape.numpy()),
         const_value=named(tensor, unique),
     )
-    graph.register_initializer(value)
+    place.register_initializer(value)
     return value
 
 
@@ -266,14 +266,17 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
     yield from graph.initializers.values()
     for node in graph.all_nodes():
         yield from node.outputs
+    for inner in graph.subgraphs():
+        yield from (*inner.inputs, *inner.initializers.values())
 
 
-def drop_unused(graph: ir.Graph, unused_before: set[str], sources: list[ir.Node]) -> None:
+def drop_unused(graphs: Sequence[ir.Graph], unused_before: set[ir.Value], sources: list[ir.Node]) -> None:
     """Remove what the folding left without a consumer, but nothing that had none before."""
     for node in sources:
-        if node.graph is graph:
+        if node.graph in graphs:
             remove_if_unused(node)
-    for name, value in list(graph.initializers.items()):
-        needed = value.uses() or value.is_graph_output() or value.is_graph_input()
-        if name not in unused_before and not needed:
-            del graph.initializers[name]
+    for graph in graphs:
+        for name, value in list(graph.initializers.items()):
+            needed = value.uses() or value.is_graph_output() or value.is_graph_input()
+            if value not in unused_before and not needed:
+                del graph.initializers[name]
