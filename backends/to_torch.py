@@ -215,9 +215,7 @@ def _check_reading(capture: Capture) -> None:
         )
 
 
-def disagreement(
-    capture: Capture, made: Any, graph: fx.GraphModule, must_run: bool = True, few: bool = False
-) -> str:
+def disagreement(capture: Capture, made: Any, graph: fx.GraphModule, must_run: bool = True, few: bool = False) -> str:
     """How something made of a program computes otherwise than its graph, on inputs of our own; empty where it does not.
 
     Args:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from cipm_ir import deferred_imports
 from cipm_ir.errors import (
     CipmError,
     InputError,
@@ -21,6 +20,7 @@ from cipm_ir.errors import (
     UnsupportedError,
     VerificationError,
 )
+from cipm_ir.ir import deferred_imports
 from cipm_ir.version import __version__
 
 deferred_imports.install()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cipm_ir.algebra.components import connected_components
+from cipm_ir.ir.components import connected_components
 from cipm_ir.ir.labels import ZERO, Factor, Labels, mix, occurrence_rank
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from cipm_ir.algebra.components import connected_components
+from cipm_ir.ir.components import connected_components
 from cipm_ir.ir.labels import Labels, mix
 from cipm_ir.symmetry.walk import Walk
 

@@ -12,7 +12,7 @@ from math import gcd, lcm
 
 import numpy as np
 
-from cipm_ir.algebra.components import connected_components
+from cipm_ir.ir.components import connected_components
 
 Term = tuple[int, int]
 """(unknown, coefficient)"""
