@@ -30,7 +30,7 @@ def cpu_seconds(command: Sequence[str]) -> float:
 def nodes(graph: onnx.GraphProto) -> int:
     """All nodes but Constants, those of bodies too."""
     inner = [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
-    return sum(node.op_type != "Constant" for node in graph.node) + sum(map(nodes, inner))
+    return sum(1 for node in graph.node if node.op_type != "Constant") + sum(map(nodes, inner))
 
 
 def main() -> None:
