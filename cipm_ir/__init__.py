@@ -20,7 +20,10 @@ from cipm_ir.errors import (
     UnsupportedError,
     VerificationError,
 )
+from cipm_ir.ir import deferred_imports
 from cipm_ir.version import __version__
+
+deferred_imports.install()
 
 if TYPE_CHECKING:
     from cipm_ir import passes

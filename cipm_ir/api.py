@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from cipm_ir.backends.to_torch import Emitted
     from cipm_ir.runtime.statistics_store import Statistics
 
-DEFAULT_PASSES = ("clean-up", "fold-batch-norm", "remove-dead")
+DEFAULT_PASSES = ("clean-up", "fold-affine", "remove-dead")
 """What `optimize` runs on an ONNX model when it is not told: every exact pass that makes it smaller."""
 
 DEFAULT_TORCH_PASSES = ("remove-dead",)

@@ -129,7 +129,7 @@ def optimize(
             "--pass",
             metavar="PASS",
             help="A pass with its options, as in 'prune{macs=0.5}'; may be repeated. "
-            "Default: clean-up, fold-batch-norm, remove-dead; for torch: remove-dead. `cipm passes` lists them.",
+            "Default: clean-up, fold-affine, remove-dead; for torch: remove-dead. `cipm passes` lists them.",
         ),
     ] = None,
     data: DataOption = None,

@@ -6,7 +6,8 @@ runtime evaluates it, so that the result is the number that the model would have
 round differently. Never evaluated:
 
 * operators that draw at random, Dropout, operators with subgraphs, calls of functions and operators of other domains;
-* ConstantOfShape (a size stored as a tensor) and the quantizing operators (their result is larger, and says less);
+* a ConstantOfShape that is no short list of integers (a size stored as a tensor);
+* the quantizing operators (their result is larger, and says less);
 * products of 8-bit integers, which saturate on some processors;
 * nodes with an attribute that refers to one of the function around them;
 * what the runtime cannot evaluate: a node that fails is left to fail where it did.
@@ -35,9 +36,10 @@ DRAWS = frozenset(
 """Operators that may give something else in every run."""
 FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
 """Metadata of an initializer: the names of what it was computed from; torch's exporter notes the same."""
-_KEPT = DRAWS | {"Identity", "Constant", "ConstantOfShape"}
+_KEPT = DRAWS | {"Identity", "Constant"}
 _KEPT |= {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
 _KEPT |= {"QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"}  # may saturate, by processor
+_SMALL = 64
 _UNFIT = {ir.DataType.STRING, ir.DataType.UNDEFINED}
 
 
@@ -87,6 +89,8 @@ class ConstantFolder:
             return None
         if any(attribute.is_ref() for attribute in node.attributes.values()):
             return None
+        if node.op_type == "ConstantOfShape" and not self._is_small_vector(node):
+            return None
         sizes = self._sizes(node)
         if sizes is not None:
             return [sizes]
@@ -115,6 +119,11 @@ class ConstantFolder:
     def _size(self, value: ir.Value) -> int:
         shape = self.facts.shape(value)
         return int(np.prod([d if isinstance(d, int) else 1 for d in shape])) if shape is not None else 0
+
+    def _is_small_vector(self, node: ir.Node) -> bool:
+        value = node.attributes.get("value")
+        integers = value is not None and value.as_tensor().dtype.is_integer()
+        return integers and 0 < self._size(node.outputs[0]) <= _SMALL
 
     def _too_large(self, size: int, node: ir.Node) -> bool:
         """Whether a result is above the limit, and more than the constants that it makes superfluous."""

@@ -7,6 +7,8 @@ for inner values are not read: they may be left from a version of the model with
 from __future__ import annotations
 
 import itertools
+import math
+from collections import Counter
 from typing import TypeAlias
 
 import numpy as np
@@ -74,9 +76,11 @@ class GraphFacts:
     # ------------------------------------------------------------ learning
     def learn(self, node: ir.Node, version: int) -> None:
         """Derive what holds for the outputs of a node from what holds for its inputs."""
-        if node.domain not in _STANDARD or any(True for _ in subgraphs(node)) or node.op_type == "Constant":
-            return
         if any(attr.is_ref() for attr in node.attributes.values()):
+            return
+        if (node.domain, node.op_type) == ("com.microsoft", "DynamicQuantizeLSTM"):
+            self._learn_quantized_lstm(node)
+        if node.domain not in _STANDARD or any(True for _ in subgraphs(node)) or node.op_type == "Constant":
             return
         self._infer(node, version)
         self._learn_entries(node, version)
@@ -116,7 +120,7 @@ class GraphFacts:
                 dims = tuple(map(_dim, proto.tensor_type.shape.dim))
                 known = dims if node.op_type not in _ROUNDED else self._without_rounded(node, dims)
                 if known is not None:
-                    self._shapes[value] = known
+                    self._shapes[value] = self._named(known)
 
     def _without_rounded(self, node: ir.Node, dims: Dims) -> Dims | None:
         """Forget the sizes of which ONNX's inference and the runtime may think differently."""
@@ -150,12 +154,19 @@ class GraphFacts:
             shape = self.shape(node.inputs[0])
             if shape is None or (node.op_type == "Size" and not all(isinstance(d, int) for d in shape)):
                 return
-            coded = np.array([self._coded_dim(d) for d in shape], np.int64)
+            coded = np.array([d if isinstance(d, int) else _code(d) for d in self._named(shape)], np.int64)
             if node.op_type == "Size":
                 found: Array | None = np.asarray(coded.prod(), np.int64)
             else:
                 found = coded[slice(attribute(node, "start", 0), attribute(node, "end"))]
-        elif node.op_type in _MOVES or (node.op_type == "Cast" and attribute(node, "to") == int(ir.DataType.INT64)):
+        elif node.op_type == "Cast" and ir.DataType(attribute(node, "to")) in _SIZES:
+            found = self._coded(node.inputs[0])  # no size is too large for 32 bits
+            large = found is not None and (np.abs(found) >= 1 << 31)
+            if found is None or (large & ~_are_symbols(found)).any():
+                return
+        elif node.op_type == "Mul":
+            found = self._times_one(*node.inputs)
+        elif node.op_type in _MOVES:
             args = [self._coded(value) for value in node.inputs]
             moved = args if node.op_type == "Concat" else args[:1]
             if any(a is None for a in moved) or any(a is not None and self._has_symbols(a) for a in args[len(moved) :]):
@@ -165,6 +176,13 @@ class GraphFacts:
             return
         if found is not None and found.size <= _SMALL:
             self._entries[node.outputs[0]] = found
+
+    def _times_one(self, left: ir.Value | None, right: ir.Value | None) -> Array | None:
+        """A size times 1; other products of symbols are not followed."""
+        a, b = self._coded(left), self._coded(right)
+        if a is None or b is None or a.shape != b.shape:
+            return None
+        return a if (b == 1).all() else b if (a == 1).all() else None
 
     def _learn_reshape(self, node: ir.Node) -> None:
         out, target = node.outputs[0], self.entries(node.inputs[1])
@@ -180,7 +198,9 @@ class GraphFacts:
                 made.append(None if d == -1 else d)
         if known is not None and len(known) == len(made):
             made = [b if isinstance(b, int) else a for a, b in zip(made, known, strict=True)]
-        self._shapes[out] = tuple(made)
+        if target.count(-1) == 1 and shape is not None and made[target.index(-1)] is None:
+            made[target.index(-1)] = _left_over(shape, made)
+        self._shapes[out] = self._named(tuple(made))
 
     def _learn_expand(self, node: ir.Node) -> None:
         out, target, shape = node.outputs[0], self.entries(node.inputs[1]), self.shape(node.inputs[0])
@@ -190,22 +210,32 @@ class GraphFacts:
         rank = max(len(shape), len(target))
         a = [1] * (rank - len(shape)) + list(shape)
         b = [1] * (rank - len(target)) + target
-        self._shapes[out] = tuple(y if x == 1 else x if y == 1 or x == y else None for x, y in zip(a, b, strict=True))
+        joined = tuple(y if x == 1 else x if y == 1 or x == y else None for x, y in zip(a, b, strict=True))
+        self._shapes[out] = self._named(joined)
+
+    def _learn_quantized_lstm(self, node: ir.Node) -> None:
+        """Shapes of onnxruntime's quantized LSTM are those of LSTM."""
+        shape = self.shape(node.inputs[0])
+        if shape is None or len(shape) != 3:
+            return
+        ways, hidden = 1 + (attribute(node, "direction") == "bidirectional"), int(attribute(node, "hidden_size"))
+        shapes: list[Dims] = [(shape[0], ways, shape[1], hidden), *2 * [(ways, shape[1], hidden)]]
+        for value, known in zip(node.outputs, shapes, strict=False):
+            self._types[value], self._shapes[value] = ir.DataType.FLOAT, known
 
     # ------------------------------------------------------------ symbols
     def _symbol(self) -> str:
         return f"s{next(self._numbers)}"
 
-    def _coded_dim(self, dim: Dim) -> int:
-        if isinstance(dim, int):
-            return dim
-        return -_FIRST_SYMBOL - int((dim or self._symbol())[1:])
+    def _named(self, dims: Dims) -> tuple[int | str, ...]:
+        """Give each unknown size a symbol, so that it is the same wherever it is asked for."""
+        return tuple(self._symbol() if d is None else d for d in dims)
 
     def _decoded(self, code: int) -> Dim:
         return f"s{-code - _FIRST_SYMBOL}" if -2 * _FIRST_SYMBOL < code <= -_FIRST_SYMBOL else code
 
     def _has_symbols(self, coded: Array) -> bool:
-        return coded.dtype.kind == "i" and bool(((coded > -2 * _FIRST_SYMBOL) & (coded <= -_FIRST_SYMBOL)).any())
+        return coded.dtype.kind == "i" and bool(_are_symbols(coded).any())
 
     def _coded(self, value: ir.Value | None) -> Array | None:
         if value is not None and value in self._entries:
@@ -215,6 +245,56 @@ class GraphFacts:
             return None
         array = np.asarray(tensor.numpy()).astype(np.int64)
         return None if self._has_symbols(array) else array
+
+
+def permutation(node: ir.Node, facts: GraphFacts) -> list[int] | None:
+    """Return the permutation of a Transpose; the reversal that it is by default needs a known rank."""
+    perm, shape = attribute(node, "perm"), facts.shape(node.inputs[0])
+    if perm is not None:
+        return list(perm)
+    return None if shape is None else list(range(len(shape)))[::-1]
+
+
+def slice_bounds(node: ir.Node, version: int) -> tuple[list[int], list[int], list[int], list[int]] | None:
+    """Return starts, ends, axes and steps of a Slice; None where they are not all constant."""
+    if version < 10:
+        given = [attribute(node, key) for key in ("starts", "ends", "axes")]
+        lists: list[list[int] | None] = [None if numbers is None else list(numbers) for numbers in given]
+    else:
+        tensors = [parameter_tensor(value) for value in node.inputs[1:]]
+        if any(t is None and value is not None for t, value in zip(tensors, node.inputs[1:], strict=True)):
+            return None
+        lists = [None if t is None else np.asarray(t.numpy()).reshape(-1).tolist() for t in tensors]
+    starts, ends, axes, steps = [*lists, None, None, None][:4]
+    if starts is None or ends is None:
+        return None
+    return (
+        starts,
+        ends,
+        list(range(len(starts))) if axes is None else axes,
+        [1] * len(starts) if steps is None else steps,
+    )
+
+
+def _code(symbol: str) -> int:
+    return -_FIRST_SYMBOL - int(symbol[1:])
+
+
+def _are_symbols(coded: Array) -> Array:
+    return (coded > -2 * _FIRST_SYMBOL) & (coded <= -_FIRST_SYMBOL)
+
+
+def _left_over(shape: Dims, made: list[Dim]) -> Dim:
+    """Return the size that -1 stands for: the one symbol that is not among the others, where the numbers match."""
+    others = [d for d in made if d is not None]
+    names = Counter(d for d in shape if isinstance(d, str))
+    names.subtract(d for d in others if isinstance(d, str))
+    left = list((+names).elements())
+    numbers = [math.prod(d for d in dims if isinstance(d, int)) for dims in (shape, others)]
+    unclear = None in shape or len(others) != len(made) - 1 or (-names).total() or 0 in numbers
+    if unclear or len(left) > 1 or (left and numbers[0] != numbers[1]) or numbers[0] % numbers[1]:
+        return None
+    return left[0] if left else numbers[0] // numbers[1]
 
 
 def _exact_product(size: Dim, scale: float) -> bool:

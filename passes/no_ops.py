@@ -13,7 +13,10 @@ This table is all that clean-up removes. Nothing is compared by a tolerance, and
 | Expand | each entry of the target is 1 or the size that is there, and there are no new axes |
 | Reshape | each entry of the target keeps its axis: the same size or symbol, 0 without allowzero, one -1 |
 | Transpose | the permutation is 0, 1, 2, ... |
-| Concat | of a single input |
+| Concat, Max, Min, Sum | of a single input |
+| Slice | from 0 in steps of 1 to the end: the size, or 2^31 - 1, by which ONNX says "to the end" |
+| Pad | all amounts are 0 |
+| Flatten, Squeeze, Unsqueeze, Transpose | as Reshape, where the shape stays and the entries keep their order |
 | SequenceAt | of a SequenceConstruct at a constant position: that element |
 
 The sign of zero: x - 0 and x + (-0) give x back bit for bit. x + 0 and x - (-0) turn -0 into 0, which is the same
@@ -32,21 +35,28 @@ import onnx_ir as ir
 
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.parameters import parameter_tensor
-from cipm_ir.passes.graph_facts import Dims, GraphFacts
+from cipm_ir.passes.graph_facts import Dims, GraphFacts, permutation, slice_bounds
 from cipm_ir.passes.replace_values import subgraphs
+from cipm_ir.passes.reshapes import keeps_order
 
 _STANDARD = ("", "ai.onnx")
 _Rule = Callable[[ir.Node, GraphFacts, int], "ir.Value | None"]
+_TO_THE_END = 2**31 - 1
 # Operators to which 0 and -0 are not the same: 1/0 is inf, 1/-0 is -inf.
 _SIGN_OF_ZERO = {"Div", "Reciprocal", "Pow", "BitCast"}
 
 
 def copied_input(node: ir.Node, facts: GraphFacts, version: int) -> ir.Value | None:
     """Return the value that the first output of a node always equals, None where there is none; see the table above."""
-    rule = _RULES.get(node.op_type)
-    if rule is None or node.domain not in _STANDARD or any(a.is_ref() for a in node.attributes.values()):
+    if node.domain not in _STANDARD or any(a.is_ref() for a in node.attributes.values()):
         return None
-    return rule(node, facts, version)
+    rule = _RULES.get(node.op_type)
+    same = None if rule is None else rule(node, facts, version)
+    if same is None and keeps_order(node, facts):
+        shape = facts.shape(node.inputs[0])
+        known = shape is not None and None not in shape
+        same = node.inputs[0] if known and shape == facts.shape(node.outputs[0]) else None
+    return same
 
 
 def _first(node: ir.Node, facts: GraphFacts, version: int) -> ir.Value | None:
@@ -154,16 +164,29 @@ def _transpose(node: ir.Node, facts: GraphFacts, version: int) -> ir.Value | Non
     return node.inputs[0] if perm is not None and perm == list(range(len(perm))) else None
 
 
-def permutation(node: ir.Node, facts: GraphFacts) -> list[int] | None:
-    """Return the permutation of a Transpose; the reversal that it is by default needs a known rank."""
-    perm, shape = attribute(node, "perm"), facts.shape(node.inputs[0])
-    if perm is not None:
-        return list(perm)
-    return None if shape is None else list(range(len(shape)))[::-1]
-
-
-def _concat(node: ir.Node, facts: GraphFacts, version: int) -> ir.Value | None:
+def _single(node: ir.Node, facts: GraphFacts, version: int) -> ir.Value | None:
     return node.inputs[0] if len(node.inputs) == 1 else None
+
+
+def _slice(node: ir.Node, facts: GraphFacts, version: int) -> ir.Value | None:
+    bounds, shape = slice_bounds(node, version), facts.shape(node.inputs[0])
+    if bounds is None:
+        return None
+    for start, end, axis, step in zip(*bounds, strict=True):
+        size = None if shape is None else shape[axis]
+        to_the_end = end >= _TO_THE_END or (isinstance(size, int) and end >= size)
+        if start != 0 or not to_the_end or step != 1:
+            return None
+    return node.inputs[0]
+
+
+def _pad(node: ir.Node, facts: GraphFacts, version: int) -> ir.Value | None:
+    if version < 11:
+        amounts = attribute(node, "pads", attribute(node, "paddings"))
+    else:
+        tensor = parameter_tensor(node.inputs[1])
+        amounts = None if tensor is None else np.asarray(tensor.numpy()).reshape(-1).tolist()
+    return node.inputs[0] if amounts is not None and not any(amounts) else None
 
 
 def _sequence_at(node: ir.Node, facts: GraphFacts, version: int) -> ir.Value | None:
@@ -187,6 +210,11 @@ _RULES: dict[str, _Rule] = {
     "Expand": _expand,
     "Reshape": _reshape,
     "Transpose": _transpose,
-    "Concat": _concat,
+    "Concat": _single,
+    "Max": _single,
+    "Min": _single,
+    "Sum": _single,
+    "Slice": _slice,
+    "Pad": _pad,
     "SequenceAt": _sequence_at,
 }

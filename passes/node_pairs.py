@@ -3,8 +3,11 @@
 | pair | becomes | where |
 |---|---|---|
 | Transpose, Transpose | one Transpose, or nothing | both permutations are known |
-| Reshape, Reshape | the second | its target is constant, without an entry that copies an axis of the first's result |
+| two that keep the order of all entries, see `reshapes` | one Reshape | the sizes are proven but for one |
+| Concat of Concats | one Concat | along the same axis |
 | Unsqueeze, Unsqueeze | one Unsqueeze | the axes are constant, not negative unless the rank is known (opset 13 on) |
+| Gather, Unsqueeze | Gather | a single constant index, and the axis that it took away |
+| Slice, Slice | one Slice | constants, of different axes |
 | Cast, Cast | the second | the first loses nothing, and the second rounds or wraps the same way from either type |
 | ConcatFromSequence of a SequenceConstruct | Concat | along an existing axis |
 
@@ -20,9 +23,9 @@ import onnx_ir as ir
 
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.parameters import parameter_tensor
-from cipm_ir.passes.graph_facts import GraphFacts
-from cipm_ir.passes.no_ops import permutation
+from cipm_ir.passes.graph_facts import GraphFacts, permutation, slice_bounds
 from cipm_ir.passes.replace_values import constant_before
+from cipm_ir.passes.reshapes import join_reshapes
 
 _STANDARD = ("", "ai.onnx")
 
@@ -39,6 +42,8 @@ def join_pair(node: ir.Node, facts: GraphFacts, version: int, name: Callable[[st
     Returns:
         What the pair always equals, where that is a value which exists; the node is not changed then.
     """
+    if node.op_type == "Concat" and version >= 4:
+        _concats(node)
     value = node.inputs[0] if node.inputs else None
     before = None if value is None else value.producer()
     if value is None or before is None or before.graph is not node.graph:
@@ -50,12 +55,17 @@ def join_pair(node: ir.Node, facts: GraphFacts, version: int, name: Callable[[st
     pair = (before.op_type, node.op_type)
     if pair == ("Transpose", "Transpose"):
         return _transposes(before, node, facts)
+    reshaped = join_reshapes(before, node, facts, version, name)
+    if reshaped is not None or node.inputs[0] is not value:
+        return reshaped
+    if pair == ("Gather", "Unsqueeze"):
+        return _gathered(before, node, version, name)
     if len(value.uses()) != 1 or value.is_graph_output():
         return None
-    if pair == ("Reshape", "Reshape"):
-        _reshapes(before, node, name)
-    elif pair == ("Unsqueeze", "Unsqueeze") and version >= 13:
+    if pair == ("Unsqueeze", "Unsqueeze") and version >= 13:
         _unsqueezes(before, node, facts, name)
+    elif pair == ("Slice", "Slice"):
+        _slices(before, node, facts, version, name)
     elif pair == ("Cast", "Cast") and _same_rounding(before, node, facts):
         node.replace_input_with(0, before.inputs[0])
     elif pair == ("SequenceConstruct", "ConcatFromSequence") and not attribute(node, "new_axis", 0):
@@ -77,22 +87,6 @@ def _transposes(before: ir.Node, node: ir.Node, facts: GraphFacts) -> ir.Value |
     return None
 
 
-def _reshapes(before: ir.Node, node: ir.Node, name: Callable[[str], str]) -> None:
-    if len(node.inputs) < 2 or len(before.inputs) < 2:
-        return
-    tensor = parameter_tensor(node.inputs[1])
-    if tensor is None:
-        return
-    target = np.array(tensor.numpy())
-    if not attribute(node, "allowzero", 0) and (target == 0).any():
-        # The axis that is copied is what is left when all other sizes are known.
-        if (target == 0).sum() > 1 or (target == -1).any():
-            return
-        target[target == 0] = -1
-        node.replace_input_with(1, constant_before(node, target, name("target")))
-    node.replace_input_with(0, before.inputs[0])
-
-
 def _unsqueezes(before: ir.Node, node: ir.Node, facts: GraphFacts, name: Callable[[str], str]) -> None:
     inner, outer = (parameter_tensor(n.inputs[1]) for n in (before, node))
     if inner is None or outer is None:
@@ -108,6 +102,68 @@ def _unsqueezes(before: ir.Node, node: ir.Node, facts: GraphFacts, name: Callabl
     axes = np.sort(np.concatenate([second, old[first]])).astype(np.int64)
     node.replace_input_with(1, constant_before(node, axes, name("axes")))
     node.replace_input_with(0, before.inputs[0])
+
+
+def _slices(before: ir.Node, node: ir.Node, facts: GraphFacts, version: int, name: Callable[[str], str]) -> None:
+    first, second = (slice_bounds(n, version) for n in (before, node))
+    if first is None or second is None:
+        return
+    shape = facts.shape(before.inputs[0])
+    axes = [*first[2], *second[2]]
+    if shape is not None:
+        axes = [axis % len(shape) for axis in axes]
+    if len(set(axes)) != len(axes) or (min(axes) < 0 <= max(axes)):
+        return
+    starts, ends, _, steps = ([*a, *b] for a, b in zip(first, second, strict=True))
+    node.replace_input_with(0, before.inputs[0])
+    if version < 10:
+        for key, numbers in (("starts", starts), ("ends", ends), ("axes", axes)):
+            node.attributes[key] = ir.AttrInt64s(key, numbers)
+        return
+    node.resize_inputs(5)
+    lists = {"starts": starts, "ends": ends, "axes": axes, "steps": steps}
+    for index, (key, numbers) in enumerate(lists.items(), 1):
+        node.replace_input_with(index, constant_before(node, np.array(numbers, np.int64), name(key)))
+
+
+def _concats(node: ir.Node) -> None:
+    """Take the inputs of a Concat along the same axis, which nothing else consumes, instead of its result."""
+    made: list[ir.Value | None] = []
+    for value in node.inputs:
+        made.extend(value.producer().inputs if _joins(value, node) else [value])  # type: ignore[union-attr]
+    if len(made) > len(node.inputs):
+        node.resize_inputs(len(made))
+        for index, value in enumerate(made):
+            node.replace_input_with(index, value)
+
+
+def _joins(value: ir.Value | None, node: ir.Node) -> bool:
+    before = None if value is None else value.producer()
+    if value is None or before is None or before.graph is not node.graph or len(value.uses()) != 1:
+        return False
+    equal = (before.op_type, before.domain, attribute(before, "axis")) == (
+        "Concat",
+        node.domain,
+        attribute(node, "axis"),
+    )
+    return equal and node.domain in _STANDARD and not value.is_graph_output()
+
+
+def _gathered(before: ir.Node, node: ir.Node, version: int, name: Callable[[str], str]) -> ir.Value | None:
+    """One entry along an axis, then that axis again: a Gather with a list of one index."""
+    indices, axis = parameter_tensor(before.inputs[1]), int(attribute(before, "axis", 0))
+    if version < 13:
+        axes = list(attribute(node, "axes"))
+    else:
+        tensor = parameter_tensor(node.inputs[1])
+        axes = [] if tensor is None else np.asarray(tensor.numpy()).reshape(-1).tolist()
+    if indices is None or len(indices.shape) or axis < 0 or axes != [axis] or node.graph is None:
+        return None
+    one = constant_before(node, np.asarray(indices.numpy()).reshape(1), name("index"))
+    out = ir.Value(name=name("gathered"), type=node.outputs[0].type, shape=node.outputs[0].shape)
+    attributes = [ir.AttrInt64("axis", axis)]
+    node.graph.insert_before(node, ir.Node("", "Gather", [before.inputs[0], one], attributes, outputs=[out]))
+    return out
 
 
 def _concatenated(before: ir.Node, node: ir.Node, name: str) -> ir.Value:

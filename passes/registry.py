@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import importlib.metadata
 import re
 from collections.abc import Callable
@@ -18,6 +19,24 @@ GROUP = "cipm_ir.passes"
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(?:[-_.][a-z0-9]+)*")
 _PASSES: dict[str, type[Pass]] = {}
+_BUILT_IN = {
+    "absorb-bias": "absorb_bias",
+    "canonicalize": "canonicalize",
+    "canonicalize-signs": "canonicalize_signs",
+    "clean-up": "cleanup",
+    "cluster": "cluster",
+    "compress": "compress",
+    "equalize": "equalize",
+    "expose": "expose",
+    "fold": "fold",
+    "fold-affine": "fold_affine",
+    "fold-batch-norm": "cleanup",
+    "prune": "prune",
+    "recover-names": "recover_names",
+    "remove-dead": "remove_dead",
+    "rotate": "rotate",
+}
+"""The modules of our own passes, which are imported when one is asked for."""
 
 P = TypeVar("P", bound=type[Pass])
 
@@ -30,6 +49,8 @@ def register(name: str) -> Callable[[P], P]:
 
     def decorate(cls: P) -> P:
         _check_class(cls, name)
+        if not cls.__module__.startswith("cipm_ir.passes."):
+            _import_built_in(name)
         known = _PASSES.get(name)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise OptionError(
@@ -60,12 +81,13 @@ def lookup(name: str) -> type[Pass]:
 
     Errors: `OptionError` for an unknown name, with the names near it.
     """
+    _import_built_in(name)
     if name in _PASSES:
         return _PASSES[name]
     announced = _announced()
     if name in announced:
         return _load(announced[name])
-    known = sorted({*_PASSES, *announced})
+    known = sorted({*_BUILT_IN, *_PASSES, *announced})
     near = difflib.get_close_matches(name, known, 3, 0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}."
     raise OptionError(f"There is no pass named {name!r}; {hint}")
@@ -73,7 +95,12 @@ def lookup(name: str) -> type[Pass]:
 
 def names() -> tuple[str, ...]:
     """The names of all passes, sorted; those of other packages are not imported."""
-    return tuple(sorted({*_PASSES, *_announced()}))
+    return tuple(sorted({*_BUILT_IN, *_PASSES, *_announced()}))
+
+
+def _import_built_in(name: str) -> None:
+    if name in _BUILT_IN and name not in _PASSES:
+        importlib.import_module(f"cipm_ir.passes.{_BUILT_IN[name]}")
 
 
 @dataclasses.dataclass(frozen=True)

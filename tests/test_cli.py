@@ -95,7 +95,7 @@ def test_optimize_without_output_says_so(capsys: Capture) -> None:
 
 def test_optimize_default_pipeline(capsys: Capture) -> None:
     text = works(["optimize", DIGITS], capsys)
-    assert all(name in text for name in ("clean-up", "fold-batch-norm", "remove-dead"))
+    assert all(name in text for name in ("clean-up", "fold-affine", "remove-dead"))
 
 
 def test_optimize_without_verification(capsys: Capture) -> None:

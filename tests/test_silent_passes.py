@@ -234,6 +234,7 @@ EXAMPLES: dict[str, Callable[[], str]] = {
     "recover-names": lambda: said(layers(), "recover-names"),
     "expose": lambda: said(layers(), "expose"),
     "clean-up": lambda: said(layers(), "clean-up"),
+    "fold-affine": lambda: said(layers(), "fold-affine"),
     "fold-batch-norm": lambda: said(layers(), "fold-batch-norm"),
     "compress": lambda: said(layers(), "compress{macs=1.0}", data=True),
 }

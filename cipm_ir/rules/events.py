@@ -9,9 +9,8 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
+from cipm_ir.ir.components import connected_components
 from cipm_ir.ir.labels import ZERO, Factor, Labels, mix, occurrence_rank
 
 
@@ -158,8 +157,7 @@ class Recorder:
         atoms, atom = np.unique(labels, return_inverse=True)
         atom = atom.ravel()
         rows, count = int(row.max()) + 1, len(atoms)
-        links = coo_array((np.ones(len(row), np.int8), (row, rows + atom)), shape=(rows + count, rows + count))
-        family = connected_components(links, directed=False)[1][:rows].astype(np.int64)
+        family = connected_components(row, rows + atom, rows + count)[1][:rows]
         place = occurrence_rank(family)[row]  # of the row in its family
         code = mix(occurrence_rank(labels) * 1_000_003 + place) & np.uint64((1 << 30) - 1)
         colour = np.bincount(atom, weights=code.astype(np.float64)).astype(np.int64)

@@ -211,6 +211,8 @@ def _symbol_size(name: str, axis: int, batch: int, free_size: int) -> int:
 
 def _evaluate(dim: ir.SymbolicDim, sizes: dict[str, int], batch: int, free_size: int) -> int | None:
     """The size of an axis whose name is an expression such as `past_length + 1`; None where it is a plain name."""
+    if not set("+-*/%(") & set(dim.value or ""):
+        return None
     try:
         symbols = sorted(dim.free_symbols())
         if not symbols or symbols == [dim.value]:

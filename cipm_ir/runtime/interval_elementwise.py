@@ -8,7 +8,6 @@ from functools import reduce
 
 import numpy as np
 import onnx_ir as ir
-from scipy.special import erf, expit
 
 from cipm_ir.runtime.interval_arithmetic import Bounds, Interval, add, divide, multiply, negated
 from cipm_ir.runtime.interval_site import Site, bounds
@@ -121,15 +120,26 @@ def _thresholded(site: Site) -> Function | None:
     return None if alpha < 0 else lambda e: np.where(e > alpha, e, 0.0)
 
 
+def _expit(e: Bounds) -> Bounds:
+    small = np.exp(-np.abs(e))
+    return np.asarray(np.where(e < 0, small, 1.0) / (1 + small))
+
+
+def _erf(e: Bounds) -> Bounds:
+    from scipy.special import erf  # takes longer to import than most models to bound
+
+    return np.asarray(erf(e))
+
+
 def _plain(function: Function) -> Callable[[Site], Function | None]:
     return lambda _: function
 
 
 # name: the function, and the range of its results
 _INCREASING: dict[str, tuple[Callable[[Site], Function | None], float, float]] = {
-    "Sigmoid": (_plain(expit), 0.0, 1.0),
+    "Sigmoid": (_plain(_expit), 0.0, 1.0),
     "Tanh": (_plain(np.tanh), -1.0, 1.0),
-    "Erf": (_plain(erf), -1.0, 1.0),
+    "Erf": (_plain(_erf), -1.0, 1.0),
     "Softsign": (_plain(lambda e: np.where(np.isinf(e), np.sign(e), e / (1 + np.abs(e)))), -1.0, 1.0),
     "Softplus": (_plain(lambda e: np.logaddexp(0.0, e)), 0.0, _INF),
     "Atan": (_plain(np.arctan), -_INF, _INF),
@@ -167,13 +177,13 @@ def _with_zeros(x: Interval, out: Interval) -> Interval:
 
 
 def _gelu(e: Bounds) -> Bounds:
-    return 0.5 * e * (1 + erf(e / math.sqrt(2)))
+    return 0.5 * e * (1 + _erf(e / math.sqrt(2)))
 
 
 # x times a gate from 0 to 1: falls to a least value (rounded outward here) at the place given, then rises
 _DIPPED: dict[str, tuple[Function, float, float]] = {
     "Gelu": (_gelu, -0.75179, -0.16998),
-    "Swish": (lambda e: e * expit(e), -1.27847, -0.27847),
+    "Swish": (lambda e: e * _expit(e), -1.27847, -0.27847),
     "Mish": (lambda e: e * np.tanh(np.logaddexp(0.0, e)), -1.19243, -0.30885),
     "HardSwish": (lambda e: e * np.clip(e / 6 + 0.5, 0.0, 1.0), -1.5, -0.37501),
 }

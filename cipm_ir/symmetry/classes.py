@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
+from cipm_ir.ir.components import connected_components
 from cipm_ir.ir.labels import Labels, mix
 from cipm_ir.symmetry.walk import Walk
 
@@ -56,10 +55,7 @@ def components(count: int, pairs: list[tuple[Labels, Labels]]) -> tuple[int, Lab
         return count, np.arange(count, dtype=np.int64)
     a = np.concatenate([p[0] for p in pairs])
     b = np.concatenate([p[1] for p in pairs])
-    ends = (a.astype(np.int32), b.astype(np.int32)) if count < 1 << 31 else (a, b)
-    graph = coo_array((np.ones(len(a)), ends), shape=(count, count)).tocsr()
-    number, label = connected_components(graph, directed=False)
-    return int(number), label.astype(np.int64)
+    return connected_components(a, b, count)
 
 
 def unique_pairs(a: Labels, b: Labels) -> Labels:

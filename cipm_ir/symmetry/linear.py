@@ -11,8 +11,8 @@ from fractions import Fraction
 from math import gcd, lcm
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
+
+from cipm_ir.ir.components import connected_components
 
 Term = tuple[int, int]
 """(unknown, coefficient)"""
@@ -76,8 +76,7 @@ def _components(two: list[list[Term]], preferred: Collection[int]) -> dict[int, 
         flip = int(terms[0][1] * terms[1][1] > 0)  # x + y = 0
         a += [2 * i, 2 * i + 1]
         b += [2 * j + flip, 2 * j + 1 - flip]
-    graph = coo_array((np.ones(len(a), np.int8), (a, b)), shape=(2 * len(names), 2 * len(names))).tocsr()
-    label = connected_components(graph, directed=False)[1].tolist()
+    label = connected_components(np.array(a, np.int64), np.array(b, np.int64), 2 * len(names))[1].tolist()
     chosen: dict[int, Term] = {}
     out: dict[int, Term | None] = {}
     for i, v in enumerate(names):

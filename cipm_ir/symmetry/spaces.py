@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.sparse import coo_array
 
 from cipm_ir.ir.labels import Labels, mix
 from cipm_ir.symmetry.classes import Classes, Hashes, scatter_sum, unique_pairs
@@ -131,6 +130,8 @@ def _crossings(classes: Classes, holds: _Holds) -> tuple[np.ndarray, Labels, Lab
     none = np.zeros((0, 2), np.int64)
     if not len(holds.label):
         return cells, innermost, none
+    from scipy.sparse import coo_array  # takes longer to import than most models to analyse
+
     pairs = unique_pairs(holds.block, holds.child)
     blocks, row = np.unique(pairs[:, 0], return_inverse=True)
     members = coo_array((np.ones(len(pairs), np.int64), (row, pairs[:, 1])), shape=(len(blocks), classes.count)).tocsr()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import networkx as nx
 import numpy as np
 import onnx_ir as ir
 
@@ -19,6 +18,8 @@ from cipm_ir.symmetry.leaves import Leaf, OpaqueNode
 from cipm_ir.symmetry.walk import captured_values
 
 if TYPE_CHECKING:
+    import networkx as nx
+
     from cipm_ir.symmetry.program import Program, Space
 
 _SHORT = {
@@ -271,6 +272,8 @@ def _attribute(attr: ir.Attr) -> str:
 
 def to_networkx(program: Program) -> nx.Graph[str]:
     """Bipartite graph: ``@space`` nodes (size, kind, group) and parameter nodes; an edge lists the axes that move."""
+    import networkx as nx
+
     graph: nx.Graph[str] = nx.Graph()
     for s in program.spaces:
         graph.add_node(f"@{s.name}", kind=s.kind, size=s.size, group=str(s.group))
