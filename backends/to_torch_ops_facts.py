@@ -10,7 +10,8 @@ from torch import fx
 
 from cipm_ir.errors import UnsupportedError
 from cipm_ir.ir.constants import LIMIT, attribute, constant_tensor, evaluate
-from cipm_ir.ir.shapes import Shapes, infer_node, infer_shapes
+from cipm_ir.ir.shapes import Shapes, infer_node
+from cipm_ir.ir.stand_ins import infer_shapes
 from cipm_ir.runtime.graphs import describe_node
 
 __all__ = ["CHAIN", "Facts", "Int", "held_tensor", "is_default", "refuse"]

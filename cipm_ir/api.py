@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING, Any
 from cipm_ir.backends.to_onnx import emit_proto
 from cipm_ir.errors import InputError, OptionError, UnsupportedError
 from cipm_ir.frontends.from_onnx import check_finite
+from cipm_ir.ir.input_shapes import InputShapes
 from cipm_ir.passes.base import Kind, Pass, Progress, ignore_progress
 from cipm_ir.passes.pipeline import OnFailure, Outcome, Verify, Witness, check_analysis, check_properties, run_passes
 from cipm_ir.passes.report import Report
 from cipm_ir.passes.text import parse_passes
-from cipm_ir.runtime.inputs import Data
+from cipm_ir.runtime.batch_size import fit_batch, share_batch
+from cipm_ir.runtime.data import Data
 from cipm_ir.runtime.verify import Verification, verify_models
 from cipm_ir.sources import (
     Examples,
     OnnxOrigin,
+    Sizes,
     Source,
     check_output,
     origin_of,
@@ -105,6 +108,8 @@ def load(
     *,
     dynamic_shapes: Any = None,
     method: str = "auto",
+    input_shapes: InputShapes | None = None,
+    fix_shapes: bool = False,
 ) -> Program:
     """Read a model and make it a program; weights stay on disk until they are needed.
 
@@ -114,10 +119,15 @@ def load(
         example_kwargs: for torch: its keyword arguments.
         dynamic_shapes: for torch: as in `torch.export.export`; sizes that it does not name are fixed.
         method: for an `nn.Module`: "symbolic" (torch.fx tracing), "export", or "auto": the first where it works.
+        input_shapes: for ONNX: sizes by input, ``{"x": (1, 3, 640, 640)}``, None for one that stays open; of one input
+            also its sizes alone. Analysis, costs and verification use them; the model stays dynamic.
+        fix_shapes: declare these sizes in the model.
 
-    Errors: `InputError` (no such file, not a model, damaged, shapes that contradict each other), `UnsupportedError`.
+    Errors: `InputError` (no such file, not a model, damaged, shapes that contradict each other), `OptionError`,
+        `UnsupportedError`.
     """
-    program = read_checked(source, Examples(example_inputs, example_kwargs, dynamic_shapes, method))
+    examples = Examples(example_inputs, example_kwargs, dynamic_shapes, method)
+    program = read_checked(source, examples, Sizes(input_shapes, fix_shapes))
     check_analysis(program)
     return program
 
@@ -139,6 +149,8 @@ def optimize(
     example_kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
     method: str = "auto",
+    input_shapes: InputShapes | None = None,
+    fix_shapes: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> Result:
     """Run passes on a model and check after each that it still computes what it should.
@@ -147,8 +159,10 @@ def optimize(
         source: see `Source`; never changed.
         passes: names in text form (`"prune{macs=0.5}"`), pass objects, or a mix; None: `DEFAULT_PASSES`, for a torch
             program `DEFAULT_TORCH_PASSES`.
-        data: calibration and verification input: a dict of arrays by input name (first axis samples), an .npz file of
-            them, a list or a folder of such files, an iterable of dicts; of one input also an array or a .npy file.
+        data: calibration and verification input, first axes samples: a dict of arrays or tensors by input name, an
+            array for a model of one input, a tuple of one for each input, an iterable of such batches (a DataLoader, a
+            list; labels behind the inputs are left out), an .npz or .npy file, a list or folder of them; see
+            `cipm_ir.runtime.data`.
         output: where to write the result, beside first and then renamed; it may be the source.
         verify: run the model before and after each pass; "strict": leave out what could not be run, too.
         annotate: write the groups of every axis into the metadata of the result.
@@ -159,6 +173,7 @@ def optimize(
         rtol, atol: where either is given, outputs of exact passes may move by rtol times the largest value of their
             channel, plus atol; otherwise the rounding noise of the model itself decides.
         example_inputs, example_kwargs, dynamic_shapes, method: how to read a torch program, see `load`.
+        input_shapes, fix_shapes: sizes of dynamic dimensions of an ONNX model, see `load`.
         options: settings that all passes of the run see, see `cipm_ir.passes.Context`.
 
     Errors: `InputError`, `UnsupportedError`, `OptionError`, `OutputError`; `VerificationError` naming the pass that
@@ -168,7 +183,8 @@ def optimize(
     check_properties(todo or ())
     if output is not None:
         check_output(output, source)
-    program = read(source, Examples(example_inputs, example_kwargs, dynamic_shapes, method))
+    examples = Examples(example_inputs, example_kwargs, dynamic_shapes, method)
+    program = read(source, examples, Sizes(input_shapes, fix_shapes))
     if todo is None:
         todo = parse_passes(DEFAULT_PASSES if isinstance(origin_of(program), OnnxOrigin) else DEFAULT_TORCH_PASSES)
     outcome: Outcome = run_passes(
@@ -200,6 +216,7 @@ def verify(
     cases: int | None = None,
     example_inputs: Any = None,
     example_kwargs: Mapping[str, Any] | None = None,
+    input_shapes: InputShapes | None = None,
 ) -> Verification:
     """Do two models compute the same? Both run on the same random and given inputs.
 
@@ -213,12 +230,15 @@ def verify(
         cases: at most so many inputs of our own, and batches of data; None: what time allows.
         example_inputs, example_kwargs: for an `nn.Module`, see `load`. A torch program runs in torch, in evaluation
             mode; it may be compared with an ONNX model, inputs and outputs by position.
+        input_shapes: sizes of the random inputs, see `load`.
 
-    Errors: `InputError`, `UnsupportedError`.
+    Errors: `InputError`, `OptionError`, `UnsupportedError`.
     """
-    examples = Examples(example_inputs, example_kwargs)
-    first, second = read_checked(a, examples), read_checked(b, examples)
+    examples, sizes = Examples(example_inputs, example_kwargs), Sizes(input_shapes)
+    first, second = read_checked(a, examples, sizes), read_checked(b, examples, sizes)
     data = read_data(data, first)
+    fit_batch(first.model, data)
+    share_batch(first.model, first.written)
     if not isinstance(origin_of(first), OnnxOrigin) or not isinstance(origin_of(second), OnnxOrigin):
         across = torch_module("backends.to_torch_origin").compare_programs
         found: Verification = across(first, second, data=data, seed=seed, rtol=rtol, atol=atol, cases=cases)
@@ -265,6 +285,7 @@ def statistics(
     samples = read_data(data, program)
     if samples is None:
         raise InputError("Statistics need data: give inputs, as for optimize.")
+    fit_batch(program.model, samples)
     if engine is None:
         return statistics.collect(program, samples, **options)
     return distributed.collect(program, samples, engine=engine, **options)
@@ -352,6 +373,6 @@ def _noted(result: Result) -> Result:
     inputs = result.program.model.graph.inputs
     if emitted.reason and inputs and all(v.shape is not None and v.shape.is_static() for v in inputs):
         notes.append("the graph may take only inputs of the example's sizes: dynamic_shapes= keeps sizes open")
-    noted = replace(result, report=replace(result.report, notes=tuple(notes)))
+    noted = replace(result, report=replace(result.report, notes=(*result.report.notes, *notes)))
     noted.__dict__["emitted"] = emitted
     return noted

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.main import get_command
 
+from cipm_ir.cli_shapes import FixShapesOption, InputShapeOption, input_shapes
 from cipm_ir.cli_sweep import DATA_HELP
 from cipm_ir.cli_sweep import sweep as sweep_command
 from cipm_ir.errors import CipmError, OptionError, OutputError
@@ -93,6 +94,7 @@ def inspect(
     annotate: Annotated[
         str | None, typer.Option("--annotate", metavar="OUT", help="Write a copy with the groups in its metadata.")
     ] = None,
+    input_shape: InputShapeOption = None,
 ) -> None:
     """Show the annotated graph: which axes move with which space of hidden units, and by which group."""
     from cipm_ir.api import load
@@ -101,7 +103,7 @@ def inspect(
 
     if annotate is not None:
         check_annotated(annotate)
-    program = load(model)
+    program = load(model, input_shapes=input_shapes(input_shape))
     if annotate is not None:
         save_annotated(program, annotate)
     if as_json:
@@ -151,6 +153,8 @@ def optimize(
     rtol: Annotated[float | None, typer.Option("--rtol", min=0.0, help=_RTOL)] = None,
     atol: Annotated[float | None, typer.Option("--atol", min=0.0, help=_ATOL)] = None,
     annotate: Annotated[bool, typer.Option("--annotate", help="Write the groups into the metadata.")] = False,
+    input_shape: InputShapeOption = None,
+    fix_shapes: FixShapesOption = False,
     seed: Seed = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the report and write no model.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Show neither progress nor report.")] = False,
@@ -184,6 +188,8 @@ def optimize(
             rtol=rtol,
             atol=atol,
             annotate=annotate,
+            input_shapes=input_shapes(input_shape),
+            fix_shapes=fix_shapes,
             seed=seed,
             progress=progress,
         )
@@ -217,11 +223,13 @@ def verify(
             show_default="what time allows",
         ),
     ] = None,
+    input_shape: InputShapeOption = None,
 ) -> None:
     """Run two models on the same inputs; exit code 0 when they agree, 1 when they differ."""
     from cipm_ir import api
 
-    found = api.verify(a, b, data=data, seed=seed, rtol=rtol, atol=atol, cases=cases)
+    shapes = input_shapes(input_shape)
+    found = api.verify(a, b, data=data, seed=seed, rtol=rtol, atol=atol, cases=cases, input_shapes=shapes)
     if not found.verified:
         raise CipmError(f"The models could not be compared: {found.reason.rstrip('.')}.")
     print(found)

@@ -12,8 +12,8 @@ from cipm_ir.errors import CipmError, OptionError
 from cipm_ir.progress_bar import progress_bar
 
 DATA_HELP = (
-    "Calibration input: an .npz file (arrays by name, first axis samples), a folder of such files, or a .npy file "
-    "where the model has one input."
+    "Calibration input: an .npz file (arrays by name, first axis samples), a .npy file where the model has one input, "
+    "or a folder of such files (.npy files named after the inputs, or batches of one input)."
 )
 
 

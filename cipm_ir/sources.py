@@ -14,10 +14,12 @@ import onnx_ir as ir
 
 from cipm_ir.backends.targets import check_target, onnx_form, torch_form
 from cipm_ir.backends.to_onnx import save_onnx
-from cipm_ir.errors import InputError, OutputError, UnsupportedError
-from cipm_ir.frontends.from_onnx import check_shapes, load_onnx
-from cipm_ir.runtime.inputs import Data, true_inputs
-from cipm_ir.runtime.npz import Files, mapped
+from cipm_ir.errors import OptionError, OutputError, UnsupportedError
+from cipm_ir.frontends.from_onnx import load_onnx
+from cipm_ir.ir.input_shapes import InputShapes
+from cipm_ir.runtime.checks import check_shapes, correct_shapes
+from cipm_ir.runtime.data import Data, normalized
+from cipm_ir.runtime.inputs import true_inputs
 from cipm_ir.runtime.quiet import quiet
 from cipm_ir.symmetry.analysis import uncollected
 from cipm_ir.symmetry.program import Program
@@ -56,13 +58,33 @@ class Examples:
     method: str = "auto"
 
 
-def read(source: Source, examples: Examples = Examples()) -> Program:
-    """A program of whatever holds a model.
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of dynamic dimensions of an ONNX model; see `load`."""
 
-    Errors: `InputError` (no such file, not a model, damaged), `UnsupportedError`.
+    input_shapes: InputShapes | None = None
+    fix_shapes: bool = False
+
+    def __post_init__(self) -> None:
+        if self.fix_shapes and self.input_shapes is None:
+            raise OptionError("fix_shapes fixes the sizes of input_shapes; give those, too.")
+
+
+def read(source: Source, examples: Examples = Examples(), sizes: Sizes = Sizes()) -> Program:
+    """A program of whatever holds a model; the shapes of an ONNX model are checked, and wrong notes corrected.
+
+    Errors: `InputError` (no such file, not a model, damaged, contradictory shapes, input shapes that do not fit),
+    `OptionError`, `UnsupportedError`.
     """
+    if sizes.input_shapes is not None and _holds_torch(source):
+        raise OptionError(
+            "input_shapes is for ONNX models; a torch program has the sizes of its example_inputs, and dynamic_shapes "
+            "keeps some open."
+        )
     if isinstance(source, Program):
-        return source
+        if sizes.input_shapes is None:
+            return source
+        return Program.of(source.written, origin=source.origin, **vars(sizes))
     if _names_torch(source):
         files, path = torch_module("frontends.from_torch_files"), os.fspath(source)
         if path.endswith(".pt2"):
@@ -79,17 +101,18 @@ def read(source: Source, examples: Examples = Examples()) -> Program:
             capture = load_torch(source, examples.inputs, examples.kwargs, examples.dynamic_shapes, examples.method)
         return Program(capture.model, origin=torch_module("backends.to_torch_origin").TorchOrigin(capture))
     loaded = load_onnx(source)
-    return Program.of(loaded.model, origin=OnnxOrigin(loaded.kind, loaded.path, loaded.external))
+    correct_shapes(loaded.model)
+    return Program.of(loaded.model, origin=OnnxOrigin(loaded.kind, loaded.path, loaded.external), **vars(sizes))
 
 
-def read_checked(source: Source, examples: Examples = Examples()) -> Program:
-    """The same, its shapes checked.
+def read_checked(source: Source, examples: Examples = Examples(), sizes: Sizes = Sizes()) -> Program:
+    """The same, the shapes of a torch graph checked, too.
 
-    Errors: as `read`; `InputError` for shapes that contradict each other.
+    Errors: as `read`.
     """
-    program = read(source, examples)
+    program = read(source, examples, sizes)
     capture = getattr(program.origin, "capture", None)
-    if program is not source and (capture is None or capture.kind == "graph"):  # torch has checked what it traced
+    if program is not source and capture is not None and capture.kind == "graph":  # torch has checked what it traced
         check_shapes(program.model)
     return program
 
@@ -119,6 +142,12 @@ def _names_torch(source: Source) -> bool:
     )
 
 
+def _holds_torch(source: Source) -> bool:
+    if isinstance(source, Program):
+        return not isinstance(origin_of(source), OnnxOrigin)
+    return _is_torch(source) or _names_torch(source)
+
+
 def _is_torch(source: object) -> bool:
     return any(base.__module__.partition(".")[0] == "torch" for base in type(source).__mro__)
 
@@ -129,28 +158,13 @@ def origin_of(program: Program) -> Any:
 
 
 def read_data(data: Data | None, program: Program) -> Data | None:
-    """Samples in the form that everything takes: files of a folder or list are opened, one array gets its input's name.
+    """Samples by input name, whatever holds them; see `cipm_ir.runtime.data`.
 
-    Errors: `InputError`: no such file, a folder without .npz files, one array for a model of several inputs.
+    Errors: `InputError`: no such file, a folder without arrays, one array for a model of several inputs.
     """
-    if isinstance(data, list | tuple) and data and all(isinstance(one, str | os.PathLike) for one in data):
-        return Files(tuple(os.fspath(one) for one in data))
-    what = "The data"
-    if isinstance(data, str | os.PathLike):
-        if os.path.isdir(data):
-            return Files.of(data)
-        if not os.fspath(data).endswith(".npy"):
-            return data
-        what, data = repr(os.fspath(data)), mapped(data)
-    if not hasattr(data, "__array__"):
-        return data
-    names = [value.name or "" for value in true_inputs(program.model)]
-    if len(names) != 1:
-        raise InputError(
-            f"{what} is one array, but the model has inputs {', '.join(map(repr, names)) or 'no'}; give one for each, "
-            "by name, in a dict or an .npz file."
-        )
-    return {names[0]: data}
+    if data is None:
+        return None
+    return normalized(data, [value.name or "" for value in true_inputs(program.model)])
 
 
 def check_output(path: str | os.PathLike[str], source: Source = None) -> None:
@@ -161,11 +175,7 @@ def check_output(path: str | os.PathLike[str], source: Source = None) -> None:
     if source is None:
         check_target(path)
         return
-    if isinstance(source, Program):
-        is_torch = not isinstance(origin_of(source), OnnxOrigin)
-    else:
-        is_torch = _is_torch(source) or _names_torch(source)
-    check_target(path, folder=(torch_form if is_torch else onnx_form)(path) == "plan")
+    check_target(path, folder=(torch_form if _holds_torch(source) else onnx_form)(path) == "plan")
 
 
 def check_annotated(path: str | os.PathLike[str]) -> None:

@@ -27,6 +27,7 @@ from cipm_ir.passes.compress_search import Evaluate, Run
 from cipm_ir.passes.report import Totals
 from cipm_ir.passes.sweep_report import Point, SweepReport, read_record, write_files, write_picture
 from cipm_ir.passes.text import parse_passes
+from cipm_ir.runtime.batch_size import fit_batch
 from cipm_ir.runtime.closeness import Closeness, closeness
 from cipm_ir.runtime.content import data_hash, model_hash
 from cipm_ir.runtime.data_sizes import data_sizes
@@ -98,6 +99,7 @@ def sweep(
     program = api.load(source, example_inputs, example_kwargs)
     data, held_out = read_data(data, program), read_data(held_out, program)
     hashes = data_hash(data), data_hash(held_out)
+    fit_batch(program.model, data if data is not None else held_out)
     folder = Path(os.path.abspath(output_folder))
     _prepare(folder)
     earlier = read_record(folder / "sweep.json")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +14,8 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from cipm_ir.errors import InputError, UnsupportedError
 from cipm_ir.frontends.mapped import DataFolder, map_external
-from cipm_ir.frontends.onnx_checks import check_order, check_proto
+from cipm_ir.frontends.onnx_checks import check_proto, is_sorted, sort_nodes
+from cipm_ir.frontends.onnx_repairs import repaired
 from cipm_ir.runtime.checks import check_finite, check_shapes
 from cipm_ir.runtime.graphs import LISTED, all_graphs, quiet
 
@@ -44,10 +45,11 @@ def load_onnx(source: str | os.PathLike[str] | onnx.ModelProto | ir.Model) -> Lo
     """Read and check an ONNX model; external weights stay mapped, and the source is never changed.
 
     Structure is checked, in time linear in the number of nodes; for the rest see `check_shapes` and `check_finite`.
+    Nodes in another order are sorted, and what onnxruntime puts right is put right (`onnx_repairs`).
 
     Raises:
         InputError: no such file, not an ONNX model, truncated, inconsistent, cyclic, external data missing or outside.
-        UnsupportedError: sparse tensors, training info, map types.
+        UnsupportedError: training info, map types, sparse tensors but for weights, versions that onnx does not know.
     """
     if isinstance(source, ir.Model):
         return _load_ir(source)
@@ -89,23 +91,25 @@ def _parse(path: Path) -> onnx.ModelProto:
 
 
 def _load_proto(proto: onnx.ModelProto, kind: Literal["path", "proto"], path: Path | None) -> Loaded:
+    proto = repaired(proto, own=kind == "path")
     check_proto(proto)
     try:
-        with quiet("onnx_ir"):  # `check_order` reports these defects as one error
+        with quiet("onnx_ir"):  # `sort_nodes` reports these defects as one error
             model = ir.from_proto(proto)
     except ir.serde.SerdeError as error:
         cause = _root(error)
         refused = UnsupportedError if isinstance(cause, NotImplementedError) else InputError
         raise refused(f"The model cannot be read: {str(cause).strip().splitlines()[0]}") from error
-    check_order(model)
     _mark_listed(proto.graph, model.graph)
+    sort_nodes(model)
     folder = DataFolder(path)
     map_external(all_graphs(model), folder)
     return Loaded(model, kind, path, bool(folder.paths), folder.paths)
 
 
 def _load_ir(source: ir.Model) -> Loaded:
-    check_order(source)
+    if not is_sorted(source):  # onnx_ir cannot clone it, and the caller's own stays as it is
+        return replace(_load_proto(ir.to_proto(source), "proto", None), kind="ir")
     for graph in all_graphs(source):
         for value in graph.initializers.values():
             if value.const_value is None:

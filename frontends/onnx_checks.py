@@ -6,6 +6,7 @@ names, unnamed or sparse initializers, training info); the checks on the proto s
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from cipm_ir.errors import InputError, UnsupportedError
+from cipm_ir.ir.shapes import subgraphs
 from cipm_ir.runtime.graphs import describe_node
 
 _FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
@@ -34,8 +36,15 @@ def check_proto(proto: onnx.ModelProto) -> None:
         raise InputError("The graph has no outputs; the file is truncated or not an ONNX model.")
     if proto.ir_version < 1:
         raise InputError("The model has no ir_version; the file is truncated or not an ONNX model.")
+    if proto.ir_version > onnx.IR_VERSION:
+        raise UnsupportedError(
+            f"The model has IR version {proto.ir_version}, and the newest that onnx {onnx.__version__} knows is "
+            f"{onnx.IR_VERSION}; upgrade onnx, or export the model for an older one."
+        )
     if not proto.opset_import:
         raise InputError("The model has no opset imports, so the meaning of its operators is unknown.")
+    for entry in proto.opset_import:
+        _check_opset(entry)
     if proto.training_info:
         raise UnsupportedError("The model holds training_info, which would be lost; remove it first.")
     texts = (proto.producer_name, proto.producer_version, proto.domain, proto.doc_string)
@@ -46,18 +55,23 @@ def check_proto(proto: onnx.ModelProto) -> None:
         _check_nodes(function.node, set(function.input))
 
 
+def _check_opset(entry: onnx.OperatorSetIdProto) -> None:
+    newest = onnx.defs.onnx_opset_version()
+    if entry.domain not in ("", "ai.onnx") or 1 <= entry.version <= newest:
+        return
+    if entry.version < 1:
+        raise InputError(f"The model imports opset {entry.version} of ONNX, and the first is 1; the model is damaged.")
+    raise UnsupportedError(
+        f"The model imports opset {entry.version} of ONNX, and the newest that onnx {onnx.__version__} knows is "
+        f"{newest}; upgrade onnx, or export the model for an older one."
+    )
+
+
 def _check_graph(graph: onnx.GraphProto) -> None:
     where = f"graph {graph.name!r}"
-    if graph.sparse_initializer:
-        name = graph.sparse_initializer[0].values.name
-        raise UnsupportedError(
-            f"Initializer {name!r} is a sparse_initializer, which would be lost; make it dense first."
-        )
     names = [tensor.name for tensor in graph.initializer]
     infos = (*graph.input, *graph.output, *graph.value_info)
     _check_text((graph.name, graph.doc_string, *names, *(info.name for info in infos)), where)
-    if "" in names:
-        raise InputError(f"Initializer {names.index('')} of {where} has no name.")
     inputs = [info.name for info in graph.input]
     _check_unique(names, "initializer", where)
     _check_unique(inputs, "input", where)
@@ -168,34 +182,51 @@ def _check_external_entry(tensor: onnx.TensorProto, label: str) -> None:
 # --- order ----------------------------------------------------------------------------------------
 
 
-def check_order(model: ir.Model) -> None:
-    """Refuse a graph in which a value is read before it is defined, or never defined.
+def sort_nodes(model: ir.Model) -> None:
+    """Put the nodes of each graph in an order in which every value is made before it is read, in place.
+
+    Graphs that are in such an order already stay as they are.
 
     Raises:
-        InputError: naming the node and the value, and the cycle if there is one.
+        InputError: a value that nothing defines, or a cycle, naming the node and the value.
+    """
+    if is_sorted(model):
+        return
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        with contextlib.suppress(ValueError):  # a cycle, which the check below names
+            graph.sort()
+        if (found := _out_of_order(graph, set())) is not None:
+            raise _order_error(*found)
+
+
+def is_sorted(model: ir.Model) -> bool:
+    """Return whether every value is made before it is read.
+
+    Raises:
+        InputError: a graph without outputs, an output that nothing makes, no opset imports.
     """
     if not model.graph.outputs:
         raise InputError("The graph has no outputs.")
     if not model.opset_imports:
         raise InputError("The model has no opset imports, so the meaning of its operators is unknown.")
-    for graph in (model.graph, *(function.graph for function in model.functions.values())):
-        _check_order(graph, set())
+    graphs = [model.graph, *(function.graph for function in model.functions.values())]
+    return all([_out_of_order(graph, set()) is None for graph in graphs])
 
 
-def _check_order(graph: ir.Graph, defined: set[int]) -> None:
-    """`defined` holds ids of values: names may be shadowed in subgraphs."""
+def _out_of_order(graph: ir.Graph, defined: set[int]) -> tuple[ir.Node, ir.Value] | None:
+    """The first node that reads a value before it is made, with that value; subgraphs are searched too.
+
+    `defined` holds ids of values: names may be shadowed in subgraphs.
+    """
+    found: tuple[ir.Node, ir.Value] | None = None
     here = [id(value) for value in (*graph.inputs, *graph.initializers.values())]
     defined.update(here)
     for node in graph:
-        for value in node.inputs:
-            if value is not None and id(value) not in defined:
-                raise _order_error(node, value)
-        for attribute in node.attributes.values():
-            if not attribute.is_ref() and attribute.type == ir.AttributeType.GRAPH:
-                _check_order(attribute.value, defined)
-            elif not attribute.is_ref() and attribute.type == ir.AttributeType.GRAPHS:
-                for subgraph in attribute.value:
-                    _check_order(subgraph, defined)
+        late = next((value for value in node.inputs if value is not None and id(value) not in defined), None)
+        if late is not None:
+            found = found or (node, late)
+        for subgraph in subgraphs(node):
+            found = _out_of_order(subgraph, defined) or found
         outputs = [id(value) for value in node.outputs]
         defined.update(outputs)
         here += outputs
@@ -203,6 +234,7 @@ def _check_order(graph: ir.Graph, defined: set[int]) -> None:
         if id(value) not in defined:
             raise InputError(f"Output {value.name!r} of graph {graph.name!r} is made by no node of that graph.")
     defined.difference_update(here)
+    return found
 
 
 def _order_error(node: ir.Node, value: ir.Value) -> InputError:
@@ -218,8 +250,7 @@ def _order_error(node: ir.Node, value: ir.Value) -> InputError:
             "on that node."
         )
     return InputError(
-        f"{_capital(reader)} reads {value.name!r} before {describe_node(producer)} makes it; "
-        "sort the nodes topologically."
+        f"{_capital(reader)} reads {value.name!r}, which {describe_node(producer)} makes in another graph."
     )
 
 

@@ -58,6 +58,11 @@ class AbsorbBias(Pass):
         places, refused = find_places(program)
         constants = proven(program, places)
         approximate = False
+        if self.observed:
+            names = {place.space: program.spaces[place.space] for place in places}
+            hidden = {k: why for k, space in names.items() if (why := program.unseen(space))}
+            refused |= {names[k].name: why for k, why in hidden.items() if not constants[names[k].name].any()}
+            places = [place for place in places if place.space not in hidden]
         if self.observed and places:
             seen = _observed(program, places, self.quantile, ctx)
             larger = {name: np.maximum(constants[name], c) for name, c in seen.items()}

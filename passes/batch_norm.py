@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from cipm_ir.ir.constants import attribute
-from cipm_ir.ir.parameters import parameter_tensor
+from cipm_ir.ir.parameters import named, parameter_tensor
 from cipm_ir.passes.replace_values import remove_if_unused, replace_value
-from cipm_ir.runtime.graphs import named
 
 Array = npt.NDArray[Any]
 _INTO = ("Conv", "ConvTranspose", "Gemm")
@@ -23,17 +22,18 @@ _SILENT = 1e-30
 
 
 def fold_batch_norms(model: ir.Model) -> tuple[int, Counter[str]]:
-    """Fold in place what can be folded in the main graph; return how many were, and why how many were not.
+    """Fold in place what can be folded, in bodies too; return how many were, and why how many were not.
 
     Names: the result keeps the name of the normalization's output, the weight its own; a new bias is named after it.
     New weights are computed in double precision and rounded once.
     """
     graph = model.graph
-    unused = {name for name, value in graph.initializers.items() if not value.uses()}
+    graphs = (graph, *graph.subgraphs())
+    unused = {value for one in graphs for value in one.initializers.values() if not value.uses()}
     version = graph.opset_imports.get("", graph.opset_imports.get("ai.onnx", 0))
     folded, kept, sources = 0, Counter[str](), list[ir.Node]()
     for norm in [node for node in graph.all_nodes() if _is_norm(node)]:
-        reason = _obstacle(norm, graph, version)
+        reason = _obstacle(norm, version)
         if not reason:
             sources += [node for value in _parameters(norm) for node in _copies(value)]
             reason = _fold(norm, graph)
@@ -42,7 +42,7 @@ def fold_batch_norms(model: ir.Model) -> tuple[int, Counter[str]]:
         else:
             folded += 1
     if folded:
-        _drop_unused(graph, unused, sources)
+        _drop_unused(graphs, unused, sources)
     return folded, kept
 
 
@@ -50,15 +50,15 @@ def _is_norm(node: ir.Node) -> bool:
     return node.op_type == "BatchNormalization" and node.domain in _STANDARD
 
 
-def _obstacle(norm: ir.Node, graph: ir.Graph, version: int) -> str:
+def _obstacle(norm: ir.Node, version: int) -> str:
     """Why a normalization is no fixed affine map right after a contraction that has room for it; "" where it is."""
     value = norm.inputs[0]
     before = value.producer() if value is not None else None
-    if norm.graph is not graph or sum(out is norm.outputs[0] for out in graph.outputs) > 1:
-        return "inside a subgraph, or an output twice"
+    if norm.graph is None or sum(out is norm.outputs[0] for out in norm.graph.outputs) > 1:
+        return "an output twice"
     if value is None or before is None or before.op_type not in _INTO or before.domain not in _STANDARD:
         return "nothing before can take it"
-    if before.graph is not graph or value.is_graph_output() or len(value.uses()) != 1:
+    if before.graph is not norm.graph or value.is_graph_output() or len(value.uses()) != 1:
         return "its input is consumed elsewhere too"
     if attribute(norm, "training_mode", 0) or any(out.uses() or out.is_graph_output() for out in norm.outputs[1:]):
         return "training mode"
@@ -205,10 +205,11 @@ def _set_parameter(node: ir.Node, index: int, tensor: ir.TensorProtocol, base: s
         value.const_value = named(tensor, value.name or base)
         return
     name = value.name if value is not None and value.name else base
-    node.replace_input_with(index, _initializer(tensor, name, graph))
+    node.replace_input_with(index, _initializer(tensor, name, graph, node.graph or graph))
 
 
-def _initializer(tensor: ir.TensorProtocol, name: str, graph: ir.Graph) -> ir.Value:
+def _initializer(tensor: ir.TensorProtocol, name: str, graph: ir.Graph, place: ir.Graph) -> ir.Value:
+    """A new initializer of ``place``, the main graph or a body below it, under a name that nothing else has."""
     taken = {value.name for value in _values(graph)}
     unique, number = name, 1
     while unique in taken:
@@ -219,7 +220,7 @@ def _initializer(tensor: ir.TensorProtocol, name: str, graph: ir.Graph) -> ir.Va
         shape=ir.Shape(tensor.shape.numpy()),
         const_value=named(tensor, unique),
     )
-    graph.register_initializer(value)
+    place.register_initializer(value)
     return value
 
 
@@ -228,14 +229,17 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
     yield from graph.initializers.values()
     for node in graph.all_nodes():
         yield from node.outputs
+    for inner in graph.subgraphs():
+        yield from (*inner.inputs, *inner.initializers.values())
 
 
-def _drop_unused(graph: ir.Graph, unused_before: set[str], sources: list[ir.Node]) -> None:
+def _drop_unused(graphs: Sequence[ir.Graph], unused_before: set[ir.Value], sources: list[ir.Node]) -> None:
     """Remove what the folding left without a consumer, but nothing that had none before."""
     for node in sources:
-        if node.graph is graph:
+        if node.graph in graphs:
             remove_if_unused(node)
-    for name, value in list(graph.initializers.items()):
-        needed = value.uses() or value.is_graph_output() or value.is_graph_input()
-        if name not in unused_before and not needed:
-            del graph.initializers[name]
+    for graph in graphs:
+        for name, value in list(graph.initializers.items()):
+            needed = value.uses() or value.is_graph_output() or value.is_graph_input()
+            if value not in unused_before and not needed:
+                del graph.initializers[name]

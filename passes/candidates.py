@@ -213,6 +213,9 @@ def _refusal(
     """Why linked spaces cannot shrink with compensation; empty where they can. ``read``: by weights alone."""
     analysis = program.analysis
     tables = [analysis.spaces[k].table for k in group]
+    hidden = next((why for k in group if (why := program.unseen(program.spaces[k]))), "")
+    if hidden:
+        return hidden
     if not frozen.isdisjoint(group):
         return "rows would become uneven"
     loop = _recurrent(analysis, tables)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from cipm_ir.ir.bodies import nodes_in_order
 from cipm_ir.ir.constants import constant_tensor
 from cipm_ir.ir.labels import Array, Labels
 from cipm_ir.symmetry.analysis import Analysis
@@ -92,7 +93,7 @@ class Members:
         self.scales = max((d.scales for d in directions), default=0)
         self.signs = max((d.signs for d in directions), default=0)
         self._rounding = [np.flatnonzero(~np.asarray(d.exact, bool) & exact) for d in directions]
-        self._nodes = list(program.model.graph)
+        self._nodes = nodes_in_order(program.model.graph)
         self._arrays: dict[int, Array] = {}
         self._kept = 0
         self.space_of = np.full(self.count, -1, np.int64)

@@ -15,7 +15,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from cipm_ir.ir.parameters import parameter_tensor, unlist_parameters
+from cipm_ir.ir.parameters import named, parameter_tensor, unlist_parameters
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
 from cipm_ir.passes.batch_norm import fold_batch_norms
 from cipm_ir.passes.fold_constants import ConstantFolder, scalar_bounds
@@ -25,7 +25,7 @@ from cipm_ir.passes.no_ops import copied_input
 from cipm_ir.passes.node_pairs import join_pair
 from cipm_ir.passes.registry import register
 from cipm_ir.passes.replace_values import remove_if_unused, remove_unused, replace_value, subgraphs
-from cipm_ir.runtime.graphs import all_graphs, named
+from cipm_ir.runtime.graphs import all_graphs
 from cipm_ir.symmetry.program import Program
 
 

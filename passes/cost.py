@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import builtins
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 
 from cipm_ir.errors import SymmetryError
+from cipm_ir.ir.bodies import is_control_flow
 from cipm_ir.ir.labels import Labels
 from cipm_ir.ir.places import Place
 from cipm_ir.rules.costs import Site, Uncounted, macs_of
-from cipm_ir.symmetry.counting import site_of
+from cipm_ir.symmetry.counting import node_macs, site_of
 from cipm_ir.symmetry.leaves import Leaf
 from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.sizes import grid_shape, outer_first
@@ -43,6 +45,18 @@ class _Node:
     def __post_init__(self) -> None:
         pairs = [p for p in (*self.inputs, *self.outputs) if p is not None]
         self.follows = np.unique(np.asarray([slot for _, slots in pairs for _, slot in slots], np.int64))
+
+
+@dataclass
+class _Part:
+    """What a graph costs: a number, the nodes that follow what is kept, and parts that bodies are."""
+
+    fixed: int = 0
+    nodes: list[_Node] = field(default_factory=list)
+    branches: list[list[_Part]] = field(default_factory=list)
+    """Of each If, its branches, of which the dearest counts."""
+    repeated: list[tuple[int, _Part]] = field(default_factory=list)
+    """Of each Loop and Scan, how often its body runs."""
 
 
 @dataclass
@@ -116,12 +130,9 @@ class CostModel:
         walk = program.analysis.walk
         self.counted = program.count(sizes)
         self._counter = _Counter(program.analysis.classes.of)
-        self._fixed = 0
-        self._nodes: list[_Node] = []
         self._leaves: dict[int, Sized] = {}
-        for position, macs in enumerate(self.counted.nodes):
-            if macs:
-                self._add_node(position, macs, self.counted.places[position])
+        self._position = {_first_output(node): k for k, node in enumerate(walk.nodes)}
+        self._part = self._part_of(self.counted.places)
         self._tensors = self._group_tensors(walk.leaves)
         self._units = [s.table[:, 0] for s in program.analysis.spaces if s.kind == "units"]
         self._counter.close()
@@ -129,8 +140,12 @@ class CostModel:
     # ------------------------------------------------------------ costs
     def macs(self, stays: Mask) -> int:
         """Multiply-accumulates as `Program.count` counts them."""
-        sizes = self._counter.sizes(stays)
-        return self._fixed + sum(self._node_macs(node, sizes) for node in self._nodes)
+        return self._part_macs(self._part, self._counter.sizes(stays))
+
+    def _part_macs(self, part: _Part, sizes: Labels) -> int:
+        total = part.fixed + sum(self._node_macs(node, sizes) for node in part.nodes)
+        total += sum(max(self._part_macs(one, sizes) for one in branches) for branches in part.branches)
+        return total + sum(trips * self._part_macs(one, sizes) for trips, one in part.repeated)
 
     def params(self, stays: Mask) -> int:
         """Entries of floating-point parameters."""
@@ -155,7 +170,20 @@ class CostModel:
         return sum(int(stays[classes].sum()) for classes in self._units)
 
     # ------------------------------------------------------------ building
-    def _add_node(self, position: int, macs: int, place: Place) -> None:
+    def _part_of(self, places: Sequence[Place]) -> _Part:
+        part = _Part()
+        for place in places:
+            if is_control_flow(place.node) and place.bodies:
+                made = [self._part_of(body) for body in place.bodies]
+                if place.node.op_type == "If":
+                    part.branches.append(made)
+                elif place.trips:
+                    part.repeated.append((place.trips, made[0]))
+            elif macs := node_macs(place):
+                self._add_node(part, self._position[_first_output(place.node)], macs, place)
+        return part
+
+    def _add_node(self, part: _Part, position: int, macs: int, place: Place) -> None:
         """A node with a cost: it stays fixed, or follows what is kept."""
         walk = self.program.analysis.walk
         node = place.node
@@ -168,10 +196,10 @@ class CostModel:
             else:
                 inputs.append(self._value("" if value is None else value.name or "", shape))
         outputs = [self._value(v.name or "", shape) for v, shape in zip(node.outputs, place.outputs, strict=True)]
-        if place.bodies or not any(pair is not None and pair[1] for pair in [*inputs, *outputs]):
-            self._fixed += macs
+        if not any(pair is not None and pair[1] for pair in [*inputs, *outputs]):
+            part.fixed += macs
             return
-        self._nodes.append(_Node(site_of(place), inputs, outputs))
+        part.nodes.append(_Node(site_of(place), inputs, outputs))
 
     def _value(self, name: str, shape: tuple[int, ...] | None) -> Sized | None:
         """A value with the axes that labels move along; at other sizes than those of the analysis it has the same."""
@@ -235,3 +263,8 @@ class CostModel:
                 which = f"{node.site.node.op_type} {node.site.node.name!r}"
                 raise SymmetryError(f"What {which} costs with fewer units cannot be predicted: {reason}.") from reason
         return node.known[key]
+
+
+def _first_output(node: ir.Node) -> str:
+    """What a node goes by: names of values are unique in an analysed graph, and clones of it keep them."""
+    return next((value.name for value in node.outputs if value.name), None) or ""

@@ -8,8 +8,9 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from cipm_ir.algebra import Element
+from cipm_ir.ir.bodies import nodes_in_order
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
-from cipm_ir.passes.blockers import idle, rounding
+from cipm_ir.passes.blockers import idle, listed, rounding
 from cipm_ir.passes.canonical_members import Floats, Members
 from cipm_ir.passes.canonicalize import as_lists
 from cipm_ir.passes.equalize_report import figures_of, metrics_of, summary_of
@@ -61,6 +62,9 @@ class Equalize(Pass):
         still, reasons = frozen(members, terms)
         free = np.setdiff1d(indices(terms), np.flatnonzero(still))
         notes = [*reasons, *([rounding(program)] if self.exact and rounding(program) else [])]
+        hidden = [space.name for space in program.spaces if data is not None and program.unseen(space)]
+        if hidden:
+            notes.append(f"{listed([f'@{name}' for name in hidden])} by weights alone: values in bodies cannot be seen")
         if not len(free):
             return PassResult(program, False, "; ".join([idle(program, "no weight has a scale that is free"), *notes]))
         objective = Objective(terms, free, self.per, self.alpha if data is not None else 0.0)
@@ -98,14 +102,18 @@ def channels(program: Program, names: set[str], data: Data, limit: int) -> dict[
 
     Errors: `InputError` for data that does not fit.
     """
-    axis = {name: -1 for name in names}
-    for node in program.model.graph:
-        if node.op_type == "Conv" and node.inputs[0] is not None and node.inputs[0].name in names:
+    own = {value.name for value in program.model.graph.inputs}
+    own |= {value.name for node in program.model.graph for value in node.outputs}
+    axis = {name: -1 for name in names if name in own}
+    for node in nodes_in_order(program.model.graph):
+        if node.op_type == "Conv" and node.inputs[0] is not None and node.inputs[0].name in axis:
             axis[node.inputs[0].name or ""] = 1
+    if not axis:
+        return {}
     sums: dict[str, Floats] = {}
     peaks: dict[str, Floats] = {}
     rows: dict[str, float] = {}
-    for _, values in observe(program.model, sorted(names), data, limit=limit, what="look at the activations"):
+    for _, values in observe(program.model, sorted(axis), data, limit=limit, what="look at the activations"):
         for name, value in values.items():
             if not value.ndim:
                 continue

@@ -11,9 +11,9 @@ import onnx_ir as ir
 
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Array
-from cipm_ir.ir.parameters import parameter_tensor
-from cipm_ir.ir.shapes import Shapes, infer_shapes
-from cipm_ir.runtime.graphs import named
+from cipm_ir.ir.parameters import named, parameter_tensor
+from cipm_ir.ir.shapes import Shapes
+from cipm_ir.ir.stand_ins import infer_shapes
 
 STANDARD = ("", "ai.onnx")
 REAL = {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}

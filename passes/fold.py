@@ -137,6 +137,9 @@ class Fold(Pass):
     # ------------------------------------------------------------ down to a budget
     def _approximate(self, program: Program, tally: _Tally, ctx: Context, budget: str) -> Program:
         rows, members = self._readable(program, tally)
+        for k in [k for k in rows if program.unseen(program.spaces[k])]:
+            tally.refuse(program.spaces[k], program.unseen(program.spaces[k]))
+            del rows[k]
         planner = Planner(program, members, METHODS[self.method], ctx, self.correct, self.streams)
         able = planner.able(rows, tally.refuse)
         choices = self._choices(program, able, tally, ctx)

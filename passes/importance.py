@@ -29,7 +29,7 @@ _STATISTICS = ((3, "running mean"), (4, "running variance"))
 
 @runtime_checkable
 class Importance(Protocol):
-    """A criterion for `prune`."""
+    """A criterion for `prune`. One that looks at inner values says so by an attribute ``observes = True``."""
 
     def score(self, program: Program, space: Space, ctx: Context) -> Scores:
         """One number for each element of the space, not negative; the larger, the rather it stays.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -125,6 +126,7 @@ class ActivationVariance:
     A unit that never changes can be replaced by a bias. Attributes: ``limit``: at most this many samples.
     """
 
+    observes: ClassVar[bool] = True
     limit: int = 1024
     _known: tuple[Program, _Observed] | None = field(default=None, repr=False, compare=False)
 
@@ -143,6 +145,7 @@ class Wanda:
     Source: Sun et al. 2024, summed over whole columns. Attributes: ``limit``: at most this many samples.
     """
 
+    observes: ClassVar[bool] = True
     limit: int = 1024
     _known: tuple[Program, _Observed] | None = field(default=None, repr=False, compare=False)
 
@@ -175,6 +178,8 @@ def _all_readers(program: Program) -> list[tuple[Space, Reader]]:
     """Every product with a weight that reads a space, of all spaces that such products alone sum over."""
     found = []
     for space in program.spaces:
+        if program.unseen(space):
+            continue
         try:
             found += [(space, reader) for reader in readers(program, space)]
         except SymmetryError:
@@ -198,6 +203,7 @@ class BrainSurgeon:
         damping: of the diagonal of G, added to it.
     """
 
+    observes: ClassVar[bool] = True
     limit: int = 1024
     positions: int = 64
     damping: float = DAMPING

@@ -8,7 +8,7 @@ are used: see `cipm_ir.runtime.gradients.Loss` for what is derived instead.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -44,6 +44,7 @@ class Taylor:
         size: samples per batch.
     """
 
+    observes: ClassVar[bool] = True
     name: str
     order: Order = 2
     loss: Loss = "prediction"

@@ -103,8 +103,8 @@ class _Finder:
     def run(self) -> Reads:
         """Look at every node."""
         for position, node in enumerate(self.walk.nodes):
-            if not any(v is not None and v.name in self.live for v in node.inputs):
-                continue  # made of parameters alone: nothing to see in data
+            if self.walk.paths[position] or not any(v is not None and v.name in self.live for v in node.inputs):
+                continue  # in a body, or made of parameters alone: nothing to see in data
             self.live.update(v.name or "" for v in node.outputs)
             if node.op_type not in _SIZES_ONLY:
                 for layer in self.layers:

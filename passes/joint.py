@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import minimize
 
+from cipm_ir.ir.bodies import nodes_in_order
 from cipm_ir.ir.labels import Labels
 from cipm_ir.passes.importance import parameter_array
 from cipm_ir.passes.refit_layers import Layer
@@ -42,7 +43,7 @@ Targets = Callable[[list[Labels]], tuple[Array, Array | None]]
 
 def find_duos(program: Program, layers: Sequence[Layer]) -> dict[int, Layer]:
     """For the second product of each pair, by node, the first one: only a Relu is between, nothing else reads."""
-    nodes = list(program.model.graph)
+    nodes = nodes_in_order(program.model.graph)
     values = {v.name: v for n in nodes for v in n.outputs}
     by_node = {id(nodes[layer.reader.node]): layer for layer in layers}
     found: dict[int, Layer] = {}

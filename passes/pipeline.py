@@ -13,6 +13,7 @@ from cipm_ir.errors import CipmError, InputError, OptionError, VerificationError
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult, Progress, ignore_progress
 from cipm_ir.passes.report import Report, Step, Totals, opaque_lines, space_lines
 from cipm_ir.passes.text import parse_passes
+from cipm_ir.runtime.batch_size import batch_note, fit_batch, share_batch
 from cipm_ir.runtime.checks import check_finite, check_shapes
 from cipm_ir.runtime.data_sizes import data_sizes
 from cipm_ir.runtime.inputs import Data, batches
@@ -106,7 +107,10 @@ def run_passes(
     check_finite(model)
     check_analysis(program)
     tolerance = Tolerance(rtol, atol)
-    run = _Run(program, _reusable(data), seed, verify, on_failure, tolerance, progress, dict(options or {}))
+    data = _reusable(data)
+    fit_batch(program.model, data)
+    share_batch(program.model, program.written)
+    run = _Run(program, data, seed, verify, on_failure, tolerance, progress, dict(options or {}))
     run.check_data()
     for index, one in enumerate(todo):
         run.step(one, index, len(todo))
@@ -315,6 +319,8 @@ class _Run:
             # Bits are promised against the program just before: an exact pass in between may have rounded.
             verifier = self._verifier_of(self.program)
         found: Verification = verifier.check(result.program.emit(), tolerance)
+        if isinstance(verifier, Verifier):
+            share_batch(verifier.model, self.first.model)
         self.against_first = found if verifier is self._verifier and self.base is self.first else None
         return found
 
@@ -340,5 +346,6 @@ class _Run:
             space_lines(self.program),
             opaque_lines(self.program),
             time.perf_counter() - self.started,
+            tuple(batch_note(self.first.model)),
         )
         return Outcome(self.program, report, tuple(self.witness))

@@ -38,8 +38,9 @@ def norms_of(program: Program, layers: Sequence[Layer]) -> list[Norm]:
     fitted = {layer.reader.output for layer in layers}
     uses, live = weight_uses(program), moving(program.model)
     found = []
-    for k, node in enumerate(program.model.graph):
-        if node.op_type != "BatchNormalization" or node.domain or attribute(node, "training_mode", 0):
+    walk = program.analysis.walk
+    for k, node in enumerate(walk.nodes):
+        if walk.paths[k] or node.op_type != "BatchNormalization" or node.domain or attribute(node, "training_mode", 0):
             continue
         names = [v.name or "" for v in node.inputs if v is not None]
         known = parameters(program.model.graph)

@@ -15,10 +15,10 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from cipm_ir.ir.parameters import named
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult
 from cipm_ir.passes.fold_constants import FOLDED_FROM, listed
 from cipm_ir.passes.registry import register
-from cipm_ir.runtime.graphs import named
 from cipm_ir.symmetry.program import Program
 
 _FX_NODE = "pkg.torch.onnx.fx_node"

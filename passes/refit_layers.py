@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from cipm_ir.ir.bodies import nodes_in_order
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Labels
 from cipm_ir.ir.parameters import is_parameter, parameter_tensor
@@ -71,7 +72,7 @@ def layers_of(program: Program) -> list[Layer]:
     """Products whose weights may be refitted, in graph order."""
     uses = weight_uses(program)
     live = moving(program.model)
-    nodes = list(program.model.graph)
+    nodes = nodes_in_order(program.model.graph)
     place = {id(n): k for k, n in enumerate(nodes)}
     made = []
     for reader in products(program):
@@ -83,6 +84,8 @@ def layers_of(program: Program) -> list[Layer]:
             continue  # computed, or given by the caller: what the product adds is not known
         if attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
             continue
+        if program.analysis.walk.paths[reader.node]:
+            continue  # in a body, whose values cannot be looked at
         linear = Linear.of(program, reader)
         made.append(Layer(reader, linear, *_surroundings(program, node, linear, uses, live, place)))
     return made
@@ -100,7 +103,9 @@ def left_out(program: Program, layers: Sequence[Layer], stays: Mask) -> list[str
         if event.node in fitted or not weighted or stays[analysis.classes.of[event.a]].all():
             continue
         reader = by_node.get(event.node)
-        if reader is None:
+        if analysis.walk.paths[event.node]:
+            why[event.node] = f"it stands in the body {analysis.walk.paths[event.node]}"
+        elif reader is None:
             why[event.node] = "only Conv (group 1), Gemm and MatMul with a weight are"
         elif uses.get(reader.weight) != 1:
             why[event.node] = f"{reader.weight} is used in several places"
@@ -179,7 +184,7 @@ def _ready(value: ir.Value, start: int, place: dict[int, int]) -> bool:
 
 def grouped(program: Program, layers: list[Layer]) -> list[list[Layer]]:
     """Products in a row that read one value; one that is added to another of them comes after it, in a group alone."""
-    nodes = list(program.model.graph)
+    nodes = nodes_in_order(program.model.graph)
     place = {id(n): k for k, n in enumerate(nodes)}
     made = {v.name: v for n in nodes for v in n.outputs}
     groups: list[list[Layer]] = []

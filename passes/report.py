@@ -175,9 +175,11 @@ class Report:
         table.add_row("(original)", "", f"{first.parameters:,}", f"{first.macs:,}", f"{first.bytes:,}", "", "")
         for step in self.steps:
             kind = step.kind if step.changed else ("left out" if step.skipped else "no change")
-            table.add_row(Text(step.name), kind, *_sizes(step.after, first), _shown(step.error), f"{step.seconds:.2f}")
+            moved = _shown(step.error) + _share(step.verification)
+            table.add_row(Text(step.name), kind, *_sizes(step.after, first), moved, f"{step.seconds:.2f}")
         table.add_section()
-        table.add_row("in all", "", *_sizes(self.after, first), _shown(self.error), f"{self.seconds:.2f}")
+        moved = _shown(self.error) + _share(self.verification)
+        table.add_row("in all", "", *_sizes(self.after, first), moved, f"{self.seconds:.2f}")
         return table
 
     def _notes(self) -> list[str]:
@@ -258,6 +260,12 @@ def _against(now: int, first: int) -> str:
 
 def _shown(error: float | None) -> str:
     return "?" if error is None else ("0" if error == 0 else f"{error:.2g}")
+
+
+def _share(verification: Verification | None) -> str:
+    """The largest difference as a share of what the model's own rounding allows there; "" where no such limit held."""
+    known = verification is not None and verification.ok and verification.share
+    return f" ({verification.share:.0%})" if verification and known else ""
 
 
 def _step(step: Step) -> dict[str, Any]:

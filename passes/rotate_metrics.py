@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cipm_ir.ir.bodies import nodes_in_order
 from cipm_ir.passes.figures import Bars
 from cipm_ir.symmetry.dense import leaf_array
 from cipm_ir.symmetry.edits import Edit
@@ -83,7 +84,7 @@ def relative_error(side: Mapping[str, Spread]) -> float:
 def compare(program: Program, edits: Mapping[int, Edit]) -> Comparison:
     """Figures of the weights (two axes or more) that some edits change, before and after."""
     analysis = program.analysis
-    nodes = list(program.model.graph)
+    nodes = nodes_in_order(program.model.graph)
     summed = {one.leaf: one.axis for one in products(program)}
     before: dict[str, Spread] = {}
     after: dict[str, Spread] = {}

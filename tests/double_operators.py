@@ -7,11 +7,13 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 from onnx.reference.op_run import OpRun
+from onnx.reference.ops.op_average_pool import AveragePool_19 as _AveragePool
 from onnx.reference.ops.op_conv_transpose import ConvTranspose as _ConvTranspose
 from scipy.special import erf
 from tests.zoo.feeds import RampUp
 
 Array: TypeAlias = npt.NDArray[Any]
+_PADDED = ("SAME_UPPER", "SAME_LOWER")
 
 
 class Erf(OpRun):
@@ -28,6 +30,23 @@ class GatherElements(OpRun):
         axis %= data.ndim
         fit = tuple(slice(None) if a == axis else slice(size) for a, size in enumerate(indices.shape))
         return (np.take_along_axis(data[fit], np.where(indices < 0, indices + data.shape[axis], indices), axis),)
+
+
+class AveragePool(OpRun):
+    """All windows at once where none goes over an edge; the evaluator's own loops over the entries."""
+
+    def _run(self, x: Array, **attributes: Any) -> tuple[Array]:
+        kernel, rank = attributes["kernel_shape"], x.ndim - 2
+        strides, dilations = attributes.get("strides") or [1] * rank, attributes.get("dilations") or [1] * rank
+        reach = tuple((k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True))
+        padded = any(attributes.get("pads") or []) or (attributes.get("auto_pad") or "NOTSET") in _PADDED
+        left = any((size - r) % s for size, r, s in zip(x.shape[2:], reach, strides, strict=True))
+        if padded or (left and attributes.get("ceil_mode")):
+            one: Any = _AveragePool(self.onnx_node, self.run_params)
+            return (one._run(x, **attributes)[0],)
+        windows = np.lib.stride_tricks.sliding_window_view(x, reach, axis=tuple(range(2, x.ndim)))
+        steps: Any = (..., *(slice(None, None, s) for s in strides), *(slice(None, None, d) for d in dilations))
+        return (windows[steps].mean(axis=tuple(range(-rank, 0))).astype(x.dtype),)
 
 
 class LRN(OpRun):
@@ -86,4 +105,13 @@ class BiasGelu(OpRun):
         return ((y * 0.5 * (1 + erf(y / np.sqrt(2.0)))).astype(x.dtype),)
 
 
-OPERATORS: tuple[type[OpRun], ...] = (RampUp, BiasGelu, Erf, GatherElements, LRN, ConvTranspose, BatchNormalization)
+OPERATORS: tuple[type[OpRun], ...] = (
+    RampUp,
+    BiasGelu,
+    Erf,
+    GatherElements,
+    AveragePool,
+    LRN,
+    ConvTranspose,
+    BatchNormalization,
+)

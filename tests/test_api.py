@@ -242,7 +242,7 @@ def test_verify_takes_data(rng: np.random.Generator) -> None:
     own = cipm_ir.verify(DIGITS, DIGITS).cases
     assert cipm_ir.verify(DIGITS, DIGITS, data={"images": images}).cases == 1 + own
     with pytest.raises(cipm_ir.InputError, match="no array for input"):
-        cipm_ir.verify(DIGITS, DIGITS, data={"other": images})
+        cipm_ir.verify(DIGITS, DIGITS, data={"other": images, "labels": images})
 
 
 # --- fingerprint ----------------------------------------------------------------------------------

@@ -183,6 +183,10 @@ def sparse(model: onnx.ModelProto) -> None:
     model.graph.sparse_initializer.add().values.name = "thin"
 
 
+def defined_again(model: onnx.ModelProto) -> None:
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros((4, 41), np.float32), "w1"))
+
+
 def mapped(model: onnx.ModelProto) -> None:
     model.graph.output[0].type.sequence_type.elem_type.map_type.key_type = TensorProto.INT64
 
@@ -192,22 +196,24 @@ def mapped(model: onnx.ModelProto) -> None:
     [
         (cyclic, InputError, ["cycle", "'first'", "'r'"]),
         (lambda m: m.graph.node[0].input.__setitem__(0, "a"), InputError, ["cycle", "'first'", "own output"]),
-        (lambda m: m.graph.node.insert(0, m.graph.node.pop()), InputError, ["'second'", "'r'", "before", "'act'"]),
         (lambda m: m.graph.node[2].input.__setitem__(1, "ghost"), InputError, ["'second'", "'ghost'", "no node"]),
         (lambda m: m.graph.node[1].output.__setitem__(0, "a"), InputError, ["'a'", "twice", "'act'"]),
-        (lambda m: m.graph.initializer.append(m.graph.initializer[0]), InputError, ["'w1'", "twice"]),
+        (defined_again, InputError, ["'w1'", "twice", "different shapes"]),
+        (lambda m: setattr(m, "ir_version", 99), UnsupportedError, ["IR version 99", "upgrade onnx"]),
+        (lambda m: setattr(m.opset_import[0], "version", 99), UnsupportedError, ["opset 99", "upgrade onnx"]),
+        (lambda m: setattr(m.opset_import[0], "version", 0), InputError, ["opset 0", "damaged"]),
         (lambda m: m.graph.input.append(m.graph.input[0]), InputError, ["'x'", "twice"]),
         (lambda m: setattr(m.graph.output[0], "name", "none"), InputError, ["'none'", "no node"]),
         (lambda m: m.graph.output.pop(), InputError, ["no outputs"]),
         (lambda m: m.ClearField("graph"), InputError, ["no graph"]),
         (lambda m: m.ClearField("opset_import"), InputError, ["opset"]),
         (lambda m: m.ClearField("ir_version"), InputError, ["ir_version"]),
-        (lambda m: setattr(m.graph.initializer[0], "name", ""), InputError, ["no name"]),
+        (lambda m: setattr(m.graph.initializer[0], "name", ""), InputError, ["'first'", "'w1'", "no node"]),
         (lambda m: setattr(m.graph.initializer[1], "raw_data", b"123"), InputError, ["'w2'", "4800 bytes", "holds 3"]),
         (lambda m: m.graph.initializer[1].ClearField("raw_data"), InputError, ["'w2'", "holds 0"]),
         (lambda m: m.graph.initializer[1].dims.__setitem__(0, -40), InputError, ["'w2'", "negative"]),
         (lambda m: setattr(m.graph.initializer[1], "data_type", 99), InputError, ["'w2'", "data type 99"]),
-        (sparse, UnsupportedError, ["'thin'", "sparse_initializer"]),
+        (sparse, InputError, ["'thin'", "sparse tensor"]),
         (training, UnsupportedError, ["training_info"]),
         (mapped, UnsupportedError, ["'y'", "map"]),
     ],

@@ -41,13 +41,14 @@ def test_no_data() -> None:
 @pytest.mark.parametrize(
     ("data", "complaint"),
     [
-        ({"images": rows(8)["x"]}, "no array for input 'x'; it holds 'images'"),
+        ({"images": rows(8)["x"], "labels": rows(8)["x"]}, "no array for input 'x'; it holds 'images', 'labels'"),
         (rows(8, 7), r"Input 'x' has shape .*, but the data has shape \[8, 7\]"),
         ({"x": rows(8)["x"][0]}, r"but the data has shape \[6\]"),
         (rows(0), "holds no samples"),
         ([], "holds no samples"),
         ({}, "holds nothing"),
-        (rows(8)["x"], "Data is a path to .npz, a dict, or an iterable of dicts, not ndarray"),
+        ({"x": rows(8)["x"][0]}, "that is one sample without the batch axis; add it in front, as in x"),
+        (3, "The data is of type int; give a dict of arrays by input name, an array"),
         ("missing.npz", "no data file 'missing.npz'"),
     ],
 )

@@ -196,7 +196,7 @@ def test_bad_files_are_refused(kind: str, message: str, tmp_path: Path) -> None:
 def test_bad_contents_are_refused(tmp_path: Path, rng: np.random.Generator) -> None:
     path = tmp_path / "d.npz"
     cases: list[tuple[dict[str, Array], str]] = [
-        ({"z": np.zeros((4, 3))}, "no array for input 'x'; it holds 'z'"),
+        ({"z": np.zeros((4, 3)), "u": np.zeros(4)}, "no array for input 'x'; it holds 'z', 'u'"),
         ({"x": np.zeros((4, 5), np.float32)}, r"'x' has shape .*, but the data has shape \[4, 5\]"),
         ({"x": np.zeros((4, 3), np.complex64)}, "takes float32, but the data is complex64"),
         ({"x": np.zeros((4, 3), np.float32), "k": np.zeros(5, np.int64)}, "different numbers of samples"),

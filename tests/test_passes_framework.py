@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 import pytest
+from tests import zoo
 
-from cipm_ir.api import load
+from cipm_ir.api import load, optimize
 from cipm_ir.errors import InputError, OptionError, VerificationError
 from cipm_ir.passes import base, registry
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
@@ -208,7 +209,7 @@ def test_data_is_used_and_checked_first(program: Program, rng: np.random.Generat
     assert step.verification is not None and report.verification is not None
     assert cases == [step.verification.cases + 1] * 2 and report.verification.cases == cases[0]
     with pytest.raises(InputError, match="no array for input 'images'"):
-        run_passes(program, "toy-idle", data={"x": images})
+        run_passes(program, "toy-idle", data={"x": images, "y": images})
     with pytest.raises(InputError, match="no samples"):
         run_passes(program, "toy-idle", data=[])
 
@@ -241,6 +242,13 @@ def test_report_is_plain_text_and_json(program: Program) -> None:
     assert made["before"]["parameters"] == program.parameters
     assert [step["name"] for step in made["passes"]] == ["toy-move", "toy-idle{names=(a[0],)}"]
     assert len(made["spaces"]) == len(program.spaces)
+
+
+def test_the_table_says_how_much_of_the_rounding_a_pass_takes() -> None:
+    report = optimize(zoo.build("batch_norm_relu"), ["fold-batch-norm"]).report
+    found = report.steps[0].verification
+    assert found is not None and 0 < found.share <= 1
+    assert f"{found.max_abs:.2g} ({found.share:.0%})" in str(report)
 
 
 def test_what_json_does_not_know_is_unwrapped() -> None:

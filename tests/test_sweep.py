@@ -194,7 +194,7 @@ def once() -> Any:
     [
         ({"data": None}, InputError, "give data= .* or evaluate="),
         ({"data": "missing.npz"}, InputError, "no data file 'missing.npz'"),
-        ({"data": {"y": DATA["x"]}}, InputError, "no array for input 'x'"),
+        ({"data": {"y": DATA["x"], "z": DATA["x"]}}, InputError, "no array for input 'x'"),
         ({"data": {"x": DATA["x"][:0]}}, InputError, "no samples"),
         ({"data": once()}, InputError, "read only once"),
         ({"budgets": ()}, OptionError, "at least one budget"),

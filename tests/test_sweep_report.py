@@ -198,6 +198,9 @@ def test_closeness_of_odd_outputs() -> None:
     assert closeness(give(zeros), give(ones), feeds).difference == math.inf
     assert closeness(give(ones), give(ones * np.nan), feeds).difference == math.inf
     assert closeness(give(ones, ones), give(ones, 0 * ones), feeds).difference == 1.0
+    complex_ones = np.ones((2, 3)) + 1j
+    assert closeness(give(complex_ones), give(complex_ones.real + 0j), feeds).difference == pytest.approx(0.5**0.5)
+    assert closeness(give(complex_ones), give(complex_ones), feeds).agreement is None
     with pytest.raises(InputError, match="outputs have shapes"):
         closeness(give(ones), give(ones[:, :2]), feeds)
     with pytest.raises(InputError, match="no samples"):

@@ -44,6 +44,20 @@ def parameter_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
     return value.const_value if is_parameter(value) else None
 
 
+def named(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
+    """The tensor under another name, as its own object where the name differs.
+
+    onnx_ir writes the name of the value into the tensor when it serializes; a tensor made from a proto passes that
+    on to the proto, which may be the caller's.
+    """
+    if tensor.name == name:
+        return tensor
+    shape = ir.Shape(tensor.shape.numpy())
+    if isinstance(tensor, ir.StringTensor):
+        return ir.StringTensor(tensor.string_data(), shape=shape, name=name)
+    return ir.LazyTensor(lambda: tensor, tensor.dtype, shape, name=name)
+
+
 def unlist_parameters(model: ir.Model) -> int:
     """Take the parameters of a file before IR version 4 out of its inputs, in place (it becomes version 4).
 

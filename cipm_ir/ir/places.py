@@ -1,13 +1,13 @@
 """Every node of a graph with the concrete shapes around it, subgraphs included, at given sizes of the inputs.
 
-For the analysis dynamic sizes are primes (`cipm_ir.ir.shapes`); here they are sizes that a run could have. ONNX's
+For the analysis dynamic sizes are chosen by `cipm_ir.ir.stand_ins`; to count, sizes are those of a run. ONNX's
 inference of the whole graph comes first; where it gives up, nodes are taken one by one, small numbers are evaluated,
 and operators of onnxruntime's own domain are inferred by `cipm_ir.ir.fused_shapes`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +16,18 @@ import onnx_ir as ir
 from cipm_ir.ir.constants import LIMIT, attribute, constant_tensor, evaluate
 from cipm_ir.ir.fused_shapes import fused_shapes
 from cipm_ir.ir.labels import Array
-from cipm_ir.ir.shapes import Shape, infer_at, infer_node, subgraphs
+from cipm_ir.ir.parameters import free_inputs, overridable_inputs
+from cipm_ir.ir.shapes import (
+    Shape,
+    annotated,
+    infer_node,
+    infer_sized,
+    own_name,
+    recorded_shape,
+    replaceable_values,
+    stripped,
+    subgraphs,
+)
 
 _NUMBERS = 4096
 """Parameters with so many entries or fewer are known as numbers."""
@@ -32,6 +43,7 @@ class Place:
         inputs, outputs: concrete shapes.
         numbers: values of small constant inputs.
         bodies: the nodes of each subgraph.
+        starts: shapes of the inputs of the body of a Loop or Scan, None where unknown or different from run to run.
         trips: how often a Loop or Scan runs its body at most; None where that is not known.
     """
 
@@ -41,16 +53,78 @@ class Place:
     outputs: list[Shape | None]
     numbers: list[Array | None]
     bodies: list[list[Place]] = field(default_factory=list)
+    starts: list[Shape | None] = field(default_factory=list)
     trips: int | None = None
+
+
+Recorded = Callable[[ir.Value], Shape | None]
+"""The shape that a file records of a value, None where it has no sizes."""
 
 
 def place_nodes(model: ir.Model, sizes: Mapping[str, int]) -> list[Place]:
     """The nodes of the main graph of a model without model-local functions, in its order.
 
+    Args:
+        model: the model.
+        sizes: of the dynamic dimensions, by the names of `dynamic_sizes`; 1 where one is left out.
+
     Raises: `InputError` when ONNX's shape inference finds the model inconsistent at these sizes.
     """
-    found = infer_at(model, sizes)
-    return _Scope(model, dict(found.first), dict(found.types), {}).places(model.graph)
+    replaceable = replaceable_values(model)
+    shapes, types, complete = annotated(model, replaceable)
+    fixed = all(v.shape is not None and v.shape.is_static() for v in free_inputs(model.graph))
+    given = dict(sizes)
+    for value in model.graph.inputs:  # a default has the sizes that it has
+        if value.const_value is not None and value.shape is not None:
+            own = zip(value.shape, value.const_value.shape.numpy(), strict=False)
+            given.update({d.value: n for d, n in own if not isinstance(d, int) and d.value})
+    if not complete:
+        found = infer_sized(
+            stripped(model, replaceable, recorded=fixed),
+            lambda symbol, name, axis: given.get(symbol or own_name(name, axis), 1),
+            types,
+        )
+        shapes = {**found, **shapes} if fixed else found
+    return place_from(
+        model,
+        shapes,
+        types,
+        lambda value: None if value in replaceable else recorded_shape(value, given),
+        defaults=True,
+    )
+
+
+def place_from(
+    model: ir.Model,
+    shapes: dict[str, Shape],
+    types: dict[str, ir.DataType],
+    recorded: Recorded,
+    *,
+    defaults: bool,
+) -> list[Place]:
+    """The same, from shapes that are known: those that follow node by node are added to them.
+
+    Args:
+        model: the model.
+        shapes: of values of the main graph.
+        types: of values.
+        recorded: asked for the shape of a value where nothing else gives it.
+        defaults: whether inputs have the values of their defaults.
+    """
+    unknown = () if defaults else [value.name or "" for value in overridable_inputs(model)]
+    return _Scope(model, shapes, types, {}, recorded, frozenset(unknown)).places(model.graph)
+
+
+def place_body(
+    model: ir.Model,
+    node: ir.Node,
+    shapes: Mapping[str, Shape],
+    types: Mapping[str, ir.DataType],
+    numbers: Mapping[str, Array],
+) -> Place:
+    """A Loop or Scan with its body, from what is known of the values around it, by name."""
+    unknown = frozenset(value.name or "" for value in overridable_inputs(model))
+    return _Scope(model, dict(shapes), dict(types), dict(numbers), lambda _: None, unknown).place(node)
 
 
 @dataclass
@@ -61,21 +135,24 @@ class _Scope:
     shapes: dict[str, Shape]
     types: dict[str, ir.DataType]
     numbers: dict[str, Array]
+    recorded: Recorded
+    unknown: frozenset[str]
+    """Initializers the values of which are not known."""
 
     def places(self, graph: ir.Graph) -> list[Place]:
         for name, value in graph.initializers.items():
             tensor = value.const_value
             if tensor is not None:
                 self._tensor(name, tensor)
-        return [self._place(node) for node in graph]
+        return [self.place(node) for node in graph]
 
     def _tensor(self, name: str, tensor: ir.TensorProtocol) -> None:
         self.shapes[name] = tuple(tensor.shape.numpy())
         self.types[name] = tensor.dtype
-        if tensor.size <= _NUMBERS and tensor.dtype != ir.DataType.STRING:
+        if name not in self.unknown and tensor.size <= _NUMBERS and tensor.dtype != ir.DataType.STRING:
             self.numbers[name] = np.asarray(tensor.numpy())
 
-    def _place(self, node: ir.Node) -> Place:
+    def place(self, node: ir.Node) -> Place:
         domain = "" if node.domain == "ai.onnx" else node.domain
         version = node.version or self.model.opset_imports.get(domain, 1)
         names = [None if v is None else v.name or "" for v in node.inputs]
@@ -90,6 +167,9 @@ class _Scope:
             self._nested(place)
         else:
             self._inferred(place)
+        for value in node.outputs:
+            if value.name and value.name not in self.shapes:
+                self._set(value, self.recorded(value))
         place.outputs = [self.shapes.get(v.name or "") for v in node.outputs]
         return place
 
@@ -110,6 +190,8 @@ class _Scope:
         found = fused_shapes(node, place.inputs) if node.domain in ("", "ai.onnx", "com.microsoft") else None
         if found is None:
             found = infer_node(node, place.inputs, place.version, self.types, place.numbers)
+        elif node.domain != "com.microsoft" and (kind := self._type(node.inputs[0])) is not None:
+            self.types.setdefault(node.outputs[0].name or "", kind)  # normalizations keep the type
         for value, shape in zip(node.outputs, found, strict=False):
             if shape is not None and value.name:
                 self.shapes.setdefault(value.name, shape)
@@ -127,7 +209,7 @@ class _Scope:
             place.bodies = [self._inner(graph, []).places(graph) for graph in subgraphs(node)]
 
     def _inner(self, graph: ir.Graph, inputs: list[Shape | None]) -> _Scope:
-        scope = _Scope(self.model, dict(self.shapes), dict(self.types), dict(self.numbers))
+        scope = _Scope(self.model, dict(self.shapes), dict(self.types), dict(self.numbers), self.recorded, self.unknown)
         for k, value in enumerate(graph.inputs):
             shape = inputs[k] if k < len(inputs) else None
             if value.dtype is not None:
@@ -206,9 +288,12 @@ class _Scope:
             ends = [scope.shapes.get(v.name or "") for v in graph.outputs]
             changed = {k for k, out in carried.items() if inputs[k] is not None and ends[out] != inputs[k]}
             if not changed:
-                place.bodies = [nodes]
+                place.bodies, place.starts = [nodes], inputs
                 return ends
             inputs = [None if k in changed else s for k, s in enumerate(inputs)]
+
+    def _type(self, value: ir.Value | None) -> ir.DataType | None:
+        return None if value is None else value.dtype or self.types.get(value.name or "")
 
     def _set(self, value: ir.Value, shape: Shape | None) -> None:
         if shape is not None and value.name:

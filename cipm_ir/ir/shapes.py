@@ -1,13 +1,11 @@
 """Concrete shapes for every value of a graph.
 
-Labels live on index positions, so the analysis needs numbers where a model has symbols. Symbolic input dimensions are
-replaced by primes, twice, with two different sets: a dimension that differs between the two assignments is dynamic,
-and nothing that depends on it may be taken for a constant. A static, fully annotated model needs no inference at all.
+Labels live on index positions, so the analysis needs numbers where a model has symbols. `cipm_ir.ir.stand_ins` chooses
+them, two for each dynamic size; this module infers what follows from a choice.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -17,26 +15,34 @@ import onnx_ir as ir
 
 from cipm_ir.errors import InputError
 from cipm_ir.ir.labels import Array
-from cipm_ir.ir.parameters import free_inputs, is_parameter, overridable_inputs, parameters
+from cipm_ir.ir.parameters import is_parameter, overridable_inputs, parameters
 
 Shape = tuple[int, ...]
 
-_SMALL = ((11, 13, 17, 19, 23, 29, 31, 37), (41, 43, 47, 53, 59, 61, 67, 71))
-_SPATIAL = ((211, 223, 227, 229), (233, 239, 241, 251))
-_LATE = (257, 263)
 _UNKNOWN = (1009, 1013)
 _STRIP_BYTES = 4096
+SUGGESTED = "suggested sizes"
+"""Key in the `meta` of an input for the sizes that the user suggests for it."""
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """Two concrete shapes per value name; equal objects where the model is static."""
+    """Two concrete shapes per value name; equal objects where the model is static.
+
+    Attributes:
+        first, second: shapes at the two choices of the dynamic sizes.
+        symbols: the dynamic sizes of the first choice, by name.
+        types: element types, as far as they could be inferred.
+        others: shapes at further choices. What differs there is no constant, either.
+        only: dynamic sizes that are the same in both choices, since shapes contradict each other at all others tried.
+    """
 
     first: dict[str, Shape]
     second: dict[str, Shape]
     symbols: dict[str, int] = field(default_factory=dict)
     types: dict[str, ir.DataType] = field(default_factory=dict)
-    """Element types, as far as they could be inferred."""
+    others: tuple[dict[str, Shape], ...] = ()
+    only: dict[str, int] = field(default_factory=dict)
 
     @property
     def static(self) -> bool:
@@ -87,24 +93,7 @@ def _all_values(graph: ir.Graph) -> list[ir.Value]:
     return values
 
 
-def infer_shapes(model: ir.Model) -> Shapes:
-    """Concrete shapes of the values of the main graph; values that cannot be inferred are absent.
-
-    Errors: `InputError` when ONNX's shape inference finds the model inconsistent.
-    """
-    replaceable = _replaceable(model)
-    known, types, complete = _annotated(model, replaceable)
-    if complete:
-        return Shapes(known, known, types=types)
-    dynamic = any(_declared(v) is None for v in free_inputs(model.graph))
-    proto = _stripped(model, replaceable)
-    symbols: dict[str, int] = {}
-    first = _infer(proto, _primes(0), symbols, types)
-    second = _infer(proto, _primes(1), {}, types) if dynamic else first
-    return Shapes(first, second, symbols, types)
-
-
-def _annotated(model: ir.Model, replaceable: set[ir.Value]) -> tuple[dict[str, Shape], dict[str, ir.DataType], bool]:
+def annotated(model: ir.Model, replaceable: set[ir.Value]) -> tuple[dict[str, Shape], dict[str, ir.DataType], bool]:
     """Shapes and types of the main graph's values that the model states, and whether all shapes are among them."""
     known: dict[str, Shape] = {}
     types: dict[str, ir.DataType] = {}
@@ -122,22 +111,18 @@ def _annotated(model: ir.Model, replaceable: set[ir.Value]) -> tuple[dict[str, S
     return known, types, complete
 
 
-def infer_at(model: ir.Model, sizes: Mapping[str, int]) -> Shapes:
-    """Concrete shapes of the main graph's values at given sizes of the dynamic dimensions (`dynamic_sizes`).
+def suggestion(value: ir.Value) -> tuple[int | None, ...]:
+    """Sizes that the user suggested for an input (`cipm_ir.ir.input_shapes`), None for an axis without; or nothing."""
+    found: tuple[int | None, ...] = value.meta.get(SUGGESTED) or ()
+    return found
 
-    Raises: `InputError` when ONNX's shape inference finds the model inconsistent at these sizes.
-    """
-    replaceable = _replaceable(model)
-    known, types, complete = _annotated(model, replaceable)
-    if complete:
-        return Shapes(known, known, types=types)
-    given = dict(sizes)
-    for value in model.graph.inputs:  # a default has the sizes that it has
-        if value.const_value is not None and value.shape is not None:
-            own = zip(value.shape, value.const_value.shape.numpy(), strict=False)
-            given.update({d.value: n for d, n in own if not isinstance(d, int) and d.value})
-    found = _infer(_stripped(model, replaceable), lambda name, _rank, _axis: given.get(name, 1), {}, types, _own_name)
-    return Shapes({**found, **known}, {}, given, types)
+
+def recorded_shape(value: ir.Value, sizes: Mapping[str, int]) -> Shape | None:
+    """The shape that a file records of a value, its symbols replaced by sizes; None where one has no size."""
+    if value.shape is None:
+        return None
+    found = [d if isinstance(d, int) else sizes.get(d.value or "") for d in value.shape]
+    return None if None in found else tuple(n for n in found if n is not None)
 
 
 def dynamic_sizes(graph: ir.Graph) -> dict[str, list[tuple[ir.Value, int]]]:
@@ -148,28 +133,16 @@ def dynamic_sizes(graph: ir.Graph) -> dict[str, list[tuple[ir.Value, int]]]:
             continue
         for axis, d in enumerate(value.shape):
             if not isinstance(d, int):
-                found.setdefault(d.value or _own_name(value.name or "", axis), []).append((value, axis))
+                found.setdefault(d.value or own_name(value.name or "", axis), []).append((value, axis))
     return found
 
 
-def _own_name(name: str, axis: int) -> str:
+def own_name(name: str, axis: int) -> str:
     """Name of a dimension that has none in the file."""
     return f"{name}[{axis}]"
 
 
-def _primes(which: int) -> Callable[[str, int, int], int]:
-    """Stand-ins that tell dynamic sizes from each other and from all others."""
-    small, spatial = iter(_SMALL[which]), iter(_SPATIAL[which])
-    count = itertools.count()
-
-    def pick(_name: str, rank: int, axis: int) -> int:
-        pool = spatial if rank >= 4 and axis >= 2 else small
-        return next(pool, _LATE[which] + 12 * next(count))
-
-    return pick
-
-
-def _replaceable(model: ir.Model) -> set[ir.Value]:
+def replaceable_values(model: ir.Model) -> set[ir.Value]:
     """Inner values that depend on an overridable initializer: recorded shapes of theirs hold for its default.
 
     They are inferred again, from its shape alone.
@@ -182,10 +155,11 @@ def _replaceable(model: ir.Model) -> set[ir.Value]:
     return found - set(model.graph.inputs)
 
 
-def _stripped(model: ir.Model, replaceable: set[ir.Value]) -> onnx.ModelProto:
+def stripped(model: ir.Model, replaceable: set[ir.Value], *, recorded: bool) -> onnx.ModelProto:
     """A proto of the main graph in which large weights are inputs, so that inference never copies them.
 
-    Recorded shapes of ``replaceable`` values are left out, and the defaults of inputs.
+    Recorded shapes of ``replaceable`` values are left out, and the defaults of inputs; without ``recorded`` those of
+    all inner values.
     """
     proto = onnx.ModelProto(ir_version=max(model.ir_version, 8))
     for domain, version in model.opset_imports.items():
@@ -210,7 +184,7 @@ def _stripped(model: ir.Model, replaceable: set[ir.Value]) -> onnx.ModelProto:
         made.output.extend([v.name or "" for v in node.outputs])
         for attr in node.attributes.values():
             _attribute_into(made.attribute.add(), attr)
-        for value in node.outputs:
+        for value in node.outputs if recorded else ():
             if value.shape is not None and value.name and not value.is_graph_output() and value not in replaceable:
                 _value_into(graph.value_info.add(), value)
     for value in model.graph.outputs:
@@ -251,29 +225,28 @@ def _attribute_into(proto: onnx.AttributeProto, attr: ir.Attr) -> None:
         ir.serde.serialize_attribute_into(proto, attr)
 
 
-def _infer(
-    proto: onnx.ModelProto,
-    pick: Callable[[str, int, int], int],
-    symbols: dict[str, int],
-    types: dict[str, ir.DataType],
-    unnamed: Callable[[str, int], str] = lambda _, axis: f"?{axis}",
+def infer_sized(
+    proto: onnx.ModelProto, size: Callable[[str, str, int], int], types: dict[str, ir.DataType]
 ) -> dict[str, Shape]:
-    """``pick``: the size of a dynamic dimension from its name, the rank of its input and its axis.
+    """Shapes that ONNX infers where the inputs have given sizes; element types are added to ``types``.
 
-    ``unnamed``: names dimensions without a name, by input and axis; by default equal axes are taken to be equal.
+    Args:
+        proto: the model, see `stripped`.
+        size: of a dynamic dimension: its symbol ("" where it has none), the name of the input, the axis.
+        types: element types by value.
+
+    Raises: `InputError` when ONNX's shape inference finds the model inconsistent.
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
-    graph = copy.graph
+    graph, symbols = copy.graph, dict[str, int]()
     for info in graph.input:
-        dims = info.type.tensor_type.shape.dim
-        for axis, dim in enumerate(dims):
-            if dim.WhichOneof("value") == "dim_value":
-                continue
-            name = dim.dim_param or unnamed(info.name, axis)
-            if name not in symbols:
-                symbols[name] = pick(name, len(dims), axis)
-            dim.dim_value = symbols[name]
+        for axis, dim in enumerate(info.type.tensor_type.shape.dim):
+            if dim.WhichOneof("value") != "dim_value":
+                symbol = dim.dim_param
+                dim.dim_value = size(symbol, info.name, axis)
+                if symbol:
+                    symbols[symbol] = dim.dim_value
     for info in list(graph.output):
         info.type.tensor_type.ClearField("shape")
     kept = [info for info in graph.value_info if _substitute(info, symbols)]
@@ -323,25 +296,9 @@ def infer_node(
     none: list[Shape | None] = [None] * len(node.outputs)
     if any(v is not None and s is None for v, s in zip(node.inputs, inputs, strict=True)):
         return none
-    types = {}
-    data = {}
-    dtypes = [None if v is None else v.dtype or (element_types or {}).get(v.name or "") for v in node.inputs]
-    guess = next((t for t in dtypes if t is not None and t.is_floating_point()), ir.DataType.FLOAT)
-    for value, shape, known_dtype, number in zip(
-        node.inputs, inputs, dtypes, numbers or [None] * len(inputs), strict=True
-    ):
-        if value is not None:
-            dtype = guess if known_dtype is None else known_dtype
-            if number is not None and number.size <= 64:
-                dtype = ir.DataType.from_numpy(number.dtype)
-                data[value.name or ""] = onnx.numpy_helper.from_array(np.asarray(number))
-            types[value.name or ""] = onnx.helper.make_tensor_type_proto(int(dtype), shape)
     try:
-        schema = onnx.defs.get_schema(node.op_type, version, node.domain)
-        found = onnx.shape_inference.infer_node_outputs(
-            schema, ir.to_proto(node), types, data, opset_imports=[onnx.helper.make_opsetid(node.domain, version)]
-        )
-    except (onnx.defs.SchemaError, onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError):
+        found = _inferred_outputs(node, inputs, version, element_types or {}, numbers or [None] * len(inputs))
+    except _NOT_INFERRED:
         return none
     out: list[Shape | None] = []
     for value in node.outputs:
@@ -352,6 +309,56 @@ def infer_node(
         known = dims is not None and all(d.WhichOneof("value") == "dim_value" for d in dims)
         out.append(tuple(int(d.dim_value) for d in dims) if known and dims is not None else None)
     return out
+
+
+def contradicts(
+    node: ir.Node,
+    inputs: list[Shape | None],
+    version: int,
+    element_types: dict[str, ir.DataType],
+    numbers: list[Array | None],
+) -> bool:
+    """Whether ONNX says of a node, all of whose input shapes are known, that they do not fit each other."""
+    try:
+        _inferred_outputs(node, inputs, version, element_types, numbers)
+    except onnx.shape_inference.InferenceError:
+        return True
+    except _NOT_INFERRED:
+        return False
+    return False
+
+
+_NOT_INFERRED = (
+    onnx.defs.SchemaError,
+    onnx.shape_inference.InferenceError,
+    onnx.checker.ValidationError,
+    RuntimeError,
+)
+
+
+def _inferred_outputs(
+    node: ir.Node,
+    inputs: list[Shape | None],
+    version: int,
+    element_types: dict[str, ir.DataType],
+    numbers: list[Array | None],
+) -> dict[str, onnx.TypeProto]:
+    types = {}
+    data = {}
+    dtypes = [None if v is None else v.dtype or element_types.get(v.name or "") for v in node.inputs]
+    guess = next((t for t in dtypes if t is not None and t.is_floating_point()), ir.DataType.FLOAT)
+    for value, shape, known_dtype, number in zip(node.inputs, inputs, dtypes, numbers, strict=True):
+        if value is not None:
+            dtype = guess if known_dtype is None else known_dtype
+            if number is not None and number.size <= 64:
+                dtype = ir.DataType.from_numpy(number.dtype)
+                data[value.name or ""] = onnx.numpy_helper.from_array(np.asarray(number))
+            types[value.name or ""] = onnx.helper.make_tensor_type_proto(int(dtype), shape)
+    schema = onnx.defs.get_schema(node.op_type, version, node.domain)
+    found: dict[str, onnx.TypeProto] = onnx.shape_inference.infer_node_outputs(
+        schema, ir.to_proto(node), types, data, opset_imports=[onnx.helper.make_opsetid(node.domain, version)]
+    )
+    return found
 
 
 def implied_shape(node: ir.Node, weight: Shape, which: int) -> Shape | None:

@@ -13,7 +13,8 @@ import onnx_ir as ir
 from cipm_ir.ir.constants import evaluate
 from cipm_ir.ir.labels import Array
 from cipm_ir.ir.parameters import parameter_tensor
-from cipm_ir.ir.shapes import Shape, infer_shapes
+from cipm_ir.ir.shapes import Shape
+from cipm_ir.ir.stand_ins import infer_shapes
 
 _LIMIT = 1 << 22
 """Positions computed at most."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import onnx_ir as ir
 
 from cipm_ir.ir.constants import attribute
@@ -33,7 +34,8 @@ class OpContext:
     """One node with the states of its inputs; the rule fills in ``outputs``.
 
     ``shapes`` are the output shapes under the first assignment, ``None`` where unknown; ``pairs`` gives both
-    assignments for every input and output, by name.
+    assignments for every input and output, by name. ``varying`` says, by name, which entries of a computed number
+    depend on a dynamic size.
     """
 
     node: ir.Node
@@ -43,6 +45,7 @@ class OpContext:
     literals: list[Literal | None]
     rec: Recorder
     second: dict[str, Shape] = field(default_factory=dict)
+    varying: dict[str, Array] = field(default_factory=dict)
     seeds: Seeds | None = None
     elementwise: bool = False
     outputs: list[State | None] = field(default_factory=list)
@@ -76,7 +79,22 @@ class OpContext:
     def const(self, index: int) -> Array | None:
         """A small constant input, or None where it is not constant or depends on a dynamic dimension."""
         pair = self.literals[index] if index < len(self.literals) else None
-        return pair[0] if pair is not None and (pair[0] is pair[1] or _same(pair[0], pair[1])) else None
+        if pair is None or self.varies(index) is not None:
+            return None
+        return pair[0] if pair[0] is pair[1] or _same(pair[0], pair[1]) else None
+
+    def partly(self, index: int) -> tuple[Array, Array] | None:
+        """A small computed input, and which of its entries depend on a dynamic size; None where it is not known."""
+        pair = self.literals[index] if index < len(self.literals) else None
+        if pair is None or pair[0].shape != pair[1].shape:
+            return None
+        varies = self.varies(index)
+        return pair[0], np.not_equal(*pair) if varies is None else varies | np.not_equal(*pair)
+
+    def varies(self, index: int) -> Array | None:
+        """Which entries of an input that is known as numbers depend on a dynamic size; None where none does."""
+        value = self.node.inputs[index] if index < len(self.node.inputs) else None
+        return None if value is None else self.varying.get(value.name or "")
 
     def second_shape(self, value: ir.Value | None) -> Shape | None:
         """Shape of a value under the second assignment."""

@@ -150,6 +150,8 @@ def split(op: OpContext) -> None:
     state = op.state(0)
     op.pin(op.optional(1), "sizes of Split")
     axis = int(op.attr("axis", 0)) % state.rank
+    if op.varies(1) is not None:
+        state = op.without(state, [axis], "Split into computed sizes")
     at = 0
     for k in range(len(op.node.outputs)):
         shape = op.shape(k)

@@ -65,13 +65,9 @@ def pad(op: OpContext) -> None:
         if op.version < 11 or op.const(1) is not None
         else None
     )
-    if pads is None:  # computed: only axes that keep their size under both assignments can be known
-        a, b = op.second_shape(op.node.inputs[0]), op.second_shape(op.node.outputs[0])
-        pads = [
-            (0, 0) if state.shape[k] == shape[k] and (a is None or b is None or a[k] == b[k]) else (1, 1)
-            for k in range(state.rank)
-        ]
-        state = op.without(state, [k for k in range(state.rank) if pads[k] != (0, 0)], "Pad by a computed amount")
+    if pads is None:
+        computed, pads = _computed_pads(op, state, shape)
+        state = op.without(state, computed, "Pad by a computed amount")
     if mode not in ("constant", b"constant"):
         padded = [k for k in range(state.rank) if pads[k] != (0, 0)]
         state = op.without(state, padded, f"Pad in mode {mode}")
@@ -95,11 +91,31 @@ def pad(op: OpContext) -> None:
     op.set(0, factors, [x for x in state.uniform if pads[x] == (0, 0)])
 
 
+def _computed_pads(op: OpContext, state: State, shape: tuple[int, ...]) -> tuple[list[int], list[tuple[int, int]]]:
+    """Axes that are padded by what depends on a dynamic size, and (before, after) per axis, not zero along those."""
+    known, axes = op.partly(1), op.const(3) if op.has(3) else np.arange(state.rank)
+    if known is None or axes is None:  # only axes that keep their size under both assignments can be known
+        a, b = op.second_shape(op.node.inputs[0]), op.second_shape(op.node.outputs[0])
+        keeps = [a is not None and b is not None and a[k] == b[k] for k in range(state.rank)]
+        changed = [k for k in range(state.rank) if state.shape[k] != shape[k] or not keeps[k]]
+        return changed, [(1, 1) if k in changed else (0, 0) for k in range(state.rank)]
+    amounts, varies = (x.reshape(2, -1).T for x in known)
+    pads = [(0, 0)] * state.rank
+    computed = []
+    for axis, amount, changes in zip(axes.ravel() % state.rank, amounts, varies, strict=True):
+        pads[axis] = (1, 1) if changes.any() else (int(amount[0]), int(amount[1]))
+        computed += [int(axis)] if changes.any() else []
+    return computed, pads
+
+
 @operator("Tile")
 def tile(op: OpContext) -> None:
     """Repeats the labels; along an axis of size 1 the result is uniform."""
     state, shape = op.state(0), op.shape()
     op.pin(op.optional(1), "repeats of Tile")
+    varies = op.varies(1)
+    if varies is not None:
+        state = op.without(state, np.flatnonzero(varies).tolist(), "Tile by a computed number")
     factors = []
     for f in state.factors:
         labels, repeats = f.labels, f.repeats

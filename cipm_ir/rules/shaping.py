@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from cipm_ir.ir.labels import Factor, State, reshape_groups
 from cipm_ir.rules.context import OpContext, fixed
 from cipm_ir.rules.registry import Opaque, operator
 from cipm_ir.rules.resize import Resize, target_rule
+
+_MOST = 1 << 22
+"""Labels written out at most, where a dynamic size makes them many."""
 
 
 def reshaped(op: OpContext, state: State, new: tuple[int, ...]) -> State:
@@ -73,12 +78,26 @@ def reshape(op: OpContext) -> None:
     a = op.second_shape(op.node.inputs[0])
     b = op.second_shape(op.node.outputs[0])
     known = a is not None and b is not None and reshape_groups(state.shape, new) == reshape_groups(a, b)
+    if op.node.op_type == "Reshape" and (target := op.varies(1)) is not None and b is not None:
+        # A size that is the same at both assignments, but need not be: min(T, 64).
+        known = known and not any(v and x == y for v, x, y in zip(target, new, b, strict=False))
     if state.factors and (a, b) != (state.shape, new) and not known:
         raise Opaque("how axes are grouped depends on a dynamic size")
     for k in range(1, len(op.node.inputs)):
         op.pin(op.optional(k), "target shape")
+    if state.factors and (a, b) != (state.shape, new) and math.prod(new) > _MOST and _mixes(state, new):
+        raise Opaque("units are mixed with a dynamic axis")
     made = reshaped(op, state, new)
     op.like(0, made, made.uniform)
+
+
+def _mixes(state: State, new: tuple[int, ...]) -> bool:
+    """Whether a labelled axis is split or merged with others: labels are then written out for each of their entries."""
+    groups = reshape_groups(state.shape, new) or []
+    return any(
+        math.prod(state.shape[a] for a in old) > _MOST and any(set(old) & set(f.axes) for f in state.factors)
+        for old, _ in groups
+    )
 
 
 _retarget = target_rule(1)
@@ -184,6 +203,9 @@ def resize(op: OpContext) -> None:
     if op.attr("coordinate_transformation_mode", "half_pixel") in ("tf_crop_and_resize", b"tf_crop_and_resize"):
         raise Opaque("Resize with a crop")
     changed = _scaled_axes(op, state.rank) | {a for a in range(state.rank) if state.shape[a] != out[a]}
+    if (sizes := op.varies(3)) is not None:
+        axes = [int(a) % state.rank for a in op.attr("axes") or range(state.rank)]
+        changed |= {a for a, varies in zip(axes, sizes, strict=False) if varies}
     state = op.without(state, sorted(changed), "interpolated axis")
     for k in range(1, len(op.node.inputs)):
         op.pin(op.optional(k), "scales or sizes of Resize")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
@@ -12,7 +13,8 @@ import onnx
 import onnx_ir as ir
 
 from cipm_ir.errors import InputError
-from cipm_ir.runtime.graphs import all_graphs, describe_node, named
+from cipm_ir.ir.parameters import named
+from cipm_ir.runtime.graphs import all_graphs, describe_node
 
 _Shape: TypeAlias = list[int | None]
 _CHUNK = 1 << 22
@@ -28,18 +30,72 @@ def check_shapes(model: ir.Model, keep_bytes: int = 4096) -> None:
     Raises:
         InputError: naming the node whose input shapes cannot go together.
     """
-    try:
-        proto = _without_weights(model, keep_bytes)
-    except ir.serde.SerdeError as error:
-        raise InputError(f"The model is damaged: {_root(error)}.") from error
+    proto = _without_weights(model, keep_bytes)
     inferred, message = _infer(proto)
     if inferred is None:
         _drop_value_infos(proto.graph)
         inferred, message = _infer(proto)
+    _raise_contradictions(inferred, message)
+
+
+def correct_shapes(model: ir.Model, keep_bytes: int = 4096) -> None:
+    """Check a model as `check_shapes` does, and take recorded shapes that contradict its inputs out of it, in place.
+
+    What a file records of inner values and outputs is a note to onnxruntime, which computes what it computes. Wrong
+    notes of inner values are removed; those of outputs are replaced by what was inferred.
+
+    Raises:
+        InputError: naming the node whose input shapes cannot go together.
+    """
+    proto = _without_weights(model, keep_bytes)
+    inferred, message = _infer(proto)
+    if inferred is None:
+        notes = [*map(copy.deepcopy, (*proto.graph.value_info, *proto.graph.output))]
+        _drop_value_infos(proto.graph)
+        _drop_output_shapes(proto.graph)
+        inferred, message = _infer(proto)
+        if inferred is not None:
+            _forget(model, notes, inferred.graph)
+    _raise_contradictions(inferred, message)
+
+
+def _raise_contradictions(inferred: onnx.ModelProto | None, message: str) -> None:
     if inferred is not None:
         message = next(_channel_errors(inferred.graph), "")
     if message:
         raise InputError(f"The shapes inside the model contradict each other: {message}")
+
+
+def _forget(model: ir.Model, notes: Sequence[onnx.ValueInfoProto], inferred: onnx.GraphProto) -> None:
+    """Remove the notes that differ from what was inferred; where none does, those of all subgraphs."""
+    known = {info.name: info for info in (*inferred.value_info, *inferred.output)}
+    wrong = {note.name for note in notes if note.name in known and _differ(note, known[note.name])}
+    outputs = {value.name for value in model.graph.outputs}
+    for value in [value for node in model.graph for value in node.outputs if value.name in wrong]:
+        info = known[value.name]
+        value.shape = ir.Shape(_dims(info)) if value.name in outputs and _has_shape(info) else None
+        value.dtype = ir.DataType(info.type.tensor_type.elem_type)
+    for graph in () if wrong else model.graph.subgraphs():
+        for value in (*graph.outputs, *(value for node in graph for value in node.outputs)):
+            value.shape = None if value.producer() is not None else value.shape
+
+
+def _has_shape(info: onnx.ValueInfoProto) -> bool:
+    return bool(info.type.tensor_type.HasField("shape"))
+
+
+def _dims(info: onnx.ValueInfoProto) -> _Shape:
+    return [dim.dim_value if dim.HasField("dim_value") else None for dim in info.type.tensor_type.shape.dim]
+
+
+def _differ(a: onnx.ValueInfoProto, b: onnx.ValueInfoProto) -> bool:
+    """Whether the notes on a value contradict each other, in type, rank or size."""
+    if a.type.tensor_type.elem_type != b.type.tensor_type.elem_type:
+        return True
+    if not (_has_shape(a) and _has_shape(b)):
+        return False
+    first, second = _dims(a), _dims(b)
+    return len(first) != len(second) or any(None not in (m, n) and m != n for m, n in zip(first, second, strict=True))
 
 
 def _root(error: BaseException) -> str:
@@ -49,6 +105,13 @@ def _root(error: BaseException) -> str:
 
 
 def _without_weights(model: ir.Model, keep_bytes: int) -> onnx.ModelProto:
+    try:
+        return _stripped(model, keep_bytes)
+    except ir.serde.SerdeError as error:
+        raise InputError(f"The model is damaged: {_root(error)}.") from error
+
+
+def _stripped(model: ir.Model, keep_bytes: int) -> onnx.ModelProto:
     stripped = model.clone()
     for graph in all_graphs(stripped):
         for value in graph.initializers.values():
@@ -88,6 +151,22 @@ def _drop_value_infos(graph: onnx.GraphProto) -> None:
     kept = [info for info in graph.value_info if info.name in opaque]
     del graph.value_info[:]
     graph.value_info.extend(kept)
+    for inner in _inner_graphs(graph):
+        _drop_value_infos(inner)
+
+
+def _drop_output_shapes(graph: onnx.GraphProto) -> None:
+    for info in graph.output:
+        info.type.tensor_type.ClearField("shape")
+    for inner in _inner_graphs(graph):
+        _drop_output_shapes(inner)
+
+
+def _inner_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
 
 
 def _infer(proto: onnx.ModelProto) -> tuple[onnx.ModelProto | None, str]:
@@ -112,9 +191,8 @@ def _channel_errors(graph: onnx.GraphProto) -> Iterator[str]:
     """Mismatches of channels and parameter lengths, which ONNX's inference leaves to the runtime."""
     shapes: dict[str, _Shape] = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
     for info in (*graph.value_info, *graph.input, *graph.output):
-        if info.type.tensor_type.HasField("shape"):
-            dims = info.type.tensor_type.shape.dim
-            shapes.setdefault(info.name, [dim.dim_value if dim.HasField("dim_value") else None for dim in dims])
+        if _has_shape(info):
+            shapes.setdefault(info.name, _dims(info))
     for node in graph.node:
         given = [shapes.get(name) for name in node.input]
         if node.domain not in _STANDARD or len(given) < 2 or given[0] is None or given[1] is None:

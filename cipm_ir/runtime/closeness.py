@@ -11,6 +11,7 @@ import numpy as np
 
 from cipm_ir.errors import InputError
 from cipm_ir.runtime.inputs import Feeds
+from cipm_ir.runtime.noise import is_float, widened
 from cipm_ir.runtime.session import Array
 
 Run: TypeAlias = Callable[[Mapping[str, Array]], dict[str, Array]]
@@ -45,12 +46,16 @@ def closeness(first: Run, second: Run, feeds: Iterable[Feeds]) -> Closeness:
         if [x.shape for x in a] != [x.shape for x in b]:
             raise InputError(f"The outputs have shapes {[x.shape for x in a]} and {[x.shape for x in b]}.")
         for k, (x, y) in enumerate(zip(a, b, strict=True)):
-            if _is_float(x):
-                wide = x.astype(np.float64)
+            if is_float(x):
+                wide = widened(x)
                 total = squares.setdefault(k, [0.0, 0.0])
-                total[0] += float(np.sum((wide - y.astype(np.float64)) ** 2))
-                total[1] += float(np.sum(wide**2))
-        classes = [(x, y) for x, y in zip(a, b, strict=True) if _is_float(x) and x.ndim == 2 and x.shape[1] > 1]
+                total[0] += float(np.sum(np.abs(wide - widened(y)) ** 2))
+                total[1] += float(np.sum(np.abs(wide) ** 2))
+        classes = [
+            (x, y)
+            for x, y in zip(a, b, strict=True)
+            if is_float(x) and x.dtype.kind != "c" and x.ndim == 2 and x.shape[1] > 1
+        ]
         for x, y in classes[:1]:
             same += int(np.sum(x.argmax(axis=1) == y.argmax(axis=1)))
             votes += len(x)
@@ -66,7 +71,3 @@ def _relative(off: float, whole: float) -> float:
     if not math.isfinite(off) or not math.isfinite(whole):
         return math.inf
     return math.sqrt(off / whole) if whole else (0.0 if not off else math.inf)
-
-
-def _is_float(array: Array) -> bool:
-    return array.dtype.name.startswith(("float", "bfloat"))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from cipm_ir.errors import InputError
-from cipm_ir.runtime.inputs import Data
+from cipm_ir.runtime.data import Data, Named
 from cipm_ir.runtime.npz import Files
 
 _CHUNK = 1 << 20
@@ -31,8 +31,11 @@ def model_hash(model: ir.Model) -> str:
 def data_hash(data: Data | None) -> str:
     """A hash over the bytes of a file, or over names, types, shapes and entries of arrays; "none" without data.
 
+    Args:
+        data: as `cipm_ir.runtime.data.normalized` gives it.
+
     Raises:
-        InputError: no such file; samples that can be read only once; or something else than data.
+        InputError: no such file; or samples that can be read only once.
     """
     if data is None:
         return "none"
@@ -41,12 +44,11 @@ def data_hash(data: Data | None) -> str:
         _file(digest, data)
     elif isinstance(data, Mapping):
         _arrays(digest, data)
-    elif isinstance(data, Files):
-        _add(digest, [data_hash(path) for path in data.paths])
+    elif isinstance(data, Named) and isinstance(data.source, Files):
+        _add(digest, [data_hash(path) for path in data.source.paths])
     elif check_repeatable(data):
+        one: Any
         for one in data:
-            if not isinstance(one, Mapping):
-                raise InputError(f"Data is an iterable of dicts by input name, but holds a {type(one).__name__}.")
             _arrays(digest, one)
     return digest.hexdigest()
 
@@ -57,8 +59,6 @@ def check_repeatable(data: Any) -> bool:
     Raises:
         InputError: they cannot.
     """
-    if not isinstance(data, Iterable) or isinstance(data, np.ndarray):
-        raise InputError(f"Data is a path to .npz, a dict, or an iterable of dicts, not {type(data).__name__}.")
     if iter(data) is data:
         raise InputError("The data is an iterator, which can be read only once; give a list, a dict or an .npz file.")
     return True

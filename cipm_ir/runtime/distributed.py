@@ -25,7 +25,7 @@ import onnx
 import onnx_ir as ir
 
 from cipm_ir.errors import CipmError, InputError, OptionError, UnsupportedError
-from cipm_ir.runtime.graphs import named
+from cipm_ir.ir.parameters import named
 from cipm_ir.runtime.inputs import Data, Feeds, batches, sample_count
 from cipm_ir.runtime.moments import Array
 from cipm_ir.runtime.observe import samples

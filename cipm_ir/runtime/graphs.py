@@ -19,20 +19,6 @@ def all_graphs(model: ir.Model) -> list[ir.Graph]:
     return [graph for root in roots for graph in (root, *root.subgraphs())]
 
 
-def named(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
-    """The tensor under another name, as its own object where the name differs.
-
-    onnx_ir writes the name of the value into the tensor when it serializes; a tensor made from a proto passes that
-    on to the proto, which may be the caller's.
-    """
-    if tensor.name == name:
-        return tensor
-    shape = ir.Shape(tensor.shape.numpy())
-    if isinstance(tensor, ir.StringTensor):
-        return ir.StringTensor(tensor.string_data(), shape=shape, name=name)
-    return ir.LazyTensor(lambda: tensor, tensor.dtype, shape, name=name)
-
-
 @contextlib.contextmanager
 def quiet(logger_name: str) -> Iterator[None]:
     """Errors only from a library's logger: its warnings are about what we handle or report ourselves."""

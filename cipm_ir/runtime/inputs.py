@@ -13,12 +13,18 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from cipm_ir.errors import InputError, UnsupportedError
+from cipm_ir.ir.input_shapes import noted_sizes
 from cipm_ir.ir.parameters import overridable_inputs
+from cipm_ir.ir.shapes import own_name, suggestion
+from cipm_ir.runtime.data import Data as Data
+from cipm_ir.runtime.data import Named, is_array, normalized
 from cipm_ir.runtime.npz import Archive, Files, Rows
 
 Array: TypeAlias = npt.NDArray[Any]
 Feeds: TypeAlias = dict[str, Array]
-Data: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | Iterable[Any]
+
+RUNS_AT = "cipm_ir.runs_at"
+"""Key in `Graph.meta` of the only size of batches that the model was found to run with, whatever it declares."""
 
 # Operators that hand indices on unchanged from their first input, and those that do so from any.
 _PASS_FIRST = {"Identity", "Cast", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Transpose", "Slice"}
@@ -103,7 +109,8 @@ def random_inputs(
         model: the model to feed.
         rng: the source of randomness.
         batch: the size of unknown first axes and of axes whose name says batch.
-        dims: sizes of symbolic axes by name.
+        dims: sizes of symbolic axes by name, ``x[2]`` for an axis of input x without one. Sizes that the user
+            suggested for the model come first.
         free_size: the size of the other unknown axes; one name, one size.
         index_limit: caps integer inputs, for a model whose tables could not be found.
         recipe: what to draw.
@@ -111,12 +118,18 @@ def random_inputs(
     Raises:
         UnsupportedError: an input is not a tensor, holds strings, or has no known rank.
     """
-    sizes = dict(dims or {})
+    sizes = {**(dims or {}), **noted_sizes(model.graph)}
     made: Feeds = {}
     for value in true_inputs(model):
-        if value.shape is None:
-            raise UnsupportedError(f"Input {value.name!r} has no known rank; give inputs as data.")
-        shape = tuple(_size(dim, axis, batch, sizes, free_size) for axis, dim in enumerate(value.shape))
+        name = value.name or ""
+        axes = suggestion(value) if value.shape is None else tuple(value.shape)
+        if value.shape is None and (not axes or None in axes):
+            raise UnsupportedError(f"Input {value.name!r} has no known rank; give its sizes in input_shapes, or data.")
+        shape = tuple(
+            sizes.get(own_name(name, axis)) or _size(dim, axis, batch, sizes, free_size)
+            for axis, dim in enumerate(axes)
+            if dim is not None
+        )
         made[value.name or ""] = _random_input(value, shape, rng, index_limit, recipe)
     return made
 
@@ -256,9 +269,9 @@ def batches(data: Data, model: ir.Model, size: int = 8, *, limit: int | None = N
     """Cut given samples into feeds for the model; one feed at a time is in memory (a .npz is read row by row).
 
     Args:
-        data: a path to `.npz` (arrays by input name, first axis samples), a mapping of arrays, or an iterable of these.
-            Arrays that the model has no input for are ignored. An array that was saved in Fortran order is read whole.
-        model: the model to feed; where an input has a literal first size, batches have it and a rest is dropped.
+        data: see `cipm_ir.runtime.data`. Arrays that the model has no input for are ignored. An array that was saved in
+            Fortran order is read whole.
+        model: the model to feed; where it takes batches of one size only (`only_batch`), a rest is dropped.
         size: samples per batch otherwise.
         limit: at most this many samples, rounded up to whole batches where the model fixes their size; of an iterable,
             no more is taken than that needs.
@@ -266,10 +279,11 @@ def batches(data: Data, model: ir.Model, size: int = 8, *, limit: int | None = N
     Raises:
         InputError: no such file, an input without data, the wrong shape or type, different numbers of samples.
     """
-    left = limit
-    for piece in _pieces(data):
-        cut = _Cut.of(piece, model, size, left)
+    left, first = limit, True
+    for piece in _pieces(data, model):
+        cut = _Cut.of(piece, model, size, left, first)
         yield from cut.feeds()
+        first = False
         if left is not None:
             left -= cut.count
             if left <= 0:
@@ -281,30 +295,44 @@ def sample_count(data: Data, model: ir.Model, *, limit: int | None = None) -> in
 
     Errors: as `batches`, where the data does not fit the model.
     """
-    if not isinstance(data, (str, os.PathLike, Mapping, list, tuple, Files)):
+    held = data.source if isinstance(data, Named) else data
+    if not isinstance(held, (str, os.PathLike, Mapping, list, tuple, Files)) and not is_array(held):
         return None
     count = 0
-    for piece in _pieces(data):
-        count += _Cut.of(piece, model, 1, None if limit is None else limit - count).count
+    for number, piece in enumerate(_pieces(data, model)):
+        count += _Cut.of(piece, model, 1, None if limit is None else limit - count, number == 0).count
         if limit is not None and count >= limit:
             break
     return count
 
 
-def _pieces(data: Data) -> Iterator[Mapping[str, Any]]:
+def only_batch(model: ir.Model) -> int | None:
+    """Return the one size of batches that a model takes: declared, or found by running it (`fit_batch`).
+
+    Raises:
+        InputError: inputs declare different sizes.
+    """
+    inputs = true_inputs(model)
+    literals = {dim for dim in (v.shape[0] for v in inputs if v.shape) if isinstance(dim, int) and dim > 0}
+    if len(literals) > 1:
+        raise InputError(
+            f"The inputs have different fixed first sizes {sorted(literals)}; data cannot be cut for them."
+        )
+    found: int | None = model.graph.meta.get(RUNS_AT)
+    return next(iter(literals), found)
+
+
+def _pieces(data: Data, model: ir.Model) -> Iterator[Mapping[str, Any]]:
     """Mappings of arrays, or of `Rows`."""
-    if isinstance(data, (str, os.PathLike)):
-        with Archive(data) as archive:
+    found = normalized(data, [value.name or "" for value in true_inputs(model)])
+    if isinstance(found, (str, os.PathLike)):
+        with Archive(found) as archive:
             yield archive
-    elif isinstance(data, Mapping):
-        yield data
-    elif isinstance(data, Iterable) and not isinstance(data, np.ndarray):
-        for sample in data:
-            if not isinstance(sample, Mapping):
-                raise InputError(f"Data is an iterable of dicts by input name, but holds a {type(sample).__name__}.")
-            yield sample
+    elif isinstance(found, Mapping):
+        yield found
     else:
-        raise InputError(f"Data is a path to .npz, a dict, or an iterable of dicts, not {type(data).__name__}.")
+        named: Iterable[Any] = found
+        yield from named
 
 
 class _Held:
@@ -342,24 +370,22 @@ class _Cut:
     step: int
 
     @classmethod
-    def of(cls, data: Mapping[str, Any], model: ir.Model, size: int, limit: int | None) -> _Cut:
-        inputs = true_inputs(model)
-        columns = {value.name or "": _fitting(data, value) for value in inputs}
+    def of(cls, data: Mapping[str, Any], model: ir.Model, size: int, limit: int | None, first: bool = True) -> _Cut:
+        """Args: ``first``: more samples than none must be there; behind it an incomplete batch is a rest."""
+        columns = {value.name or "": _fitting(data, value) for value in true_inputs(model)}
         counts = {name: column.rows.shape[0] for name, column in columns.items() if column.rows.shape}
         if len(set(counts.values())) > 1:
             raise InputError(f"The data holds different numbers of samples: {counts}.")
         count = next(iter(counts.values()), 1)
-        literals = {dim for dim in (v.shape[0] for v in inputs if v.shape) if isinstance(dim, int) and dim > 0}
-        if len(literals) > 1:
+        only = only_batch(model)
+        if only and first and 0 < count < only:
             raise InputError(
-                f"The inputs have different fixed first sizes {sorted(literals)}; data cannot be cut for them."
+                f"The model takes batches of exactly {only} samples, but the data holds {count}; give at least {only}."
             )
-        step = min(literals, default=size)
-        if literals and count < step:
-            raise InputError(f"The model takes batches of exactly {step} samples, but the data holds {count}.")
+        step = only or size
         if limit is not None:
-            count = min(count, max(-(-limit // step) * step if literals else limit, 0))
-        return cls(columns, count // step * step if literals else count, step)
+            count = min(count, max(-(-limit // step) * step if only else limit, 0))
+        return cls(columns, count // step * step if only else count, step)
 
     def feeds(self) -> Iterator[Feeds]:
         for start in range(0, self.count, self.step):
@@ -376,12 +402,26 @@ def _fitting(data: Mapping[str, Any], value: ir.Value) -> _Column:
     found = data[name]
     rows = found if isinstance(found, Rows) else _Held(np.asarray(found))
     dtype = value.dtype.numpy() if value.dtype is not None and value.dtype != ir.DataType.STRING else rows.dtype
-    if rows.dtype != dtype and not np.can_cast(rows.dtype, dtype, casting="same_kind"):
+    if not _converts(rows.dtype, dtype):
         raise InputError(f"Input {name!r} takes {dtype}, but the data is {rows.dtype}; convert it first.")
     if value.shape is not None:
         wanted = [dim if isinstance(dim, int) and dim > 0 else None for dim in value.shape]
         bad = len(wanted) != len(rows.shape)
         bad = bad or any(want not in (None, got) for want, got in zip(wanted[1:], rows.shape[1:], strict=True))
+        if len(wanted) == len(rows.shape) + 1 and all(
+            want in (None, got) for want, got in zip(wanted[1:], rows.shape, strict=True)
+        ):
+            raise InputError(
+                f"Input {name!r} has shape {value.shape}, but the data has shape {list(rows.shape)}: that is one "
+                "sample without the batch axis; add it in front, as in x[None]."
+            )
         if bad:
             raise InputError(f"Input {name!r} has shape {value.shape}, but the data has shape {list(rows.shape)}.")
     return _Column(rows, dtype)
+
+
+def _converts(given: np.dtype[Any], wanted: np.dtype[Any]) -> bool:
+    """Whether an array can be fed as another type; numpy does not know that bfloat16 is a float."""
+    floats = [dtype.kind == "f" or dtype.name.startswith(("bfloat", "float")) for dtype in (given, wanted)]
+    integer = given.kind in "iub" and floats[1]
+    return given == wanted or all(floats) or integer or np.can_cast(given, wanted, casting="same_kind")

@@ -130,10 +130,10 @@ def _visit(found: Intervals, position: int, rounding: bool) -> None:
 
 def _literal(found: Intervals, node: ir.Node, name: str) -> Array | None:
     """A constant that was followed as a number, unless a dynamic size or what a caller may override enters it."""
-    pair = found.analysis.walk.literals.get(name)
-    if pair is None or pair[0] is not pair[1] or pair[0].dtype.kind not in "iufb":
+    number = found.analysis.walk.constant(name)
+    if number is None or number.dtype.kind not in "iufb":
         return None
-    return None if any(_overridable(found, v) for v in node.inputs) else pair[0]
+    return None if any(_overridable(found, v) for v in node.inputs) else number
 
 
 def _overridable(found: Intervals, value: ir.Value | None) -> bool:
@@ -190,8 +190,7 @@ def _site(found: Intervals, position: int, operands: dict[int, Interval | None],
             state.shape,
             state.shape if name in found.parameters else walk.shapes.second.get(name, state.shape),
         )
-        pair = walk.literals.get(name)
-        literals[k] = pair[0] if pair is not None and pair[0] is pair[1] else None
+        literals[k] = walk.constant(name)
     dtype = node.outputs[0].dtype or walk.shapes.types.get(node.outputs[0].name or "")
     outs = [None if v.name not in walk.states else walk.states[v.name].shape for v in node.outputs]
     domain = "" if node.domain == "ai.onnx" else node.domain

@@ -8,7 +8,6 @@ import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -123,20 +122,15 @@ class Rows:
 
 @dataclass(frozen=True)
 class Files:
-    """Several ``.npz`` files, opened one after the other, as often as they are gone through."""
+    """Several ``.npz`` or ``.npy`` files, opened one after the other, as often as they are gone through."""
 
     paths: tuple[str, ...]
 
-    @classmethod
-    def of(cls, folder: str | os.PathLike[str]) -> Files:
-        """Those of a folder, by name. Errors: `InputError` where it holds none."""
-        found = tuple(sorted(str(path) for path in Path(folder).glob("*.npz")))
-        if not found:
-            raise InputError(f"The folder {os.fspath(folder)!r} holds no .npz files.")
-        return cls(found)
-
-    def __iter__(self) -> Iterator[Archive]:
+    def __iter__(self) -> Iterator[Archive | Array]:
         for path in self.paths:
+            if path.endswith(".npy"):
+                yield mapped(path)
+                continue
             with Archive(path) as archive:
                 yield archive
 

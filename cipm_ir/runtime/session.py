@@ -17,7 +17,7 @@ from onnx.reference import ReferenceEvaluator
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from cipm_ir.errors import InputError, UnsupportedError
-from cipm_ir.runtime.graphs import named
+from cipm_ir.ir.parameters import named
 from cipm_ir.runtime.integer_products import processor_saturates, reencode_signed_weights
 
 Array: TypeAlias = npt.NDArray[Any]

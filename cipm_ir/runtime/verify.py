@@ -16,11 +16,13 @@ from cipm_ir.runtime.compare import MEASURED, Case, Outputs, Reference, Toleranc
 from cipm_ir.runtime.endings import Ending, common_endings, endings, output_units
 from cipm_ir.runtime.graphs import all_graphs
 from cipm_ir.runtime.inputs import (
+    RUNS_AT,
     Data,
     Feeds,
     Recipe,
     batches,
     largest_table,
+    only_batch,
     overrides,
     random_inputs,
     true_inputs,
@@ -57,7 +59,9 @@ RECIPES = (
 _RANDOM_OPS = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
 # (batch, other unknown sizes, cap on integer inputs): the first that the model runs with is used. The later ones are
 # for models with a batch baked in, for images that must survive much downsampling, and for tables that were not found.
+_SIZES: tuple[tuple[int, int, int | None], ...]
 _SIZES = ((2, 8, None), (1, 8, None), (2, 32, None), (1, 64, None), (1, 224, None), (1, 1, None), (1, 16, 2), (3, 3, 2))
+_SIZES += tuple((batch, 8, None) for batch in (4, 8, 16, 32))
 _LONG = (128, 64, 32, 16)
 _LONG_ENTRIES = 1 << 19
 _SAMPLES = 16
@@ -90,6 +94,11 @@ class Verifier:
         self._given = [] if data is None else list(itertools.islice(batches(data, model), cases or BATCHES))
         self._endings = endings(model)
         self._made: Reference | None = None
+
+    @property
+    def model(self) -> ir.Model:
+        """The model taken as right."""
+        return self._model
 
     def check(self, model: ir.Model, tolerance: Tolerance = MEASURED) -> Verification:
         """Compare another model, whose inputs and outputs must have the same names."""
@@ -269,9 +278,14 @@ def affordable_cases(seconds: float) -> int:
 def _accepted(
     model: ir.Model, run: Callable[[Feeds], Outputs], rng: np.random.Generator
 ) -> tuple[int, int, int | None, Case, float]:
-    """Batch, free size and limit with which the model runs, the first case, and the seconds of its run."""
+    """Batch, free size and limit with which the model runs, the first case, and the seconds of its run.
+
+    That a model runs with one batch only is noted on its graph, see `cipm_ir.runtime.batch_size`.
+    """
     first: InputError | None = None
+    known = model.graph.meta.get(RUNS_AT)
     for batch, free_size, limit in _SIZES:
+        batch = known or batch
         feeds = random_inputs(model, rng, batch, free_size=free_size, index_limit=limit)
         start = time.perf_counter()
         try:
@@ -284,6 +298,10 @@ def _accepted(
         more = _more_samples(model, run, rng, batch, free_size, limit, feeds) if seconds < _SECONDS / _SAMPLES else []
         if more:
             return _SAMPLES, free_size, limit, more[0], time.perf_counter() - start
+        if first is not None and batch != 2 and only_batch(model) is None:
+            fewer = random_inputs(model, rng, 2, free_size=free_size, index_limit=limit)
+            if {x.shape for x in fewer.values()} != {x.shape for x in feeds.values()} and not tried("", fewer, run):
+                model.graph.meta[RUNS_AT] = batch
         return batch, free_size, limit, case, seconds
     raise first or InputError("No random inputs were tried.")
 

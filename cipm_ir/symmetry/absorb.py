@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from cipm_ir.errors import SymmetryError
+from cipm_ir.ir.bodies import nodes_in_order
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Array, Labels
 from cipm_ir.ir.parameters import parameter_tensor
@@ -75,7 +76,7 @@ def absorb_edits(
     full[:, keep] = mixing
     inside = np.zeros(analysis.classes.count, bool)
     inside[members] = True
-    nodes = list(model.graph)
+    nodes = nodes_in_order(model.graph)
     if shift is not None and np.any(shift):
         _refuse_borders(analysis, inside)
     edits: dict[int, Edit] = {}

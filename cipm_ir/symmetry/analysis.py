@@ -131,6 +131,26 @@ class Analysis:
                     scale[atoms[:, column]] = factor
         return scale
 
+    @cached_property
+    def bodies(self) -> list[str]:
+        """For each space, the path of a body of If, Loop or Scan that uses its units; "" where none does.
+
+        Values inside bodies cannot be looked at over data: they are no outputs of the main graph.
+        """
+        walk, paths = self.walk, self.walk.paths
+        where = np.full(self.classes.count, -1, np.int64)
+        for position, node in enumerate(walk.nodes if any(paths) else ()):
+            if not paths[position]:
+                continue
+            for k, value in enumerate(node.inputs):
+                leaf = walk.use_leaf.get((position, k))
+                state = walk.states.get(value.name or "") if value is not None else None
+                state = state if leaf is None else walk.leaves[leaf].state
+                for f in () if state is None else state.factors:
+                    where[self.classes.of[f.labels]] = position
+        found = [int(where[space.table].max(initial=-1)) for space in self.spaces]
+        return [paths[position] if position >= 0 else "" for position in found]
+
     def factor_positions(self, f: LeafFactor, members: Labels) -> Labels:
         """Positions of classes along a one-axis factor, by occurrence: (classes, occurrences)."""
         atoms = self.atoms_of(members)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from cipm_ir.ir.bodies import nodes_in_order
 from cipm_ir.ir.labels import Array
 from cipm_ir.ir.parameters import is_parameter, parameter_tensor
 from cipm_ir.symmetry.analysis import Analysis
@@ -19,9 +20,10 @@ class Editor:
         self.model = model
         self.graph = model.graph
         self.analysis = analysis
-        self.nodes = list(model.graph)
-        self.taken = {v.name for v in self.graph.inputs} | set(self.graph.initializers)
-        self.taken |= {v.name for n in self.nodes for v in n.outputs}
+        self.nodes = nodes_in_order(model.graph)
+        self.taken = {v.name for n in model.graph.all_nodes() for v in n.outputs}
+        for graph in (self.graph, *self.graph.subgraphs()):
+            self.taken |= {v.name for v in graph.inputs} | set(graph.initializers)
         self.inputs = {v.name for v in self.graph.inputs}
 
     def apply(self, edits: dict[int, Edit]) -> None:
@@ -130,9 +132,10 @@ class Editor:
     def sweep(self) -> None:
         """Drop initializers and constant nodes that nothing reads any more and that were read before."""
         used = {leaf.name for leaf in self.analysis.walk.leaves} | set(self.analysis.walk.literals)
-        for node in reversed(list(self.graph)):
-            if all(not v.uses() and not v.is_graph_output() for v in node.outputs) and node.outputs[0].name in used:
-                self.graph.remove(node, safe=True)
+        for node in reversed(nodes_in_order(self.graph)):
+            unused = all(not v.uses() and not v.is_graph_output() for v in node.outputs)
+            if unused and node.outputs[0].name in used and node.graph is not None:
+                node.graph.remove(node, safe=True)
         for name, value in list(self.graph.initializers.items()):
             if name in used and is_parameter(value) and not value.uses() and not value.is_graph_output():
                 del self.graph.initializers[name]

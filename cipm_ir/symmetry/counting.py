@@ -56,14 +56,12 @@ class Count:
         total: of the nodes that could be counted.
         unknown: the others.
         sizes: dynamic sizes by name (``x[2]`` where an axis of input x has none), empty where none is.
-        nodes: of each node of the main graph.
         places: the nodes of the main graph with their shapes at these sizes.
     """
 
     total: int
     unknown: tuple[Unknown, ...]
     sizes: Mapping[str, int]
-    nodes: Sequence[int] = field(repr=False, default=())
     places: Sequence[Place] = field(repr=False, default=())
 
     @property
@@ -118,10 +116,10 @@ def _counted(model: ir.Model, sizes: Mapping[str, int]) -> Count:
         reason = str(error).splitlines()[0]
         nodes = list(model.graph)
         lost = tuple(Unknown(n.name or "", n.op_type, reason) for n in nodes if not is_free(n))
-        return Count(0, lost, sizes, [0] * len(nodes))
+        return Count(0, lost, sizes)
     unknown: list[Unknown] = []
     costs = [_cost(place, unknown) for place in places]
-    return Count(sum(costs), tuple(unknown), sizes, costs, places)
+    return Count(sum(costs), tuple(unknown), sizes, places)
 
 
 def _choices(graph: ir.Graph, given: Mapping[str, int]) -> Iterator[dict[str, int]]:
@@ -154,6 +152,11 @@ def _cost(place: Place, unknown: list[Unknown]) -> int:
     except Uncounted as reason:
         unknown.append(Unknown(place.node.name or _first_output(place), place.node.op_type, str(reason), _most(place)))
         return 0
+
+
+def node_macs(place: Place) -> int:
+    """Multiply-accumulates of a node with everything in it; 0 for what cannot be counted."""
+    return _cost(place, [])
 
 
 def _nested(place: Place, unknown: list[Unknown]) -> int:

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from cipm_ir.algebra import Dense, DenseElement
 from cipm_ir.errors import SymmetryError
+from cipm_ir.ir.bodies import nodes_in_order
 from cipm_ir.ir.labels import Array
 from cipm_ir.ir.parameters import parameter_tensor
 from cipm_ir.symmetry.analysis import Analysis
@@ -72,7 +73,7 @@ def dense_levels(analysis: Analysis, model: ir.Model) -> list[Linearity]:
     found = linearities(analysis)
     if not any(one.gammas for one in found):
         return found
-    nodes = list(model.graph)
+    nodes = nodes_in_order(model.graph)
     return [_with_gammas(analysis, nodes, k, one) if one.gammas else one for k, one in enumerate(found)]
 
 

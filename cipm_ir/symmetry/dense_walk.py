@@ -150,8 +150,7 @@ class Survey:
     def literal(self, site: Site, k: int) -> np.ndarray | None:
         """A small constant input."""
         value = site.node.inputs[k] if k < len(site.node.inputs) else None
-        pair = None if value is None else self.walk.literals.get(value.name or "")
-        return None if pair is None else pair[0]
+        return None if value is None else self.walk.constant(value.name or "")
 
     def is_zero(self, site: Site, k: int) -> bool:
         """Whether input number k is a constant zero, which every matrix leaves as it is."""

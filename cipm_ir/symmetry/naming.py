@@ -20,7 +20,7 @@ class Note:
 
 
 def describe_spaces(analysis: Analysis) -> list[Note]:
-    """A note per raw space; names are unique."""
+    """A note per raw space; names are unique, and start with the body that holds a space: ``If_12.then/conv1``."""
     walk, classes = analysis.walk, analysis.classes
     position = np.full(classes.count, -1, np.int64)
     owner: dict[int, list[int]] = {}
@@ -45,9 +45,14 @@ def describe_spaces(analysis: Analysis) -> list[Note]:
                 members.setdefault(k, {})[label] = None
     used: set[str] = set()
     notes = []
+    place = _places(analysis)
     for k, raw in enumerate(analysis.spaces):
         names = tuple(members.get(k, {}))
-        stem = _stem(names[0].rpartition("[")[0]) if names else f"space{k}"
+        tensors = [name.rpartition("[")[0] for name in names]
+        stem = _stem(tensors[0]) if names else f"space{k}"
+        within = {place.get(tensor, "") for tensor in tensors}
+        if len(within) == 1 and (path := within.pop()) and not stem.startswith(f"{path}/"):
+            stem = f"{path}/{stem}"
         if raw.kind == "blocks":
             stem += ".blocks"
         elif raw.kind == "cells":
@@ -59,6 +64,15 @@ def describe_spaces(analysis: Analysis) -> list[Note]:
         used.add(name)
         notes.append(Note(name, names))
     return notes
+
+
+def _places(analysis: Analysis) -> dict[str, str]:
+    """The body that all uses of a tensor stand in, by name of the tensor; "" for the main graph or several bodies."""
+    walk, found = analysis.walk, dict[str, str]()
+    for leaf in walk.leaves if any(walk.paths) else ():
+        for path in {walk.paths[node] for node, _ in leaf.uses}:
+            found[leaf.name] = path if found.get(leaf.name, path) == path else ""
+    return found
 
 
 def _distinct(numbers: np.ndarray) -> list[int]:

@@ -54,7 +54,7 @@ class NodeResize(Resize):
             now = parent.now.get(name) or parent.analysis.walk.literals[name]
             if np.array_equal(now[0], value):
                 return
-            if not np.array_equal(now[0], now[1]):
+            if not np.array_equal(now[0], now[1]) or name in parent.analysis.walk.varying:
                 current = self.node.inputs[index]
                 if current is None:
                     raise SymmetryError(f"input {index} of {self.node.name} is gone")
@@ -71,6 +71,9 @@ class NodeResize(Resize):
         """The computed literal with some entries replaced: in its Concat if there is one, else by ScatterElements."""
         editor = self.parent.editor
         moving = (now[0] != value) & (now[0] != now[1])
+        varies = self.parent.analysis.walk.varying.get(current.name or "")
+        if varies is not None and (varies & (now[0] != value) & ~moving).any():
+            raise SymmetryError(f"{self.node.op_type} {self.node.name}: a dynamic size does not follow what is kept.")
         if moving.any():
             current, now = self._proportioned(current, now, value, moving)
         wrong = np.flatnonzero(now[0] != value)

@@ -18,6 +18,8 @@ from onnx_ir.passes.common import InlinePass
 
 from cipm_ir.algebra import Dense, DenseElement, Element, Group
 from cipm_ir.errors import CipmError, SymmetryError
+from cipm_ir.ir.bodies import is_control_flow, merge_bodies, nodes_in_order, put_home
+from cipm_ir.ir.input_shapes import InputShapes, fix_input_shapes, note_input_shapes, noted_sizes
 from cipm_ir.ir.labels import Array
 from cipm_ir.ir.lifted import held_weights, lift_weights, put_back
 from cipm_ir.ir.parameters import is_parameter, note_ir_version, overridable_inputs
@@ -128,17 +130,32 @@ class Program:
         self._analysis = analysis
 
     @classmethod
-    def of(cls, model: ir.Model, *, origin: Origin | None = None) -> Program:
+    def of(
+        cls,
+        model: ir.Model,
+        *,
+        origin: Origin | None = None,
+        input_shapes: InputShapes | None = None,
+        fix_shapes: bool = False,
+    ) -> Program:
         """Program of an ONNX model; the model itself is never changed.
 
-        For the analysis functions are inlined, weights in Constant nodes become initializers (`cipm_ir.ir.lifted`), and
-        gathers that give a value back as it is are taken out (`cipm_ir.ir.strided`); what `emit` gives keeps all of
-        them until something else than values changes.
+        ``input_shapes``: sizes of dynamic dimensions for analysis, costs and verification; with ``fix_shapes`` the
+        program declares them.
+
+        For the analysis functions are inlined, weights in Constant nodes become initializers (`cipm_ir.ir.lifted`),
+        bodies of If, Loop and Scan hold none and share no names (`cipm_ir.ir.bodies`), and gathers that give a value
+        back as it is are taken out (`cipm_ir.ir.strided`); what `emit` gives keeps all of them until something else
+        than values changes.
         """
         clone = model.clone()
         note_ir_version(clone)
         forget_impossible_sizes(clone.graph)
-        read = InlinePass()(model.clone()).model if clone.functions else clone
+        if input_shapes is not None:
+            note_input_shapes(clone.graph, input_shapes)
+        if fix_shapes:
+            fix_input_shapes(clone.graph)
+        read = InlinePass()(clone.clone()).model if clone.functions else clone
         if has_detours(read):
             read = read.clone()
             if not remove_detours(read) and not clone.functions:
@@ -146,6 +163,9 @@ class Program:
         if next(held_weights(read.graph), None) is not None:
             read = read.clone() if read is clone else read
             lift_weights(read)
+        if any(is_control_flow(node) for node in read.graph):
+            read = read.clone() if read is clone else read
+            merge_bodies(read)
         return cls(read, source=None if read is clone else clone, origin=origin)
 
     # ------------------------------------------------------------ reading
@@ -223,18 +243,26 @@ class Program:
         """Multiply-accumulates of one run, with the nodes that could not be counted.
 
         Args:
-            sizes: of dynamic dimensions, by name; the others count at the stand-ins of `cipm_ir.symmetry.counting`.
+            sizes: of dynamic dimensions, by name, where none are suggested (`input_shapes=`); the others count at the
+                stand-ins of `cipm_ir.symmetry.counting`.
         """
         key = tuple(sorted((sizes or {}).items()))
         counts = self.analysis.counts
         if key not in counts:
-            counts[key] = count_macs(self._model, sizes, self.analysis.walk.shapes.first)
+            shapes = self.analysis.walk.shapes
+            known = {**shapes.only, **(sizes or {}), **noted_sizes(self._model.graph)}
+            counts[key] = count_macs(self._model, known, shapes.first)
         return counts[key]
 
     @property
     def macs(self) -> int:
         """Multiply-accumulates of one run, as far as they could be counted, at stand-in sizes; see `count`."""
         return self.count().total
+
+    def unseen(self, space: Space) -> str:
+        """Why values that hold the units of a space cannot be looked at over data; empty where they can."""
+        body = self.analysis.bodies[self.index(space)]
+        return f"the body {body} uses its units, and values inside bodies cannot be looked at" if body else ""
 
     @property
     def overridable(self) -> tuple[str, ...]:
@@ -354,11 +382,11 @@ class Program:
     def _edited(self, edits: dict[int, Edit]) -> Program:
         clone = self._model.clone()
         before = set(clone.graph.initializers)
-        count = len(list(clone.graph))
+        count = len(nodes_in_order(clone.graph))
         editor = Editor(clone, self.analysis)
         editor.apply(edits)
         editor.sweep()
-        same = set(clone.graph.initializers) == before and len(list(clone.graph)) == count
+        same = set(clone.graph.initializers) == before and len(nodes_in_order(clone.graph)) == count
         if not same:
             return Program(clone, origin=self._origin)
         return Program(clone, source=self._with_values(clone), origin=self._origin, analysis=self._analysis)
@@ -374,7 +402,7 @@ class Program:
                 continue
             if own is not None:
                 own.const_value = tensor
-            elif tensor is None or not put_back(clone.graph, name, tensor):
+            elif tensor is None or not (put_home(clone.graph, value) or put_back(clone.graph, name, tensor)):
                 return None
         return clone
 

@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from cipm_ir.errors import SymmetryError
+from cipm_ir.ir.bodies import bodies, is_control_flow
 from cipm_ir.ir.constants import evaluate
 from cipm_ir.ir.labels import Array, Labels
 from cipm_ir.ir.parameters import is_parameter, parameters
@@ -161,7 +162,7 @@ class Literals:
                     ) from reason
                 handled = set(entry.literals)
             self._freeze(node, position, handled, walk.literals)
-        self._freeze_outputs()
+        self._freeze_outputs(self.editor.graph)
 
     def _shorten(self, node: ir.Node, one: Uniform) -> None:
         """Cut an input that is uniform along an axis to the length of what it meets there."""
@@ -229,7 +230,10 @@ class Literals:
             value = node.inputs[k]
             if value is not None and name in self.now and k not in handled:
                 node.replace_input_with(k, self._as_before(name, value, node, position))
-        for value in dict.fromkeys(v for v in captured_values(node) if v.name in self.now):
+        for _, body in bodies(node):
+            self._freeze_outputs(body)
+        captured = [] if is_control_flow(node) else captured_values(node)
+        for value in dict.fromkeys(v for v in captured if v.name in self.now):
             held = self._as_before(value.name or "", value, node, position)
             for graph in node_graphs(node):
                 for use in tuple(value.uses()):
@@ -237,14 +241,14 @@ class Literals:
                         use.node.replace_input_with(use.idx, held)
                 graph.outputs[:] = [held if v is value else v for v in graph.outputs]
 
-    def _freeze_outputs(self) -> None:
-        """A size that the model gives out is a number too."""
-        outputs = self.editor.graph.outputs
+    def _freeze_outputs(self, graph: ir.Graph) -> None:
+        """A size that the model or a body gives out is a number too."""
+        outputs = graph.outputs
         for place, value in enumerate(outputs):
             name = value.name or ""
             if name in self.now:
                 made = ir.Node("", "Identity", [value], num_outputs=1)
-                self.editor.graph.append(made)
+                graph.append(made)
                 made.replace_input_with(0, self._as_before(name, value, made, len(self.editor.nodes) - 1))
                 held = made.outputs[0]
                 value.name = self.editor.fresh_name(name)
@@ -254,6 +258,10 @@ class Literals:
     def _as_before(self, name: str, value: ir.Value, node: ir.Node, position: int) -> ir.Value:
         """The number that a value was, in front of a node."""
         old, now = self.analysis.walk.literals[name], self.now[name]
+        if name in self.analysis.walk.varying and np.array_equal(old[0], old[1]):
+            raise SymmetryError(
+                f"{node.op_type} {node.name}: input {name!r} mixes a size that changes with a dynamic one."
+            )
         if np.array_equal(old[0], old[1]):
             return self.editor.initializer(name, ir.tensor(old[0]))
         changed = now[0] != old[0]

@@ -12,6 +12,7 @@ import networkx as nx
 import numpy as np
 import onnx_ir as ir
 
+from cipm_ir.ir.bodies import bodies, body_graphs, body_path, names_twice, nodes_in_order, qualified
 from cipm_ir.ir.labels import Factor, Labels, State
 from cipm_ir.ir.parameters import free_inputs, is_overridable, parameters
 from cipm_ir.symmetry.leaves import Leaf, OpaqueNode
@@ -172,12 +173,22 @@ def render(program: Program) -> str:
         lines.append(_parameter(value, leaves.get(name, []), annotate))
     states = _states(program)
     opaque = list(program.opaque)
-    for node in graph:
-        types = [
-            _dtype(v.dtype or sizes.types.get(v.name or "")) + annotate.dims(sizes.of(v), states.get(v.name or ""))
-            for v in node.outputs
-        ]
-        lines.append(_node(node, types) + _opaque(node, opaque))
+
+    def typed(value: ir.Value) -> str:
+        return _dtype(value.dtype or sizes.types.get(value.name or ""))
+
+    def nodes_of(inner: ir.Graph, path: str, indent: str) -> None:
+        for node in inner:
+            types = [typed(v) + annotate.dims(sizes.of(v), states.get(v.name or "")) for v in node.outputs]
+            lines.append(indent + _node(node, types) + _opaque(node, path, opaque))
+            for key, body in bodies(node):
+                place = body_path(path, node, key)
+                args = ", ".join(f"%{v.name} : {typed(v)}{annotate.dims(sizes.of(v), None)}" for v in body.inputs)
+                lines.append(f"{indent}  body {place}({args})")
+                nodes_of(body, place, indent + "    ")
+                lines.append(f"{indent}    output " + ", ".join(f"%{v.name}" for v in body.outputs))
+
+    nodes_of(graph, "", "")
     lines.append("output " + ", ".join(f"%{v.name}" for v in graph.outputs))
     return "\n".join(lines)
 
@@ -226,10 +237,12 @@ def _node(node: ir.Node, types: list[str]) -> str:
     return f"{left} = {prefix}{node.op_type}({args}){attrs} : {', '.join(t for _, t in shown)}"
 
 
-def _opaque(node: ir.Node, waiting: list[OpaqueNode]) -> str:
-    names = {v.name for v in [*node.inputs, *captured_values(node)] if v is not None}
+def _opaque(node: ir.Node, path: str, waiting: list[OpaqueNode]) -> str:
+    ends = [value for _, body in bodies(node) for value in body.outputs]
+    names = {v.name for v in [*node.inputs, *captured_values(node), *ends] if v is not None}
+    name = qualified(node, path)
     for k, note in enumerate(waiting):
-        if note.op == node.op_type and note.name == (node.name or "") and (note.name or set(note.inputs) <= names):
+        if note.op == node.op_type and note.name == name and (note.name or set(note.inputs) <= names):
             del waiting[k]
             pinned = ", ".join("%" + i for i in note.inputs)
             return f"  // opaque: {note.reason}" + (f"; pinned: {pinned}" if pinned else "")
@@ -276,11 +289,14 @@ def annotate_model(program: Program, model: ir.Model) -> None:
     """Write ``cipm_ir.axes`` into the metadata of values and ``cipm_ir.spaces`` into the model's, for graph viewers."""
     annotate, sizes, states = _Annotator(program), _Sizes(program), _states(program)
     analysed = {v.name or "": v for v in _values(program.model)}
+    twice = names_twice(program.model.graph)
     for value in _values(model):
+        if value.name in twice:
+            continue
         state = states.get(value.name or "")
         if state is not None and any(annotate.axis(f, a) for f in state.factors for a in f.axes):
             value.metadata_props["cipm_ir.axes"] = annotate.dims(sizes.of(analysed.get(value.name or "", value)), state)
-    for node in model.graph:
+    for node in nodes_in_order(model.graph):
         for key, side in (("cipm_ir.axes", node.outputs), ("cipm_ir.parameters", node.inputs)):
             shown = [v for v in side if v is not None and "cipm_ir.axes" in v.metadata_props]
             if key == "cipm_ir.parameters":  # files have no place for these on the tensors themselves
@@ -291,5 +307,6 @@ def annotate_model(program: Program, model: ir.Model) -> None:
 
 
 def _values(model: ir.Model) -> list[ir.Value]:
-    graph = model.graph
-    return [*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)]
+    graphs = [model.graph, *(body for _, _, body in body_graphs(model.graph))]
+    parameters = [value for graph in graphs for value in (*graph.inputs, *graph.initializers.values())]
+    return [*parameters, *(v for node in nodes_in_order(model.graph) for v in node.outputs)]

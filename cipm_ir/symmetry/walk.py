@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
+from cipm_ir.ir.bodies import bodies, body_path, is_control_flow, nodes_in_order, qualified
 from cipm_ir.ir.constants import constant_tensor, evaluate
 from cipm_ir.ir.labels import Array, Factor, State
-from cipm_ir.ir.parameters import parameters
-from cipm_ir.ir.shapes import Shape, Shapes, implied_shape, infer_node, infer_shapes, subgraphs
+from cipm_ir.ir.parameters import overridable_inputs, parameters
+from cipm_ir.ir.places import Place, place_body
+from cipm_ir.ir.shapes import Shape, Shapes, implied_shape, infer_node, subgraphs
+from cipm_ir.ir.stand_ins import infer_shapes
+from cipm_ir.ir.varying import note_varying
 from cipm_ir.rules import load_rules
 from cipm_ir.rules.context import Literal, OpContext
 from cipm_ir.rules.events import Recorder
@@ -37,19 +41,27 @@ class Walk:
     leaf_factors: list[LeafFactor]
     use_leaf: dict[Use, int]
     literals: dict[str, Literal]
+    varying: dict[str, Array]
     opaque: list[OpaqueNode]
     nodes: list[ir.Node]
+    paths: list[str]
+    """The body that each node stands in (``If_12.then/Loop_3``), "" for the main graph."""
+
+    def constant(self, name: str) -> Array | None:
+        """A number that a value is known to be at all sizes of the inputs."""
+        pair = self.literals.get(name)
+        return None if pair is None or pair[0] is not pair[1] or name in self.varying else pair[0]
 
 
 def walk(model: ir.Model) -> Walk:
-    """Walk the main graph of a model without model-local functions, in its (topological) order."""
+    """Walk a model without model-local functions in its (topological) order, bodies of If, Loop and Scan included."""
     load_rules()
     return _Walker(model).run()
 
 
 class _Walker:
     def __init__(self, model: ir.Model) -> None:
-        self.graph = model.graph
+        self.model, self.graph = model, model.graph
         self.opsets = model.opset_imports
         self.rec = Recorder()
         self.shapes = infer_shapes(model)
@@ -58,8 +70,13 @@ class _Walker:
         self.leaf_factors: list[LeafFactor] = []
         self.use_leaf: dict[Use, int] = {}
         self.literals: dict[str, Literal] = {}
+        self.varying: dict[str, Array] = {}
         self.opaque: list[OpaqueNode] = []
-        self.nodes = list(model.graph)
+        self.nodes = nodes_in_order(model.graph)
+        self.walked = {model.graph, *(graph for node in self.nodes for _, graph in bodies(node))}
+        self.paths: list[str] = []
+        self.path = ""
+        self.trusted = not overridable_inputs(model)
         self.tied: dict[str, int] = {}
         self.params: dict[str, tuple[ir.TensorProtocol | None, bool]] = {}
         self.grouped_cache: dict[tuple[int, int], Factor] = {}
@@ -74,18 +91,9 @@ class _Walker:
             name = value.name or ""
             if name not in self.params and name in shapes.first:
                 self.states[name] = State(shapes.first[name])
-        for position, node in enumerate(self.nodes):
-            self.here = self.rec.node = position
-            self._visit(node)
+        self._nodes_of(graph, "")
         self.rec.node = -1
-        for value in graph.outputs:
-            name = value.name or ""
-            if name in self.params:
-                continue
-            state = self.states.get(name)
-            for f in state.factors if state else ():
-                self.rec.pin(f.labels, "graph output")
-                self.rec.zero(f.labels, f.var)
+        self._pin_values(graph.outputs, "graph output")
         return Walk(
             self.rec,
             shapes,
@@ -94,9 +102,107 @@ class _Walker:
             self.leaf_factors,
             self.use_leaf,
             self.literals,
+            self.varying,
             self.opaque,
             self.nodes,
+            self.paths,
         )
+
+    def _nodes_of(self, graph: ir.Graph, path: str) -> None:
+        for node in graph:
+            starts = self._starts(node)
+            for key, body in bodies(node):
+                self._enter(body, starts)
+                self._nodes_of(body, body_path(path, node, key))
+            self.here = self.rec.node = len(self.paths)
+            self.path = path
+            self.paths.append(path)
+            if is_control_flow(node):
+                self._border(node, starts)
+            else:
+                self._visit(node)
+
+    def _pin_values(self, values: Iterable[ir.Value | None], reason: str) -> list[str]:
+        """Pin what moves in some values that are no parameters; the names of those in which something did."""
+        names = []
+        for value in values:
+            name = "" if value is None else value.name or ""
+            state = None if name in self.params else self.states.get(name)
+            for f in state.factors if state else ():
+                self.rec.pin(f.labels, reason)
+                self.rec.zero(f.labels, f.var)
+            if state is not None and state.factors:
+                names.append(name)
+        return names
+
+    # ------------------------------------------------------------ bodies
+    def _starts(self, node: ir.Node) -> list[Place]:
+        """A Loop or Scan at both choices of dynamic sizes: its body is not known before its first run's shapes are."""
+        if not is_control_flow(node) or node.op_type == "If":
+            return []
+        found = []
+        literals = {v.name or "": known for v in self._outer_values(node) if (known := self._literal(v)) is not None}
+        for which, table in enumerate((self.shapes.first, self.shapes.second)[: 1 if self.shapes.static else 2]):
+            own = {name: tuple(t.shape.numpy()) for name, (t, _) in self.params.items() if t is not None}
+            numbers = {name: known[which] for name, known in {**literals, **self.literals}.items()}
+            found.append(place_body(self.model, node, {**own, **table}, self.shapes.types, numbers))
+        return found
+
+    def _outer_values(self, node: ir.Node) -> list[ir.Value]:
+        return [v for v in (*node.inputs, *captured_values(node)) if v is not None]
+
+    def _enter(self, body: ir.Graph, starts: list[Place]) -> None:
+        """Inputs of a body are fixed, and so is an initializer that is an output of it, or an input with a default."""
+        for name, value in body.initializers.items():
+            if value.const_value is not None and not value.is_graph_input():
+                self._fixed(name, [tuple(value.const_value.shape.numpy())] * 2)
+        for k, value in enumerate(body.inputs):
+            shapes = [place.starts[k] if k < len(place.starts) else None for place in starts]
+            self._fixed(value.name or "", shapes)
+
+    def _fixed(self, name: str, shapes: Sequence[Shape | None]) -> None:
+        """Note a value without labels, at both choices of dynamic sizes; nothing where a shape is not known."""
+        first, second = (*shapes, *shapes)[:2] if shapes else (None, None)
+        if first is None or second is None:
+            return
+        self.states[name] = State(first)
+        self._shaped(name, first, second)
+
+    def _border(self, node: ir.Node, starts: list[Place]) -> None:
+        """Pin what crosses the border of the bodies of an If, Loop or Scan: its inputs, and what bodies hand on.
+
+        What a body uses of the graph around it is no border: it is the same value there.
+        """
+        reason = f"{node.op_type}: it crosses the border of a body"
+        for k, value in enumerate(node.inputs):
+            if value is not None and value.name in self.params:
+                for f in self._parameter(value, (self.here, k)).factors:
+                    self.rec.pin(f.labels, reason)
+                    self.rec.zero(f.labels, f.var)
+        names = self._pin_values(node.inputs, reason)
+        for _, body in bodies(node):
+            names += self._pin_values(body.outputs, reason)
+        if names:
+            self.opaque.append(
+                OpaqueNode(qualified(node, self.path), node.op_type, reason.partition(": ")[2], tuple(names))
+            )
+        for k, value in enumerate(node.outputs):
+            name = value.name or ""
+            if name and name not in self.shapes.first:
+                self._fixed(name, self._result(node, k, starts))
+            if name in self.shapes.first:
+                self.states[name] = State(self.shapes.first[name])
+
+    def _result(self, node: ir.Node, index: int, starts: list[Place]) -> list[Shape | None]:
+        """Shapes of an output: what all branches give, or what does not depend on how often a body runs."""
+        tables = (self.shapes.first, self.shapes.second)[: 1 if self.shapes.static else 2]
+        if node.op_type == "If":
+            ends = [body.outputs[index] for _, body in bodies(node)]
+            found = [{self._known_shape(value, table) for value in ends} for table in tables]
+            return [made.pop() if len(made) == 1 else None for made in found]
+        if node.op_type == "Loop" and index >= len(node.inputs) - 2:
+            return [None]
+        return [place.outputs[index] for place in starts]
 
     # ------------------------------------------------------------ parameters
     def _literal(self, value: ir.Value | None) -> Literal | None:
@@ -172,7 +278,7 @@ class _Walker:
         return index
 
     def _captured(self, value: ir.Value) -> bool:
-        return self.nested and any(use.node.graph is not self.graph for use in value.uses())
+        return self.nested and any(use.node.graph not in self.walked for use in value.uses())
 
     # ------------------------------------------------------------ nodes
     def _visit(self, node: ir.Node) -> None:
@@ -196,7 +302,7 @@ class _Walker:
         version = node.version or self.opsets.get(domain, 1)
         shapes = self._output_shapes(node, version)
         entry = lookup(domain, node.op_type)
-        op = OpContext(node, version, inputs, shapes, literals, self.rec, self.shapes.second, self)
+        op = OpContext(node, version, inputs, shapes, literals, self.rec, self.shapes.second, self.varying, self)
         op.elementwise = entry is not None and entry.elementwise
         try:
             if entry is None:
@@ -238,6 +344,8 @@ class _Walker:
             numbers = [None if p is None else p[which] for p in literals]
             found = infer_node(node, known, version, self.shapes.types, numbers)
             for value, shape in zip(node.outputs, found, strict=True):
+                if shape is None and self.path and self.trusted and value.shape is not None and value.shape.is_static():
+                    shape = tuple(value.shape.numpy())  # in a body: ONNX's inference of the main graph gives none
                 if shape is not None and value.name:
                     table.setdefault(value.name, shape)
         return [self.shapes.first.get(v.name or "") for v in node.outputs]
@@ -274,7 +382,7 @@ class _Walker:
             if value.name in self.params:
                 continue  # such a parameter is pinned where it is created
             op.pin(self.states.get(value.name or ""), f"captured by a subgraph of {node.op_type}")
-        self.opaque.append(OpaqueNode(node.name or "", node.op_type, reason, tuple(names)))
+        self.opaque.append(OpaqueNode(qualified(node, self.path), node.op_type, reason, tuple(names)))
 
     def _constant(self, node: ir.Node) -> None:
         name = node.outputs[0].name or ""
@@ -302,6 +410,8 @@ class _Walker:
         out = node.outputs[0].name or ""
         if second is not None:
             self.literals[out] = (first, first if first.shape == second.shape and (first == second).all() else second)
+            if not self.shapes.static:
+                note_varying(self.varying, self.shapes, node, [None if p is None else p[0] for p in literals], first)
         if first.dtype.kind not in "iub" or any(self._quantized(v) for v in node.inputs):
             return False
         self.states[out] = State(first.shape)
@@ -322,6 +432,7 @@ class _Walker:
             or node.domain
             or literals[0] is None
             or literals[0][0] is not literals[0][1]
+            or (node.inputs[0].name if node.inputs[0] else "") in self.varying
         ):
             return False
         value = node.outputs[0]
