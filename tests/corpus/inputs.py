@@ -53,7 +53,9 @@ def handwriting(k: int, height: int, width: int) -> Array:
     digits = load_digits().images / 16.0
     count = max(1, width // height)
     line = np.concatenate(list(digits[17 * k : 17 * k + count]), axis=1)
-    zoomed = ndimage.zoom(line, (height / line.shape[0], width / line.shape[1]), order=1, grid_mode=True, mode="nearest")
+    zoomed = ndimage.zoom(
+        line, (height / line.shape[0], width / line.shape[1]), order=1, grid_mode=True, mode="nearest"
+    )
     return (1 - np.clip(zoomed, 0, 1)).astype(np.float32)
 
 
@@ -83,7 +85,7 @@ def spectrogram(k: int, frames: int, bins: int) -> Array:
     """Return the log power of a voice, in decibels; (frames, bins)."""
     hop, window = 160, 2 * (bins - 1)
     wave = speech(k, (frames * hop + window) / RATE)
-    pieces = np.lib.stride_tricks.sliding_window_view(wave, window)[:: hop][:frames] * np.hanning(window)
+    pieces = np.lib.stride_tricks.sliding_window_view(wave, window)[::hop][:frames] * np.hanning(window)
     return (10 * np.log10(np.abs(np.fft.rfft(pieces, axis=1)) ** 2 + 1e-6)).astype(np.float32)
 
 
@@ -147,7 +149,7 @@ def _magika(k: int) -> Feeds:
         text = text[:600]
     half = np.full((2, 1024), 256, np.int32)
     codes = np.frombuffer(text, np.uint8)[:1024]
-    half[0, : len(codes)], half[1, 1024 - len(codes) :] = codes, codes[::-1][::-1]
+    half[0, : len(codes)], half[1, 1024 - len(codes) :] = codes, codes
     return {"bytes": half.reshape(1, 2048)}
 
 
