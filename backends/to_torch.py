@@ -22,6 +22,7 @@ from cipm_ir.backends.to_torch_state import State, copied, holder
 from cipm_ir.errors import InputError, UnsupportedError
 from cipm_ir.ir.capture import Capture
 from cipm_ir.runtime.torch_shapes import is_tensor
+from cipm_ir.symmetry.edits import EditedTensor
 
 __all__ = ["Emitted", "called_side", "emit_graph", "emit_torch", "example_tensors", "graph_module", "graph_side"]
 
@@ -46,22 +47,32 @@ class Emitted:
     proof: Literal["same graph", "runs"] = "runs"
 
 
-def emit_torch(capture: Capture, model: ir.Model) -> Emitted:
+def emit_torch(capture: Capture, model: ir.Model, runs: bool = True) -> Emitted:
     """Write the IR model as torch; nothing of the caller's is changed.
+
+    Args:
+        capture: how the program was read.
+        model: the IR model to write.
+        runs: what is proven to be the program runs beside it too. What cannot be proven always does.
 
     Errors: `UnsupportedError` where the change cannot be expressed in torch.
     """
+    _evaluate(model)
     state = State(capture, model)
-    written, attributes = _graph(capture, model, state)
     if capture.kind == "module":
+        if not runs and (emitted := _proven(capture, state)) is not None:
+            return emitted
+        written, attributes = _graph(capture, model, state)
         module, tried, reason = _same_class(capture, state, written, attributes)
         if module is not None:
             return Emitted(module, "module", attributes=tried, proof="same graph")
         _check_reading(capture)
         made = Emitted(written.module, "graph", reason)
     elif capture.kind == "graph":
+        written, attributes = _graph(capture, model, state)
         made = Emitted(written.module, "graph", attributes=attributes)
     else:
+        written, _ = _graph(capture, model, state)
         made = Emitted(_exported(capture, written.module), "exported")
     if capture.args is None:
         return made
@@ -70,6 +81,36 @@ def emit_torch(capture: Capture, model: ir.Model) -> Emitted:
     if why:
         raise UnsupportedError(f"What torch makes of the changed program is not that program: {why}.")
     return made if unproven(capture, made.object, model) else replace(made, proof="same graph")
+
+
+def _evaluate(model: ir.Model) -> None:
+    """Compute every edited tensor once: what is handed back, and its proof, take each several times."""
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, EditedTensor):
+            value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
+
+
+def _proven(capture: Capture, state: State) -> Emitted | None:
+    """The caller's class with the new tensors, if that alone is proven to be the program; no graph is written for it."""
+    if capture.args is None:
+        return None
+    module, attributes = _of_the_class(capture, state)
+    if unproven(capture, module, state.model):
+        return None
+    return Emitted(module, "module", attributes=attributes, proof="same graph")
+
+
+def _of_the_class(
+    capture: Capture, state: State, known: Attributes | None = None, extra: Attributes | None = None
+) -> tuple[nn.Module, Attributes]:
+    """A copy of the caller's module with the new tensors, and the attributes that were set on it."""
+    source, extra = capture.source, extra or {}
+    module = copied(source, state, {} if capture.exported is None else _program_names(capture, source))
+    attributes = known or (standard(module, _held(capture, state.model)) if resized(capture, state.model) else {})
+    attributes = {p: {**attributes.get(p, {}), **extra.get(p, {})} for p in {*attributes, *extra}}
+    apply_attributes(module, attributes)
+    return module, attributes
 
 
 def emit_graph(capture: Capture, model: ir.Model) -> fx.GraphModule:
@@ -117,15 +158,10 @@ def _same_class(
     capture: Capture, state: State, written: Rewritten, known: Attributes
 ) -> tuple[nn.Module | None, Attributes, str]:
     """The caller's class with new tensors and attributes, where it is proven to be the program of the IR."""
-    source = capture.source
-    names = {} if capture.exported is None else _program_names(capture, source)
     reason = ""
-    guesses = suggested(source, capture.graph, written.changed) if written.changed else {}
+    guesses = suggested(capture.source, capture.graph, written.changed) if written.changed else {}
     for extra in ({}, guesses) if guesses else ({},):
-        module = copied(source, state, names)
-        attributes = known or standard(module, _held(capture, state.model))
-        attributes = {p: {**attributes.get(p, {}), **extra.get(p, {})} for p in {*attributes, *extra}}
-        apply_attributes(module, attributes)
+        module, attributes = _of_the_class(capture, state, known, extra)
         why = _not_the_program(capture, module, written.module, state.model)
         if not why:
             return module, attributes, ""
@@ -153,12 +189,15 @@ def _not_the_program(capture: Capture, module: nn.Module, graph: fx.GraphModule,
     """Why a module is not the program: read again it is another graph, or it computes otherwise; empty where it is."""
     if capture.args is None:
         return "there are no example inputs to read it again with"
+    why = unproven(capture, module, model)
+    if not why:
+        return disagreement(capture, module, graph, few=True)
     args, kwargs = _with_tensors(capture.args, example_tensors(capture))
-    try:  # much faster than to read it, where it does not run at all
+    try:
         in_mode(module, lambda m: m(*args, **kwargs))
     except Exception as error:  # the user's forward with sizes that it was not written for
         return f"its forward does not run with the new tensors ({first_line(error)})"
-    return unproven(capture, module, model) or disagreement(capture, module, graph)
+    return why
 
 
 def _check_reading(capture: Capture) -> None:
@@ -176,7 +215,9 @@ def _check_reading(capture: Capture) -> None:
         )
 
 
-def disagreement(capture: Capture, made: Any, graph: fx.GraphModule, must_run: bool = True) -> str:
+def disagreement(
+    capture: Capture, made: Any, graph: fx.GraphModule, must_run: bool = True, few: bool = False
+) -> str:
     """How something made of a program computes otherwise than its graph, on inputs of our own; empty where it does not.
 
     Args:
@@ -184,13 +225,14 @@ def disagreement(capture: Capture, made: Any, graph: fx.GraphModule, must_run: b
         made: is called as the caller's module is.
         graph: is run node by node.
         must_run: that it fails on an input counts too.
+        few: on two inputs only: it is proven already.
 
     Errors: `UnsupportedError` where the graph itself does not run.
     """
 
     first, second = graph_side(capture, graph), called_side(capture, made)
     try:
-        return computes_otherwise(first, second.run, example_tensors(capture), must_run=must_run)
+        return computes_otherwise(first, second.run, example_tensors(capture), must_run=must_run, few=few)
     except InputError as error:
         raise UnsupportedError(f"The rewritten graph does not run: {first_line(error)}.") from error
 

@@ -28,9 +28,9 @@ class TorchOrigin:
 
     capture: Capture
 
-    def emit(self, model: ir.Model) -> Emitted:
+    def emit(self, model: ir.Model, runs: bool = True) -> Emitted:
         """The model as the kind of torch object that came in; see `cipm_ir.backends.to_torch.emit_torch`."""
-        return emit_torch(self.capture, model)
+        return emit_torch(self.capture, model, runs)
 
     def graph(self, model: ir.Model) -> fx.GraphModule:
         """The model as a GraphModule in evaluation mode, whatever kind came in."""

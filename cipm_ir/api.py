@@ -62,6 +62,7 @@ class Result:
     report: Report
     witness: tuple[Witness, ...]
     annotate: bool = False
+    verify: Verify = True
 
     def __repr__(self) -> str:
         """The report as a table: what a notebook or a print shows."""
@@ -83,7 +84,7 @@ class Result:
     def emitted(self) -> Emitted | None:
         """For a torch program: the object, as what it came out, and the attributes that were set."""
         emit = getattr(self.program.origin, "emit", None)
-        return None if emit is None else emit(self.program.emit())
+        return None if emit is None else emit(self.program.emit(), bool(self.verify))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model to ``path``, whole or not at all.
@@ -199,7 +200,7 @@ def optimize(
         progress=progress or ignore_progress,
         options={"gradients": _gradients, **(options or {})},
     )
-    result = _noted(Result(outcome.program, outcome.report, outcome.witness, annotate))
+    result = _noted(Result(outcome.program, outcome.report, outcome.witness, annotate, verify))
     if output is not None:
         result.save(output)
     return result

@@ -103,7 +103,8 @@ def run_passes(
     check_properties(todo)
     _check_words(verify, on_failure)
     model = program.written
-    check_shapes(model)
+    if getattr(program.origin, "capture", None) is None:  # torch has computed every shape of what came from there
+        check_shapes(model)
     check_finite(model)
     check_analysis(program)
     tolerance = Tolerance(rtol, atol)

@@ -348,3 +348,52 @@ def read_over_units(net: Sample) -> None:
 @case("CumSum", FULL)
 def over_time(net: Sample) -> None:
     net.read(net.op("CumSum", net.sequence(), net.const(1)))
+
+
+@case("Einsum", "R* wr S(5)", "R* wr S(6)")
+def three_operands(net: Sample) -> None:
+    a, b = net.weight((6, 5), 6), net.weight((5, 3), 5)
+    net.taken("h", a, 0)
+    net.made("i", a, 1)
+    net.taken("i", b, 0)
+    net.result(net.op("Einsum", net.sequence(), a, b, equation="bsh,hi,io->bso"))
+
+
+@case("Einsum", "R* wr S(6)", "(R>0^2 x ±1^2) wr S(6)")
+def three_operands_share_an_index(net: Sample) -> None:
+    gate = net.sequence(units="g")
+    net.read(net.op("Einsum", net.sequence(), gate, reader_of(net), equation="bsh,bsg,hg->bsg"), units="g")
+
+
+def reader_of(net: Sample) -> str:
+    """A weight (h, g) of which only h is consumed."""
+    w = net.weight((6, 6), 6)
+    net.taken("h", w, 0)
+    net.made("g", w, 1)
+    return w
+
+
+@case("Einsum", "S(3)", "S(3)", "S(3)", "S(3)", "blocks S(2)")
+def linear_attention(net: Sample) -> None:
+    """Of each head a matrix of keys by values: neither can be scaled, as far as the rule knows."""
+    q, k, v = (net.op("Reshape", net.sequence(units=u), net.const([2, 5, 2, 3])) for u in ("q", "k", "v"))
+    y = net.op("Einsum", q, k, v, equation="bthd,bshd,bshe->bthe")
+    table = net.op("Einsum", k, v, equation="bshd,bshe->bhde")
+    y = net.op("Add", y, net.op("Einsum", q, table, equation="bthd,bhde->bthe"))
+    net.read(net.op("Reshape", y, net.const([2, 5, 6])), units="o")
+
+
+@case("MatMul", *("R>0 wr S(6)",) * 4)
+def stacked_experts(net: Sample) -> None:
+    """Units of each expert have an order of their own, in the bias too."""
+    h = net.op("MatMul", net.source((4, 5, 4)), net.weight((4, 4, 6), 4))
+    h = net.op("Relu", net.op("Add", h, net.const(net.normal((4, 1, 6), 0.3))))
+    net.result(net.op("MatMul", h, net.weight((4, 6, 3), 6)))
+
+
+@case("MatMul", "B(6)")
+def stack_with_two_uses(net: Sample) -> None:
+    """The transposed stack is read too: its experts share one order."""
+    w = net.weight((4, 4, 6), 4)
+    h = net.op("MatMul", net.source((4, 5, 4)), w)
+    net.result(net.op("MatMul", h, net.op("Transpose", w, perm=[0, 2, 1])))

@@ -111,7 +111,7 @@ class Sample(Net):
 
 @dataclass(frozen=True)
 class Case:
-    """One operator in one model.
+    """One operator in one model; ``op`` has its domain in front where that is not ONNX's own.
 
     ``spaces``: every space of the model, sorted, as its monomial group; other kinds than units with the kind in front.
     ``coarse``: "units:scale", "units:sign" or "units:permute" with the reason why the rule claims less than is true.
@@ -125,9 +125,20 @@ class Case:
     coarse: Mapping[str, str] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
 
+    @property
+    def domain(self) -> str:
+        """Domain of the operator."""
+        return self.op.rpartition("::")[0]
+
+    def holds(self, node: onnx.NodeProto) -> bool:
+        """Whether a node is of this operator."""
+        return (node.domain, node.op_type) == (self.domain, self.op.rpartition("::")[2])
+
     def build(self) -> tuple[onnx.ModelProto, Sample]:
         """The model and what was noted while it was written."""
         sample = Sample(self.name, self.opset)
+        if self.domain:
+            sample.domains[self.domain] = 1
         self.write(sample)
         model = sample.model()
         for output, shape in self.shapes.items():

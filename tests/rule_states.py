@@ -46,9 +46,9 @@ class Site:
     def all_of(cls, case: Case) -> list[Site]:
         """Run a case and cut every node with its operator out."""
         proto, sample = case.build()
-        nodes = [n for n in proto.graph.node if n.op_type == case.op]
+        nodes = [n for n in proto.graph.node if case.holds(n)]
         values: dict[str, Array] = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer} | sample.feeds
-        computed = {name for n in proto.graph.node for name in n.output}
+        computed = {name for n in proto.graph.node for name in n.output if name}
         wanted = sorted({name for n in nodes for name in (*n.input, *n.output)} & computed)
         with Runner(ir.from_proto(proto), extra_outputs=wanted) as runner:
             values |= runner.run(sample.feeds)
@@ -63,7 +63,7 @@ class Site:
     @property
     def kind(self) -> tuple[object, ...]:
         """What tells this use of the operator from others: attributes, sizes, and which inputs are literals."""
-        bare = onnx.NodeProto(op_type=self.node.op_type, attribute=self.node.attribute)
+        bare = onnx.NodeProto(op_type=self.node.op_type, domain=self.node.domain, attribute=self.node.attribute)
         given = [None if a is None else (a.shape, a.dtype.str, a.tobytes() if k not in self.varied else b"")
                  for k, a in enumerate(self.arrays)]  # fmt: skip
         return bare.SerializeToString(), self.opset, tuple(given), tuple(self.shapes)
@@ -77,6 +77,14 @@ class Site:
             for k, a in enumerate(self.arrays[:last])
             if a is not None and a.size > 1 and a.dtype != np.dtype(np.int64)
         ]
+
+
+def opsets(opset: int, nodes: Sequence[onnx.NodeProto]) -> list[onnx.OperatorSetIdProto]:
+    """ONNX's own operator set, and version 1 of every other domain of the nodes."""
+    return [
+        helper.make_opsetid("", opset),
+        *(helper.make_opsetid(d, 1) for d in sorted({n.domain for n in nodes} - {""})),
+    ]
 
 
 # ---------------------------------------------------------------- states
@@ -236,9 +244,9 @@ class Bench:
         graph = helper.make_graph(
             self.nodes, "bench", self.inputs, self.outputs, self.initializers, value_info=self.shapes
         )
-        imports = [helper.make_opsetid("", self.opset)]
+        imports = opsets(self.opset, self.nodes)
         model = helper.make_model(graph, opset_imports=imports)
-        model.ir_version = max(9, helper.find_min_ir_version_for(imports))
+        model.ir_version = max(9, helper.find_min_ir_version_for(imports[:1]))
         return model
 
 

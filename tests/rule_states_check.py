@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx import helper
 from tests.registry_sample import difference
-from tests.rule_states import SIZES_BY_CONTENT, Array, Bench, Site, bench
+from tests.rule_states import SIZES_BY_CONTENT, Array, Bench, Site, bench, opsets
 
 from cipm_ir.errors import CipmError, UnsupportedError
 from cipm_ir.runtime.session import Runner
@@ -59,7 +59,10 @@ def _runs(proto: onnx.ModelProto, moved: ir.Model, made: Bench) -> list[dict[str
     fed = onnx.ModelProto()
     fed.CopyFrom(proto)
     present = {value.name for value in fed.graph.output}
-    fed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in made.seen if name not in present)
+    typed = {info.name: info for info in made.shapes}
+    fed.graph.output.extend(
+        typed.get(name, onnx.ValueInfoProto(name=name)) for name in made.seen if name not in present
+    )
     values = {name: value.const_value for name, value in moved.graph.initializers.items()}
     assert values.keys() == {tensor.name for tensor in proto.graph.initializer}, "the element forked a parameter"
     other = dict(made.feeds)
@@ -158,10 +161,10 @@ class _Alone:
                 info.name = name
                 info.type.tensor_type.elem_type = kind
                 outputs.append(info)
-        imports = [helper.make_opsetid("", max(site.opset, 8))]
+        imports = opsets(max(site.opset, 8), [node])
         graph = helper.make_graph([node], "alone", inputs, outputs, constants)
         model = helper.make_model(graph, opset_imports=imports)
-        model.ir_version = max(9, helper.find_min_ir_version_for(imports))
+        model.ir_version = max(9, helper.find_min_ir_version_for(imports[:1]))
         self.runner = Runner(ir.from_proto(model))
         self.before = self.runner.run(self.feeds)
 

@@ -13,7 +13,14 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from tests import registry_cases_elementwise, registry_cases_layout, registry_cases_linear, registry_cases_sequence
+from tests import (
+    registry_cases_elementwise,
+    registry_cases_layout,
+    registry_cases_linear,
+    registry_cases_runtime,
+    registry_cases_runtime_quantized,
+    registry_cases_sequence,
+)
 from tests.registry_sample import CASES
 from tests.rule_states import Site
 from tests.rule_states_check import complaints
@@ -25,7 +32,14 @@ from cipm_ir.rules.elementwise import homogeneous
 from cipm_ir.rules.registry import Opaque, operator, registered
 from cipm_ir.symmetry.program import Program
 
-FAMILIES = (registry_cases_elementwise, registry_cases_layout, registry_cases_linear, registry_cases_sequence)
+FAMILIES = (
+    registry_cases_elementwise,
+    registry_cases_layout,
+    registry_cases_linear,
+    registry_cases_sequence,
+    registry_cases_runtime,
+    registry_cases_runtime_quantized,
+)
 load_rules()
 
 ALL = "free joint runs tiled uniform"
@@ -89,7 +103,7 @@ def check(name: str, *, thorough: bool = False) -> tuple[list[str], dict[str, se
     return wrong, coarse
 
 
-OPERATORS = [entry.name for entry in registered() if entry.domain == ""]
+OPERATORS = [f"{entry.domain}::{entry.name}" if entry.domain else entry.name for entry in registered()]
 
 
 @pytest.mark.parametrize("name", OPERATORS)

@@ -1,4 +1,4 @@
-"""Output shapes that ONNX's inference does not know: of onnxruntime's own operators, and of some normalizations."""
+"""Output shapes of single nodes: ONNX's inference, and what it does not know of onnxruntime's own operators."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import numpy as np
 import onnx_ir as ir
 
 from cipm_ir.ir.constants import attribute
+from cipm_ir.ir.labels import Array
+from cipm_ir.ir.probed_shapes import probed_shapes
 from cipm_ir.ir.shapes import Shape, infer_node
 
 Inputs = Sequence[Shape | None]
@@ -59,6 +61,39 @@ def fused_shapes(node: ir.Node, inputs: Inputs) -> list[Shape | None] | None:
         return None
 
 
+def node_shapes(
+    node: ir.Node,
+    inputs: Sequence[Shape | None],
+    version: int,
+    types: dict[str, ir.DataType],
+    numbers: Sequence[Array | None],
+) -> list[Shape | None]:
+    """Return the shapes of a node's outputs: from the tables here, by ONNX's inference, or by running the node.
+
+    Args:
+        node: a node without subgraphs.
+        inputs: concrete shapes.
+        version: of the operator set.
+        types: element types by name of value; types that are found are added.
+        numbers: inputs that are known as numbers.
+    """
+    own = node.domain in ("", "ai.onnx", "com.microsoft")
+    found = (fused_shapes(node, inputs) if own else None) or []
+    first = node.inputs[0] if node.inputs else None
+    if found and node.domain != "com.microsoft" and first is not None:  # normalizations, which keep the type
+        kind = first.dtype or types.get(first.name or "")
+        if kind is not None:
+            types.setdefault(node.outputs[0].name or "", kind)
+    found = [*found, *[None] * (len(node.outputs) - len(found))]
+    if any(s is None and v.name for s, v in zip(found, node.outputs, strict=False)):
+        inferred = infer_node(node, list(inputs), version, types, list(numbers))
+        found = [b if a is None else a for a, b in zip(found, inferred, strict=False)]
+    if all(s is None for s in found):
+        kinds = [None if v is None else v.dtype or types.get(v.name or "") for v in node.inputs]
+        found = probed_shapes(node, inputs, version, kinds, numbers) or found
+    return found
+
+
 def _as_onnx(node: ir.Node, inputs: Inputs) -> list[Shape | None] | None:
     op_type, version, places = _AS_ONNX[node.op_type]
     shapes = [inputs[k] for k in places]
@@ -82,8 +117,12 @@ _ATTRIBUTES = {
 
 def _fused_matmul(node: ir.Node, inputs: Inputs) -> Shape | None:
     a, b = _known(inputs, 0), _known(inputs, 1)
-    if attribute(node, "transBatchA", 0) or attribute(node, "transBatchB", 0) or min(len(a), len(b)) < 2:
+    if min(len(a), len(b)) < 2:
         return None
+    if attribute(node, "transBatchA", 0):
+        a = (*a[1:-1], a[0], a[-1])
+    if attribute(node, "transBatchB", 0):
+        b = (*b[1:-1], b[0], b[-1])
     rows = a[-1] if attribute(node, "transA", 0) else a[-2]
     columns = b[-2] if attribute(node, "transB", 0) else b[-1]
     return (*np.broadcast_shapes(a[:-2], b[:-2]), rows, columns)

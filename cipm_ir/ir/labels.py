@@ -146,9 +146,11 @@ def mix(values: Iterable[Any] | Any, salt: int = 0) -> npt.NDArray[np.uint64]:
     Sums of hashes stand for multisets: hashes of different kinds of things need different salts, or x + y = y + x
     takes one for the other.
     """
-    x = np.asarray(values).astype(np.uint64)
+    x = np.array(values).astype(np.uint64)
     with np.errstate(over="ignore"):
-        x = (x + np.uint64((0x9E3779B97F4A7C15 * (2 * salt + 1)) & 0xFFFFFFFFFFFFFFFF)).astype(np.uint64)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return np.asarray(x ^ (x >> np.uint64(31)), dtype=np.uint64)
+        x += np.uint64((0x9E3779B97F4A7C15 * (2 * salt + 1)) & 0xFFFFFFFFFFFFFFFF)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            x ^= x >> np.uint64(shift)
+            x *= np.uint64(factor)
+        x ^= x >> np.uint64(31)
+    return x

@@ -1,8 +1,8 @@
 """Every node of a graph with the concrete shapes around it, subgraphs included, at given sizes of the inputs.
 
 For the analysis dynamic sizes are chosen by `cipm_ir.ir.stand_ins`; to count, sizes are those of a run. ONNX's
-inference of the whole graph comes first; where it gives up, nodes are taken one by one, small numbers are evaluated,
-and operators of onnxruntime's own domain are inferred by `cipm_ir.ir.fused_shapes`.
+inference of the whole graph comes first; where it gives up, small numbers are evaluated and nodes are taken one by one
+(`cipm_ir.ir.fused_shapes.node_shapes`).
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ import numpy as np
 import onnx_ir as ir
 
 from cipm_ir.ir.constants import LIMIT, attribute, constant_tensor, evaluate
-from cipm_ir.ir.fused_shapes import fused_shapes
+from cipm_ir.ir.fused_shapes import node_shapes
 from cipm_ir.ir.labels import Array
 from cipm_ir.ir.parameters import free_inputs, overridable_inputs
 from cipm_ir.ir.shapes import (
     Shape,
     annotated,
-    infer_node,
     infer_sized,
     own_name,
     recorded_shape,
@@ -187,11 +186,7 @@ class _Scope:
                 return
         if all(v.name in self.shapes or not v.name for v in node.outputs):
             return
-        found = fused_shapes(node, place.inputs) if node.domain in ("", "ai.onnx", "com.microsoft") else None
-        if found is None:
-            found = infer_node(node, place.inputs, place.version, self.types, place.numbers)
-        elif node.domain != "com.microsoft" and (kind := self._type(node.inputs[0])) is not None:
-            self.types.setdefault(node.outputs[0].name or "", kind)  # normalizations keep the type
+        found = node_shapes(node, place.inputs, place.version, self.types, place.numbers)
         for value, shape in zip(node.outputs, found, strict=False):
             if shape is not None and value.name:
                 self.shapes.setdefault(value.name, shape)

@@ -6,7 +6,8 @@ import importlib
 
 FAMILIES = (
     "elementwise", "contraction", "convolution", "normalization", "reduction", "shaping", "indexing", "padding",
-    "recurrent", "attention", "quantized", "costs", "costs_free", "costs_runtime",
+    "recurrent", "attention", "quantized", "runtime_fused", "runtime_attention", "runtime_quantized",
+    "costs", "costs_free", "costs_runtime",
 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ Heads are an axis of a joint factor (head, position in the head). Query heads th
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -28,7 +29,7 @@ def _swapped(state: State) -> State:
     return State(shape, factors, frozenset(_SWAP[a] for a in state.uniform))
 
 
-def _heads(op: OpContext, state: State, count: int | None) -> State:
+def in_heads(op: OpContext, state: State, count: int | None) -> State:
     """(batch, heads, sequence, d); batch and sequence fixed.
 
     Heads that lie after each other in one uniform axis count as fixed: it could not follow heads or positions that go.
@@ -97,33 +98,53 @@ def _resize_attention(r: Resize) -> None:
         r.set_attr("scale", 1.0 / math.sqrt(before))
 
 
-@operator("Attention", resize=_resize_attention)
-def attention(op: OpContext) -> None:
-    """softmax(Q K' scale + mask) V per head (ONNX Attention 23, 24, 25); a cache of past keys is opaque."""
-    if op.optional(4) is not None or op.optional(5) is not None:
-        raise Opaque("Attention with past keys and values")
-    op.pin(op.optional(6), "lengths of the sequences")
-    q = _heads(op, op.state(0), op.attr("q_num_heads"))
-    k = _heads(op, op.state(1), op.attr("kv_num_heads"))
-    v = _heads(op, op.state(2), op.attr("kv_num_heads"))
+def attend(
+    op: OpContext, q: State, k: State, v: State, inputs: Sequence[int | None] = (None, None, None), mask: int | None = 3
+) -> tuple[State, State]:
+    """softmax(Q K' scale + mask) V per head, of (batch, heads, positions, d) each; the output and the scores.
+
+    Args:
+        op: the node.
+        q, k, v: queries, keys and values; each key head serves a run of query heads.
+        inputs: which inputs of the node they are, with the same axes; None for what was computed inside the node.
+        mask: the input of the node that is added to the scores, None where there is none.
+    """
     batch, heads, length, _ = q.shape
     keys = k.shape[2]
-    # inputs whose axes are those of the products
-    inputs = [index if s is not None and s.rank == 4 and s.shape[1] == heads else None
-              for index, s in enumerate(op.inputs[:3])]  # fmt: skip
     scores = contract(
         replace(op, shapes=[(batch, heads, length, keys)]),
         [q, _repeated(k, heads)], [("b", "h", "s", "d"), ("b", "h", "t", "d")], ("b", "h", "s", "t"), inputs[:2],
     )  # fmt: skip
     op.freeze(scores)
     scores = State(scores.shape, tuple(fixed(f) for f in scores.factors), scores.uniform)
-    scores = _masked(op, scores, 3)
+    scores = scores if mask is None else _masked(op, scores, mask)
     y = contract(
         replace(op, shapes=[(batch, heads, length, v.shape[3])]),
         [scores, _repeated(v, heads)], [("b", "h", "s", "t"), ("b", "h", "t", "e")], ("b", "h", "s", "e"),
         (None, inputs[2]),
     )  # fmt: skip
-    made = y if op.state(0).rank == 4 else reshaped(op, _swapped(y), op.shape())
+    return y, scores
+
+
+def merged(op: OpContext, y: State, shape: tuple[int, ...]) -> State:
+    """(batch, positions, heads d) from (batch, heads, positions, d)."""
+    return reshaped(op, _swapped(y), shape)
+
+
+@operator("Attention", resize=_resize_attention)
+def attention(op: OpContext) -> None:
+    """softmax(Q K' scale + mask) V per head (ONNX Attention 23, 24, 25); a cache of past keys is opaque."""
+    if op.optional(4) is not None or op.optional(5) is not None:
+        raise Opaque("Attention with past keys and values")
+    op.pin(op.optional(6), "lengths of the sequences")
+    q = in_heads(op, op.state(0), op.attr("q_num_heads"))
+    k = in_heads(op, op.state(1), op.attr("kv_num_heads"))
+    v = in_heads(op, op.state(2), op.attr("kv_num_heads"))
+    # inputs whose axes are those of the products
+    inputs = [index if s is not None and s.rank == 4 and s.shape[1] == q.shape[1] else None
+              for index, s in enumerate(op.inputs[:3])]  # fmt: skip
+    y, scores = attend(op, q, k, v, inputs)
+    made = y if op.state(0).rank == 4 else merged(op, y, op.shape())
     op.like(0, made, made.uniform)
     for index, state in ((1, k), (2, v), (3, scores)):
         if index < len(op.node.outputs) and op.node.outputs[index].name:
@@ -142,31 +163,47 @@ def _resize_rotary(r: Resize) -> None:
 @operator("RotaryEmbedding", resize=_resize_rotary)
 def rotary_embedding(op: OpContext) -> None:
     """Rotates planes of two positions of a head; the tables' columns move with the planes (ONNX RotaryEmbedding 23)."""
-    x, tables = op.state(0), []
+    x = op.state(0)
     op.pin(op.optional(3), "positions")
-    for table in (op.state(1), op.state(2)):
-        op.freeze(table)
-        tables.append(op.without(table, range(table.rank - 1), "positions of RotaryEmbedding"))
-    grid = _heads(op, x, op.attr("num_heads"))
+    grid = in_heads(op, x, op.attr("num_heads"))
+    width = int(op.attr("rotary_embedding_dim", 0)) or grid.shape[3]
+    rotate(op, grid, (1, 2), width, interleaved=bool(op.attr("interleaved", 0)))
+    if x.rank == 3:
+        op.like(0, State(x.shape, x.factors))
+    else:
+        op.set(0, grid.factors, grid.uniform & {1}, x.shape)
+
+
+def rotate(op: OpContext, grid: State, tables: Sequence[int], width: int, *, interleaved: bool) -> None:
+    """Tie the two positions of each plane among the first ``width`` of a head to the tables' columns.
+
+    Args:
+        op: the node.
+        grid: (batch, heads, positions, d).
+        tables: inputs of the node that hold cosines and sines.
+        width: how many positions of a head are rotated.
+        interleaved: whether the two positions of a plane are neighbours, or half of ``width`` apart.
+
+    Raises: `Opaque` where positions in a head are fixed or repeat.
+    """
     f = grid.factor_of(3)
     if f is None or f.repeats or f.axes not in ((3,), (1, 3)):
         raise Opaque("planes that are fixed or repeated")
-    half = (int(op.attr("rotary_embedding_dim", 0)) or grid.shape[3]) // 2
+    half = width // 2
     step = np.arange(half)
-    first, second = (2 * step, 2 * step + 1) if op.attr("interleaved", 0) else (step, step + half)
+    first, second = (2 * step, 2 * step + 1) if interleaved else (step, step + half)
     one, two = f.labels.take(first, axis=-1), f.labels.take(second, axis=-1)
     op.rec.mark(one)
     op.rec.mark(two)
     op.rec.unify(one, two)
     plane = op.rec.marginal(Factor(f.axes, one, ZERO), (3,)).labels
-    for index, table in enumerate(tables, start=1):
+    for index in tables:
+        table = op.state(index)
+        op.freeze(table)
+        table = op.without(table, range(table.rank - 1), f"positions of {op.node.op_type}")
         op.meets(index, table.rank - 1, Factor((3,), plane), 3)
         own = table.factor_of(table.rank - 1)
         if own is not None and own.axes == (table.rank - 1,):
             op.rec.unify(plane, own.labels)
         elif not table.broadcasts(table.rank - 1):
             op.rec.pin(plane, "RotaryEmbedding with fixed angles")
-    if x.rank == 3:
-        op.like(0, State(x.shape, x.factors))
-    else:
-        op.set(0, grid.factors, grid.uniform & {1}, x.shape)

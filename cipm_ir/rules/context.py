@@ -216,9 +216,44 @@ class OpContext:
         if self.seeds is None or value is None:
             return None
         for node, position in value.uses():
-            if (node.op_type, position, attribute(node, "group", 1)) != (self.node.op_type, index, groups):
+            if (position, *_grouping(node)) != (index, *_grouping(self.node)):
                 return None
         return self.seeds.grouped(self.node, index, axis, groups)
+
+    def by_row(self, index: int, axis: int) -> State | None:
+        """State of a parameter in which ``axis`` means something else at each index of axis 0.
+
+        None where the input is computed, has other uses, or is fixed along one of the two axes.
+        """
+        state, value = self.state(index), self.node.inputs[index]
+        rows, along = state.factor_of(0), state.factor_of(axis)
+        if self.seeds is None or value is None or value.meta.get("tied") or value.is_graph_output():
+            return None
+        if axis == 0 or rows is None or along is None or len(rows.axes) + len(along.axes) > 2 or len(value.uses()) > 1:
+            return None
+        made = self.seeds.grouped(self.node, index, axis, state.shape[0])
+        if made is None:
+            return None
+        joint = Factor((0, axis), made.labels, made.var)
+        self.unify(self.rec.marginal(joint, (0,)), rows)
+        self.freeze_factor(rows)
+        rest = [f for f in state.factors if f is not rows and f is not along]
+        return State(state.shape, (joint, *rest), state.uniform)
+
+    def split_rows(self) -> None:
+        """Let parameters with two axes follow a joint factor of another input, aligned from the right, row by row.
+
+        The bias (expert, unit) of stacked experts: units of each expert have an order of their own.
+        """
+        for index, mine in enumerate(self.inputs):
+            if mine is None or len(mine.factors) != 2 or any(len(f.axes) > 1 for f in mine.factors):
+                continue
+            axes = {f.axes[0] for f in mine.factors}
+            for other in self.inputs if 0 in axes else ():
+                shift = 0 if other is None else other.rank - mine.rank
+                if other is not None and any({a + shift for a in axes} <= set(f.axes) for f in other.factors):
+                    self.inputs[index] = self.by_row(index, max(axes)) or mine
+                    break
 
     def variance(self, index: int, epsilon: float) -> None:
         """The input is a variance with this epsilon; where it is computed it cannot scale."""
@@ -242,6 +277,11 @@ class OpContext:
             return None
         self.unify(factor, own)
         return own
+
+
+def _grouping(node: ir.Node) -> tuple[str, int, str]:
+    """By what a node tells groups of rows of its weights apart."""
+    return node.op_type, attribute(node, "group", 1), str(attribute(node, "direction", ""))
 
 
 def _same(a: Array, b: Array) -> bool:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cipm_ir.ir.labels import Factor, State, alike
 from cipm_ir.rules.context import OpContext
 from cipm_ir.rules.registry import Opaque, operator
 
 Letters = tuple[str | None, ...]
+_CELLS = 1 << 22
+"""Entries of the largest grid of cells that is made of two factors."""
 
 
 @dataclass
@@ -137,18 +139,33 @@ def _emit(op: OpContext, p: _Piece, where: dict[str, int], factors: list[Factor]
     f = op.rec.marginal(p.factor, _axes(p, rest))
     letter_of = dict(zip(p.factor.axes, p.letters, strict=True))
     f = f.moved({a: where[letter_of[a]] for a in f.axes})
-    taken = {a for g in factors for a in g.axes}
-    overlap = tuple(a for a in f.axes if a in taken)
-    if overlap:
-        if not set(f.axes) <= taken:
-            raise Opaque("labels of both operands overlap on some output axes only")
-        for g in factors:
-            common = tuple(a for a in f.axes if a in g.axes)
-            if common:
-                op.rec.unify(op.rec.marginal(f, common).labels, op.rec.marginal(g, common).labels)
-                op.freeze_factor(g)
-        return
-    factors.append(f)
+    met = [g for g in factors if set(g.axes) & set(f.axes)]
+    if any(not set(f.axes) <= set(g.axes) for g in met):
+        f = _crossed(op, [f, *met], len(where))
+        factors[:] = [g for g in factors if g not in met]
+        met = []
+    for g in met:
+        common = tuple(a for a in f.axes if a in g.axes)
+        op.rec.unify(op.rec.marginal(f, common).labels, op.rec.marginal(g, common).labels)
+        op.freeze_factor(g)
+    if not met:
+        factors.append(f)
+
+
+def _crossed(op: OpContext, factors: Sequence[Factor], rank: int) -> Factor:
+    """One joint factor for several that share some of their axes: a grid of cells tied to each of them.
+
+    (head, i) of one operand and (head, j) of the other are the rows and columns of a matrix in each head.
+    """
+    sizes = {a: n for f in factors for a, n in zip(f.axes, f.labels.shape, strict=True)}
+    axes = tuple(a for a in range(rank) if a in sizes)
+    if math.prod(sizes.values()) > _CELLS:
+        raise Opaque("labels of both operands overlap on some output axes only, and are too many for a grid")
+    cells = Factor(axes, op.rec.fresh(*(sizes[a] for a in axes)))
+    for f in factors:
+        op.freeze_factor(f)
+        op.rec.unify(op.rec.marginal(cells, f.axes).labels, f.labels)
+    return cells
 
 
 def matmul_letters(a: State, b: State, out_rank: int) -> tuple[Letters, Letters, Letters]:
@@ -179,8 +196,27 @@ def matmul(op: OpContext) -> None:
             if zero is not None and math.prod(zero.shape) > 1:
                 raise Opaque("per-row zero points of MatMulInteger")
     left, right, out = matmul_letters(a, b, len(op.shape()))
-    made = contract(op, [a, b], [left, right], out)
+    made = contract(op, by_expert(op, [a, b], [left, right], out), [left, right], out)
     op.like(0, made, made.uniform)
+
+
+def by_expert(op: OpContext, states: Sequence[State], letters: Sequence[Letters], out: Letters) -> list[State]:
+    """The operands of a product where a stack of weights (expert, rows, columns) has an order of units per expert.
+
+    That is the contracted axis where the units of the other operand are labelled per expert already, otherwise the
+    axis that only the weight has. The remaining axis has one order for all experts.
+    """
+    made = list(states)
+    for k, (state, names) in enumerate(zip(states, letters, strict=True)):
+        other, theirs = states[1 - k], letters[1 - k]
+        if state.rank != 3 or names[0] is None or names[0] not in out:
+            continue
+        joint = [{theirs[a] for a in f.axes} for f in other.factors if len(f.axes) > 1]
+        inner = [a for a in (1, 2) if names[a] not in out and any({names[0], names[a]} <= j for j in joint)]
+        free = [a for a in (1, 2) if names[a] in out and names[a] not in theirs]
+        for axis in (inner or free)[:1]:
+            made[k] = op.by_row(k, axis) or state
+    return made
 
 
 @operator("Gemm")
@@ -247,25 +283,44 @@ def _equation(op: OpContext) -> str:
 
 @operator("Einsum")
 def einsum(op: OpContext) -> None:
-    """Any contraction of one or two operands; more operands are opaque."""
+    """Any contraction; more than two operands are taken from left to right."""
     states = [op.state(k) for k in range(len(op.node.inputs))]
-    if len(states) > 2:
-        raise Opaque("Einsum of more than two operands")
     operands, out = einsum_terms(_equation(op), [s.rank for s in states])
     if len(set(out)) < len(out) or any(len(set(o)) < len(o) for o in operands):
         raise Opaque("Einsum with a repeated index")
-    sizes = {x: max(n, 1) for o, s in zip(operands, states, strict=True) for x, n in zip(o, s.shape, strict=True)}
+    sizes: dict[str, int] = {}
     for o, s in zip(operands, states, strict=True):
         for x, n in zip(o, s.shape, strict=True):
-            sizes[x] = max(sizes[x], n)
-    letters = [
+            sizes[x] = max(sizes.get(x, 1), n)
+    letters: list[Letters] = [
         tuple(None if n == 1 < sizes[x] else x for x, n in zip(o, s.shape, strict=True))
         for o, s in zip(operands, states, strict=True)
     ]
-    for o, s in zip(operands, states, strict=True):
-        others = {x for p in operands if p is not o for x in p}
+    for k, s in enumerate(states):
+        needed = {*out, *(x for j, o in enumerate(operands) if j != k for x in o)}
         for f in s.factors:
-            if any(o[a] not in out and o[a] not in others for a in f.axes):
+            if any(operands[k][a] not in needed for a in f.axes):
                 op.freeze_factor(f)  # summed over
-    made = contract(op, states, letters, tuple(out))
+    if len(states) == 2:
+        states = by_expert(op, states, letters, tuple(out))
+    made = _from_the_left(op, states, letters, tuple(out), sizes)
     op.like(0, made, made.uniform)
+
+
+def _from_the_left(
+    op: OpContext, states: Sequence[State], letters: Sequence[Letters], out: tuple[str, ...], sizes: dict[str, int]
+) -> State:
+    """Contract the first two operands, what that makes with the third, and so on; the state of the last product."""
+    if len(states) < 3:
+        return contract(op, states, letters, out)
+    here, names, source = states[0], letters[0], 0
+    for k in range(1, len(states)):
+        later = {*out, *(x for o in letters[k + 1 :] for x in o)}
+        present = dict.fromkeys(x for x in (*names, *letters[k]) if x is not None)
+        ends = tuple(x for x in present if x in later) if k + 1 < len(states) else out
+        local = replace(op, shapes=[tuple(sizes[x] for x in ends)])
+        here = contract(local, [here, states[k]], [names, letters[k]], ends, (0 if source == 0 else None, k))
+        if k + 1 < len(states):
+            here = State(here.shape, here.factors)  # a uniform axis in between could not follow what goes
+        names, source = ends, -1
+    return here

@@ -10,6 +10,7 @@ import numpy as np
 from cipm_ir.ir.constants import slice_positions
 from cipm_ir.ir.labels import Array, Factor, Labels, State
 from cipm_ir.rules.context import OpContext
+from cipm_ir.rules.recurrent import on_top, stacked
 from cipm_ir.rules.registry import Opaque, operator
 from cipm_ir.rules.resize import Resize
 
@@ -165,7 +166,9 @@ def split(op: OpContext) -> None:
 def concat(op: OpContext) -> None:
     """Labels follow each other; each part keeps its own scale equation."""
     states = [op.state(k) for k in range(len(op.node.inputs))]
-    made = joined(op, states, int(op.attr("axis", 0)) % states[0].rank, op.shape())
+    made = on_top(op, states) if stacked(op.node) else None
+    if made is None:
+        made = joined(op, states, int(op.attr("axis", 0)) % states[0].rank, op.shape())
     op.like(0, made, made.uniform)
 
 

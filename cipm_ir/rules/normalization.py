@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from cipm_ir.rules.context import OpContext, fixed
 from cipm_ir.rules.elementwise import broadcast, shifted, var_on
 from cipm_ir.rules.registry import Opaque, operator
 from cipm_ir.rules.resize import Resize
+from cipm_ir.rules.steps import plain
 
 
 @operator("BatchNormalization")
@@ -73,19 +74,17 @@ def _alike(op: OpContext, x: State, params: Iterable[int]) -> frozenset[int]:
     return x.uniform if all(s.broadcasts(0) for s in states) else x.uniform - {1}
 
 
-def _affine(op: OpContext, x: State, out: State, params: list[State | None], *, signs: bool) -> State:
+def _affine(op: OpContext, x: State, out: State, params: Sequence[State], *, signs: bool) -> State:
     """Output factors of a normalization with parameters gamma, beta aligned to ``out``."""
     factors = []
     for f in out.factors:
-        own = [None if p is None else var_on(p, out.shape, f.axes) for p in params]
-        absent = [p is not None and v == ZERO for p, v in zip(params, own, strict=True)]
-        gamma = own[0]
-        if gamma is None or any(absent) or gamma == ZERO:
+        own = [var_on(p, out.shape, f.axes) for p in params]
+        gamma = own[0] if own else None
+        if gamma is None or ZERO in own:
             for p in params:
-                if p is not None:
-                    for g in shifted(p, out.rank).factors:
-                        if set(g.axes) & set(f.axes):
-                            op.freeze_factor(g)
+                for g in shifted(p, out.rank).factors:
+                    if set(g.axes) & set(f.axes):
+                        op.freeze_factor(g)
             if signs:
                 op.freeze_factor(Factor(f.axes, f.labels, var_on(x, out.shape, f.axes)), scale=False)
             factors.append(fixed(f))
@@ -93,7 +92,7 @@ def _affine(op: OpContext, x: State, out: State, params: list[State | None], *, 
         y = op.rec.variable()
         op.rec.equate(f.labels, ((gamma, 1), (y, -1)), sign=False)
         op.rec.equate(f.labels, ((gamma, 1), (y, 1), (var_on(x, out.shape, f.axes) if signs else ZERO, 1)), scale=False)
-        if len(own) > 1 and own[1] is not None:
+        if len(own) > 1:
             op.rec.same(f.labels, y, own[1])
         factors.append(Factor(f.axes, f.labels, y, f.repeats))
     return State(out.shape, tuple(factors), out.uniform)
@@ -107,17 +106,33 @@ def _normalized(op: OpContext, x: State, axes: range, *, signs: bool) -> None:
             op.freeze_factor(f)
 
 
+def normalized(
+    op: OpContext, x: State, params: Sequence[int], axis: int, *, signs: bool, source: int | None = None
+) -> State:
+    """Return the state of a value that is normalized over its axes from ``axis`` on.
+
+    Args:
+        op: the node.
+        x: the value.
+        params: inputs of the node that hold gamma and beta, as far as there are any.
+        axis: the first axis of the statistics.
+        signs: whether signs pass, because no mean is subtracted.
+        source: the input of the node that the value is; None where it was computed inside the node.
+    """
+    x = x if source is not None else plain(x)
+    out = broadcast(op, [x, *map(op.state, params)], op.node.op_type, [source, *params])
+    _normalized(op, x, range(axis, x.rank), signs=signs)
+    return _affine(op, x, out, [op.state(k) for k in params], signs=signs)
+
+
 @operator("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
 def layer_normalization(op: OpContext) -> None:
     """No scaling of the input (epsilon; one common scale at most); RMS admits any signs, the mean of LayerNorm none."""
     signs = op.node.op_type != "LayerNormalization"
     x = op.state(0)
     axis = int(op.attr("axis", -1)) % x.rank
-    params = [op.optional(1), op.optional(2) if not signs else None]
-    present = [k for k in (0, 1, 2) if k == 0 or params[k - 1] is not None]
-    out = broadcast(op, [op.state(k) for k in present], op.node.op_type, present)
-    _normalized(op, x, range(axis, x.rank), signs=signs)
-    made = _affine(op, x, out, params if not signs else params[:1], signs=signs)
+    params = [k for k in ((1,) if signs else (1, 2)) if op.has(k)]
+    made = normalized(op, x, params, axis, signs=signs, source=0)
     op.like(0, made, made.uniform)
     for k in range(1, len(op.node.outputs)):
         if op.node.outputs[k].name:

@@ -19,7 +19,7 @@ from cipm_ir.rules.registry import Opaque, operator
 from cipm_ir.rules.resize import Resize
 
 
-def _scalar(op: OpContext, *indices: int) -> None:
+def single_numbers(op: OpContext, *indices: int) -> None:
     """Inputs that must hold one number (a scale or zero point of a whole tensor)."""
     for index in indices:
         state = op.optional(index)
@@ -27,7 +27,7 @@ def _scalar(op: OpContext, *indices: int) -> None:
             raise Opaque(f"input {index} of {op.node.op_type} is not per tensor")
 
 
-def _per_axis(op: OpContext, x: State, axis: int, *indices: int) -> None:
+def per_axis(op: OpContext, x: State, axis: int, *indices: int) -> None:
     """Tie vectors to an axis; a vector of one entry serves the whole tensor."""
     f = x.factor_of(axis)
     for index in indices:
@@ -50,9 +50,9 @@ def _steps(op: OpContext, x: State, axis: int) -> Factor | None:
     """
     f, vector = x.factor_of(axis), op.state(1).factor_of(0)
     if f is None or f.axes != (axis,) or vector is None:
-        _per_axis(op, x, axis, 1, 2)
+        per_axis(op, x, axis, 1, 2)
         return None
-    _per_axis(op, x, axis, 2)
+    per_axis(op, x, axis, 2)
     op.vector(1, f)
     op.freeze_factor(vector, scale=False)
     return vector
@@ -96,7 +96,7 @@ def quantize(op: OpContext) -> None:
     if axis >= 0:
         steps, along = _steps(op, x, axis), x.factor_of(axis)
     else:
-        _scalar(op, 2)
+        single_numbers(op, 2)
     factors = tuple(_scaled(op, f, steps) if steps is not None and f is along else _kept(op, f) for f in x.factors)
     op.set(0, factors, x.uniform - {axis}, x.shape)
 
@@ -128,24 +128,24 @@ def dynamic_quantize(op: OpContext) -> None:
     op.set(2)
 
 
-def _resize_group(r: Resize) -> None:
+def resize_quantized_group(r: Resize) -> None:
     """A group keeps its width or goes as a whole."""
     if r.attr("group", 1) != 1 and r.old(0)[1] != r.new(0)[1]:
         r.set_attr("group", r.new(0)[1] // r.new(3)[1])
 
 
-@operator("QLinearConv", resize=_resize_group)
+@operator("QLinearConv", resize=resize_quantized_group)
 def qlinear_conv(op: OpContext) -> None:
     """A convolution; scale and zero point of the weight may be per output channel."""
     x, w = op.state(0), op.state(3)
     for state in (x, w, op.optional(8)):
         op.freeze(state)
-    _scalar(op, 1, 2, 6, 7)
+    single_numbers(op, 1, 2, 6, 7)
     convolve(op, x, w, 3, 8)
     out = op.outputs[0]
     if out is not None:
         op.set(0, (fixed(f) for f in out.factors), out.uniform - {1})
-        _per_axis(op, out, 1, 4, 5)
+        per_axis(op, out, 1, 4, 5)
 
 
 @operator("QLinearMatMul")
@@ -154,11 +154,11 @@ def qlinear_matmul(op: OpContext) -> None:
     a, b = op.state(0), op.state(3)
     op.freeze(a)
     op.freeze(b)
-    _scalar(op, 1, 2, 6, 7)
+    single_numbers(op, 1, 2, 6, 7)
     left, right, names = matmul_letters(a, b, len(op.shape()))
     out = contract(op, [a, b], [left, right], names, (0, 3))
     if b.rank == 1:
-        _scalar(op, 4, 5)
+        single_numbers(op, 4, 5)
     else:
-        _per_axis(op, out, out.rank - 1, 4, 5)
+        per_axis(op, out, out.rank - 1, 4, 5)
     op.set(0, (fixed(f) for f in out.factors), out.uniform - {out.rank - 1})

@@ -200,9 +200,21 @@ def _with_outputs(model: ir.Model, extra: Sequence[str]) -> ir.Model:
         if name not in values:
             raise InputError(f"The graph has no inner value {name!r} to give out.")
         if name not in present:
-            copy.graph.outputs.append(values[name])
+            copy.graph.outputs.append(_typed(values[name]))
             present.add(name)
     return copy
+
+
+_WITH_SUM = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
+
+
+def _typed(value: ir.Value) -> ir.Value:
+    """Say the type of the sum that a skip normalization gives out; onnxruntime infers none for it."""
+    maker = value.producer()
+    if value.type is None and maker is not None and maker.op_type in _WITH_SUM:
+        known = [v.dtype for v in maker.inputs if v is not None and v.dtype is not None and v.dtype.is_floating_point()]
+        value.type = ir.TensorType(known[0] if known else ir.DataType.FLOAT)
+    return value
 
 
 def _tensors(graph: ir.Graph) -> list[ir.TensorProtocol]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from cipm_ir.errors import SymmetryError
 from cipm_ir.ir.labels import Array, Labels
 
 _BLOCK = 1 << 20
+_SMALL = 1 << 13
+"""Results of at most so many entries are kept: shape checks and counts evaluate vectors again and again."""
 
 
 @dataclass
@@ -141,12 +144,13 @@ def _mixed(array: Array, axis: int, pairs: list[tuple[Labels, Array]]) -> Array:
 
 
 class EditedTensor(ir.LazyTensor):
-    """A tensor that reads another and applies an edit whenever it is evaluated; nothing is cached."""
+    """A tensor that reads another and applies an edit whenever it is evaluated; only small results are kept."""
 
     def __init__(self, tensor: ir.TensorProtocol, edit: Edit, name: str) -> None:
         self._source, self._edit = tensor, edit
         shape = ir.Shape(edit.shape(tuple(tensor.shape.numpy())))
-        super().__init__(self._evaluated, dtype=tensor.dtype, shape=shape, name=name)
+        small = shape.is_static() and math.prod(shape.numpy()) <= _SMALL
+        super().__init__(self._evaluated, dtype=tensor.dtype, shape=shape, cache=small, name=name)
 
     def _evaluated(self) -> ir.TensorProtocol:
         array = self._edit.apply(np.asarray(self._source.numpy()))

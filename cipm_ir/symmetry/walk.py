@@ -11,10 +11,11 @@ import onnx_ir as ir
 
 from cipm_ir.ir.bodies import bodies, body_path, is_control_flow, nodes_in_order, qualified
 from cipm_ir.ir.constants import constant_tensor, evaluate
+from cipm_ir.ir.fused_shapes import node_shapes
 from cipm_ir.ir.labels import Array, Factor, State
 from cipm_ir.ir.parameters import overridable_inputs, parameters
 from cipm_ir.ir.places import Place, place_body
-from cipm_ir.ir.shapes import Shape, Shapes, implied_shape, infer_node, subgraphs
+from cipm_ir.ir.shapes import Shape, Shapes, implied_shape, subgraphs
 from cipm_ir.ir.stand_ins import infer_shapes
 from cipm_ir.ir.varying import note_varying
 from cipm_ir.rules import load_rules
@@ -79,7 +80,7 @@ class _Walker:
         self.trusted = not overridable_inputs(model)
         self.tied: dict[str, int] = {}
         self.params: dict[str, tuple[ir.TensorProtocol | None, bool]] = {}
-        self.grouped_cache: dict[tuple[int, int], Factor] = {}
+        self.grouped_cache: dict[tuple[int, int, int], Factor] = {}
         self.here = -1
         self.nested = next(iter(model.graph.subgraphs()), None) is not None
 
@@ -309,6 +310,8 @@ class _Walker:
                 raise Opaque(node.metadata_props.get("reason") or "no rule for this operator")
             if any(v is not None and s is None for v, s in zip(node.inputs, inputs, strict=True)):
                 raise Opaque("the shape of an input is not known")
+            if entry.elementwise and len(inputs) > 1:
+                op.split_rows()
             entry.labels(op)
         except (Opaque, ValueError, IndexError) as reason:
             said = str(reason) if isinstance(reason, Opaque) else f"its shapes do not fit the operator ({reason})"
@@ -342,7 +345,7 @@ class _Walker:
         for which, table in enumerate((self.shapes.first, self.shapes.second)[: 1 if self.shapes.static else 2]):
             known = [None if v is None else self._known_shape(v, table) for v in node.inputs]
             numbers = [None if p is None else p[which] for p in literals]
-            found = infer_node(node, known, version, self.shapes.types, numbers)
+            found = node_shapes(node, known, version, self.shapes.types, numbers)
             for value, shape in zip(node.outputs, found, strict=True):
                 if shape is None and self.path and self.trusted and value.shape is not None and value.shape.is_static():
                     shape = tuple(value.shape.numpy())  # in a body: ONNX's inference of the main graph gives none
@@ -375,6 +378,13 @@ class _Walker:
             if state is not None and state.factors:
                 names.append("" if value is None else value.name or "")
             op.pin(state, f"{node.op_type}: {reason}")
+        for k in range(len(node.inputs)):  # labels that a rule gave groups of rows before it gave up
+            where = self.use_leaf.get((self.here, k))
+            for f in () if where is None else self.leaves[where].factors:
+                if f.groups:
+                    labels = np.arange(f.base, f.base + f.size)
+                    self.rec.pin(labels, f"{node.op_type}: {reason}")
+                    self.rec.zero(labels, f.var)
         for value in captured_values(node):
             name = value.name or ""
             if name in self.states and self.states[name].factors and name not in names:
@@ -456,11 +466,11 @@ class _Walker:
         if where is None:
             return None
         leaf = self.leaves[where]
-        known = self.grouped_cache.get((where, groups))
+        known = self.grouped_cache.get((where, axis, groups))
         if known is not None:
             return known
         if leaf.shape[axis] == 1:
-            made = Factor((0, 1), self.rec.fresh(groups, 1), self.rec.variable())
+            made = Factor((0, axis), self.rec.fresh(groups, 1), self.rec.variable())
         else:
             for f in leaf.factors:
                 if f.axes == (axis,):
@@ -469,8 +479,8 @@ class _Walker:
             factor = LeafFactor(where, (0, axis), int(labels[0, 0]), labels.shape, var, groups)
             leaf.factors.append(factor)
             self.leaf_factors.append(factor)
-            made = Factor((0, 1), labels, var)
-        self.grouped_cache[where, groups] = made
+            made = Factor((0, axis), labels, var)
+        self.grouped_cache[where, axis, groups] = made
         return made
 
     def variance(self, node: ir.Node, index: int, epsilon: float) -> bool:
