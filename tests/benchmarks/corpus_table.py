@@ -18,6 +18,7 @@ written to `--results` when it is done; what is there already is not measured ag
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import resource
 import subprocess
@@ -136,7 +137,7 @@ def readable(path: Path, feeds: Sequence[Feeds]) -> Sequence[Feeds] | None:
 
 _MEASURES: Mapping[str, Callable[[str], Row]] = {
     "units": units,
-    **{f"prune {budget:g}": (lambda name, budget=budget: prune(name, budget)) for budget in BUDGETS},
+    **{f"prune {budget:g}": functools.partial(prune, budget=budget) for budget in BUDGETS},
 }
 
 
@@ -182,10 +183,11 @@ def count_nodes(path: Path) -> int:
 
     def of(graph: onnx.GraphProto) -> int:
         inner = [a for node in graph.node for a in node.attribute]
-        below = sum(of(a.g) for a in inner if a.type == onnx.AttributeProto.GRAPH)
-        return below + sum(node.op_type != "Constant" for node in graph.node)
+        below: int = sum(of(a.g) for a in inner if a.type == onnx.AttributeProto.GRAPH)
+        return below + len([node for node in graph.node if node.op_type != "Constant"])
 
-    return of(onnx.load(path, load_external_data=False).graph)
+    model: onnx.ModelProto = onnx.load(path, load_external_data=False)
+    return of(model.graph)
 
 
 def peers(name: str, folder: Path | None, repeats: int, timeout: int) -> Row:
@@ -211,7 +213,7 @@ def exact(name: str, passes: Sequence[str], timeout: int, gigabytes: int) -> Ite
         feeds, data = samples(name, 1), None
         if readable(path_of(name), feeds):
             data = Path(scratch) / f"{name}.npz"
-            np.savez(data, **feeds[0])
+            np.savez(data, allow_pickle=False, **feeds[0])
         for one_pass in passes:
             yield one_pass, next(apart(path_of(name), [one_pass], data, timeout, gigabytes))
 
@@ -256,6 +258,7 @@ def _trouble(row: Row) -> str:
 def markdown(results: Results, names: Sequence[str], columns: Sequence[str], passes: Sequence[str]) -> str:
     """Write the tables of the wanted columns."""
     parts: list[str] = []
+    head: Sequence[str]
     if "units" in columns:
         lines: list[list[Any]] = []
         for name in names:

@@ -56,7 +56,8 @@ def handwriting(k: int, height: int, width: int) -> Array:
     zoomed = ndimage.zoom(
         line, (height / line.shape[0], width / line.shape[1]), order=1, grid_mode=True, mode="nearest"
     )
-    return (1 - np.clip(zoomed, 0, 1)).astype(np.float32)
+    inverted: Array = (1 - np.clip(zoomed, 0, 1)).astype(np.float32)
+    return inverted
 
 
 def speech(k: int, seconds: float, rate: int = RATE) -> Array:
@@ -78,7 +79,8 @@ def speech(k: int, seconds: float, rate: int = RATE) -> Array:
         out[start : start + len(piece)] += piece
         start += length + int(rate * rng.exponential(0.05))
     out = out / max(np.abs(out).max(), 1e-6) * 0.5 + 1e-3 * rng.standard_normal(count)
-    return out.astype(np.float32)
+    wave: Array = out.astype(np.float32)
+    return wave
 
 
 def spectrogram(k: int, frames: int, bins: int) -> Array:

@@ -37,11 +37,13 @@ def _optimized(source: Path) -> bytes:
 
 def _half(source: Path) -> bytes:
     converted: onnx.ModelProto = convert_float_to_float16(onnx.load(source))
-    return converted.SerializeToString()
+    content: bytes = converted.SerializeToString()
+    return content
 
 
 def _opset_21(source: Path) -> bytes:
-    return onnx.version_converter.convert_version(onnx.load(source), 21).SerializeToString()
+    content: bytes = onnx.version_converter.convert_version(onnx.load(source), 21).SerializeToString()
+    return content
 
 
 _TOOLS: dict[str, Callable[[Path], bytes]] = {"optimized": _optimized, "float16": _half, "opset 21": _opset_21}
