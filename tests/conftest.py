@@ -20,6 +20,7 @@ LIGHT_MODELS = 9
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than about ten seconds; leave out with -m 'not slow'")
+    config.addinivalue_line("markers", "corpus: needs models that `make corpus` fetches; `make test` leaves it out")
     config.addinivalue_line("markers", "models: needs torch and transformers (the extra test-models)")
 
 

@@ -166,6 +166,18 @@ def test_sum_over_a_dynamic_axis_has_no_bound_but_keeps_zero() -> None:
     assert np.isinf(bounds.hi).all()
 
 
+def test_a_size_may_be_that_of_a_value_at_any_depth() -> None:
+    """As U-Nets resize to the size of a skip, hundreds of nodes behind the input."""
+    net = Net("intervals_deep")
+    value = net.input("x", (2, 3))
+    for _ in range(1200):
+        value = net.op("Neg", value)
+    net.output(net.op("Reshape", value, net.op("Shape", value)), (2, 3))
+    program = analysed(net.model())
+    found = find_intervals(program.model, program.analysis)
+    assert not found.values[program.model.graph.outputs[0].name or ""].known
+
+
 def test_parameters_that_a_caller_may_override_are_unknown() -> None:
     program = dense(np.zeros((3, 4), np.float32), np.ones(4, np.float32))
     proto = ir.to_proto(program.model)

@@ -33,6 +33,8 @@ class Intervals:
     values: dict[str, Interval] = field(default_factory=dict)
     parameters: dict[str, ir.TensorProtocol | None] = field(default_factory=dict)
     """None for what a caller may override."""
+    fixed: set[str] = field(default_factory=set)
+    """Names of values that are known not to depend on what a caller may feed, but for sizes."""
     _last: tuple[str, Array | None] = ("", None)
 
     def parameter(self, name: str) -> Array | None:
@@ -138,17 +140,24 @@ def _literal(found: Intervals, node: ir.Node, name: str) -> Array | None:
 
 def _overridable(found: Intervals, value: ir.Value | None) -> bool:
     """Whether a value is not a number known here; what was followed is a point."""
-    if value is None:
-        return False
-    name = value.name or ""
-    if name in found.parameters:
-        return found.parameters[name] is None
-    if name in found.values and found.values[name].known:
-        return False
-    node = value.producer()
-    if node is None:
-        return True
-    return node.op_type not in ("Shape", "Size") and any(_overridable(found, v) for v in node.inputs)
+    todo, seen = [value], set[str]()
+    while todo:
+        one = todo.pop()
+        name = "" if one is None else one.name or ""
+        if one is None or name in seen or name in found.fixed:
+            continue
+        seen.add(name)
+        if name in found.parameters:
+            if found.parameters[name] is None:
+                return True
+        elif name not in found.values or not found.values[name].known:
+            node = one.producer()
+            if node is None:
+                return True
+            if node.op_type not in ("Shape", "Size"):
+                todo.extend(node.inputs)
+    found.fixed |= seen
+    return False
 
 
 def _fill(node: ir.Node, shape: tuple[int, ...]) -> ir.TensorProtocol:

@@ -15,6 +15,7 @@ a result differs, and this measure says that it does not.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import resource
 import subprocess
@@ -23,7 +24,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from cipm_ir.runtime.inputs import batches
 from cipm_ir.runtime.verify import verify_models
 
 _MEASURED = "model", "pass", "changed", "pass s", "verification s", "max abs", "relative", "verdict"
-_COLUMNS = (*_MEASURED, "own max abs", "times rounding", "")
+_COLUMNS = (*_MEASURED, "own max abs", "times rounding", "peak MB", "")
 _INPUTS = ("normal", "normal x 0.1", "normal x 10", "all 0", "all 1", "waves")
 _ULP = 2.0**-23
 DEFAULT = "+".join(DEFAULT_PASSES)
@@ -68,14 +69,18 @@ def inputs(model: ir.Model, data: Path | None) -> list[tuple[str, Feeds]]:
 
 def rows(path: Path, passes: Sequence[str], data: Path | None) -> Iterator[dict[str, Any]]:
     """Measure every pass on one model."""
-    original = ir.load(path)
-    try:
-        reference: Reference | None = Reference.of(original, inputs(original, data))
-        trouble = ""
-    except Exception as error:
-        reference, trouble = None, f"own runs failed: {type(error).__name__} {str(error)[:120]}"
+
+    @functools.cache
+    def reference() -> Reference | str:
+        # Made when it is first needed: its runs are no part of the memory of the first pass.
+        try:
+            original = ir.load(path)
+            return Reference.of(original, inputs(original, data))
+        except Exception as error:
+            return f"own runs failed: {type(error).__name__} {str(error)[:120]}"
+
     for name in passes:
-        row: dict[str, Any] = {"model": path.stem, "pass": name, "changed": "", "note": trouble}
+        row: dict[str, Any] = {"model": path.stem, "pass": name, "changed": "", "note": ""}
         try:
             row |= measure(path, name, data, reference)
         except CipmError as error:
@@ -88,7 +93,15 @@ def rows(path: Path, passes: Sequence[str], data: Path | None) -> Iterator[dict[
         yield row
 
 
-def measure(path: Path, name: str, data: Path | None, reference: Reference | None) -> dict[str, Any]:
+def peak() -> float:
+    """Return the most memory that this process held so far, in MB; not that of the process which started it."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError("/proc/self/status has no VmHWM")
+
+
+def measure(path: Path, name: str, data: Path | None, reference: Callable[[], Reference | str]) -> dict[str, Any]:
     """Run a pass without verification, then the verification alone, then our own comparison."""
     program = cipm_ir.load(str(path))
     before = program.emit()
@@ -96,17 +109,21 @@ def measure(path: Path, name: str, data: Path | None, reference: Reference | Non
     changed = any(step.changed for step in result.report.steps)
     made: dict[str, Any] = {"changed": changed, "seconds": sum(step.seconds for step in result.report.steps)}
     if not changed:
-        return made | {"verdict": "unchanged", "note": ""}
+        return made | {"verdict": "unchanged", "memory": peak()}
     after = result.program.emit()
     start = time.perf_counter()
     found = verify_models(before, after, data=data)
     made["verification"] = time.perf_counter() - start
+    made["memory"] = peak()
     made |= {"max_abs": found.max_abs, "max_rel": found.max_rel, "verdict": "equal" if found.ok else str(found)[:160]}
-    if reference is not None:
-        largest, multiple, where = reference.distance(after)
+    known = reference()
+    if isinstance(known, str):
+        made["note"] = known
+    else:
+        largest, multiple, where = known.distance(after)
         note = f"WRONG ({where})" if multiple > NEAR else ""
         if note and np.isfinite(multiple):
-            note = in_double(before, after, reference) or note
+            note = in_double(before, after, known) or note
         if found.ok is False and not note.startswith("WRONG"):
             note = f"REFUSED {note}"
         made |= {"own_abs": largest, "own_times": multiple, "note": note}
@@ -169,7 +186,7 @@ def _line(row: dict[str, Any]) -> str:
 
     cells = [row["model"], row["pass"], str(row["changed"]), number("seconds", ".2f"), number("verification", ".2f")]
     cells += [number("max_abs", ".2g"), number("max_rel", ".2g"), str(row.get("verdict", "")).replace("|", "\\|")]
-    cells += [number("own_abs", ".2g"), number("own_times", ".2g"), row.get("note", "")]
+    cells += [number("own_abs", ".2g"), number("own_times", ".2g"), number("memory", ".0f"), row.get("note", "")]
     return f"| {' | '.join(cells)} |"
 
 

@@ -87,7 +87,8 @@ def _moved(array: Array, rng: np.random.Generator) -> Array:
     if not is_float(array):
         return array
     half = _HALF.get(array.dtype.name, 2.0**-24)
-    return (array.astype(np.float64) * (1 + rng.uniform(-2 * half, 2 * half, array.shape))).astype(array.dtype)
+    # A product of arrays without axes is a scalar of numpy, which onnxruntime does not take.
+    return np.asarray(array.astype(np.float64) * (1 + rng.uniform(-2 * half, 2 * half, array.shape)), array.dtype)
 
 
 def _widen(rounding: Outputs, expected: Outputs, moved: Outputs) -> None:
