@@ -16,9 +16,10 @@ from cipm_ir.backends.to_torch import Emitted, emit_graph, emit_torch, example_t
 from cipm_ir.backends.to_torch_runs import Side, as_array, near
 from cipm_ir.errors import CipmError
 from cipm_ir.ir.capture import Capture
+from cipm_ir.runtime.cases import RECIPES, affordable_cases, own_cases, tried
 from cipm_ir.runtime.compare import MEASURED, Array, Case, Outputs, Reference, Tolerance, Verification
 from cipm_ir.runtime.inputs import Data, Feeds, batches, random_inputs_like, true_inputs
-from cipm_ir.runtime.verify import BATCHES, RECIPES, OnnxVariants, affordable_cases, own_cases, tried
+from cipm_ir.runtime.verify import BATCHES, OnnxVariants
 from cipm_ir.symmetry.program import Program
 
 

@@ -16,11 +16,12 @@ from onnx import TensorProto, helper, numpy_helper
 from cipm_ir.errors import InputError, UnsupportedError
 from cipm_ir.frontends.from_onnx import load_onnx
 from cipm_ir.runtime import session
+from cipm_ir.runtime.cases import RECIPES
 from cipm_ir.runtime.compare import Found, compare
 from cipm_ir.runtime.inputs import batches, random_inputs, table_size
 from cipm_ir.runtime.noise import Yardstick
 from cipm_ir.runtime.session import Runner, run
-from cipm_ir.runtime.verify import RECIPES, verify_models
+from cipm_ir.runtime.verify import verify_models
 
 FLOAT = TensorProto.FLOAT
 RNG = np.random.default_rng(0)

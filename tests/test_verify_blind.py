@@ -13,11 +13,12 @@ from tests.cleaning import Array, model, node, value
 
 import cipm_ir
 from cipm_ir.runtime import compare
+from cipm_ir.runtime.cases import affordable_cases
 from cipm_ir.runtime.compare import Outputs
 from cipm_ir.runtime.inputs import Feeds
 from cipm_ir.runtime.noise import DRAWS, MORE_DRAWS
 from cipm_ir.runtime.session import Runner
-from cipm_ir.runtime.verify import OnnxVariants, affordable_cases
+from cipm_ir.runtime.verify import OnnxVariants
 
 RNG = np.random.default_rng(5)
 

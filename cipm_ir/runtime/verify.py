@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,74 +12,30 @@ import onnx_ir as ir
 
 from cipm_ir.errors import CipmError, InputError, UnsupportedError
 from cipm_ir.ir.bodies import body_graphs
-from cipm_ir.ir.input_shapes import noted_sizes
 from cipm_ir.ir.parameters import overridable_inputs
-from cipm_ir.ir.shapes import SUGGESTED
-from cipm_ir.ir.stand_ins import infer_shapes
 from cipm_ir.runtime.branches import body_hash, entered, forced, has_bodies, without_functions
+from cipm_ir.runtime.cases import LEAST, own_cases
 from cipm_ir.runtime.compare import MEASURED, Case, Outputs, Reference, Tolerance, Verification, named_paths
 from cipm_ir.runtime.endings import Ending, common_endings, endings, output_units
 from cipm_ir.runtime.graphs import all_graphs
 from cipm_ir.runtime.inputs import (
-    RUNS_AT,
     Data,
     Feeds,
-    Recipe,
     batches,
-    largest_table,
-    only_batch,
-    overrides,
-    random_inputs,
     true_inputs,
 )
 from cipm_ir.runtime.integer_products import computes_in_integers, processor_saturates
 from cipm_ir.runtime.noise import DRAWS, MORE_DRAWS, nudged, nudged_model
 from cipm_ir.runtime.session import Backend, Runner
 
-__all__ = [
-    "BATCHES",
-    "RECIPES",
-    "OnnxVariants",
-    "Tolerance",
-    "Verification",
-    "Verifier",
-    "affordable_cases",
-    "own_cases",
-    "tried",
-    "verify_models",
-]
-
-RECIPES = (
-    Recipe("random"),
-    Recipe("zeros", "zeros", integers="low"),
-    Recipe("random / 64", factor=1 / 64),
-    Recipe("random x 32", factor=32.0),
-    Recipe("ones", "ones", integers="high"),
-    Recipe("uniform", "uniform"),
-    Recipe("waves", "waves"),
-    Recipe("pixels", "pixels"),
-)
-"""The inputs of our own, in order of importance: where a model is slow, the last ones are left out."""
+__all__ = ["BATCHES", "OnnxVariants", "Tolerance", "Verification", "Verifier", "verify_models"]
 
 _RANDOM_OPS = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
-# (batch, other unknown sizes, cap on integer inputs): the first that the model runs with is used. The later ones are
-# for models with a batch baked in, for images that must survive much downsampling, and for tables that were not found.
-_SIZES: tuple[tuple[int, int, int | None], ...]
-_SIZES = ((2, 8, None), (1, 8, None), (2, 32, None), (1, 64, None), (1, 224, None), (1, 1, None), (1, 16, 2), (3, 3, 2))
-_SIZES += tuple((batch, 8, None) for batch in (4, 8, 16, 32))
-_LONG = (128, 64, 32, 16)
-_LONG_ENTRIES = 1 << 19
-_SAMPLES = 16
-_SAMPLES_ENTRIES = 1 << 16
-_SECONDS = 10.0
-_LEAST = 3
-_PATIENCE = 3 * _SECONDS
 BATCHES = 3
 """So many batches of data are looked at."""
 
 _FORCES = 8
 """So many branches that no input takes are looked at by force."""
-_LONG_COST = 200
 _LARGE = 256 << 20
 
 
@@ -164,7 +119,7 @@ class Verifier:
 
     def _alike(self, model: ir.Model, path: str) -> Verifier:
         """A verifier of a variant that takes a branch, for what is in it, with fewer inputs of its own."""
-        made = Verifier(model, seed=self._seed, cases=min(self._cases or _LEAST, _LEAST))
+        made = Verifier(model, seed=self._seed, cases=min(self._cases or LEAST, LEAST))
         made._given, made._forces, made._below = self._given, self._forces // 2, f"{path}/"
         return made
 
@@ -225,7 +180,7 @@ def verify_models(
     atol: float | None = None,
     cases: int | None = None,
 ) -> Verification:
-    """Compare two models on batches of `data` and on inputs of our own, see `RECIPES`.
+    """Compare two models on batches of `data` and on inputs of our own, see `cipm_ir.runtime.cases.RECIPES`.
 
     Floating outputs agree when they differ, in each channel, by no more than the rounding noise of the first model
     allows (`cipm_ir.runtime.noise`), and NaN and infinities stand at the same places. Integers must be equal, but for
@@ -317,128 +272,6 @@ def _reference(
             if not given:
                 raise
     return Reference(OnnxVariants(model, found, seed, runner.backend, optimized), made, units=output_units(model))
-
-
-def own_cases(
-    model: ir.Model, run: Callable[[Feeds], Outputs], rng: np.random.Generator, most: int | None
-) -> list[Case]:
-    """Draw inputs by each recipe, of the first sizes that the model runs with, and run it on them.
-
-    Errors: `InputError` where the model runs on none of the sizes.
-    """
-    batch, free_size, limit, first, seconds = _accepted(model, run, rng)
-    made = [first]
-    most = affordable_cases(seconds) if most is None else most
-    values = true_inputs(model)
-    if not values:
-        return made
-    floats = any(value.dtype is not None and value.dtype.is_floating_point() for value in values)
-    recipes = [recipe for recipe in RECIPES[1:] if floats or recipe.integers != "random"]
-    for place, recipe in enumerate(recipes[: most - 1]):
-        drawn = random_inputs(model, rng, batch, free_size=free_size, index_limit=limit, recipe=recipe)
-        drawn |= overrides(model, rng) if place % 2 == 0 else {}
-        made += tried(recipe.name, drawn, run)
-    if len(made) < most and seconds * _LONG_COST < _SECONDS:
-        made += _long(model, run, rng, limit)
-    return made
-
-
-def affordable_cases(seconds: float) -> int:
-    """Return how many inputs of our own there is time for, given the seconds of one run."""
-    # The plain run, its variants and the other model: all of them for each case.
-    each = max(seconds, 1e-6) * (3 + DRAWS)
-    return max(int(_SECONDS / each), _LEAST if _LEAST * each < _PATIENCE else 1)
-
-
-def _accepted(
-    model: ir.Model, run: Callable[[Feeds], Outputs], rng: np.random.Generator
-) -> tuple[int, int, int | None, Case, float]:
-    """Batch, free size and limit with which the model runs, the first case, and the seconds of its run.
-
-    That a model runs with one batch only is noted on its graph, see `cipm_ir.runtime.batch_size`.
-    """
-    first: InputError | None = None
-    known = model.graph.meta.get(RUNS_AT)
-    for batch, free_size, limit in itertools.chain(_SIZES, _fitting_sizes(model)):
-        batch = known or batch
-        feeds = random_inputs(model, rng, batch, free_size=free_size, index_limit=limit)
-        start = time.perf_counter()
-        try:
-            case = Case(RECIPES[0].name, feeds, run(feeds))
-        except InputError as error:
-            first = first or error
-            continue
-        seconds = time.perf_counter() - start
-        start = time.perf_counter()
-        more = _more_samples(model, run, rng, batch, free_size, limit, feeds) if seconds < _SECONDS / _SAMPLES else []
-        if more:
-            return _SAMPLES, free_size, limit, more[0], time.perf_counter() - start
-        if first is not None and batch != 2 and only_batch(model) is None:
-            fewer = random_inputs(model, rng, 2, free_size=free_size, index_limit=limit)
-            if {x.shape for x in fewer.values()} != {x.shape for x in feeds.values()} and not tried("", fewer, run):
-                model.graph.meta[RUNS_AT] = batch
-        return batch, free_size, limit, case, seconds
-    if first is not None and _is_open(model):
-        raise InputError(f"{str(first).rstrip('.')} (sizes that it runs with may be given in input_shapes).")
-    raise first or InputError("No random inputs were tried.")
-
-
-def _is_open(model: ir.Model) -> bool:
-    return any(value.shape is None or not value.shape.is_static() for value in true_inputs(model))
-
-
-def _fitting_sizes(model: ir.Model) -> Iterator[tuple[int, int, None]]:
-    """Yield for sizes at which the shapes inside the model fit each other; they are noted on its inputs meanwhile."""
-    if not _is_open(model) or noted_sizes(model.graph):
-        return
-    inputs = true_inputs(model)
-    found = infer_shapes(model)
-    for table in (found.first, found.second):
-        shapes = [table.get(value.name or "") for value in inputs]
-        if all(s is not None and math.prod(s) <= _LONG_ENTRIES for s in shapes):
-            for value, shape in zip(inputs, shapes, strict=True):
-                value.meta[SUGGESTED] = shape
-            yield 1, 8, None
-    for value in inputs:
-        value.meta.pop(SUGGESTED, None)
-
-
-def _more_samples(
-    model: ir.Model,
-    run: Callable[[Feeds], Outputs],
-    rng: np.random.Generator,
-    batch: int,
-    free_size: int,
-    limit: int | None,
-    feeds: Feeds,
-) -> list[Case]:
-    """Take a larger batch where the model takes one and it is small: units that are rarely active show then."""
-    if batch < 2 or sum(x.size for x in feeds.values()) * _SAMPLES // batch > _SAMPLES_ENTRIES:
-        return []
-    more = random_inputs(model, rng, _SAMPLES, free_size=free_size, index_limit=limit)
-    if {name: x.shape for name, x in more.items()} == {name: x.shape for name, x in feeds.items()}:
-        return []
-    return tried(RECIPES[0].name, more, run)
-
-
-def _long(model: ir.Model, run: Callable[[Feeds], Outputs], rng: np.random.Generator, limit: int | None) -> list[Case]:
-    """Larger sizes, where sizes are open: later positions, and integers that reach every row of a table."""
-    if not _is_open(model) or noted_sizes(model.graph):
-        return []
-    for free_size in _LONG:
-        batch = min(max(2, -(-largest_table(model) // free_size)), 64)
-        feeds = random_inputs(model, rng, batch, free_size=free_size, index_limit=limit)
-        if sum(x.size for x in feeds.values()) <= _LONG_ENTRIES and (made := tried("random, long", feeds, run)):
-            return made
-    return []
-
-
-def tried(label: str, feeds: Feeds, run: Callable[[Feeds], Outputs]) -> list[Case]:
-    """Return the case, or nothing where the model does not take such an input."""
-    try:
-        return [Case(label, feeds, run(feeds))]
-    except InputError:
-        return []
 
 
 def _varied(feeds: Feeds) -> bool:

@@ -13,9 +13,10 @@ import numpy as np
 from cipm_ir.ir.labels import Labels
 from cipm_ir.rules.events import Equation
 from cipm_ir.symmetry.classes import Classes, Flags, components, unique_pairs
+from cipm_ir.symmetry.known import FLOATS
 from cipm_ir.symmetry.linear import Term, collect, nullspace, nullspace_f2
 from cipm_ir.symmetry.spaces import RawSpace
-from cipm_ir.symmetry.walk import FLOATS, Walk
+from cipm_ir.symmetry.walk import Walk
 
 Vector = tuple[int, ...]
 
