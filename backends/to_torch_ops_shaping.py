@@ -100,8 +100,8 @@ def _expanded(own: Sequence[int | None], target: Sequence[Int], k: int) -> Int |
     if -k > len(own):
         return wanted
     size = own[k]
-    if not isinstance(wanted, fx.Node):
-        return -1 if wanted == 1 or wanted == size else wanted
+    if not isinstance(wanted, fx.Node):  # a size that is open may be 1 in a run, whatever fits elsewhere
+        return -1 if wanted == 1 else wanted
     if size == 1:
         return wanted
     return -1 if size is not None else None
