@@ -279,7 +279,7 @@ def test_data_that_does_not_fit_or_is_no_number(rng: np.random.Generator) -> Non
     with pytest.raises(InputError, match="NaN"):
         equalized(model, data={"x": np.full((4, 5), np.nan, np.float32)})
     with pytest.raises(InputError):
-        equalized(model, data={"y": np.zeros((4, 5), np.float32)})
+        equalized(model, data={"y": np.zeros((4, 5), np.float32), "z": np.zeros((4, 5), np.float32)})
 
 
 def test_data_of_zeros_and_of_one_sample(rng: np.random.Generator) -> None:

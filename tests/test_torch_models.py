@@ -25,7 +25,6 @@ NOT_TO_HALF = {
     "complex_parameters": "complex numbers are not followed",
     "complex_linear": "complex numbers are not followed",
     "fail_channel_shuffle_module": "groups of two channels",
-    "mixtral": "the products of the experts have no rule",
     "units_sliced": "77% is the least: few of its units are free",
 }
 NO_SPACES = {
@@ -34,9 +33,7 @@ NO_SPACES = {
     "bad_sort",
     "complex_parameters",
     "complex_linear",
-    "spectral_norm",
     "adaptive_max_pool",
-    "bilinear",
     "max_pool_indices",
     "nested_outputs",
     "keyword_only_input",

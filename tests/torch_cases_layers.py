@@ -218,7 +218,6 @@ REFUSED: dict[str, Case] = {
     "columns": (nn.Unfold(2), IMAGE),
     "columns, function": (lambda x: F.unfold(x, 2), IMAGE),
     "neighbours across maps": (nn.CrossMapLRN2d(3), IMAGE),
-    "all pairs": (lambda x: torch.cdist(x, x), BLOCK),
     "antialiasing": (lambda x: F.interpolate(x, size=(5, 5), mode="bilinear", antialias=True), IMAGE),
     "no order": (lambda x: torch.topk(x, 2, sorted=False), BLOCK),
     "spectral norm": (lambda x: torch.linalg.norm(x, 2, dim=(1, 2)), BLOCK),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ def data_hash(data: Data | None) -> str:
         data: as `cipm_ir.runtime.data.normalized` gives it.
 
     Raises:
-        InputError: no such file; or samples that can be read only once.
+        InputError: no such file; something else than samples; or samples that can be read only once.
     """
     if data is None:
         return "none"
@@ -46,9 +46,13 @@ def data_hash(data: Data | None) -> str:
         _arrays(digest, data)
     elif isinstance(data, Named) and isinstance(data.source, Files):
         _add(digest, [data_hash(path) for path in data.source.paths])
+    elif not isinstance(data, Iterable):
+        raise InputError(f"The data is of type {type(data).__name__}; give a list, a dict or an .npz file.")
     elif check_repeatable(data):
         one: Any
         for one in data:
+            if not isinstance(one, Mapping):
+                raise InputError(f"The data holds a {type(one).__name__}; give batches as dicts of arrays.")
             _arrays(digest, one)
     return digest.hexdigest()
 

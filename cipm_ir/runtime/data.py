@@ -87,7 +87,8 @@ def by_name(batch: Any, names: Sequence[str], what: str) -> Mapping[str, Any]:
         if len(names) == 1 and len(batch) == 1 and names[0] not in batch:
             batch = _renamed(batch, names[0])
         wanted = set(names)
-        return {name: as_array(x, f"{name!r} of {what}") if name in wanted else x for name, x in batch.items()}
+        made = {name: as_array(x, f"{name!r} of {what}") if name in wanted else x for name, x in batch.items()}
+        return batch if all(made[name] is x for name, x in batch.items()) else made  # plans know data by identity
     if is_array(batch):
         if len(names) != 1:
             raise InputError(
