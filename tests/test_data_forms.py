@@ -315,3 +315,64 @@ def test_without_data_verification_finds_it(baked: int) -> None:
 def test_an_honest_model_has_no_note() -> None:
     assert cipm_ir.optimize(net(), ["canonicalize"], data=X).report.notes == ()
     assert cipm_ir.optimize(net(batch=4), ["canonicalize"], data=X).report.notes == ()
+
+
+# ---------------------------------------------------------------- one whole batch
+def recurrent(state: int | str = 2, batch: int | str = "N") -> onnx.ModelProto:
+    """y = relu(x @ w + sum of the states): a state of (2, batch, 4) beside an input of (batch, 4)."""
+    rng = np.random.default_rng(3)
+    nodes = [
+        helper.make_node("ReduceSum", ["h", "axes"], ["s"], keepdims=0),
+        helper.make_node("Add", ["x", "s"], ["a"]),
+        helper.make_node("MatMul", ["a", "w"], ["m"]),
+        helper.make_node("Relu", ["m"], ["r"]),
+        helper.make_node("MatMul", ["r", "v"], ["y"]),
+    ]
+    tensors = [
+        numpy_helper.from_array(rng.standard_normal((4, 10)).astype(np.float32), "w"),
+        numpy_helper.from_array(rng.standard_normal((10, 3)).astype(np.float32), "v"),
+        numpy_helper.from_array(np.array([0]), "axes"),
+    ]
+    inputs = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, 4]),
+        helper.make_tensor_value_info("h", TensorProto.FLOAT, [state, batch, 4]),
+    ]
+    graph = helper.make_graph(
+        nodes, "g", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)], tensors
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 15)], ir_version=8)
+
+
+def whole(batch: int, state: int = 2) -> dict[str, Any]:
+    rng = np.random.default_rng(batch)
+    return {
+        "x": rng.standard_normal((batch, 4)).astype(np.float32),
+        "h": rng.standard_normal((state, batch, 4)).astype(np.float32),
+    }
+
+
+@pytest.mark.parametrize("batch", ["N", 1])
+@pytest.mark.parametrize("form", [lambda one: one, lambda one: [one, one], lambda one: iter([one])])
+def test_a_state_beside_an_input_is_one_whole_batch(batch: int | str, form: Callable[[Any], Any]) -> None:
+    model = ir.from_proto(recurrent(batch=batch))
+    feeds = list(batches(form(whole(1)), model))
+    for feed in feeds:
+        assert {name: x.shape for name, x in feed.items()} == {"x": (1, 4), "h": (2, 1, 4)}
+        assert np.array_equal(feed["h"], whole(1)["h"])
+    result = cipm_ir.optimize(recurrent(batch=batch), ["canonicalize"], data=form(whole(1)))
+    assert result.report.verification is not None and result.report.verification.ok
+
+
+def test_a_whole_batch_of_a_file(tmp_path: Path) -> None:
+    np.savez(tmp_path / "one.npz", **whole(5))
+    model = ir.from_proto(recurrent())
+    assert [feed["h"].shape for feed in batches(tmp_path / "one.npz", model)] == [(2, 5, 4)]
+    assert sample_count(whole(5), model) == 1 and list(batches(whole(5), model, limit=0)) == []
+
+
+def test_inputs_of_different_lengths_are_no_batch() -> None:
+    made = {"ids": np.zeros((3, 2), np.int64), "x": np.zeros((4, 4), np.float32)}
+    with pytest.raises(InputError, match="different numbers of samples"):
+        list(batches(made, ir.from_proto(two_inputs())))
+    with pytest.raises(InputError, match=r"different numbers of samples: \{'x': 1, 'h': 3\}"):
+        list(batches(whole(1, state=3), ir.from_proto(recurrent())))

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from cipm_ir.errors import CipmError, InputError
-from cipm_ir.runtime.inputs import RUNS_AT, Data, Feeds, batches, only_batch, true_inputs
+from cipm_ir.runtime.inputs import RUNS_AT, Data, Feeds, batches, has_open_batch, true_inputs
 from cipm_ir.runtime.session import Runner
 
 _PROBE = 3
@@ -59,7 +59,7 @@ def batch_note(model: ir.Model) -> Iterator[str]:
 
 def _is_open(model: ir.Model) -> bool:
     inputs = [value for value in true_inputs(model) if value.shape]
-    return bool(inputs) and only_batch(model) is None
+    return bool(inputs) and has_open_batch(model)
 
 
 def _runs(runner: Runner, feeds: Feeds, size: int) -> bool:

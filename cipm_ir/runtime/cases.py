@@ -19,8 +19,8 @@ from cipm_ir.runtime.inputs import (
     RUNS_AT,
     Feeds,
     Recipe,
+    has_open_batch,
     largest_table,
-    only_batch,
     overrides,
     random_inputs,
     true_inputs,
@@ -111,7 +111,7 @@ def _accepted(
         more = _more_samples(model, run, rng, batch, free_size, limit, feeds) if seconds < _SECONDS / _SAMPLES else []
         if more:
             return _SAMPLES, free_size, limit, more[0], time.perf_counter() - start
-        if first is not None and batch != 2 and only_batch(model) is None:
+        if first is not None and batch != 2 and has_open_batch(model):
             fewer = random_inputs(model, rng, 2, free_size=free_size, index_limit=limit)
             if {x.shape for x in fewer.values()} != {x.shape for x in feeds.values()} and not tried("", fewer, run):
                 model.graph.meta[RUNS_AT] = batch

@@ -314,14 +314,23 @@ def only_batch(model: ir.Model) -> int | None:
     Raises:
         InputError: inputs declare different sizes.
     """
-    inputs = true_inputs(model)
-    literals = {dim for dim in (v.shape[0] for v in inputs if v.shape) if isinstance(dim, int) and dim > 0}
+    literals = _first_sizes(model)
     if len(literals) > 1:
         raise InputError(
-            f"The inputs have different fixed first sizes {sorted(literals)}; data cannot be cut for them."
+            f"The inputs have different fixed first sizes {sorted(literals)}; data cannot be cut for them: give whole "
+            "batches, each as a dict of arrays of the declared shapes."
         )
     found: int | None = model.graph.meta.get(RUNS_AT)
     return next(iter(literals), found)
+
+
+def has_open_batch(model: ir.Model) -> bool:
+    """Return whether no size of batches is declared, or known from runs."""
+    return not _first_sizes(model) and RUNS_AT not in model.graph.meta
+
+
+def _first_sizes(model: ir.Model) -> set[int]:
+    return {dim for v in true_inputs(model) if v.shape for dim in v.shape[:1] if isinstance(dim, int) and dim > 0}
 
 
 def _pieces(data: Data, model: ir.Model) -> Iterator[Mapping[str, Any]]:
@@ -365,11 +374,12 @@ class _Column:
 
 @dataclass(frozen=True)
 class _Cut:
-    """Arrays that fit a model: ``count`` samples of them, in batches of ``step``."""
+    """Arrays that fit a model: ``count`` samples of them, in batches of ``step``; ``whole``: they are one batch."""
 
     columns: dict[str, _Column]
     count: int
     step: int
+    whole: bool = False
 
     @classmethod
     def of(cls, data: Mapping[str, Any], model: ir.Model, size: int, limit: int | None, first: bool = True) -> _Cut:
@@ -377,7 +387,9 @@ class _Cut:
         columns = {value.name or "": _fitting(data, value) for value in true_inputs(model)}
         counts = {name: column.rows.shape[0] for name, column in columns.items() if column.rows.shape}
         if len(set(counts.values())) > 1:
-            raise InputError(f"The data holds different numbers of samples: {counts}.")
+            if not _is_one_batch(counts, model):
+                raise InputError(f"The data holds different numbers of samples: {counts}.")
+            return cls(columns, 1 if limit is None else min(max(limit, 0), 1), 1, whole=True)
         count = next(iter(counts.values()), 1)
         only = only_batch(model)
         if only and first and 0 < count < only:
@@ -390,9 +402,23 @@ class _Cut:
         return cls(columns, count // step * step if only else count, step)
 
     def feeds(self) -> Iterator[Feeds]:
+        if self.whole and self.count:
+            yield {name: column.take((*column.rows.shape, 1)[0]) for name, column in self.columns.items()}
+            return
         for start in range(0, self.count, self.step):
             number = min(self.step, self.count - start)
             yield {name: column.take(number) for name, column in self.columns.items()}
+
+
+def _is_one_batch(counts: Mapping[str, int], model: ir.Model) -> bool:
+    """Whether arrays of different lengths are one batch: a state of (2, batch, 128) beside an input of (batch, 576).
+
+    The model fixes the first size of some inputs, which have it; all others are of one length.
+    """
+    fixed = {value.name: value.shape[0] for value in true_inputs(model) if value.shape}
+    fixed = {name: dim for name, dim in fixed.items() if isinstance(dim, int) and dim > 0}
+    free = {count for name, count in counts.items() if name not in fixed}
+    return bool(fixed) and len(free) <= 1 and all(counts.get(name or "") in (None, dim) for name, dim in fixed.items())
 
 
 def _fitting(data: Mapping[str, Any], value: ir.Value) -> _Column:
