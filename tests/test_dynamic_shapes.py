@@ -18,7 +18,7 @@ from cipm_ir.ir import varying
 from cipm_ir.ir.constants import evaluate
 from cipm_ir.ir.labels import Array
 from cipm_ir.ir.stand_ins import infer_shapes
-from cipm_ir.symmetry import walk as walk_module
+from cipm_ir.symmetry import known
 from cipm_ir.symmetry.program import Program
 
 Dims = Sequence[int | str | None]
@@ -305,7 +305,7 @@ def test_a_dynamic_number_is_never_a_constant(name: str) -> None:
 
 def test_the_check_of_dynamic_numbers_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without following dependence, what is equal at two sizes is taken for a constant, and outputs move."""
-    monkeypatch.setattr(walk_module, "note_varying", lambda *_: None)
+    monkeypatch.setattr(known, "note_varying", lambda *_: None)
     wrong = [name for name, (c, n, lengths) in LOOKS_CONSTANT.items() if moved(counted_slice(c, n), lengths) > 1e-2]
     assert len(wrong) >= 5
 
