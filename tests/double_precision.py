@@ -20,7 +20,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from tests.double_operators import OPERATORS
 
-from cipm_ir.runtime.inputs import random_inputs, table_size, true_inputs
+from cipm_ir.runtime.index_inputs import table_size
+from cipm_ir.runtime.inputs import random_inputs, true_inputs
 
 Array: TypeAlias = npt.NDArray[Any]
 Feeds: TypeAlias = dict[str, Array]

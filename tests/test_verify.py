@@ -18,7 +18,8 @@ from cipm_ir.frontends.from_onnx import load_onnx
 from cipm_ir.runtime import session
 from cipm_ir.runtime.cases import RECIPES
 from cipm_ir.runtime.compare import Found, compare
-from cipm_ir.runtime.inputs import batches, random_inputs, table_size
+from cipm_ir.runtime.index_inputs import table_size
+from cipm_ir.runtime.inputs import batches, random_inputs
 from cipm_ir.runtime.noise import Yardstick
 from cipm_ir.runtime.session import Runner, run
 from cipm_ir.runtime.verify import verify_models

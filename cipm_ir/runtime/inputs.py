@@ -18,6 +18,7 @@ from cipm_ir.ir.parameters import overridable_inputs
 from cipm_ir.ir.shapes import own_name, suggestion
 from cipm_ir.runtime.data import Data as Data
 from cipm_ir.runtime.data import Named, is_array, normalized
+from cipm_ir.runtime.index_inputs import looks_like_mask, table_size
 from cipm_ir.runtime.npz import Archive, Files, Rows
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -26,24 +27,6 @@ Feeds: TypeAlias = dict[str, Array]
 RUNS_AT = "cipm_ir.runs_at"
 """Key in `Graph.meta` of the only size of batches that the model was found to run with, whatever it declares."""
 
-# Operators that hand indices on unchanged from their first input, and those that do so from any.
-_PASS_FIRST = {"Identity", "Cast", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Transpose", "Slice"}
-_PASS_FIRST |= {"Expand", "Split", "Tile", "Gather", "Clip"}
-_PASS_ANY = {"Concat", "Where", "Min", "Max"}
-# What a mask goes through before it meets the attention scores.
-_MASKING = {"Cast", "Unsqueeze", "Equal", "Where", "Not", "And", "Or", "Greater", "Less"}
-_MASKING |= {
-    "GreaterOrEqual",
-    "LessOrEqual",
-    "Sub",
-    "Mul",
-    "Expand",
-    "ReduceSum",
-    "Shape",
-    "Identity",
-    "Slice",
-    "Reshape",
-}
 _BATCH_NAMES = {"n", "b", "bs", "batch", "batch_size", "batchsize", "num_samples"}
 
 
@@ -153,7 +136,7 @@ def _random_input(
     if dtype in (ir.DataType.COMPLEX64, ir.DataType.COMPLEX128):
         return np.asarray(recipe.draw(rng, shape) + 1j * recipe.draw(rng, shape)).astype(dtype.numpy())
     bound = table_size(value)
-    if "mask" in (value.name or "").lower() or (bound is None and dtype.bitwidth >= 32 and _looks_like_mask(value)):
+    if "mask" in (value.name or "").lower() or (bound is None and dtype.bitwidth >= 32 and looks_like_mask(value)):
         # A mask of zeros leaves nothing to compare: softmax turns it into NaN.
         made = np.ones(shape) if recipe.integers == "high" else _mask(shape, rng)
         return np.asarray(made.astype(dtype.numpy()))
@@ -223,40 +206,6 @@ def _evaluate(dim: ir.SymbolicDim, sizes: dict[str, int], batch: int, free_size:
     except (ValueError, TypeError, SyntaxError):
         return None
     return result if isinstance(result, int) and result > 0 else None
-
-
-def table_size(value: ir.Value) -> int | None:
-    """The smallest axis that this integer value indexes downstream, None where none of known size was found."""
-    found: list[int] = []
-    seen: set[int] = set()
-    stack = [value]
-    while stack:
-        current = stack.pop()
-        for node, index in current.uses():
-            if index == 1 and node.op_type in ("Gather", "GatherElements"):
-                axis = node.attributes.get_int("axis", 0)
-                _note(found, node.inputs[0], axis)
-            elif index == 0 and node.op_type == "OneHot":
-                depth = node.inputs[1].const_value if node.inputs[1] is not None else None
-                if depth is not None:
-                    found.append(int(depth.numpy().reshape(-1)[0]))
-            elif node.op_type in (_PASS_FIRST | _PASS_ANY if index == 0 else _PASS_ANY) and id(node) not in seen:
-                seen.add(id(node))
-                stack.extend(node.outputs)
-    return min(found, default=None)
-
-
-def _note(found: list[int], table: ir.Value | None, axis: int | None) -> None:
-    shape = table.shape if table is not None else None
-    if shape is not None and axis is not None and -len(shape) <= axis < len(shape):
-        size = shape[axis]
-        if isinstance(size, int):
-            found.append(size)
-
-
-def _looks_like_mask(value: ir.Value) -> bool:
-    consumers = {node.op_type for node, _ in value.uses()}
-    return value.shape is not None and len(value.shape) >= 2 and bool(consumers) and consumers <= _MASKING
 
 
 def _mask(shape: tuple[int, ...], rng: np.random.Generator) -> Array:
