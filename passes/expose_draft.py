@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from cipm_ir.ir.labels import Array
 from cipm_ir.ir.parameters import named, parameter_tensor
 from cipm_ir.ir.shapes import Shapes
 from cipm_ir.ir.stand_ins import infer_shapes
+from cipm_ir.runtime.graphs import all_values
 
 STANDARD = ("", "ai.onnx")
 REAL = {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
@@ -101,7 +101,7 @@ class Draft:
         self.model, self.graph, self.split = model, model.graph, split
         self.version = int(model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0)))
         self.shapes = _shapes(model)
-        self._names: set[str | None] = {value.name for value in _values(model.graph)}
+        self._names: set[str | None] = {value.name for value in all_values(model.graph)}
         self._nodes: set[str | None] = {node.name for node in model.graph.all_nodes()}
         self._idle = {node for node in model.graph if _idle(node)}
         self._unread = {name for name, value in model.graph.initializers.items() if not value.uses()}
@@ -289,12 +289,3 @@ def _free(name: str, taken: set[str | None]) -> str:
 
 def _idle(node: ir.Node) -> bool:
     return not any(value.uses() or value.is_graph_output() for value in node.outputs)
-
-
-def _values(graph: ir.Graph) -> Iterator[ir.Value]:
-    yield from graph.inputs
-    yield from graph.initializers.values()
-    for node in graph.all_nodes():
-        yield from node.outputs
-    for inner in graph.subgraphs():
-        yield from (*inner.inputs, *inner.initializers.values())

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.parameters import named, parameter_tensor
 from cipm_ir.passes.replace_values import remove_if_unused
+from cipm_ir.runtime.graphs import all_values
 
 Array = npt.NDArray[Any]
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -247,7 +248,7 @@ def _set_parameter(node: ir.Node, index: int, tensor: ir.TensorProtocol, base: s
 
 def _initializer(tensor: ir.TensorProtocol, name: str, graph: ir.Graph, place: ir.Graph) -> ir.Value:
     """A new initializer of ``place``, the main graph or a body below it, under a name that nothing else has."""
-    taken = {value.name for value in _values(graph)}
+    taken = {value.name for value in all_values(graph)}
     unique, number = name, 1
     while unique in taken:
         unique, number = f"{name}_{number}", number + 1
@@ -259,15 +260,6 @@ def _initializer(tensor: ir.TensorProtocol, name: str, graph: ir.Graph, place: i
     )
     place.register_initializer(value)
     return value
-
-
-def _values(graph: ir.Graph) -> Iterator[ir.Value]:
-    yield from graph.inputs
-    yield from graph.initializers.values()
-    for node in graph.all_nodes():
-        yield from node.outputs
-    for inner in graph.subgraphs():
-        yield from (*inner.inputs, *inner.initializers.values())
 
 
 def drop_unused(graphs: Sequence[ir.Graph], unused_before: set[ir.Value], sources: list[ir.Node]) -> None:

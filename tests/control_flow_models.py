@@ -39,6 +39,11 @@ class Body:
         self.nodes.append(helper.make_node(op_type, list(inputs), [output], name=f"{output}_{op_type}", **attributes))
         return output
 
+    def either(self, flag: str, output: str, branches: tuple[Body, Body], result: str, width: int) -> str:
+        """An If between two bodies that give out the same value of (N, width)."""
+        then, other = (body.graph([], [(result, F, ["N", width])]) for body in branches)
+        return self.op("If", [flag], output, then_branch=then, else_branch=other)
+
     def mlp(self, x: str, out: str, prefix: str, sizes: tuple[int, int, int], act: str = "Relu") -> str:
         """Two products with ``sizes[1]`` units between them."""
         n, m, k = sizes
@@ -75,13 +80,7 @@ def branches(*, constant: bool = False, seed: int = 0) -> onnx.ModelProto:
     main.op("Relu", [main.op("MatMul", ["x", main.weight("w", 6, 16)], "p")], "h")
     yes.mlp("h", "out", "m", (16, 12, 8))
     no.mlp("h", "out", "m", (16, 10, 8), "Tanh")
-    main.op(
-        "If",
-        [_flag(main)],
-        "z",
-        then_branch=yes.graph([], [("out", F, ["N", 8])]),
-        else_branch=no.graph([], [("out", F, ["N", 8])]),
-    )
+    main.either(_flag(main), "z", (yes, no), "out", 8)
     main.op("MatMul", ["z", main.weight("v", 8, 4)], "y")
     return made(main.graph(IN, OUT))
 
@@ -95,13 +94,7 @@ def shared(*, seed: int = 0) -> onnx.ModelProto:
     for body, act in ((yes, "Relu"), (no, "Sigmoid")):
         body.op("Add", [body.op("MatMul", ["x", "a"], "p"), "c"], "q")
         body.op("MatMul", [body.op(act, ["q"], "r"), "b"], "out")
-    main.op(
-        "If",
-        [_flag(main)],
-        "z",
-        then_branch=yes.graph([], [("out", F, ["N", 6])]),
-        else_branch=no.graph([], [("out", F, ["N", 6])]),
-    )
+    main.either(_flag(main), "z", (yes, no), "out", 6)
     main.op("Relu", [main.op("MatMul", ["z", "a"], "k")], "l")
     main.op("MatMul", ["l", main.weight("v", 12, 4)], "y")
     return made(main.graph(IN, OUT))
@@ -120,21 +113,9 @@ def nested(*, seed: int = 0) -> onnx.ModelProto:
         body.mlp("u", "end", "n", (12, 8 + k, 8))
     yes.op("ReduceSum", ["x0"], "total", keepdims=0)
     yes.op("Greater", ["total", yes.number("zero", np.float32(0))], "more")
-    yes.op(
-        "If",
-        ["more"],
-        "out",
-        then_branch=inner[0].graph([], [("end", F, ["N", 8])]),
-        else_branch=inner[1].graph([], [("end", F, ["N", 8])]),
-    )
+    yes.either("more", "out", (inner[0], inner[1]), "end", 8)
     no.mlp("x0", "out", "m", (6, 9, 8))
-    main.op(
-        "If",
-        [_flag(main)],
-        "z",
-        then_branch=yes.graph([], [("out", F, ["N", 8])]),
-        else_branch=no.graph([], [("out", F, ["N", 8])]),
-    )
+    main.either(_flag(main), "z", (yes, no), "out", 8)
     main.op("MatMul", ["z", main.weight("v", 8, 4)], "y")
     return made(main.graph(IN, OUT))
 

@@ -13,16 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from tests import (
-    registry_cases_elementwise,
-    registry_cases_layout,
-    registry_cases_linear,
-    registry_cases_runtime,
-    registry_cases_runtime_quantized,
-    registry_cases_sampling,
-    registry_cases_sequence,
-)
-from tests.registry_sample import CASES
+from tests.registry_families import CASES
 from tests.rule_states import Site
 from tests.rule_states_check import complaints
 
@@ -33,15 +24,6 @@ from cipm_ir.rules.elementwise import homogeneous
 from cipm_ir.rules.registry import Opaque, operator, registered
 from cipm_ir.symmetry.program import Program
 
-FAMILIES = (
-    registry_cases_elementwise,
-    registry_cases_layout,
-    registry_cases_linear,
-    registry_cases_sequence,
-    registry_cases_runtime,
-    registry_cases_runtime_quantized,
-    registry_cases_sampling,
-)
 load_rules()
 
 ALL = "free joint runs tiled uniform"

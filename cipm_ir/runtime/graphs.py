@@ -37,3 +37,13 @@ def describe_node(node: ir.Node | onnx.NodeProto) -> str:
         return f"node {node.name!r} ({node.op_type})"
     outputs = node.output if isinstance(node, onnx.NodeProto) else [value.name for value in node.outputs]
     return f"the {node.op_type} node that makes {outputs[0]!r}" if outputs else f"a {node.op_type} node"
+
+
+def all_values(graph: ir.Graph) -> Iterator[ir.Value]:
+    """Yield inputs, initializers and results of a graph, those of its subgraphs included."""
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    for node in graph.all_nodes():
+        yield from node.outputs
+    for inner in graph.subgraphs():
+        yield from (*inner.inputs, *inner.initializers.values())
