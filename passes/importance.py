@@ -158,12 +158,12 @@ _REGISTERED["magnitude"] = Magnitude, _factory(Magnitude)
 
 
 def class_sums(program: Program, norm: str) -> Scores:
-    """Per free coupled class: sum of |w| ("l1") or w² ("l2") over its positions in all floating-point parameters.
+    """Per free coupled class and part: sum of |w| ("l1") or w² ("l2") over its positions in all floating-point parameters.
 
     Zero for classes that are pinned, as kernel taps are.
     """
     analysis = program.analysis
-    classes, free = analysis.classes.of, analysis.classes.free
+    classes, free, parts = analysis.classes.of, analysis.classes.free, analysis.classes.parts.of
     total = np.zeros(analysis.classes.count)
     by_name: dict[str, list[Leaf]] = {}
     for leaf in analysis.walk.leaves:
@@ -177,7 +177,11 @@ def class_sums(program: Program, norm: str) -> Scores:
         sums = _marginals(parameter_array(program, name), factors, norm)
         for f, s in zip(factors, sums, strict=True):
             own = classes[f.base : f.base + f.size]
-            total += np.bincount(own, weights=np.where(free[own], s, 0.0), minlength=len(total))
+            weights = np.where(free[own], s, 0.0)
+            total += np.bincount(own, weights=weights, minlength=len(total))
+            if parts is not None:
+                part = parts[f.base : f.base + f.size]
+                total += np.bincount(part[part >= 0], weights=weights[part >= 0], minlength=len(total))
     return total
 
 

@@ -7,7 +7,8 @@ order of colour, is a symmetry of the whole graph.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,33 @@ class Links:
 
 
 @dataclass
+class Parts:
+    """Sets of atoms that may be exchanged inside their classes: query heads of one key head (`cipm_ir.symmetry.parts`).
+
+    A part is numbered as a class behind all classes, but no atom is of it: its atoms are of the classes of the key head.
+    A *cell*, numbered behind the parts, is where a class and a part cross.
+
+    Attributes:
+        of: per atom, the part that it lies in, or -1; None where there are no parts.
+        cell: per atom, its cell, or its class where it lies in no part; None where there are no parts.
+        cell_class, cell_part: the class and the part of each cell.
+        spaces: the parts that may be exchanged, per space.
+        atoms: their atoms in matching order, (parts, atoms), per space.
+        ties: spaces that must keep equally many parts.
+        frozen: spaces that cannot lose a part, since what shares their copies is in no space.
+    """
+
+    of: Labels | None = None
+    cell: Labels | None = None
+    cell_class: Labels = field(default_factory=lambda: np.zeros(0, np.int64))
+    cell_part: Labels = field(default_factory=lambda: np.zeros(0, np.int64))
+    spaces: list[Labels] = field(default_factory=list)
+    atoms: list[Labels] = field(default_factory=list)
+    ties: list[list[int]] = field(default_factory=list)
+    frozen: set[int] = field(default_factory=set)
+
+
+@dataclass
 class Classes:
     """Coupled classes and what is known of each.
 
@@ -47,6 +75,21 @@ class Classes:
     signature: Hashes
     colour: Hashes
     links: Links
+    parts: Parts = field(default_factory=Parts)
+
+    def refined(self, atoms: Labels | slice = slice(None)) -> Labels:
+        """Of each atom, its class, or the cell where its class and the part that it lies in cross."""
+        return (self.of if self.parts.cell is None else self.parts.cell)[atoms]
+
+    def spread(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Values of classes, followed by those of the cells: what the class of each has."""
+        return np.concatenate([values, values[self.parts.cell_class]]) if len(self.parts.cell_class) else values
+
+    def stays(self, keep: Flags) -> Flags:
+        """Which classes and cells stay: a cell needs its class and its part."""
+        if not len(self.parts.cell_class):
+            return keep
+        return np.concatenate([keep, keep[self.parts.cell_class] & keep[self.parts.cell_part]])
 
 
 def components(count: int, pairs: list[tuple[Labels, Labels]]) -> tuple[int, Labels]:
@@ -75,12 +118,16 @@ def scatter_sum(index: Labels, hashes: Hashes, count: int) -> Hashes:
         return np.asarray(mix(low) + mix(high + np.uint64(1)), dtype=np.uint64)
 
 
-def find_classes(walk: Walk) -> Classes:
-    """Classes, pins, blocks and signatures of a walked graph."""
+def find_classes(walk: Walk, *, apart: bool = False) -> Classes:
+    """Classes, pins, blocks and signatures of a walked graph.
+
+    With ``apart``, copies are of classes of their own, and each source is the block that holds its copies.
+    """
     rec = walk.rec
-    pairs = [(u.a, u.b) for u in rec.unifications]
-    count, of = components(rec.atoms, pairs)
-    links = _flat_links(walk)
+    copies = set(rec.copies) if apart else set[int]()
+    tied = [k for k in range(len(rec.unifications)) if k not in copies]
+    count, of = components(rec.atoms, [(rec.unifications[k].a, rec.unifications[k].b) for k in tied])
+    links = _flat_links(walk, sorted(copies))
     if len(links.parent):
         count, of = _close_blocks(count, of, links)
     free = np.ones(count, bool)
@@ -91,12 +138,23 @@ def find_classes(walk: Walk) -> Classes:
     real, atom_colour = _colours(walk, of, count)
     real &= _touched(walk, of, count) & _owned(walk, of, count)
     colour = _ranked(of, atom_colour)
-    signature = _signatures(walk, of, count, colour)
+    signature = _signatures(walk, of, count, colour, tied)
     return Classes(of, count, free, block, real, signature, colour, links)
 
 
-def _flat_links(walk: Walk) -> Links:
+def atoms_by_class(classes: Classes) -> tuple[Labels, Labels]:
+    """Atoms by (class, colour), and where each class starts."""
+    order = np.lexsort((classes.colour, classes.of))
+    return order, np.searchsorted(classes.of[order], np.arange(classes.count + 1))
+
+
+def _flat_links(walk: Walk, copies: list[int]) -> Links:
     parents, children, events = [], [], []
+    for k in copies:
+        one = walk.rec.unifications[k]
+        parents.append(one.b)
+        children.append(one.a)
+        events.append(np.full(len(one.a), len(walk.rec.links) + k, np.int64))
     for k, link in enumerate(walk.rec.links):
         rows, width = link.children.shape
         parents.append(np.repeat(link.parents, width))
@@ -199,13 +257,14 @@ def _suspects(key: Hashes) -> Labels:
     return np.flatnonzero(table[bucket] == -1)
 
 
-def _signatures(walk: Walk, of: Labels, count: int, colour: Hashes) -> Hashes:
+def _signatures(walk: Walk, of: Labels, count: int, colour: Hashes, tied: list[int]) -> Hashes:
     total = scatter_sum(of, colour, count)
-    if not walk.rec.unifications:
+    events = [walk.rec.unifications[k] for k in tied]
+    if not events:
         return total
-    a = np.concatenate([u.a for u in walk.rec.unifications])
-    b = np.concatenate([u.b for u in walk.rec.unifications])
-    event = np.repeat(np.arange(len(walk.rec.unifications)), [len(u.a) for u in walk.rec.unifications])
+    a = np.concatenate([u.a for u in events])
+    b = np.concatenate([u.b for u in events])
+    event = np.repeat(np.asarray(tied), [len(u.a) for u in events])
     with np.errstate(over="ignore"):
         edges = mix(colour[a] + np.uint64(3) * colour[b] + mix(event, salt=_EVENT))
         return np.asarray(total + scatter_sum(of[a], edges, count), dtype=np.uint64)
