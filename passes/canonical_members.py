@@ -27,7 +27,10 @@ _KEPT_BYTES = 1 << 28
 
 @dataclass
 class Member:
-    """One factor with, per position: the class, which of its atoms this is, and the exponents of its directions.
+    """One factor with, per position: the class, what is ordered, and the exponents of its directions.
+
+    ``places`` names the class, or the cell where it crosses a part (`Classes.refined`): that has a colour. ``rank``:
+    which of the atoms there this is.
 
     ``scale`` is (positions, directions) over those scale directions of the spaces, ``scale_at``, that play a part here;
     ``sign`` holds the parities of the sign directions ``sign_at``.
@@ -38,6 +41,7 @@ class Member:
     factor: LeafFactor
     shape: tuple[int, ...]
     classes: Labels
+    places: Labels
     rank: Labels
     scale: Labels
     scale_at: Labels
@@ -108,9 +112,11 @@ class Members:
             self.on_leaf.setdefault(m.factor.leaf, []).append(m)
 
     def _ranks(self) -> Labels:
-        of = self.analysis.classes.of
-        order = np.lexsort((self.analysis.classes.colour, of))
-        start = np.searchsorted(of[order], np.arange(self.count + 1))
+        classes = self.analysis.classes
+        of, parts = classes.refined(), classes.parts
+        colour = classes.colour if parts.of is None else np.where(parts.of >= 0, parts.colour, classes.colour)
+        order = np.lexsort((colour, of))
+        start = np.searchsorted(of[order], np.arange(int(of.max(initial=-1)) + 2))
         rank = np.empty(len(of), np.int64)
         rank[order] = np.arange(len(of)) - start[of[order]]
         return rank
@@ -134,7 +140,7 @@ class Members:
         other = int(np.prod(leaf.shape)) // (f.shape[-1] * max(f.groups, 1))
         epsilon = None if self.exact else f.epsilon
         up, flip = np.flatnonzero(scale.any(0)), np.flatnonzero(sign.any(0))
-        place = classes, self.rank_of[span]
+        place = classes, self.analysis.classes.refined(span), self.rank_of[span]
         return Member(f, leaf.shape, *place, scale[:, up], up, sign[:, flip], flip, other == 1, epsilon)
 
     def _exponents(self, f: LeafFactor, classes: Labels) -> tuple[Labels, Labels]:

@@ -43,6 +43,7 @@ class Parts:
         of: per atom, the part that it lies in, or -1; None where there are no parts.
         cell: per atom, its cell, or its class where it lies in no part; None where there are no parts.
         cell_class, cell_part: the class and the part of each cell.
+        colour: per atom, what orders the atoms of a cell: exchanges take the k-th to the k-th.
         spaces: the parts that may be exchanged, per space.
         atoms: their atoms in matching order, (parts, atoms), per space.
         ties: spaces that must keep equally many parts.
@@ -53,6 +54,7 @@ class Parts:
     cell: Labels | None = None
     cell_class: Labels = field(default_factory=lambda: np.zeros(0, np.int64))
     cell_part: Labels = field(default_factory=lambda: np.zeros(0, np.int64))
+    colour: Hashes = field(default_factory=lambda: np.zeros(0, np.uint64))
     spaces: list[Labels] = field(default_factory=list)
     atoms: list[Labels] = field(default_factory=list)
     ties: list[list[int]] = field(default_factory=list)

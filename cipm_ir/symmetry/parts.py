@@ -20,11 +20,12 @@ from cipm_ir.symmetry.walk import Walk
 
 def with_parts(walk: Walk, classes: Classes, spaces: list[RawSpace]) -> tuple[Classes, list[RawSpace]]:
     """Classes with the parts numbered behind them, and spaces with those of parts in front of the blocks."""
-    found = _exchangeable(walk, classes) if walk.rec.copies else []
-    if not found:
+    apart = find_classes(walk, apart=True) if walk.rec.copies else None
+    found = [] if apart is None else _exchangeable(apart, classes)
+    if apart is None or not found:
         return classes, spaces
     of = np.full(len(classes.of), -1, np.int64)
-    parts, made, count = Parts(of, atoms=found), list[RawSpace](), classes.count
+    parts, made, count = Parts(of, colour=apart.colour, atoms=found), list[RawSpace](), classes.count
     for atoms in found:
         numbers = np.arange(count, count + len(atoms))
         count += len(atoms)
@@ -51,9 +52,8 @@ def with_parts(walk: Walk, classes: Classes, spaces: list[RawSpace]) -> tuple[Cl
     return grown, [*spaces[:place], *made, *spaces[place:]]
 
 
-def _exchangeable(walk: Walk, classes: Classes) -> list[Labels]:
+def _exchangeable(apart: Classes, classes: Classes) -> list[Labels]:
     """Atoms of the parts of each space, (parts, atoms), no atom twice."""
-    apart = find_classes(walk, apart=True)
     order, start = atoms_by_class(apart)
     taken = np.zeros(len(classes.of), bool)
     found = []
