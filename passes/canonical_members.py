@@ -122,17 +122,17 @@ class Members:
         return rank
 
     def _moving(self) -> npt.NDArray[np.bool_]:
-        """Classes that some space exchanges or rescales."""
-        moving = np.zeros(self.count, bool)
-        for raw in self.analysis.spaces:
-            moving[raw.table.ravel()] = True
+        """Classes and cells that some space exchanges or rescales."""
+        moving = np.zeros(self.count + len(self.analysis.classes.parts.cell_class), bool)
+        for k in range(len(self.analysis.spaces)):
+            moving[self.analysis.places_of(k)[0]] = True
         return moving
 
     def _member(self, f: LeafFactor) -> Member | None:
         leaf = self.analysis.walk.leaves[f.leaf]
         span = slice(f.base, f.base + f.size)
-        classes = self.analysis.classes.of[span]
-        if not f.active or 0 in leaf.shape or not self.moving[classes].any():
+        classes, places = self.analysis.classes.of[span], self.analysis.classes.refined(span)
+        if not f.active or 0 in leaf.shape or not self.moving[places].any():
             return None
         scale, sign = self._exponents(f, classes)
         if f.epsilon is not None:  # a variance takes the square of a scale, and no sign
@@ -140,7 +140,7 @@ class Members:
         other = int(np.prod(leaf.shape)) // (f.shape[-1] * max(f.groups, 1))
         epsilon = None if self.exact else f.epsilon
         up, flip = np.flatnonzero(scale.any(0)), np.flatnonzero(sign.any(0))
-        place = classes, self.analysis.classes.refined(span), self.rank_of[span]
+        place = classes, places, self.rank_of[span]
         return Member(f, leaf.shape, *place, scale[:, up], up, sign[:, flip], flip, other == 1, epsilon)
 
     def _exponents(self, f: LeafFactor, classes: Labels) -> tuple[Labels, Labels]:

@@ -73,7 +73,7 @@ class Analysis:
         return np.asarray(order[start[members][:, None] + np.arange(width)])
 
     def atom_source(self, elements: Mapping[int, Element]) -> Labels:
-        """For each atom, the atom whose place it takes over: units first, then parts, then blocks from inner to outer."""
+        """For each atom, the one whose place it takes: units first, then parts, then blocks from inner to outer."""
         source = np.arange(len(self.classes.of))
         classes = np.arange(self.classes.count)
         for k in sorted(elements):
@@ -94,14 +94,24 @@ class Analysis:
         parts = self.classes.parts
         return next((a for n, a in zip(parts.spaces, parts.atoms, strict=True) if n[0] == first), None)
 
+    def places_of(self, k: int) -> tuple[Labels, Labels]:
+        """Classes and cells (`Classes.refined`) that belong to a space, and to which of its elements each."""
+        table, parts, count = self.spaces[k].table, self.classes.parts, self.classes.count
+        places, element = table.ravel(), np.repeat(np.arange(len(table)), table.shape[1])
+        if len(parts.cell_class):
+            owner = np.full(count, -1, np.int64)
+            owner[places] = element
+            held = np.maximum(owner[parts.cell_class], owner[parts.cell_part])
+            cells = np.flatnonzero(held >= 0)
+            places, element = np.r_[places, count + cells], np.r_[element, held[cells]]
+        return places, element
+
     def elements_of(self, k: int) -> Labels:
-        """Of each class and cell, the element of a space that it belongs to, or -1; index it by `Classes.refined`."""
-        table, parts = self.spaces[k].table, self.classes.parts
-        element = np.full(self.classes.count, -1, np.int64)
-        element[table] = np.arange(len(table))[:, None]
-        if self.part_atoms(k) is None:
-            return np.asarray(self.classes.spread(element))
-        return np.concatenate([np.full(self.classes.count, -1), element[parts.cell_part]])
+        """Of each class and cell, the element of a space that it belongs to, or -1."""
+        out = np.full(self.classes.count + len(self.classes.parts.cell_class), -1, np.int64)
+        places, element = self.places_of(k)
+        out[places] = element
+        return out
 
     def _class_step(self, k: int, perm: Labels) -> Labels:
         table, step = self.spaces[k].table, np.arange(self.classes.count)

@@ -8,7 +8,6 @@ order of colour, is a symmetry of the whole graph.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,9 +33,9 @@ class Links:
 
 @dataclass
 class Parts:
-    """Sets of atoms that may be exchanged inside their classes: query heads of one key head (`cipm_ir.symmetry.parts`).
+    """Sets of atoms that are exchanged inside their classes: query heads of one key head (`cipm_ir.symmetry.parts`).
 
-    A part is numbered as a class behind all classes, but no atom is of it: its atoms are of the classes of the key head.
+    A part is numbered as a class behind all classes, but no atom is of it: its atoms are of the key head's classes.
     A *cell*, numbered behind the parts, is where a class and a part cross.
 
     Attributes:
@@ -82,10 +81,6 @@ class Classes:
     def refined(self, atoms: Labels | slice = slice(None)) -> Labels:
         """Of each atom, its class, or the cell where its class and the part that it lies in cross."""
         return (self.of if self.parts.cell is None else self.parts.cell)[atoms]
-
-    def spread(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Values of classes, followed by those of the cells: what the class of each has."""
-        return np.concatenate([values, values[self.parts.cell_class]]) if len(self.parts.cell_class) else values
 
     def stays(self, keep: Flags) -> Flags:
         """Which classes and cells stay: a cell needs its class and its part."""

@@ -67,7 +67,7 @@ def _exchangeable(apart: Classes, classes: Classes) -> list[Labels]:
         if (inside == inside[0]).all() and not taken[atoms].any():
             taken[atoms] = True
             found.append(atoms)
-    return found
+    return sorted(found, key=lambda atoms: int(atoms.min()))
 
 
 def _holder(classes: Classes, spaces: list[RawSpace], atoms: Labels) -> int:
