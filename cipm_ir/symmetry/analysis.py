@@ -90,9 +90,12 @@ class Analysis:
 
     def part_atoms(self, k: int) -> Labels | None:
         """Atoms of the parts of a space in matching order, (parts, atoms); None for a space of classes."""
-        first = int(self.spaces[k].table[0, 0])
+        return self._part_atoms.get(int(self.spaces[k].table[0, 0]))
+
+    @cached_property
+    def _part_atoms(self) -> dict[int, Labels]:
         parts = self.classes.parts
-        return next((a for n, a in zip(parts.spaces, parts.atoms, strict=True) if n[0] == first), None)
+        return {int(numbers[0]): atoms for numbers, atoms in zip(parts.spaces, parts.atoms, strict=True)}
 
     def places_of(self, k: int) -> tuple[Labels, Labels]:
         """Classes and cells (`Classes.refined`) that belong to a space, and to which of its elements each."""

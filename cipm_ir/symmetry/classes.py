@@ -19,7 +19,7 @@ from cipm_ir.symmetry.walk import Walk
 Hashes = npt.NDArray[np.uint64]
 Flags = npt.NDArray[np.bool_]
 _LOW = np.uint64((1 << 30) - 1)
-_FACTOR, _MARK, _EQUATION, _CLASS, _RANK, _EVENT = range(1, 7)  # salts
+_FACTOR, _MARK, _EQUATION, _CLASS, _RANK, _EVENT, _SOURCE = range(1, 8)  # salts
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Classes:
         """Of each atom, its class, or the cell where its class and the part that it lies in cross."""
         return (self.of if self.parts.cell is None else self.parts.cell)[atoms]
 
-    def stays(self, keep: Flags) -> Flags:
+    def stays(self, keep: np.ndarray) -> np.ndarray:
         """Which classes and cells stay: a cell needs its class and its part."""
         if not len(self.parts.cell_class):
             return keep
@@ -118,13 +118,14 @@ def scatter_sum(index: Labels, hashes: Hashes, count: int) -> Hashes:
 def find_classes(walk: Walk, *, apart: bool = False) -> Classes:
     """Classes, pins, blocks and signatures of a walked graph.
 
-    With ``apart``, copies are of classes of their own, and each source is the block that holds its copies.
+    With ``apart``, copies are of classes of their own. A source is then told from every other, and so are its copies
+    from those of others.
     """
     rec = walk.rec
     copies = set(rec.copies) if apart else set[int]()
     tied = [k for k in range(len(rec.unifications)) if k not in copies]
     count, of = components(rec.atoms, [(rec.unifications[k].a, rec.unifications[k].b) for k in tied])
-    links = _flat_links(walk, sorted(copies))
+    links = _flat_links(walk)
     if len(links.parent):
         count, of = _close_blocks(count, of, links)
     free = np.ones(count, bool)
@@ -134,6 +135,12 @@ def find_classes(walk: Walk, *, apart: bool = False) -> Classes:
     block[of[links.parent]] = True
     real, atom_colour = _colours(walk, of, count)
     real &= _touched(walk, of, count) & _owned(walk, of, count)
+    with np.errstate(over="ignore"):
+        for k in copies:
+            event = rec.unifications[k]
+            name = mix(event.b, salt=_SOURCE)
+            atom_colour[event.a] += name
+            atom_colour[event.b] = name  # not a sum: it may stand there for several copies
     colour = _ranked(of, atom_colour)
     signature = _signatures(walk, of, count, colour, tied)
     return Classes(of, count, free, block, real, signature, colour, links)
@@ -145,13 +152,13 @@ def atoms_by_class(classes: Classes) -> tuple[Labels, Labels]:
     return order, np.searchsorted(classes.of[order], np.arange(classes.count + 1))
 
 
-def _flat_links(walk: Walk, copies: list[int]) -> Links:
+def plain_colour(walk: Walk, classes: Classes) -> Hashes:
+    """Colours of atoms where copies are not told apart by their sources."""
+    return _ranked(classes.of, _colours(walk, classes.of, classes.count)[1])
+
+
+def _flat_links(walk: Walk) -> Links:
     parents, children, events = [], [], []
-    for k in copies:
-        one = walk.rec.unifications[k]
-        parents.append(one.b)
-        children.append(one.a)
-        events.append(np.full(len(one.a), len(walk.rec.links) + k, np.int64))
     for k, link in enumerate(walk.rec.links):
         rows, width = link.children.shape
         parents.append(np.repeat(link.parents, width))

@@ -2,8 +2,8 @@
 
 Query heads that share a key head are tied to it unit by unit: query entries and key entries of one position are of one
 class. Exchanging two such heads maps every class to itself, so no exchange of classes shows it. To find it, copies are
-taken as classes of their own, held by their sources as by blocks. Of the blocks that may then be exchanged, those
-that only move atoms inside the real classes are parts.
+taken as classes of their own, each with the name of its source. Of the blocks that may then be exchanged, those that
+only move atoms inside the real classes are parts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from cipm_ir.ir.labels import Labels
-from cipm_ir.symmetry.classes import Classes, Parts, atoms_by_class, find_classes
+from cipm_ir.symmetry.classes import Classes, Parts, atoms_by_class, find_classes, plain_colour
 from cipm_ir.symmetry.spaces import RawSpace, find_spaces
 from cipm_ir.symmetry.walk import Walk
 
@@ -21,17 +21,17 @@ from cipm_ir.symmetry.walk import Walk
 def with_parts(walk: Walk, classes: Classes, spaces: list[RawSpace]) -> tuple[Classes, list[RawSpace]]:
     """Classes with the parts numbered behind them, and spaces with those of parts in front of the blocks."""
     apart = find_classes(walk, apart=True) if walk.rec.copies else None
-    found = [] if apart is None else _exchangeable(apart, classes)
+    found, holders = ([], []) if apart is None else _exchangeable(apart, classes)
     if apart is None or not found:
         return classes, spaces
     of = np.full(len(classes.of), -1, np.int64)
-    parts, made, count = Parts(of, colour=apart.colour, atoms=found), list[RawSpace](), classes.count
-    for atoms in found:
+    parts, made, count = Parts(of, colour=plain_colour(walk, apart), atoms=found), list[RawSpace](), classes.count
+    for atoms, holder in zip(found, holders, strict=True):
         numbers = np.arange(count, count + len(atoms))
         count += len(atoms)
         of[atoms] = numbers[:, None]
         parts.spaces.append(numbers)
-        made.append(RawSpace("blocks", numbers[:, None], _holder(classes, spaces, atoms)))
+        made.append(RawSpace("blocks", numbers[:, None], holder))
     inside = np.flatnonzero(of >= 0)
     pairs, cell = np.unique(np.stack([classes.of[inside], of[inside]]), axis=1, return_inverse=True)
     parts.cell_class, parts.cell_part = pairs
@@ -52,11 +52,11 @@ def with_parts(walk: Walk, classes: Classes, spaces: list[RawSpace]) -> tuple[Cl
     return grown, [*spaces[:place], *made, *spaces[place:]]
 
 
-def _exchangeable(apart: Classes, classes: Classes) -> list[Labels]:
-    """Atoms of the parts of each space, (parts, atoms), no atom twice."""
+def _exchangeable(apart: Classes, classes: Classes) -> tuple[list[Labels], list[int]]:
+    """Atoms of the parts of each space, (parts, atoms), no atom twice; and the class of the block around each space."""
     order, start = atoms_by_class(apart)
     taken = np.zeros(len(classes.of), bool)
-    found = []
+    found: list[tuple[int, Labels, int]] = []
     for raw in find_spaces(apart):
         if len(raw.table) < 2 or not apart.real[raw.table[0, 1:]].any():
             continue
@@ -66,20 +66,9 @@ def _exchangeable(apart: Classes, classes: Classes) -> list[Labels]:
         inside = classes.of[atoms]
         if (inside == inside[0]).all() and not taken[atoms].any():
             taken[atoms] = True
-            found.append(atoms)
-    return sorted(found, key=lambda atoms: int(atoms.min()))
-
-
-def _holder(classes: Classes, spaces: list[RawSpace], atoms: Labels) -> int:
-    """The smallest exchangeable block that holds the classes of some parts, or -1."""
-    inside = np.unique(classes.of[atoms[0]])
-    for raw in spaces:
-        if raw.kind == "blocks":
-            held = np.isin(raw.table, inside)
-            row = int(held.sum(axis=1).argmax())
-            if held[row].sum() == len(inside):
-                return int(raw.table[row, 0])
-    return -1
+            found.append((int(atoms.min()), atoms, int(inside[0, 0])))
+    found.sort(key=lambda one: one[0])
+    return [atoms for _, atoms, _ in found], [holder for _, _, holder in found]
 
 
 def _tie(walk: Walk, parts: Parts) -> None:
