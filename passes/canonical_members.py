@@ -17,6 +17,7 @@ from cipm_ir.ir.bodies import nodes_in_order
 from cipm_ir.ir.constants import constant_tensor
 from cipm_ir.ir.labels import Array, Labels
 from cipm_ir.symmetry.analysis import Analysis
+from cipm_ir.symmetry.classes import kinds_of_atoms
 from cipm_ir.symmetry.leaves import Leaf, LeafFactor
 from cipm_ir.symmetry.program import Program
 
@@ -114,7 +115,9 @@ class Members:
     def _ranks(self) -> Labels:
         classes = self.analysis.classes
         of, parts = classes.refined(), classes.parts
-        colour = classes.colour if parts.of is None else np.where(parts.of >= 0, parts.colour, classes.colour)
+        colour = classes.colour
+        if parts.of is not None:
+            colour = np.where(parts.of >= 0, kinds_of_atoms(self.analysis.walk, classes), colour)
         order = np.lexsort((colour, of))
         start = np.searchsorted(of[order], np.arange(int(of.max(initial=-1)) + 2))
         rank = np.empty(len(of), np.int64)

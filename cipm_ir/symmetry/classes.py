@@ -42,7 +42,6 @@ class Parts:
         of: per atom, the part that it lies in, or -1; None where there are no parts.
         cell: per atom, its cell, or its class where it lies in no part; None where there are no parts.
         cell_class, cell_part: the class and the part of each cell.
-        colour: per atom, what orders the atoms of a cell: exchanges take the k-th to the k-th.
         spaces: the parts that may be exchanged, per space.
         atoms: their atoms in matching order, (parts, atoms), per space.
         ties: spaces that must keep equally many parts.
@@ -53,7 +52,6 @@ class Parts:
     cell: Labels | None = None
     cell_class: Labels = field(default_factory=lambda: np.zeros(0, np.int64))
     cell_part: Labels = field(default_factory=lambda: np.zeros(0, np.int64))
-    colour: Hashes = field(default_factory=lambda: np.zeros(0, np.uint64))
     spaces: list[Labels] = field(default_factory=list)
     atoms: list[Labels] = field(default_factory=list)
     ties: list[list[int]] = field(default_factory=list)
@@ -146,15 +144,18 @@ def find_classes(walk: Walk, *, apart: bool = False) -> Classes:
     return Classes(of, count, free, block, real, signature, colour, links)
 
 
-def atoms_by_class(classes: Classes) -> tuple[Labels, Labels]:
-    """Atoms by (class, colour), and where each class starts."""
-    order = np.lexsort((classes.colour, classes.of))
+def atoms_by_class(classes: Classes, atoms: Labels | None = None) -> tuple[Labels, Labels]:
+    """Atoms (all, or some) by (class, colour), and where each class starts."""
+    if atoms is None:
+        order = np.lexsort((classes.colour, classes.of))
+    else:
+        order = atoms[np.lexsort((classes.colour[atoms], classes.of[atoms]))]
     return order, np.searchsorted(classes.of[order], np.arange(classes.count + 1))
 
 
-def plain_colour(walk: Walk, classes: Classes) -> Hashes:
-    """Colours of atoms where copies are not told apart by their sources."""
-    return _ranked(classes.of, _colours(walk, classes.of, classes.count)[1])
+def kinds_of_atoms(walk: Walk, classes: Classes) -> Hashes:
+    """A hash per atom, equal for atoms of one kind: an exchange takes the k-th of a class and kind to the k-th."""
+    return _colours(walk, classes.of, classes.count)[1]
 
 
 def _flat_links(walk: Walk) -> Links:

@@ -13,8 +13,8 @@ from dataclasses import replace
 import numpy as np
 
 from cipm_ir.ir.labels import Labels
-from cipm_ir.symmetry.classes import Classes, Parts, atoms_by_class, find_classes, plain_colour
-from cipm_ir.symmetry.spaces import RawSpace, find_spaces
+from cipm_ir.symmetry.classes import Classes, Parts, atoms_by_class, find_classes
+from cipm_ir.symmetry.spaces import RawSpace, find_blocks
 from cipm_ir.symmetry.walk import Walk
 
 
@@ -22,10 +22,10 @@ def with_parts(walk: Walk, classes: Classes, spaces: list[RawSpace]) -> tuple[Cl
     """Classes with the parts numbered behind them, and spaces with those of parts in front of the blocks."""
     apart = find_classes(walk, apart=True) if walk.rec.copies else None
     found, holders = ([], []) if apart is None else _exchangeable(apart, classes)
-    if apart is None or not found:
+    if not found:
         return classes, spaces
     of = np.full(len(classes.of), -1, np.int64)
-    parts, made, count = Parts(of, colour=plain_colour(walk, apart), atoms=found), list[RawSpace](), classes.count
+    parts, made, count = Parts(of, atoms=found), list[RawSpace](), classes.count
     for atoms, holder in zip(found, holders, strict=True):
         numbers = np.arange(count, count + len(atoms))
         count += len(atoms)
@@ -54,12 +54,15 @@ def with_parts(walk: Walk, classes: Classes, spaces: list[RawSpace]) -> tuple[Cl
 
 def _exchangeable(apart: Classes, classes: Classes) -> tuple[list[Labels], list[int]]:
     """Atoms of the parts of each space, (parts, atoms), no atom twice; and the class of the block around each space."""
-    order, start = atoms_by_class(apart)
+    spaces = [raw for raw in find_blocks(apart) if len(raw.table) > 1]
+    spaces = [raw for raw in spaces if apart.real[raw.table[0, 1:]].any()]
+    held = np.zeros(apart.count, bool)
+    for raw in spaces:
+        held[raw.table] = True
+    order, start = atoms_by_class(apart, np.flatnonzero(held[apart.of]))
     taken = np.zeros(len(classes.of), bool)
     found: list[tuple[int, Labels, int]] = []
-    for raw in find_spaces(apart):
-        if len(raw.table) < 2 or not apart.real[raw.table[0, 1:]].any():
-            continue
+    for raw in spaces:
         width = start[raw.table[0] + 1] - start[raw.table[0]]
         offset = np.arange(width.sum()) - np.repeat(np.cumsum(width) - width, width)
         atoms = order[np.repeat(start[raw.table], width, axis=1) + offset]
