@@ -96,9 +96,8 @@ def test_a_wrong_action_is_caught(wrong: str) -> None:
     """The control: the matrix on another expert, or without its dual, is no symmetry."""
     program = program_of(stacked("control", LINEAR["products"][0]))
     space, before = bases(program)[0], outputs(program.emit())
-    edits = act_edits(
-        program.analysis, {program.index(space): DenseElement.invertible(HIDDEN, np.random.default_rng(3))}
-    )
+    element = DenseElement.invertible(HIDDEN, np.random.default_rng(3))
+    edits = act_edits(program.analysis, {program.index(space): element})
     assert len(edits) == 2
     for k, edit in enumerate(edits.values()):
         ((axis, ((row, positions, matrix),)),) = edit.inner_mix.items()
