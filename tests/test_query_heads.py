@@ -52,6 +52,17 @@ def expanded(times: int, few: int) -> Callable[[Net, str], str]:
     return repeat
 
 
+def gathered(net: Net, x: str) -> str:
+    """The same by an index (``repeat_interleave``)."""
+    return net.op("Gather", x, net.const([0, 0, 0, 1, 1, 1]), axis=1)
+
+
+def indexed() -> onnx.ModelProto:
+    net = Net("indexed")
+    grouped(net, 6, 2, gathered)
+    return net.model()
+
+
 def built(name: str, times: int = 3, few: int = 2, mask: Array | None = None, outside: bool = False) -> onnx.ModelProto:
     net = Net(name)
     given = "" if mask is None else net.input("mask", list(mask.shape)) if outside else net.const(mask, "m", np.float32)
@@ -63,6 +74,7 @@ CASES: dict[str, tuple[Callable[[], onnx.ModelProto], list[int]]] = {
     "expand": (lambda: built("expand"), [3, 3]),
     "mask of each query head": (lambda: built("mask", mask=np.linspace(-1, 1, 150).reshape(1, 6, 5, 5)), [3, 3]),
     "one mask": (lambda: built("shared", mask=np.zeros((1, 1, 5, 5)), outside=True), [3, 3]),
+    "gather": (indexed, [3, 3]),
     "zoo": (lambda: zoo.build("attention_gqa"), [2, 2]),
     "operator": (lambda: zoo.build("attention_op_3d_gqa"), [2, 2]),
 }
