@@ -172,7 +172,7 @@ class Analysis:
         Values inside bodies cannot be looked at over data: they are no outputs of the main graph.
         """
         walk, paths = self.walk, self.walk.paths
-        where = np.full(self.classes.count, -1, np.int64)
+        where = np.full(self.classes.count + len(self.classes.parts.cell_class), -1, np.int64)
         for position, node in enumerate(walk.nodes if any(paths) else ()):
             if not paths[position]:
                 continue
@@ -181,8 +181,8 @@ class Analysis:
                 state = walk.states.get(value.name or "") if value is not None else None
                 state = state if leaf is None else walk.leaves[leaf].state
                 for f in () if state is None else state.factors:
-                    where[self.classes.of[f.labels]] = position
-        found = [int(where[space.table].max(initial=-1)) for space in self.spaces]
+                    where[self.classes.refined(f.labels)] = position
+        found = [int(where[self.places_of(k)[0]].max(initial=-1)) for k in range(len(self.spaces))]
         return [paths[position] if position >= 0 else "" for position in found]
 
     def factor_positions(self, f: LeafFactor, members: Labels) -> Labels:
