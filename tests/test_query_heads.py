@@ -176,6 +176,7 @@ def test_equal_numbers_go(program: Program) -> None:
     costs, stays = CostModel(quiet), quiet.kept_classes(chosen)
     assert (costs.macs(stays), costs.params(stays)) == (small.macs, small.parameters)
     assert small.parameters < quiet.parameters
+    assert [node.op_type for node in small.model.graph] == [node.op_type for node in quiet.model.graph]
 
 
 def test_uneven_numbers_are_refused(program: Program) -> None:

@@ -196,13 +196,29 @@ class Literals:
         sizes, value = self.sizes.factor(one.factor), node.inputs[one.index]
         length = 0 if sizes is None else sizes[one.factor.axes.index(one.place)]
         old = one.factor.labels.shape[one.factor.axes.index(one.place)]
-        if not length or length == old or value is None:
+        if not length or length == old or value is None or self._expands(value, one.axis, old, length):
             return
         index = self.editor.initializer("index", ir.tensor(np.arange(length)))
         out = ir.Value(name=self.editor.fresh_name(value.name or "short"), type=value.type)
         cut = ir.Node("", "Gather", [value, index], [ir.AttrInt64("axis", one.axis)], outputs=[out], name=out.name)
         node.prepend(cut)
         node.replace_input_with(one.index, out)
+
+    def _expands(self, value: ir.Value, axis: int, old: int, length: int) -> bool:
+        """Whether an Expand that nothing else uses could be told the new length of an axis itself."""
+        maker, name = value.producer(), value.name or ""
+        if maker is None or maker.op_type != "Expand" or len(value.uses()) > 1 or value.is_graph_output():
+            return False
+        resize = NodeResize(self, maker, self.editor.nodes.index(maker))
+        target, shape = resize.literal(1), resize.old_out(0)
+        place = axis - len(shape) + (0 if target is None else target.size)
+        if name in self.shapes or target is None or place < 0 or target[place] != old:
+            return False
+        made = target.copy()
+        made[place] = length
+        resize.set_literal(1, made)
+        self.shapes[name] = tuple(length if a == axis else n for a, n in enumerate(shape))
+        return True
 
     def _leaves(self, position: int) -> list[int]:
         use = self.analysis.walk.use_leaf
