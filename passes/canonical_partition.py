@@ -25,8 +25,9 @@ class Partition:
         classes, parts = analysis.classes, analysis.classes.parts
         count = classes.count + len(parts.cell_class)
         cells = np.arange(classes.count, count)
-        self._parent = np.r_[parts.cell_class, parts.cell_part]  # both are blocks of the cells that they hold
-        self._child = np.r_[cells, cells]
+        moves = classes.free[parts.cell_class]  # parts may exchange cells of classes that are fixed
+        self._parent = np.r_[parts.cell_class[moves], parts.cell_part]  # both are blocks of the cells that they hold
+        self._child = np.r_[cells[moves], cells]
         self._heads = np.zeros(count, bool)
         self._heads[self._parent] = True
         for k, raw in enumerate(analysis.spaces):

@@ -55,6 +55,9 @@ def _repeated(op: OpContext, state: State, heads: int) -> State:
         raise Opaque(f"{heads} query heads over {own} key heads")
     shape = (state.shape[0], heads, *state.shape[2:])
     factors = []
+    if own > 1 and state.factor_of(1) is None and 1 not in state.uniform:
+        copies = op.rec.copied_fixed((own, 1), (own, heads // own), "key heads that are fixed")
+        factors.append(Factor((1,), copies.ravel()))
     for f in state.factors:
         if 1 in f.axes:
             labels = np.repeat(f.labels, heads // own, axis=f.axes.index(1))

@@ -6,6 +6,7 @@ Nothing is decided here. The recorder appends arrays; `cipm_ir.symmetry` turns t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,11 +35,15 @@ class Pin:
 
 @dataclass(slots=True, eq=False)
 class Link:
-    """Block labels: ``parents[k]`` moves as a whole with its ``children[k, :]``."""
+    """Block labels: ``parents[k]`` moves as a whole with its ``children[k, :]``.
+
+    They are the labels ``whole`` of a factor, by its dimensions ``axes``.
+    """
 
     parents: Labels
     children: Labels
     axes: tuple[int, ...]
+    whole: Labels
 
 
 @dataclass(slots=True, eq=False)
@@ -135,6 +140,12 @@ class Recorder:
         self.unify(made, source)
         return made
 
+    def copied_fixed(self, sizes: Sequence[int], shape: Sequence[int], reason: str) -> Labels:
+        """Copies, of ``shape``, of entries that are fixed: ``sizes`` has 1 where ``shape`` counts copies of one entry."""
+        source = self.fresh(*sizes)
+        self.pin(source, reason)
+        return self.copied(np.broadcast_to(source, shape))
+
     def pin(self, labels: Labels, reason: str) -> None:
         """The atoms must not move."""
         self.pins.append(Pin(labels.ravel(), self.node, reason))
@@ -156,7 +167,7 @@ class Recorder:
             sizes = table.shape[: len(axes)]
             children = table.reshape(int(np.prod(sizes)), -1)
             parents = self.fresh(*sizes)
-            self.links.append(Link(parents.ravel(), children, key[1]))
+            self.links.append(Link(parents.ravel(), children, key[1], factor.labels))
             if factor.repeats and len(children) > 1:
                 self._mark_rows(factor.labels, key[1])
             known = self._marginals[key] = (factor.labels, Factor(axes, parents, ZERO))

@@ -45,6 +45,10 @@ def reshaped(op: OpContext, state: State, new: tuple[int, ...], index: int | Non
         moved = _reshape_factor(op, state, factor, [groups[g] for g in sorted(touched)], new, index)
         if moved is not None:
             factors.append(moved)
+    if index is not None:
+        labelled = {where[a] for f in state.factors for a in f.axes}
+        fixed = (_fixed_copies(op, state, *pair, new, index) for g, pair in enumerate(groups) if g not in labelled)
+        factors += [f for f in fixed if f is not None]
     uniform = [
         b for old_axes, new_axes in groups for b in new_axes
         if new[b] > 1 and all(state.broadcasts(a) for a in old_axes)
@@ -96,6 +100,26 @@ def _reshape_factor(
     for place in old_axes:
         op.meets(index, place, Factor(tuple(old_axes), copies), place)
     return made(shape, copies)
+
+
+def _fixed_copies(
+    op: OpContext, state: State, old: range, new_axes: range, new: tuple[int, ...], index: int
+) -> Factor | None:
+    """Labels where an Expand of a fixed axis is merged with it: key heads from a cache, copied for their query heads."""
+    value = op.node.inputs[index]
+    maker = None if value is None else value.producer()
+    wide = [a for a in old if state.shape[a] > 1]
+    same, axes = [a for a in wide if a in state.uniform], [b for b in new_axes if new[b] > 1]
+    if maker is None or maker.op_type != "Expand" or len(wide) != 2 or len(same) != 1 or len(axes) != 1:
+        return None
+    second = op.second_shape(value)
+    if second is None or any(second[a] != state.shape[a] for a in wide):
+        return None
+    shape = [state.shape[a] for a in wide]
+    sizes = [1 if a in same else n for a, n in zip(wide, shape, strict=True)]
+    copies = op.rec.copied_fixed(sizes, shape, "copies of a fixed axis")
+    op.meets(index, same[0], Factor(tuple(wide), copies), same[0])
+    return Factor((axes[0],), copies.ravel())
 
 
 @operator("Reshape", "Flatten", "Squeeze", "Unsqueeze", resize=lambda r: _resize(r), literals=(1,))

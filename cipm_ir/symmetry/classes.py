@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from cipm_ir.ir.components import connected_components
 from cipm_ir.ir.labels import Labels, mix
+from cipm_ir.rules.events import Link
 from cipm_ir.symmetry.walk import Walk
 
 Hashes = npt.NDArray[np.uint64]
@@ -129,6 +130,7 @@ def find_classes(walk: Walk, *, apart: bool = False) -> Classes:
     free = np.ones(count, bool)
     for pin in rec.pins:
         free[of[pin.labels]] = False
+    _hold(walk, of, free)
     block = np.zeros(count, bool)
     block[of[links.parent]] = True
     real, atom_colour = _colours(walk, of, count)
@@ -156,6 +158,22 @@ def atoms_by_class(classes: Classes, atoms: Labels | None = None) -> tuple[Label
 def kinds_of_atoms(walk: Walk, classes: Classes) -> Hashes:
     """A hash per atom, equal for atoms of one kind: an exchange takes the k-th of a class and kind to the k-th."""
     return _colours(walk, classes.of, classes.count)[1]
+
+
+def _hold(walk: Walk, of: Labels, free: Flags) -> None:
+    """What lies in a block that is pinned along every dimension of its labels cannot move (``free`` in place)."""
+    by_labels: dict[int, list[Link]] = {}
+    for link in walk.rec.links:
+        if len(link.axes) == 1 and not free[of[link.parents]].all():
+            by_labels.setdefault(id(link.whole), []).append(link)
+    for found in by_labels.values():
+        labels = found[0].whole
+        pinned = np.zeros((labels.ndim, *labels.shape), bool)
+        for link in found:
+            (axis,) = link.axes
+            shape = [-1 if k == axis else 1 for k in range(labels.ndim)]
+            pinned[axis] |= ~free[of[link.parents]].reshape(shape)
+        free[of[labels[pinned.all(axis=0)]]] = False
 
 
 def _flat_links(walk: Walk) -> Links:

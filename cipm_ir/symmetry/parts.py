@@ -3,7 +3,8 @@
 Query heads that share a key head are tied to it unit by unit: query entries and key entries of one position are of one
 class. Exchanging two such heads maps every class to itself, so no exchange of classes shows it. To find it, copies are
 taken as classes of their own, each with the name of its source. Of the blocks that may then be exchanged, those that
-only move atoms inside the real classes are parts.
+only move atoms inside the real classes, or of classes that are fixed (keys from a cache hold each of their query heads
+for themselves), are parts.
 """
 
 from __future__ import annotations
@@ -56,10 +57,10 @@ def _exchangeable(apart: Classes, classes: Classes) -> tuple[list[Labels], list[
     """Atoms of the parts of each space, (parts, atoms), no atom twice; and the class of the block around each space."""
     spaces = [raw for raw in find_blocks(apart) if len(raw.table) > 1]
     spaces = [raw for raw in spaces if apart.real[raw.table[0, 1:]].any()]
-    held = np.zeros(apart.count, bool)
+    used = np.zeros(apart.count, bool)
     for raw in spaces:
-        held[raw.table] = True
-    order, start = atoms_by_class(apart, np.flatnonzero(held[apart.of]))
+        used[raw.table] = True
+    order, start = atoms_by_class(apart, np.flatnonzero(used[apart.of]))
     taken = np.zeros(len(classes.of), bool)
     found: list[tuple[int, Labels, int]] = []
     for raw in spaces:
@@ -67,7 +68,8 @@ def _exchangeable(apart: Classes, classes: Classes) -> tuple[list[Labels], list[
         offset = np.arange(width.sum()) - np.repeat(np.cumsum(width) - width, width)
         atoms = order[np.repeat(start[raw.table], width, axis=1) + offset]
         inside = classes.of[atoms]
-        if (inside == inside[0]).all() and not taken[atoms].any():
+        held = (inside == inside[0]).all(axis=0) | ~classes.free[inside].any(axis=0)
+        if (inside[:, 0] == inside[0, 0]).all() and held.all() and not taken[atoms].any():
             taken[atoms] = True
             found.append((int(atoms.min()), atoms, int(inside[0, 0])))
     found.sort(key=lambda one: one[0])
