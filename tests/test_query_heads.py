@@ -26,15 +26,23 @@ Array = NDArray[Any]
 DIM, WIDTH, TIME = 4, 6, 5
 
 
-def grouped(net: Net, heads: int, few: int, repeat: Callable[[Net, str], str], mask: str = "") -> None:
-    """Attention over ``few`` key heads that ``repeat`` copies for ``heads`` query heads."""
+def grouped(
+    net: Net, heads: int, few: int, repeat: Callable[[Net, str], str], mask: str = "", *, past: int = 0
+) -> None:
+    """Attention over ``few`` key heads that ``repeat`` copies for ``heads`` query heads, behind some from a cache."""
 
     def split(x: str, n: int) -> str:
         return net.op("Transpose", net.op("Reshape", x, net.const([0, 0, n, DIM])), perm=[0, 2, 1, 3])
 
     x = net.input("x", [2, TIME, WIDTH])
     q = split(net.op("MatMul", x, net.weight((WIDTH, heads * DIM), WIDTH, "wq")), heads)
-    k, v = (repeat(net, split(net.op("MatMul", x, net.weight((WIDTH, few * DIM), WIDTH, f"w{n}")), few)) for n in "kv")
+    made = []
+    for n in "kv":
+        heads_of = split(net.op("MatMul", x, net.weight((WIDTH, few * DIM), WIDTH, f"w{n}")), few)
+        if past:
+            heads_of = net.op("Concat", net.input(f"past_{n}", [2, few, past, DIM]), heads_of, axis=2)
+        made.append(repeat(net, heads_of))
+    k, v = made
     scores = net.op("MatMul", q, net.op("Transpose", k, perm=[0, 1, 3, 2]))
     scores = net.op("Add", scores, mask) if mask else scores
     y = net.op("Transpose", net.op("MatMul", net.op("Softmax", scores, axis=-1), v), perm=[0, 2, 1, 3])
@@ -57,6 +65,23 @@ def gathered(net: Net, x: str) -> str:
     return net.op("Gather", x, net.const([0, 0, 0, 1, 1, 1]), axis=1)
 
 
+def cached() -> onnx.ModelProto:
+    net = Net("cached")
+    grouped(net, 6, 2, expanded(3, 2), past=4)
+    return net.model()
+
+
+def outside() -> onnx.ModelProto:
+    """The operator with keys and values that are inputs."""
+    net = Net("outside", opset=23)
+    x = net.input("x", [2, TIME, WIDTH])
+    q = net.op("MatMul", x, net.weight((WIDTH, 6 * DIM), WIDTH, "wq"))
+    k, v = (net.input(name, [2, 7, 2 * DIM]) for name in "kv")
+    y = net.op("Attention", q, k, v, q_num_heads=6, kv_num_heads=2)
+    net.output(net.op("MatMul", y, net.weight((6 * DIM, WIDTH), 6 * DIM, "wo")), [2, TIME, WIDTH])
+    return net.model()
+
+
 def indexed() -> onnx.ModelProto:
     net = Net("indexed")
     grouped(net, 6, 2, gathered)
@@ -75,6 +100,8 @@ CASES: dict[str, tuple[Callable[[], onnx.ModelProto], list[int]]] = {
     "mask of each query head": (lambda: built("mask", mask=np.linspace(-1, 1, 150).reshape(1, 6, 5, 5)), [3, 3]),
     "one mask": (lambda: built("shared", mask=np.zeros((1, 1, 5, 5)), outside=True), [3, 3]),
     "gather": (indexed, [3, 3]),
+    "cache": (cached, [3, 3]),
+    "keys from outside": (outside, [3, 3]),
     "zoo": (lambda: zoo.build("attention_gqa"), [2, 2]),
     "operator": (lambda: zoo.build("attention_op_3d_gqa"), [2, 2]),
 }
@@ -119,8 +146,10 @@ def test_every_key_head_has_a_space_of_its_query_heads(name: str) -> None:
     program = program_of(CASES[name][0]())
     found = queries(program)
     assert [space.size for space in found] == CASES[name][1]
-    assert all(space.kind == "blocks" and space.parent is not None for space in found)
-    assert [space.parent[1] for space in found if space.parent is not None] == [0, 1]
+    assert all(space.kind == "blocks" for space in found)
+    held = [space.parent[1] for space in found if space.parent is not None]
+    assert held == ([] if name in ("cache", "keys from outside") else [0, 1])  # key heads that may be exchanged
+    assert not [space for space in program.spaces if space.size == 1], "entries of fixed heads are no units"
 
 
 def test_random_elements_change_nothing(program: Program) -> None:
@@ -191,6 +220,22 @@ def test_a_key_head_goes_with_its_query_heads() -> None:
     small = program.restrict({key_heads: np.asarray([1])})
     q = next(name for name in weights(program) if name.startswith("wq"))
     assert np.array_equal(weights(small)[q], weights(program)[q][:, 3 * DIM :])
+
+
+def test_key_heads_and_query_heads_go_together() -> None:
+    program = program_of(built("expand"))
+    key_heads = next(space for space in program.spaces if space.kind == "blocks" and space.parent is None)
+    keep = {
+        queries(program)[0]: np.asarray([0, 1]),
+        queries(program)[1]: np.asarray([0, 2]),
+        key_heads: np.asarray([1]),
+    }
+    small, old = weights(program.restrict(keep)), weights(program)
+    for stem, axis in (("wq", 1), ("wo", 0)):
+        name = next(name for name in old if name.startswith(stem))
+        heads = np.moveaxis(old[name], axis, 0).reshape(6, DIM, -1)[[3, 5]].reshape(2 * DIM, -1)
+        assert np.array_equal(np.moveaxis(small[name], axis, 0), heads)
+    assert np.isfinite(outputs(program.restrict(keep))[0]).all()
 
 
 def test_prune_drops_equal_numbers() -> None:

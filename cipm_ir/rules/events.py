@@ -141,7 +141,7 @@ class Recorder:
         return made
 
     def copied_fixed(self, sizes: Sequence[int], shape: Sequence[int], reason: str) -> Labels:
-        """Copies, of ``shape``, of entries that are fixed: ``sizes`` has 1 where ``shape`` counts copies of one entry."""
+        """Copies, of ``shape``, of fixed entries; ``sizes`` has 1 where ``shape`` counts copies of one entry."""
         source = self.fresh(*sizes)
         self.pin(source, reason)
         return self.copied(np.broadcast_to(source, shape))

@@ -105,7 +105,7 @@ def _reshape_factor(
 def _fixed_copies(
     op: OpContext, state: State, old: range, new_axes: range, new: tuple[int, ...], index: int
 ) -> Factor | None:
-    """Labels where an Expand of a fixed axis is merged with it: key heads from a cache, copied for their query heads."""
+    """Labels where an Expand of a fixed axis is merged with it: key heads from a cache, copied for query heads."""
     value = op.node.inputs[index]
     maker = None if value is None else value.producer()
     wide = [a for a in old if state.shape[a] > 1]
