@@ -128,6 +128,8 @@ class Program:
         self._source = source
         self._origin = origin
         self._analysis = analysis
+        self.fits = False
+        """The shapes of what is written were checked, and do not contradict each other."""
 
     @classmethod
     def of(
