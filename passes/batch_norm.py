@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from cipm_ir.ir.constants import attribute
+from cipm_ir.ir.nested import graphs_within, nodes_within
 from cipm_ir.passes.products import Array, constant, copies, double, drop_unused, round_once, scale_output
 from cipm_ir.passes.replace_values import remove_if_unused, replace_value
 
@@ -24,11 +25,11 @@ def fold_batch_norms(model: ir.Model) -> tuple[int, Counter[str]]:
     New weights are computed in double precision and rounded once.
     """
     graph = model.graph
-    graphs = (graph, *graph.subgraphs())
+    graphs = graphs_within(graph)
     unused = {value for one in graphs for value in one.initializers.values() if not value.uses()}
     version = graph.opset_imports.get("", graph.opset_imports.get("ai.onnx", 0))
     folded, kept, sources = 0, Counter[str](), list[ir.Node]()
-    for norm in [node for node in graph.all_nodes() if _is_norm(node)]:
+    for norm in [node for node in nodes_within(graph) if _is_norm(node)]:
         reason = _obstacle(norm, version)
         if not reason:
             sources += [node for value in _parameters(norm) for node in copies(value)]

@@ -69,7 +69,7 @@ class FoldAffine(Pass):
         summary = f"{norms} batch normalizations and {done} scales and shifts folded"
         summary += f"; {left}" if left else ""
         summary += f"; {lifted} initializers are no longer inputs" if lifted else ""
-        return PassResult(Program.of(model, origin=program.origin), True, summary, metrics=metrics)
+        return PassResult(Program.of(model, origin=program.origin, own=True), True, summary, metrics=metrics)
 
 
 class _Folder:

@@ -24,9 +24,10 @@ import onnx_ir as ir
 
 from cipm_ir.errors import InputError, UnsupportedError
 from cipm_ir.ir.labels import Array
+from cipm_ir.ir.nested import subgraphs
 from cipm_ir.ir.parameters import parameter_tensor
 from cipm_ir.passes.graph_facts import GraphFacts
-from cipm_ir.passes.replace_values import constant_before, replace_value, subgraphs
+from cipm_ir.passes.replace_values import constant_before, replace_value
 from cipm_ir.runtime.session import Runner
 
 _STANDARD = ("", "ai.onnx")
@@ -85,7 +86,7 @@ class ConstantFolder:
         return True
 
     def _evaluated(self, node: ir.Node, domains: dict[str, int]) -> list[ir.TensorProtocol] | None:
-        if node.domain not in _STANDARD or node.op_type in _KEPT or any(True for _ in subgraphs(node)):
+        if node.domain not in _STANDARD or node.op_type in _KEPT or subgraphs(node):
             return None
         if any(attribute.is_ref() for attribute in node.attributes.values()):
             return None

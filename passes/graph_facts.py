@@ -17,8 +17,8 @@ import onnx_ir as ir
 
 from cipm_ir.ir.constants import attribute, evaluate
 from cipm_ir.ir.labels import Array
+from cipm_ir.ir.nested import subgraphs
 from cipm_ir.ir.parameters import is_parameter, parameter_tensor
-from cipm_ir.passes.replace_values import subgraphs
 
 Dim: TypeAlias = int | str | None
 """A size, the symbol of an unknown one (equal symbols are equal sizes), or nothing known."""

@@ -320,7 +320,7 @@ class Run:
         if tolerance.bits and self.base is not self.program:
             # Bits are promised against the program just before: an exact pass in between may have rounded.
             verifier = self._verifier_of(self.program)
-        found: Verification = verifier.check(program.emit(), tolerance)
+        found: Verification = verifier.check(program.written, tolerance)
         if isinstance(verifier, Verifier):
             share_batch(verifier.model, self.first.model)
         self.against_first = found if verifier is self._verifier and self.base is self.first else None

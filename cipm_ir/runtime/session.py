@@ -18,6 +18,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from cipm_ir.errors import InputError, UnsupportedError
 from cipm_ir.ir.parameters import named
+from cipm_ir.runtime.graphs import all_graphs
 from cipm_ir.runtime.integer_products import processor_saturates, reencode_signed_weights
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -118,7 +119,7 @@ class Runner:
 
     def _hand_over(self) -> bytes | str:
         """The model as onnxruntime takes it: bytes, or the path of a file with external data in a temporary folder."""
-        tensors = [tensor for graph in self._model.graphs() for tensor in _tensors(graph)]
+        tensors = [tensor for graph in all_graphs(self._model) for tensor in _tensors(graph)]
         if sum(tensor.nbytes for tensor in tensors) <= _IN_MEMORY:
             content: bytes = _embedded(self._model).SerializeToString()
             return content
@@ -190,7 +191,7 @@ def run(model: ir.Model, feeds: Mapping[str, Array], outputs: Sequence[str] | No
 
 def _with_outputs(model: ir.Model, extra: Sequence[str]) -> ir.Model:
     copy = model.clone()
-    for graph in copy.graphs():
+    for graph in all_graphs(copy):
         for value in graph.initializers.values():
             if value.const_value is not None:
                 value.const_value = named(value.const_value, value.name or "")
@@ -223,7 +224,7 @@ def _tensors(graph: ir.Graph) -> list[ir.TensorProtocol]:
 
 def _embedded(model: ir.Model) -> onnx.ModelProto:
     """A self-contained proto; `model` is the runner's own copy, whose external tensors are read late from here on."""
-    for graph in model.graphs():
+    for graph in all_graphs(model):
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
                 value.const_value = _read_late(value.const_value)
@@ -240,8 +241,7 @@ def _read_late(tensor: ir.ExternalTensor) -> ir.LazyTensor:
 
 def _draws_from_a_seed(model: ir.Model) -> bool:
     """Return whether a node, in functions too, has a seed of its own."""
-    roots = (model.graph, *(function.graph for function in model.functions.values()))
-    return any("seed" in node.attributes for root in roots for node in root.all_nodes())
+    return any("seed" in node.attributes for graph in all_graphs(model) for node in graph)
 
 
 def _first_line(error: Exception) -> str:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from cipm_ir.errors import CipmError, InputError, UnsupportedError
 from cipm_ir.ir.bodies import body_graphs
+from cipm_ir.ir.nested import nodes_within
 from cipm_ir.ir.parameters import overridable_inputs
 from cipm_ir.runtime.branches import body_hash, entered, forced, has_bodies, without_functions
 from cipm_ir.runtime.cases import LEAST, own_cases
@@ -334,6 +335,5 @@ def _trains(dropout: ir.Node) -> bool:
 
 
 def _all_nodes(model: ir.Model) -> Iterator[ir.Node]:
-    yield from model.graph.all_nodes()
-    for function in model.functions.values():
-        yield from function.all_nodes()
+    for root in (model.graph, *(function.graph for function in model.functions.values())):
+        yield from nodes_within(root)
