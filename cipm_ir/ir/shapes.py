@@ -170,7 +170,7 @@ def stripped(model: ir.Model, replaceable: set[ir.Value], *, recorded: bool) -> 
         elif name not in listed:
             graph.input.append(onnx.helper.make_tensor_value_info(name, int(tensor.dtype), tensor.shape.numpy()))
     for node in model.graph:
-        _node_into(graph.node.add(), node)
+        node_into(graph.node.add(), node)
         for value in node.outputs if recorded else ():
             if value.shape is not None and value.name and not value.is_graph_output() and value not in replaceable:
                 _value_into(graph.value_info.add(), value)
@@ -197,7 +197,8 @@ def _value_into(proto: onnx.ValueInfoProto, value: ir.Value) -> None:
                 dim.dim_param = d.value
 
 
-def _node_into(proto: onnx.NodeProto, node: ir.Node) -> None:
+def node_into(proto: onnx.NodeProto, node: ir.Node) -> None:
+    """Fill in a node, several times faster than `ir.to_proto`, which checks protocols."""
     proto.op_type, proto.domain, proto.name = node.op_type, node.domain, node.name or ""
     proto.input.extend([v.name or "" if v is not None else "" for v in node.inputs])
     proto.output.extend([v.name or "" for v in node.outputs])
@@ -351,7 +352,7 @@ def _inferred_outputs(
             types[value.name or ""] = onnx.helper.make_tensor_type_proto(int(dtype), shape)
     schema = onnx.defs.get_schema(node.op_type, version, node.domain)
     proto = onnx.NodeProto()
-    _node_into(proto, node)
+    node_into(proto, node)
     found: dict[str, onnx.TypeProto] = onnx.shape_inference.infer_node_outputs(
         schema, proto, types, data, opset_imports=[onnx.helper.make_opsetid(node.domain, version)]
     )
