@@ -6,20 +6,22 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import onnxruntime as ort
-from onnx.reference import ReferenceEvaluator
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from cipm_ir.errors import InputError, UnsupportedError
 from cipm_ir.ir.parameters import named
 from cipm_ir.runtime.graphs import all_graphs
 from cipm_ir.runtime.integer_products import processor_saturates, reencode_signed_weights
+
+if TYPE_CHECKING:
+    from onnx.reference import ReferenceEvaluator
 
 Array: TypeAlias = npt.NDArray[Any]
 Backend: TypeAlias = Literal["onnxruntime", "reference"]
@@ -135,6 +137,8 @@ class Runner:
         return str(path)
 
     def _reference(self) -> ReferenceEvaluator:
+        from onnx.reference import ReferenceEvaluator  # rarely needed, and slow to import
+
         try:
             return ReferenceEvaluator(_embedded(self._model))
         except Exception as error:
