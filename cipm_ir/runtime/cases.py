@@ -53,6 +53,8 @@ _SAMPLES_ENTRIES = 1 << 16
 _SECONDS = 1.5
 _CASE_SECONDS = 0.01
 """Inputs behind the first have fewer samples where a run takes longer than this."""
+_FIRST_SECONDS = 0.1
+"""The first input has more samples as far as its run does not take longer than this."""
 LEAST = 3
 """So many inputs at least, unless a run takes very long."""
 _PATIENCE = 30.0
@@ -114,9 +116,10 @@ def _accepted(
             continue
         seconds = time.process_time() - start
         start = time.process_time()
-        more = _more_samples(model, run, rng, batch, free_size, limit, feeds) if seconds < _SECONDS / _SAMPLES else []
+        count = min(_SAMPLES, int(batch * _FIRST_SECONDS / max(seconds, 1e-6)))
+        more = _more_samples(model, run, rng, batch, free_size, limit, feeds, count)
         if more:
-            return _SAMPLES, free_size, limit, more[0], time.process_time() - start
+            return count, free_size, limit, more[0], time.process_time() - start
         if first is not None and batch != 2 and has_open_batch(model):
             fewer = random_inputs(model, rng, 2, free_size=free_size, index_limit=limit)
             if {x.shape for x in fewer.values()} != {x.shape for x in feeds.values()} and not tried("", fewer, run):
@@ -155,11 +158,12 @@ def _more_samples(
     free_size: int,
     limit: int | None,
     feeds: Feeds,
+    count: int,
 ) -> list[Case]:
     """Take a larger batch where the model takes one and it is small: units that are rarely active show then."""
-    if batch < 2 or sum(x.size for x in feeds.values()) * _SAMPLES // batch > _SAMPLES_ENTRIES:
+    if batch < 2 or count <= batch or sum(x.size for x in feeds.values()) * count // batch > _SAMPLES_ENTRIES:
         return []
-    more = random_inputs(model, rng, _SAMPLES, free_size=free_size, index_limit=limit)
+    more = random_inputs(model, rng, count, free_size=free_size, index_limit=limit)
     if {name: x.shape for name, x in more.items()} == {name: x.shape for name, x in feeds.items()}:
         return []
     return tried(RECIPES[0].name, more, run)
