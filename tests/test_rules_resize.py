@@ -40,6 +40,8 @@ def removed(proto: onnx.ModelProto, member: str, drop: list[int], kind: str = "u
     """The model without some units of every space of a kind that moves a parameter."""
     program = Program.of(ir.from_proto(proto))
     spaces: list[Space] = [s for s in program.spaces if s.kind == kind and member in s.members]
+    if kind == "blocks":  # not the query heads inside a key head
+        spaces = [s for s in spaces if s.parent is None]
     assert spaces, [str(s) for s in program.spaces]
     keep = {s: np.setdiff1d(np.arange(s.size), drop) for s in spaces}
     return ir.to_proto(program.restrict(keep).emit())
