@@ -10,6 +10,9 @@ import numpy as np
 import onnx
 import pytest
 from hypothesis import settings
+from tests.tiers import pytest_addoption, pytest_collection_modifyitems, pytest_runtest_protocol
+
+__all__ = ["pytest_addoption", "pytest_collection_modifyitems", "pytest_runtest_protocol"]
 
 # Runs share their machine with others: a deadline per example would fail on load, not on defects.
 settings.register_profile("cipm", deadline=None, max_examples=50)
@@ -19,7 +22,8 @@ LIGHT_MODELS = 9
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes more than about ten seconds; leave out with -m 'not slow'")
+    config.addinivalue_line("markers", "slow: large, or listed in slow_tests.txt; `make test-fast` leaves it out")
+    config.addinivalue_line("markers", "sample: a part of what a slow test does; only `make test-fast` runs it")
     config.addinivalue_line("markers", "corpus: needs models that `make corpus` fetches; `make test` leaves it out")
     config.addinivalue_line("markers", "models: needs torch and transformers (the extra test-models)")
 

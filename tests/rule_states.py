@@ -191,12 +191,16 @@ class Bench:
 
     # ------------------------------------------------------------ consumers
     def contract(self, value: str, shape: tuple[int, ...], rng: np.random.Generator) -> str:
-        """Contract every axis with a parameter of its own."""
-        for k in range(len(shape)):
-            n = shape[-1 - k]
-            value = self.op("MatMul", value, self.const(rng.standard_normal((n, 2)).astype(np.float32), "v"))
-            if len(shape) > 1:
-                value = self.op("Transpose", value, perm=[len(shape) - 1, *range(len(shape) - 1)])
+        """Contract every axis with a parameter of its own: two at a time, from the right and from the left."""
+        rank = len(shape)
+        for done in range(0, rank, 2):
+            if done:
+                value = self.op("Transpose", value, perm=[rank - 2, rank - 1, *range(rank - 2)])
+            right = rng.standard_normal((shape[rank - 1 - done], 2)).astype(np.float32)
+            value = self.op("MatMul", value, self.const(right, "v"))
+            if done + 1 < rank:
+                left = rng.standard_normal((2, shape[rank - 2 - done])).astype(np.float32)
+                value = self.op("MatMul", self.const(left, "v"), value)
         return value
 
     def flatten(self, value: str, shape: tuple[int, ...], rng: np.random.Generator) -> str:

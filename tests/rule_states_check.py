@@ -108,11 +108,14 @@ def _unclaimed(site: Site, made: Bench, program: Program) -> Iterator[str]:
         return
     reported: dict[str, bool] = {}
     for title, parameters in made.parameters.items():
-        given = dict(part.split(": ") for part in title.split("; ")[0].split(", "))
+        states, how = title.split("; ")
+        given = dict(part.split(": ") for part in states.split(", "))
         for k, name in parameters.items():
             kind, *rest = given[str(k)].split()
             others = {state for j, state in given.items() if j != str(k)}
             if kind not in ("free", "joint", "tiled", "runs") or others - {"free"}:
+                continue
+            if how == "flat" and kind != "joint":  # an axis of its own must be claimed by what reads that axis
                 continue
             array = site.arrays[k]
             assert array is not None

@@ -1,7 +1,7 @@
 """Every rule on every kind of input state, in both directions, and controls: rules that claim too much or too little.
 
 The states and the checker are in `rule_states` and `rule_states_check`; operators and values come from the registry's
-cases. By default a selection of the variants runs; the slow test runs them all.
+cases. All variants run, but for `make test-fast`, which takes a selection of them.
 """
 
 from __future__ import annotations
@@ -113,6 +113,7 @@ def check(name: str, *, thorough: bool = False) -> tuple[list[str], dict[str, se
 OPERATORS = [f"{entry.domain}::{entry.name}" if entry.domain else entry.name for entry in registered()]
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("name", OPERATORS)
 def test_claims_hold_in_every_state(name: str) -> None:
     wrong, coarse = check(name)
