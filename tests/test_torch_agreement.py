@@ -21,6 +21,7 @@ from tests import torch_zoo  # noqa: E402
 from tests.torch_exporter import exported  # noqa: E402
 
 import cipm_ir  # noqa: E402
+from cipm_ir.passes import run_passes  # noqa: E402
 from cipm_ir.symmetry.program import Program  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:The tensor attributes self.rnn._flat_weights:UserWarning")
@@ -90,7 +91,7 @@ TRACED = [name for name in NAMES if torch_zoo.case(name).symbolic and name not i
 
 def spaces_of(program: Program) -> Spaces:
     """How many spaces there are of each kind, size and group, batch normalizations folded."""
-    folded = cipm_ir.optimize(program, ["fold-batch-norm"], verify=False).program
+    folded = run_passes(program, ["fold-batch-norm"], verify=False).program
     return Counter((s.kind, s.size, str(s.group)) for s in folded.spaces)
 
 
