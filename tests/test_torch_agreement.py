@@ -105,11 +105,10 @@ def units_of(spaces: Spaces) -> Counter[str]:
 
 @functools.cache
 def case(name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    found = torch_zoo.case(name)
-    if "hf" in found.tags:
+    if "hf" in torch_zoo.case(name).tags:
         pytest.importorskip("transformers", reason="a model of that library")
-    module = found.build()
-    return (untied(module) if name in UNTIED_BY_THE_EXPORTER else module), *found.inputs()
+    module, args, kwargs = torch_zoo.built(name)
+    return (untied(module) if name in UNTIED_BY_THE_EXPORTER else module), args, kwargs
 
 
 def untied(module: Any) -> Any:
@@ -126,6 +125,8 @@ def untied(module: Any) -> Any:
 @functools.cache
 def by_torch(name: str, method: str) -> Spaces:
     module, args, kwargs = case(name)
+    if method == "auto" and name not in UNTIED_BY_THE_EXPORTER:
+        return spaces_of(torch_zoo.program(name))
     return spaces_of(cipm_ir.load(module, args, kwargs, method=method))
 
 
