@@ -187,6 +187,25 @@ def test_a_rule_that_claims_too_much_is_caught(
     assert any(f": {state}" in one for one in check(name)[0])
 
 
+def test_what_is_wrong_over_several_axes_alone_shows_where_they_are_flat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The channels of a block in the wrong places, from an input whose axes are free."""
+    entry = registry.lookup("", "DepthToSpace")
+    assert entry is not None
+
+    def wrong_way_round(op: OpContext) -> None:
+        entry.labels(op)
+        state = op.outputs[0]
+        assert state is not None
+        for factor in state.factors:
+            if len(factor.axes) > 1:
+                factor.labels = factor.labels[::-1]
+
+    replaced(monkeypatch, "DepthToSpace", wrong_way_round)
+    found = check("DepthToSpace", thorough=True)[0]
+    assert any(": 0: free; flat: " in one for one in found), found
+    assert not any(": 0: free; axes: " in one for one in found)
+
+
 @pytest.mark.parametrize(("name", "states"), [("Relu", ALL), ("Add", ALL), ("Softmax", "joint uniform")])
 def test_a_rule_that_claims_too_little_is_caught(monkeypatch: pytest.MonkeyPatch, name: str, states: str) -> None:
     replaced(monkeypatch, name, never)
