@@ -1,12 +1,16 @@
-"""The list of slow tests names tests that exist, and what is slow is found."""
+"""The list of slow tests names tests that exist, what is slow is found, and no test depends on those before it."""
 
 from __future__ import annotations
 
 import re
+import zlib
 from pathlib import Path
 
+import numpy as np
+import pytest
 from tests.tiers import LIMIT, function_of, slow_functions, slow_of
 
+RNG = np.random.default_rng(0)
 HERE = Path(__file__).parent
 LAYERS = (
     "test_algebra",
@@ -53,3 +57,8 @@ def test_slow_is_what_takes_longer_in_the_middle_or_on_average() -> None:
     }
     assert function_of(next(iter(taken))) == "test_a.py::test_quick"
     assert slow_of(taken) == ["test_a.py::test_middle", "test_b.py::test_average"]
+
+
+def test_numbers_are_those_of_the_test(request: pytest.FixtureRequest) -> None:
+    expected = np.random.default_rng(zlib.crc32(request.node.nodeid.encode())).standard_normal(3)
+    assert np.array_equal(RNG.standard_normal(3), expected)
