@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import gc
 import os
+import zlib
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from hypothesis import settings
+from tests.tiers import pytest_addoption, pytest_collection_modifyitems, pytest_runtest_protocol
+
+__all__ = ["pytest_addoption", "pytest_collection_modifyitems", "pytest_runtest_protocol"]
 
 # Runs share their machine with others: a deadline per example would fail on load, not on defects.
 settings.register_profile("cipm", deadline=None, max_examples=50)
@@ -19,7 +23,8 @@ LIGHT_MODELS = 9
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes more than about ten seconds; leave out with -m 'not slow'")
+    config.addinivalue_line("markers", "slow: large, or listed in slow_tests.txt; `make test-fast` leaves it out")
+    config.addinivalue_line("markers", "sample: a part of what a slow test does; only `make test-fast` runs it")
     config.addinivalue_line("markers", "corpus: needs models that `make corpus` fetches; `make test` leaves it out")
     config.addinivalue_line("markers", "models: needs torch and transformers (the extra test-models)")
 
@@ -29,6 +34,15 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(5000, 10, 10)
+
+
+@pytest.fixture(autouse=True)
+def own_numbers(request: pytest.FixtureRequest) -> None:
+    """A test that draws from the generator of its module draws the same numbers whatever ran before it."""
+    generator = getattr(request.module, "RNG", None)
+    if isinstance(generator, np.random.Generator):
+        seed = zlib.crc32(request.node.nodeid.encode())
+        generator.bit_generator.state = np.random.default_rng(seed).bit_generator.state
 
 
 @pytest.fixture

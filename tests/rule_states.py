@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,6 +120,8 @@ class Bench:
     outputs: list[onnx.ValueInfoProto] = field(default_factory=list)
     shapes: list[onnx.ValueInfoProto] = field(default_factory=list)
     feeds: dict[str, Array] = field(default_factory=dict)
+    given: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """States of all inputs of each variant."""
     seen: dict[str, str] = field(default_factory=dict)
     """Variant of each output of an operator under test."""
     ends: dict[str, list[str]] = field(default_factory=dict)
@@ -191,12 +193,16 @@ class Bench:
 
     # ------------------------------------------------------------ consumers
     def contract(self, value: str, shape: tuple[int, ...], rng: np.random.Generator) -> str:
-        """Contract every axis with a parameter of its own."""
-        for k in range(len(shape)):
-            n = shape[-1 - k]
-            value = self.op("MatMul", value, self.const(rng.standard_normal((n, 2)).astype(np.float32), "v"))
-            if len(shape) > 1:
-                value = self.op("Transpose", value, perm=[len(shape) - 1, *range(len(shape) - 1)])
+        """Contract every axis with a parameter of its own: two at a time, from the right and from the left."""
+        rank = len(shape)
+        for done in range(0, rank, 2):
+            if done:
+                value = self.op("Transpose", value, perm=[rank - 2, rank - 1, *range(rank - 2)])
+            right = rng.standard_normal((shape[rank - 1 - done], 2)).astype(np.float32)
+            value = self.op("MatMul", value, self.const(right, "v"))
+            if done + 1 < rank:
+                left = rng.standard_normal((2, shape[rank - 2 - done])).astype(np.float32)
+                value = self.op("MatMul", self.const(left, "v"), value)
         return value
 
     def flatten(self, value: str, shape: tuple[int, ...], rng: np.random.Generator) -> str:
@@ -207,6 +213,7 @@ class Bench:
     def variant(self, site: Site, given: Sequence[str], how: str, rng: np.random.Generator) -> None:
         """The operator on inputs in these states, and its consumers: by "axes", or "flat"."""
         title = ", ".join(f"{k}: {state}" for k, state in enumerate(given) if state) + f"; {how}"
+        self.given[title] = tuple(given)
         inputs = []
         for k, (array, state) in enumerate(zip(site.arrays, given, strict=True)):
             first = len(self.initializers)
@@ -283,18 +290,25 @@ def _other(site: Site, state: str, other: str, j: int, k: int) -> str:
     return kind if kind in set(states(mine.shape)) else "free"
 
 
-def bench(site: Site, *, thorough: bool) -> Bench:
-    """The variants of a site in one model: all of them, or those of a selection that tells most.
+def selected(site: Site, *, thorough: bool) -> Iterator[tuple[tuple[str, ...], str]]:
+    """States of all inputs and how the output is contracted: all that there are, or those that tell most.
 
-    The selection is a sample of what goes beyond one input in an unusual state, and flattens only joint factors.
+    The selection is a sample of what goes beyond one input in an unusual state. Flat are only joint inputs here.
     """
-    made, rng = Bench(max(site.opset, 8)), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for given in combinations(site):
         unusual = {state for state in given if state not in ("", "free")}
         share = (0.2 if len(unusual) > 1 else 1.0) / (1 if len(site.varied) < 3 else 2)
         if not thorough and rng.random() > share:
             continue
-        joint = any(state.startswith("joint") for state in given)
-        for how in ("axes", "flat") if thorough or joint else ("axes",):
-            made.variant(site, given, how, rng)
+        yield given, "axes"
+        if any(state.startswith("joint") for state in given):
+            yield given, "flat"
+
+
+def bench(site: Site, variants: Iterable[tuple[tuple[str, ...], str]]) -> Bench:
+    """Variants of a site in one model."""
+    made, rng = Bench(max(site.opset, 8)), np.random.default_rng(0)
+    for given, how in variants:
+        made.variant(site, given, how, rng)
     return made

@@ -67,6 +67,7 @@ def collisions(name: str, copies: Callable[[onnx.ModelProto], Copies]) -> list[s
     return found
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("name", SMALL[::2])
 def test_a_difference_in_a_tensor_shows(name: str) -> None:
     assert collisions(name, planted) == []

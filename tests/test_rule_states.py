@@ -1,7 +1,7 @@
 """Every rule on every kind of input state, in both directions, and controls: rules that claim too much or too little.
 
 The states and the checker are in `rule_states` and `rule_states_check`; operators and values come from the registry's
-cases. By default a selection of the variants runs; the slow test runs them all.
+cases. All variants run, but for `make test-fast`, which takes a selection of them.
 """
 
 from __future__ import annotations
@@ -113,6 +113,7 @@ def check(name: str, *, thorough: bool = False) -> tuple[list[str], dict[str, se
 OPERATORS = [f"{entry.domain}::{entry.name}" if entry.domain else entry.name for entry in registered()]
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("name", OPERATORS)
 def test_claims_hold_in_every_state(name: str) -> None:
     wrong, coarse = check(name)
@@ -184,6 +185,25 @@ def test_a_rule_that_claims_too_much_is_caught(
 ) -> None:
     replaced(monkeypatch, name, rule)
     assert any(f": {state}" in one for one in check(name)[0])
+
+
+def test_what_is_wrong_over_several_axes_alone_shows_where_they_are_flat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The channels of a block in the wrong places, from an input whose axes are free."""
+    entry = registry.lookup("", "DepthToSpace")
+    assert entry is not None
+
+    def wrong_way_round(op: OpContext) -> None:
+        entry.labels(op)
+        state = op.outputs[0]
+        assert state is not None
+        for factor in state.factors:
+            if len(factor.axes) > 1:
+                factor.labels = factor.labels[::-1]
+
+    replaced(monkeypatch, "DepthToSpace", wrong_way_round)
+    found = check("DepthToSpace", thorough=True)[0]
+    assert any(": 0: free; flat: " in one for one in found), found
+    assert not any(": 0: free; axes: " in one for one in found)
 
 
 @pytest.mark.parametrize(("name", "states"), [("Relu", ALL), ("Add", ALL), ("Softmax", "joint uniform")])

@@ -21,6 +21,7 @@ from tests import torch_zoo  # noqa: E402
 from tests.torch_exporter import exported  # noqa: E402
 
 import cipm_ir  # noqa: E402
+from cipm_ir.passes import run_passes  # noqa: E402
 from cipm_ir.symmetry.program import Program  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:The tensor attributes self.rnn._flat_weights:UserWarning")
@@ -90,7 +91,7 @@ TRACED = [name for name in NAMES if torch_zoo.case(name).symbolic and name not i
 
 def spaces_of(program: Program) -> Spaces:
     """How many spaces there are of each kind, size and group, batch normalizations folded."""
-    folded = cipm_ir.optimize(program, ["fold-batch-norm"], verify=False).program
+    folded = run_passes(program, ["fold-batch-norm"], verify=False).program
     return Counter((s.kind, s.size, str(s.group)) for s in folded.spaces)
 
 
@@ -104,11 +105,10 @@ def units_of(spaces: Spaces) -> Counter[str]:
 
 @functools.cache
 def case(name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    found = torch_zoo.case(name)
-    if "hf" in found.tags:
+    if "hf" in torch_zoo.case(name).tags:
         pytest.importorskip("transformers", reason="a model of that library")
-    module = found.build()
-    return (untied(module) if name in UNTIED_BY_THE_EXPORTER else module), *found.inputs()
+    module, args, kwargs = torch_zoo.built(name)
+    return (untied(module) if name in UNTIED_BY_THE_EXPORTER else module), args, kwargs
 
 
 def untied(module: Any) -> Any:
@@ -125,6 +125,8 @@ def untied(module: Any) -> Any:
 @functools.cache
 def by_torch(name: str, method: str) -> Spaces:
     module, args, kwargs = case(name)
+    if method == "auto" and name not in UNTIED_BY_THE_EXPORTER:
+        return spaces_of(torch_zoo.program(name))
     return spaces_of(cipm_ir.load(module, args, kwargs, method=method))
 
 

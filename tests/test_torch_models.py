@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ torch = pytest.importorskip("torch")
 
 from tests import torch_zoo  # noqa: E402
 from tests.torch_running import tensors_of  # noqa: E402
+from tests.torch_zoo import built, program  # noqa: E402
 
 import cipm_ir  # noqa: E402
 from cipm_ir.errors import SymmetryError, UnsupportedError  # noqa: E402
@@ -63,22 +63,9 @@ NAMES = [name for name in torch_zoo.names() if name not in REFUSED]
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_what_cannot_be_read_is_refused(name: str) -> None:
-    module, args, kwargs = case(name)
+    module, args, kwargs = built(name)
     with pytest.raises(UnsupportedError):
         cipm_ir.load(module, args, kwargs)
-
-
-@functools.cache
-def case(name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """The module and its inputs, built once; nothing may change them."""
-    found = torch_zoo.case(name)
-    return found.build(), *found.inputs()
-
-
-@functools.cache
-def program(name: str) -> Program:
-    module, args, kwargs = case(name)
-    return cipm_ir.load(module, args, kwargs)
 
 
 def acted(source: Program, seed: int = 1) -> Program:
@@ -107,7 +94,7 @@ def test_a_random_element_of_the_full_group_changes_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in NO_FLOAT64])
 def test_in_float64_it_is_exact_up_to_rounding(name: str) -> None:
-    module, args, kwargs = copy.deepcopy(case(name))
+    module, args, kwargs = copy.deepcopy(built(name))
     module, args, kwargs = module.double(), _double(args), _double(kwargs)
     source = cipm_ir.load(module, args, kwargs)
     assert [s.size for s in source.spaces] == [s.size for s in program(name).spaces]
@@ -123,7 +110,7 @@ def _double(value: Any) -> Any:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_half_of_the_macs_can_go(name: str) -> None:
-    module, args, kwargs = case(name)
+    module, args, kwargs = built(name)
     before = {k: v.clone() for k, v in module.state_dict().items()}
     source = program(name)
     if name in NOT_TO_HALF or name in NO_SPACES:

@@ -13,7 +13,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from tests.torch_proof_nets import EXAMPLES, NEAR, NETS, apart, drawn, mlp, real_inputs, run  # noqa: E402
+from tests.torch_proof_nets import EXAMPLES, NEAR, NETS, apart, drawn, mlp, real_inputs, run, runs  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import cipm_ir  # noqa: E402
@@ -34,7 +34,8 @@ def test_the_measure_sees_a_small_channel() -> None:
 def test_what_comes_out_is_the_verified_program(name: str, example: str) -> None:
     build, like = NETS[name]
     module = drawn(build)
-    x = EXAMPLES[example](like)
+    x, inputs = EXAMPLES[example](like), real_inputs(like)
+    original = runs(module, inputs)
     for passes in PASSES:
         try:
             result = cipm_ir.optimize(module, [passes], example_inputs=(x,))
@@ -42,14 +43,15 @@ def test_what_comes_out_is_the_verified_program(name: str, example: str) -> None
             assert passes.startswith("prune") or "rolled back" in str(error), error
             continue
         origin: Any = result.program.origin
-        graph = origin.graph(result.program.emit())
-        for one in real_inputs(like):
-            assert apart(run(graph, one), run(result.model, one)) <= NEAR, (passes, result.emitted)
-            if not passes.startswith("prune"):
-                assert apart(run(module, one), run(result.model, one)) <= NEAR, (passes, result.emitted)
-        made = result.emitted
-        assert made is not None and (made.form == "module" or made.reason)
-        assert made.form == "graph" or made.proof == "same graph"
+        made = runs(result.model, inputs)
+        for verified, one in zip(runs(origin.graph(result.program.emit()), inputs), made, strict=True):
+            assert apart(verified, one) <= NEAR, (passes, result.emitted)
+        if not passes.startswith("prune"):
+            for before, one in zip(original, made, strict=True):
+                assert apart(before, one) <= NEAR, (passes, result.emitted)
+        emitted = result.emitted
+        assert emitted is not None and (emitted.form == "module" or emitted.reason)
+        assert emitted.form == "graph" or emitted.proof == "same graph"
 
 
 @pytest.mark.parametrize("name", ["conv", "mlp", "detector", "minus infinity", "tokens", "functional", "shared"])

@@ -17,7 +17,7 @@ from tests import zoo
 from tests.double_precision import HIDDEN, Single, effect, probes
 from tests.mutations import Mutant, mutate, weights
 
-from cipm_ir.runtime.verify import verify_models
+from cipm_ir.runtime.verify import Verifier, verify_models
 from cipm_ir.symmetry.program import Program
 
 # Between the steps of a quantization an edit shows only where a value lies beside a step, so no small edit is sure to.
@@ -51,30 +51,30 @@ def other_gauge(model: ir.Model, rng: np.random.Generator) -> ir.Model:
     return program.act({space: space.random(rng) for space in program.spaces}).emit()
 
 
-def check_caught(original: ir.Model, copy: ir.Model, mutant: Mutant) -> None:
+def check_caught(verifier: Verifier, copy: ir.Model, mutant: Mutant) -> None:
     """Fail where the mutant of a copy passes for the original although double precision tells them apart."""
-    found = verify_models(original, mutant.model)
+    found = verifier.check(mutant.model)
     if found.ok is not False:
-        measured = effect(original, copy, mutant.model, probes(original))
+        measured = effect(verifier.model, copy, mutant.model, probes(verifier.model))
         assert measured.verdict in HIDDEN, f"{mutant}: {found}, but it is {measured}"
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_one_weight_off_by_a_thousandth_is_caught_in_another_gauge(name: str) -> None:
     model, rng = ir.from_proto(zoo.build(name)), _rng(name)
-    copy = other_gauge(model, rng)
-    assert verify_models(model, copy).ok, "the copy without an edit"
+    copy, verifier = other_gauge(model, rng), Verifier(model)
+    assert verifier.check(copy).ok, "the copy without an edit"
     layers = [one.name for one in weights(copy) if one.array.size > 1]
     for layer in rng.choice(layers, min(2, len(layers)), replace=False):
         mutant = mutate(copy, "entry", rng, str(layer))
         assert mutant is not None
-        check_caught(model, copy, mutant)
+        check_caught(verifier, copy, mutant)
 
 
 @pytest.mark.parametrize("name", WITH_NORM)
 def test_a_wrong_epsilon_is_caught(name: str) -> None:
     model = ir.from_proto(zoo.build(name))
-    tried = 0
+    verifier, tried = Verifier(model), 0
     for node in model.graph:
         if "Normalization" not in node.op_type:
             continue
@@ -82,7 +82,7 @@ def test_a_wrong_epsilon_is_caught(name: str) -> None:
         twin = next(other for other in copy.graph if other.name == node.name)
         epsilon = twin.attributes.get_float("epsilon", 1e-5)
         twin.attributes["epsilon"] = ir.AttrFloat32("epsilon", 10 * epsilon)
-        check_caught(model, model, Mutant(copy, "attribute", node.name or "", f"epsilon {epsilon:g} x 10"))
+        check_caught(verifier, model, Mutant(copy, "attribute", node.name or "", f"epsilon {epsilon:g} x 10"))
         tried += 1
     assert tried
 
@@ -92,8 +92,9 @@ def test_a_wrong_epsilon_is_caught(name: str) -> None:
 def test_a_dropped_bias_a_swapped_channel_a_row_and_an_activation_are_caught(name: str, kind: str) -> None:
     model, rng = ir.from_proto(zoo.build(name)), _rng(name + kind)
     made = [mutant for _ in range(3) if (mutant := mutate(model, kind, rng)) is not None]
+    verifier = Verifier(model)
     for mutant in made:
-        check_caught(model, model, mutant)
+        check_caught(verifier, model, mutant)
     assert made or kind == "activation"
 
 

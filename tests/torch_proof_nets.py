@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,9 +37,15 @@ def apart(a: Any, b: Any) -> float:
     return worst
 
 
-def run(module: Any, x: Tensor) -> Any:
+def runs(module: Any, inputs: Sequence[Tensor]) -> list[Any]:
+    """What a copy of the module computes in evaluation mode, on each of several inputs."""
+    module = copy.deepcopy(module).eval()
     with torch.no_grad():
-        return copy.deepcopy(module).eval()(x)
+        return [module(x) for x in inputs]
+
+
+def run(module: Any, x: Tensor) -> Any:
+    return runs(module, [x])[0]
 
 
 class Attention(nn.Module):

@@ -1,6 +1,9 @@
-"""Index of the torch test models: `CASES`, `case(name)`, `names(*tags)`."""
+"""Index of the torch test models: `CASES`, `case(name)`, `names(*tags)`; what `built` and `program` give is shared."""
 
 from __future__ import annotations
+
+import functools
+from typing import Any
 
 from tests import (
     torch_zoo_attention,
@@ -16,6 +19,9 @@ from tests import (
 )
 from tests.torch_zoo_base import CASES, TorchCase, output_tensors
 
+import cipm_ir
+from cipm_ir.symmetry.program import Program
+
 FAMILIES = (
     torch_zoo_mlp,
     torch_zoo_cnn,
@@ -30,7 +36,7 @@ FAMILIES = (
 )
 """The modules that register the cases."""
 
-__all__ = ["CASES", "FAMILIES", "TorchCase", "case", "names", "output_tensors"]
+__all__ = ["CASES", "FAMILIES", "TorchCase", "built", "case", "names", "output_tensors", "program"]
 
 
 def case(name: str) -> TorchCase:
@@ -44,3 +50,17 @@ def case(name: str) -> TorchCase:
 def names(*tags: str) -> list[str]:
     """The names of all cases that carry every one of `tags`, in the order of registration."""
     return [name for name, one in CASES.items() if one.tags.issuperset(tags)]
+
+
+@functools.cache
+def built(name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The module and its inputs, built once for all tests of a process; nothing may change them."""
+    found = case(name)
+    return found.build(), *found.inputs()
+
+
+@functools.cache
+def program(name: str) -> Program:
+    """The module as a program, read once for all tests of a process."""
+    module, args, kwargs = built(name)
+    return cipm_ir.load(module, args, kwargs)

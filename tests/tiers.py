@@ -1,0 +1,81 @@
+"""Tiers of the tests: the full one, and a fast one of a single case of every test function that is not slow.
+
+`slow_tests.txt` lists the slow functions. To write it anew from a run of the full tier:
+
+    python -m pytest -n 2 --dist worksteal --cpu-times times.jsonl
+    python -m tests.tiers times.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SLOW_TESTS = Path(__file__).with_name("slow_tests.txt")
+LIMIT = 0.2
+"""CPU seconds of one case, above which the fast tier leaves a test function out."""
+
+
+def slow_functions() -> set[str]:
+    """Return the slow test functions, as "test_file.py::test_name"."""
+    return set(SLOW_TESTS.read_text().split())
+
+
+def function_of(nodeid: str) -> str:
+    """Return the file and the name of the test function of a test, without its parameters."""
+    return nodeid.partition("[")[0].rpartition("/")[2]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="one case of every test function that is not slow")
+    parser.addoption("--cpu-times", metavar="FILE", help="append the CPU seconds of every test to a file")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the listed tests as slow; with --fast, keep the case in the middle of every other function's list."""
+    listed = slow_functions()
+    for item in items:
+        if function_of(item.nodeid) in listed:
+            item.add_marker("slow")
+    if not config.getoption("--fast"):
+        return
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("slow") is None:
+            cases.setdefault(function_of(item.nodeid), []).append(item)
+    kept = {id(found[len(found) // 2]) for found in cases.values()}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+    items[:] = [item for item in items if id(item) in kept]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """With --cpu-times, note what a test took, processes that it started included."""
+    path = item.config.getoption("--cpu-times")
+    before = sum(os.times()[:4])
+    result = yield
+    if path:
+        with open(path, "a") as file:
+            file.write(json.dumps([item.nodeid, round(sum(os.times()[:4]) - before, 3)]) + "\n")
+    return result
+
+
+def slow_of(times: dict[str, float]) -> list[str]:
+    """Return the functions of which the case in the middle, or a case on average, takes more than the limit."""
+    functions: dict[str, list[float]] = {}
+    for nodeid, seconds in times.items():
+        functions.setdefault(function_of(nodeid), []).append(seconds)
+    return sorted(
+        name for name, taken in functions.items() if max(taken[len(taken) // 2], sum(taken) / len(taken)) > LIMIT
+    )
+
+
+if __name__ == "__main__":
+    lines = Path(sys.argv[1]).read_text().splitlines()
+    SLOW_TESTS.write_text("\n".join(slow_of(dict(map(json.loads, lines)))) + "\n")
