@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
-import numpy as np
 import onnx_ir as ir
 
 from cipm_ir.ir.labels import State
@@ -33,7 +33,7 @@ class LeafFactor:
     @property
     def size(self) -> int:
         """Number of atoms."""
-        return int(np.prod(self.shape))
+        return math.prod(self.shape)
 
 
 @dataclass
