@@ -21,6 +21,7 @@ class Editor:
         self.graph = model.graph
         self.analysis = analysis
         self.nodes = nodes_in_order(model.graph)
+        self.position = {id(node): k for k, node in enumerate(self.nodes)}
         self.taken = {v.name for n in model.graph.all_nodes() for v in n.outputs}
         for graph in (self.graph, *self.graph.subgraphs()):
             self.taken |= {v.name for v in graph.inputs} | set(graph.initializers)
@@ -49,10 +50,9 @@ class Editor:
     def _used_elsewhere(self, name: str, leaves: list[int]) -> bool:
         value = self._value(name, leaves)
         inside = {use for k in leaves for use in self.analysis.walk.leaves[k].uses}
-        position = {id(node): k for k, node in enumerate(self.nodes)}
         # Shape and Size read no entry: they follow a tensor that is edited in place.
         reads = [u for u in value.uses() if u.node.domain or u.node.op_type not in ("Shape", "Size")]
-        uses = {(position.get(id(u.node), -1), u.idx) for u in reads}
+        uses = {(self.position.get(id(u.node), -1), u.idx) for u in reads}
         return value.is_graph_output() or not uses <= inside
 
     def _value(self, name: str, leaves: list[int]) -> ir.Value:
