@@ -22,7 +22,7 @@ _PLAIN_STATE = (nn.Module.__setstate__, nn.Conv2d.__setstate__)
 _FLOAT8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 
 
-class Evaluated(ir.Tensor):
+class Evaluated(ir.Tensor[Any]):
     """Numbers that were computed for the torch program alone, so that it may have their memory."""
 
 

@@ -10,9 +10,9 @@ from tests import zoo
 
 import cipm_ir
 from cipm_ir.rules.events import Recorder
-from cipm_ir.symmetry.classes import _classes, find_classes
+from cipm_ir.symmetry.classes import find_classes
 from cipm_ir.symmetry.leaves import LeafFactor
-from cipm_ir.symmetry.whole_axes import shorten
+from cipm_ir.symmetry.whole_axes import classes_of, shorten
 
 PARTS = ("of", "count", "free", "block", "real", "signature", "colour")
 
@@ -20,7 +20,7 @@ PARTS = ("of", "count", "free", "block", "real", "signature", "colour")
 @pytest.mark.parametrize("name", zoo.names("synthetic", without=("large",)))
 def test_classes_are_those_of_all_positions(name: str) -> None:
     walked = cipm_ir.load(zoo.build_or_skip(name)).analysis.walk
-    short, every = find_classes(walked), _classes(walked.rec, walked.leaf_factors, walked.leaves)
+    short, every = classes_of(walked), find_classes(walked)
     for part in PARTS:
         np.testing.assert_array_equal(getattr(short, part), getattr(every, part), part)
     for part in ("parent", "child", "event"):

@@ -7,7 +7,6 @@ order of colour, is a symmetry of the whole graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +14,7 @@ import numpy.typing as npt
 
 from cipm_ir.ir.components import connected_components
 from cipm_ir.ir.labels import Labels, mix
-from cipm_ir.rules.events import Recorder
-from cipm_ir.symmetry.leaves import Leaf, LeafFactor
 from cipm_ir.symmetry.walk import Walk
-from cipm_ir.symmetry.whole_axes import shorten
 
 Hashes = npt.NDArray[np.uint64]
 Flags = npt.NDArray[np.bool_]
@@ -81,30 +77,10 @@ def scatter_sum(index: Labels, hashes: Hashes, count: int) -> Hashes:
 
 def find_classes(walk: Walk) -> Classes:
     """Classes, pins, blocks and signatures of a walked graph."""
-    short = shorten(walk.rec, walk.leaf_factors)
-    found = _classes(short.rec, short.leaf_factors, walk.leaves)
-    # A class is numbered by its first atom: of a whole axis at the same position of the first such axis.
-    start = np.zeros(found.count, np.int64)
-    start[found.of[::-1]] = short.before(np.arange(short.rec.atoms))[::-1]
-    root = short.spread(start[found.of])
-    position = np.arange(walk.rec.atoms)
-    for base, size in zip(short.base[short.one].tolist(), short.size[short.one].tolist(), strict=True):
-        root[base : base + size] += position[:size]
-    first = np.flatnonzero(root == position)
-    number = np.zeros(walk.rec.atoms, np.int64)
-    number[first] = position[: len(first)]
-    stands = found.of[short.here(first)]
-    return Classes(
-        number[root], len(first), found.free[stands], found.block[stands], found.real[stands],
-        found.signature[stands], short.spread(found.colour), _flat_links(walk.rec),
-    )  # fmt: skip
-
-
-def _classes(rec: Recorder, factors: Sequence[LeafFactor], leaves: Sequence[Leaf]) -> Classes:
-    """The same from the events, atom by atom."""
+    rec = walk.rec
     pairs = [(u.a, u.b) for u in rec.unifications]
     count, of = components(rec.atoms, pairs)
-    links = _flat_links(rec)
+    links = _flat_links(walk)
     if len(links.parent):
         count, of = _close_blocks(count, of, links)
     free = np.ones(count, bool)
@@ -112,16 +88,16 @@ def _classes(rec: Recorder, factors: Sequence[LeafFactor], leaves: Sequence[Leaf
         free[of[pin.labels]] = False
     block = np.zeros(count, bool)
     block[of[links.parent]] = True
-    real, atom_colour = _colours(rec, factors, of, count)
-    real &= _touched(rec, of, count) & _owned(factors, leaves, of, count)
+    real, atom_colour = _colours(walk, of, count)
+    real &= _touched(walk, of, count) & _owned(walk, of, count)
     colour = _ranked(of, atom_colour)
-    signature = _signatures(rec, of, count, colour)
+    signature = _signatures(walk, of, count, colour)
     return Classes(of, count, free, block, real, signature, colour, links)
 
 
-def _flat_links(rec: Recorder) -> Links:
+def _flat_links(walk: Walk) -> Links:
     parents, children, events = [], [], []
-    for k, link in enumerate(rec.links):
+    for k, link in enumerate(walk.rec.links):
         rows, width = link.children.shape
         parents.append(np.repeat(link.parents, width))
         children.append(link.children.ravel())
@@ -152,9 +128,10 @@ def _close_blocks(count: int, of: Labels, links: Links) -> tuple[int, Labels]:
         count, of = number, label[of]
 
 
-def _colours(rec: Recorder, factors: Sequence[LeafFactor], of: Labels, count: int) -> tuple[Flags, Hashes]:
+def _colours(walk: Walk, of: Labels, count: int) -> tuple[Flags, Hashes]:
     """Which classes are real, and a colour per atom: the factor it comes from and the selections it went through."""
-    leaves = [f for f in factors if f.active]
+    rec = walk.rec
+    leaves = [f for f in walk.leaf_factors if f.active]
     base = np.asarray([f.base for f in leaves] + [lo for lo, _ in rec.fresh_ranges], np.int64)
     size = np.asarray([f.size for f in leaves] + [hi - lo for lo, hi in rec.fresh_ranges], np.int64)
     atoms = np.arange(size.sum()) + np.repeat(base - (np.cumsum(size) - size), size)
@@ -177,8 +154,9 @@ def _colours(rec: Recorder, factors: Sequence[LeafFactor], of: Labels, count: in
     return real, colour
 
 
-def _touched(rec: Recorder, of: Labels, count: int) -> Flags:
+def _touched(walk: Walk, of: Labels, count: int) -> Flags:
     """Classes that some event mentions: rows of a table that nothing ever reads are not units."""
+    rec = walk.rec
     touched = np.zeros(count, bool)
     seen: set[int] = set()
     events = [x for u in rec.unifications for x in (u.a, u.b)] + [e.labels for e in rec.equations]
@@ -189,11 +167,11 @@ def _touched(rec: Recorder, of: Labels, count: int) -> Flags:
     return touched
 
 
-def _owned(factors: Sequence[LeafFactor], leaves: Sequence[Leaf], of: Labels, count: int) -> Flags:
+def _owned(walk: Walk, of: Labels, count: int) -> Flags:
     """Classes with a position of a parameter: entries of constants that a program makes for itself are not units."""
     owned = np.zeros(count, bool)
-    for f in factors:
-        if not leaves[f.leaf].constant:
+    for f in walk.leaf_factors:
+        if not walk.leaves[f.leaf].constant:
             owned[of[f.base : f.base + f.size]] = True
     return owned
 
@@ -218,13 +196,13 @@ def _suspects(key: Hashes) -> Labels:
     return np.flatnonzero(np.isin(key, twice)) if len(twice) else np.zeros(0, np.int64)
 
 
-def _signatures(rec: Recorder, of: Labels, count: int, colour: Hashes) -> Hashes:
+def _signatures(walk: Walk, of: Labels, count: int, colour: Hashes) -> Hashes:
     total = scatter_sum(of, colour, count)
-    if not rec.unifications:
+    if not walk.rec.unifications:
         return total
-    a = np.concatenate([u.a for u in rec.unifications])
-    b = np.concatenate([u.b for u in rec.unifications])
-    event = np.repeat(np.arange(len(rec.unifications)), [len(u.a) for u in rec.unifications])
+    a = np.concatenate([u.a for u in walk.rec.unifications])
+    b = np.concatenate([u.b for u in walk.rec.unifications])
+    event = np.repeat(np.arange(len(walk.rec.unifications)), [len(u.a) for u in walk.rec.unifications])
     with np.errstate(over="ignore"):
         edges = mix(colour[a] + np.uint64(3) * colour[b] + mix(event, salt=_EVENT))
         return np.asarray(total + scatter_sum(of[a], edges, count), dtype=np.uint64)

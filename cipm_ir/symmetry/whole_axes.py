@@ -16,7 +16,9 @@ import numpy.typing as npt
 
 from cipm_ir.ir.labels import Labels
 from cipm_ir.rules.events import Equation, Link, Pin, Recorder, Unification
+from cipm_ir.symmetry.classes import Classes, find_classes
 from cipm_ir.symmetry.leaves import LeafFactor
+from cipm_ir.symmetry.walk import Walk
 
 AnyEntry = TypeVar("AnyEntry", bound=np.generic)
 
@@ -57,6 +59,28 @@ class Shortened:
             base, start, size = self.base[k], self.start[k], self.size[k]
             spread[base : base + size] = values[start : start + size]
         return spread
+
+
+def classes_of(walk: Walk) -> Classes:
+    """Return the classes of a walked graph, as `find_classes` finds them atom by atom."""
+    short = shorten(walk.rec, walk.leaf_factors)
+    found = find_classes(replace(walk, rec=short.rec, leaf_factors=short.leaf_factors))
+    # A class is numbered by its first atom: of a whole axis at the same position of the first such axis.
+    start = np.zeros(found.count, np.int64)
+    start[found.of[::-1]] = short.before(np.arange(short.rec.atoms))[::-1]
+    root = short.spread(start[found.of])
+    position = np.arange(walk.rec.atoms)
+    for base, size in zip(short.base[short.one].tolist(), short.size[short.one].tolist(), strict=True):
+        root[base : base + size] += position[:size]
+    first = np.flatnonzero(root == position)
+    number = np.zeros(walk.rec.atoms, np.int64)
+    number[first] = position[: len(first)]
+    stands = found.of[short.here(first)]
+    links = replace(found.links, parent=short.before(found.links.parent), child=short.before(found.links.child))
+    return Classes(
+        number[root], len(first), found.free[stands], found.block[stands], found.real[stands],
+        found.signature[stands], short.spread(found.colour), links,
+    )  # fmt: skip
 
 
 def shorten(rec: Recorder, leaf_factors: Sequence[LeafFactor]) -> Shortened:
@@ -129,7 +153,8 @@ class _Ranges:
         length = np.where(one, 1, self.size)
         start = np.cumsum(length) - length
         self.one, self.start = one, start
-        reduced = Recorder(
+        reduced = replace(
+            rec,
             atoms=int(length.sum()),
             unifications=[Unification(self._labels(u.a), self._labels(u.b), u.node) for u in rec.unifications],
             pins=[Pin(self._labels(p.labels), p.node, p.reason) for p in rec.pins],
