@@ -13,6 +13,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from cipm_ir.backends.to_torch_attributes import Attributes, apply_attributes, standard, suggested
+from cipm_ir.backends.to_torch_biases import give_biases, new_biases
 from cipm_ir.backends.to_torch_emitter import graph_module
 from cipm_ir.backends.to_torch_graph import Rewritten, rewritten
 from cipm_ir.backends.to_torch_naming import named_as_captured
@@ -115,6 +116,7 @@ def _of_the_class(
     """A copy of the caller's module with the new tensors, and the attributes that were set on it."""
     source, extra = capture.source, extra or {}
     module = copied(source, state, {} if capture.exported is None else _program_names(capture, source))
+    give_biases(module, new_biases(capture, state.model))
     attributes = known or (standard(module, _held(capture, state.model)) if resized(capture, state.model) else {})
     attributes = {p: {**attributes.get(p, {}), **extra.get(p, {})} for p in {*attributes, *extra}}
     apply_attributes(module, attributes)
