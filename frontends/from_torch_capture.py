@@ -16,7 +16,7 @@ from torch.fx import _pytree as fx_pytree
 from torch.utils import _pytree as pytree
 
 from cipm_ir.errors import InputError, UnsupportedError
-from cipm_ir.frontends.from_torch_checks import packing
+from cipm_ir.frontends.from_torch_checks import packing, way_out
 from cipm_ir.frontends.from_torch_table import bare_name, function_entry, load_table, module_entry
 from cipm_ir.runtime.torch_modes import unchanged
 from cipm_ir.runtime.torch_shapes import ShapeError, propagate
@@ -101,8 +101,7 @@ def _from_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         _refuse_packed(module, packed or packing(error), error)
         raise UnsupportedError(
             f"{type(module).__name__} cannot be made a graph: {'; '.join(reasons)}; "
-            f"torch.export: {_first_line(error)}. "
-            "Rewrite what depends on the values of tensors (torch.cond, torch.where), or give a part of the model."
+            f"torch.export: {_first_line(error)}. {way_out(module)}"
         ) from error
     if symbolic is not None and len(unknown(traced)) >= len(unknown(symbolic)):
         return symbolic

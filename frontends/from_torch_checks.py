@@ -69,3 +69,15 @@ def packing(error: BaseException | None) -> str:
             trace = trace.tb_next
         error = error.__cause__ or error.__context__
     return ""
+
+
+def way_out(module: nn.Module) -> str:
+    """Return what to do about a module that cannot be made a graph."""
+    for path, inner in module.named_modules():
+        if getattr(getattr(inner, "config", None), "_experts_implementation", "") == "eager":
+            return (
+                f"The experts of {type(inner).__name__} run one after the other over the tokens that the router gave "
+                f"them; call {path + '.' if path else ''}set_experts_implementation('grouped_mm') or 'batched_mm', "
+                "which compute the same and can be read."
+            )
+    return "Rewrite what depends on the values of tensors (torch.cond, torch.where), or give a part of the model."

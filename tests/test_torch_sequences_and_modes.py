@@ -125,3 +125,16 @@ def test_a_counter_that_is_used_is_not_forgotten() -> None:
     net = Normalized(calls=True).eval()
     program = cipm_ir.load(net, (torch.randn(4, 3, 8, 8),), method="export")
     assert any("calls" in (value.name or "") for value in program.model.graph.initializers.values())
+
+
+def test_experts_that_run_one_after_the_other_are_told_the_way() -> None:
+    """And the way that is told leads to their units."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from tests.torch_zoo_hf import mixtral_model
+
+    net, tokens = mixtral_model("eager").eval(), torch.arange(6).reshape(1, 6)
+    with pytest.raises(UnsupportedError, match=r"call model\.set_experts_implementation\('grouped_mm'\)"):
+        cipm_ir.load(net, (tokens,))
+    net.model.set_experts_implementation("grouped_mm")  # type: ignore[operator, union-attr]
+    sizes = [space.size for space in cipm_ir.load(net, (tokens,)).spaces if "experts" in space.name]
+    assert sizes == [20, 20]
