@@ -107,7 +107,7 @@ def _copy_plain(layer: nn.Module, memo: dict[int, Any]) -> None:
             made[name] = type(value)((key, None if t is None else memo[id(t)]) for key, t in value.items())
         elif type(value) in _PLAIN or (type(value) is tuple and all(type(v) in _PLAIN for v in value)):
             made[name] = value
-        elif not value and type(value) in (dict, OrderedDict, set, list):
+        elif type(value) in (dict, OrderedDict, set, list) and not value:
             made[name] = type(value)()
         else:
             made[name] = copy.deepcopy(value, memo)
