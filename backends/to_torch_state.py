@@ -101,7 +101,8 @@ def _copy_plain(layer: nn.Module, memo: dict[int, Any]) -> None:
     kind = type(layer)
     if not kind.__module__.startswith("torch.nn.modules") or kind.__setstate__ not in _PLAIN_STATE or layer._modules:
         return
-    made: dict[str, Any] = {}
+    twin = memo[id(layer)] = kind.__new__(kind)  # first: what it holds may hold it
+    made = twin.__dict__
     for name, value in vars(layer).items():
         if name in ("_parameters", "_buffers"):
             made[name] = type(value)((key, None if t is None else memo[id(t)]) for key, t in value.items())
@@ -111,8 +112,6 @@ def _copy_plain(layer: nn.Module, memo: dict[int, Any]) -> None:
             made[name] = type(value)()
         else:
             made[name] = copy.deepcopy(value, memo)
-    twin = memo[id(layer)] = kind.__new__(kind)
-    twin.__dict__.update(made)
 
 
 def holder(source: nn.Module, graph: fx.Graph, state: State) -> nn.Module:

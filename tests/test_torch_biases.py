@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -110,3 +111,26 @@ def test_a_plan_gives_the_bias_too(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(again(x), result.model(x))
     assert [name for name, _ in again.named_parameters()] == [name for name, _ in result.model.named_parameters()]
+
+
+def test_copies_of_layers_are_deep() -> None:
+    """What a layer holds besides its parameters is its copy's own, and a forward that was put onto it is the copy's."""
+    from types import MethodType
+
+    from cipm_ir.backends.to_torch_state import with_tensors
+
+    def forward(self: nn.Linear, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight) * self.marks[0]  # type: ignore[index]
+
+    layer = nn.Linear(3, 3)
+    layer.marks, layer.table, layer.forward = [2.0], torch.ones(3), MethodType(forward, layer)  # type: ignore[assignment]
+    layer.register_forward_hook(lambda module, args, out: out + 1)
+    net = nn.Sequential(layer, nn.ReLU())
+    twin: Any = with_tensors(net, {})
+    x = torch.randn(2, 3)
+    assert torch.equal(twin(x), net(x))
+    inner: Any = twin[0]
+    inner.marks[0] = 0.0
+    assert torch.equal(twin(x), torch.ones(2, 3)) and layer.marks == [2.0]
+    assert inner.table is not layer.table and inner.forward.__self__ is inner
+    assert not {id(p) for p in net.parameters()} & {id(p) for p in twin.parameters()}
