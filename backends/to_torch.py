@@ -13,15 +13,17 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from cipm_ir.backends.to_torch_attributes import Attributes, apply_attributes, standard, suggested
+from cipm_ir.backends.to_torch_biases import give_biases, new_biases
 from cipm_ir.backends.to_torch_emitter import graph_module
 from cipm_ir.backends.to_torch_graph import Rewritten, rewritten
 from cipm_ir.backends.to_torch_naming import named_as_captured
 from cipm_ir.backends.to_torch_proof import unproven
 from cipm_ir.backends.to_torch_runs import Side, Watched, computes_otherwise, first_line, in_mode
-from cipm_ir.backends.to_torch_state import State, copied, holder
+from cipm_ir.backends.to_torch_state import Evaluated, State, copied, holder
 from cipm_ir.errors import InputError, UnsupportedError
 from cipm_ir.ir.capture import Capture
 from cipm_ir.runtime.torch_shapes import is_tensor
+from cipm_ir.symmetry.analysis import uncollected
 from cipm_ir.symmetry.edits import EditedTensor
 
 __all__ = [
@@ -66,6 +68,11 @@ def emit_torch(capture: Capture, model: ir.Model, runs: bool = True) -> Emitted:
 
     Errors: `UnsupportedError` where the change cannot be expressed in torch.
     """
+    with uncollected():
+        return _emitted(capture, model, runs)
+
+
+def _emitted(capture: Capture, model: ir.Model, runs: bool) -> Emitted:
     _evaluate(model)
     state = State(capture, model)
     if capture.kind == "module":
@@ -97,7 +104,9 @@ def _evaluate(model: ir.Model) -> None:
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if isinstance(tensor, EditedTensor):
-            value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
+            array = tensor.numpy()
+            own = array.flags.owndata and array.flags.writeable and not tensor.cache  # no view of another's numbers
+            value.const_value = (Evaluated if own else ir.Tensor)(array, dtype=tensor.dtype, name=tensor.name)
 
 
 def _proven(capture: Capture, state: State) -> Emitted | None:
@@ -116,6 +125,7 @@ def _of_the_class(
     """A copy of the caller's module with the new tensors, and the attributes that were set on it."""
     source, extra = capture.source, extra or {}
     module = copied(source, state, {} if capture.exported is None else _program_names(capture, source))
+    give_biases(module, new_biases(capture, state.model))
     attributes = known or (standard(module, _held(capture, state.model)) if resized(capture, state.model) else {})
     attributes = {p: {**attributes.get(p, {}), **extra.get(p, {})} for p in {*attributes, *extra}}
     apply_attributes(module, attributes)

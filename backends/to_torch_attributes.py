@@ -47,7 +47,10 @@ def _embedding(m: Any, held: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _recurrent(m: Any, held: Mapping[str, Any]) -> dict[str, Any]:
-    return {"hidden_size": m.weight_hh_l0.shape[1], "input_size": m.weight_ih_l0.shape[1]}
+    sizes = {"hidden_size": m.weight_hh_l0.shape[1], "input_size": m.weight_ih_l0.shape[1]}
+    if m.proj_size:
+        sizes |= {"hidden_size": m.weight_hr_l0.shape[1], "proj_size": m.weight_hr_l0.shape[0]}
+    return sizes
 
 
 def _cell(m: Any, held: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,11 +17,12 @@ import torch
 from onnx_ir.passes.common import InlinePass
 from torch import fx, nn
 
-from cipm_ir.backends.to_torch_ops_facts import Facts, Int, held_tensor, is_default, refuse
+from cipm_ir.backends.to_torch_ops_facts import Facts, Int, argument_default, held_tensor, is_default, refuse
 from cipm_ir.backends.to_torch_ops_places import attribute_at, free_path, identifier, register
 from cipm_ir.backends.to_torch_ops_sizes import size_entries, tensor_of_sizes
 from cipm_ir.errors import InputError, UnsupportedError
 from cipm_ir.ir.constants import LIMIT
+from cipm_ir.ir.parameters import note_ir_version
 
 __all__ = ["Emitter", "Int", "emits", "graph_module", "refuse", "supported"]
 
@@ -291,25 +292,37 @@ def _drop_unused(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
+def given_or(given: Any, default: Any) -> Any:
+    """Return an argument, or its default where it is not given."""
+    return default if given is None else given
+
+
 def graph_module(model: ir.Model) -> fx.GraphModule:
     """The whole model as a GraphModule in eval mode; the model is not changed.
 
     Inputs become placeholders under their names made identifiers; the result is one tensor, or a tuple of several.
     Float initializers become parameters and the others buffers, under their own names where these are attribute paths
-    (a dot makes a submodule). Functions are inlined. UnsupportedError names the node that cannot be written.
+    (a dot makes a submodule). An input of floats with a default is an argument behind the others that may be left out,
+    with a parameter or buffer for its default. Functions are inlined.
+
+    Errors: `UnsupportedError` naming the node that cannot be written.
     """
     if model.functions:
         model = InlinePass()(model.clone()).model
     graph, root = fx.Graph(), nn.Module()
     known: dict[str, fx.Node] = {}
     taken: set[str] = set()
-    for v in model.graph.inputs:
-        if v.const_value is None:
-            name = identifier(_name(v))
-            while name in taken:
-                name += "_"
-            taken.add(name)
-            known[_name(v)] = graph.placeholder(name)
+    note_ir_version(model)
+    optional = {v: held for v in model.graph.inputs if (held := argument_default(v)) is not None}
+    for v in [*(v for v in model.graph.inputs if v.const_value is None), *optional]:
+        name = identifier(_name(v))
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        known[_name(v)] = graph.placeholder(name, **({"default_value": None} if v in optional else {}))
+    for v, held in optional.items():
+        path = register(root, _name(v), held, not _is_statistic(v))
+        known[_name(v)] = graph.call_function(given_or, (known[_name(v)], graph.get_attr(path)))
     emitter = Emitter(root, graph, model, known)
     for node in needed_nodes(model.graph):
         emitter.visit(node)

@@ -20,6 +20,7 @@ from cipm_ir.backends.targets import check_target, torch_form
 from cipm_ir.backends.to_onnx import save_onnx
 from cipm_ir.backends.to_torch import Emitted
 from cipm_ir.backends.to_torch_attributes import apply_attributes
+from cipm_ir.backends.to_torch_biases import added, set_biases
 from cipm_ir.backends.to_torch_emitter import graph_module
 from cipm_ir.backends.to_torch_state import as_torch, with_tensors
 from cipm_ir.backends.to_torch_written import check_exported, check_onnx, check_plan, check_written_model
@@ -201,6 +202,7 @@ def write_plan(capture: Capture, emitted: Emitted, path: str) -> None:
         "original": _shapes(capture.source),
         "attributes": emitted.attributes,
         "tied": ties,
+        "added": list(added(emitted.object, capture.source)),
     }
     target = Path(os.path.abspath(path))
     beside = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
@@ -266,6 +268,7 @@ def apply_plan(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         raise InputError("The module is on the meta device, which holds no numbers; build it on a real one.")
     made = with_tensors(module, tensors)
     try:
+        set_biases(made, [(name, tensors[name]) for name in plan.get("added", ())])
         apply_attributes(
             made, {p: {k: _restored(v) for k, v in held.items()} for p, held in plan["attributes"].items()}
         )
@@ -291,7 +294,7 @@ def _read_plan(path: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         raise InputError(f"{path!r} holds a plan that is damaged: parts of it are missing.")
     tied = {name: tensors.get(first) for name, first in plan["tied"].items()}
     tensors.update({name: t for name, t in tied.items() if t is not None})
-    odd = sorted(set(tensors) ^ set(plan["original"]))
+    odd = sorted(set(tensors) ^ {*plan["original"], *plan.get("added", ())})
     if odd:
         raise InputError(f"{path!r} is damaged: its plan and its weights do not belong together ({odd[0]!r}).")
     return plan, tensors

@@ -10,11 +10,12 @@ from torch import fx
 
 from cipm_ir.errors import UnsupportedError
 from cipm_ir.ir.constants import LIMIT, attribute, constant_tensor, evaluate
+from cipm_ir.ir.parameters import is_overridable
 from cipm_ir.ir.shapes import Shapes, infer_node
 from cipm_ir.ir.stand_ins import infer_shapes
 from cipm_ir.runtime.graphs import describe_node
 
-__all__ = ["CHAIN", "Facts", "Int", "held_tensor", "is_default", "refuse"]
+__all__ = ["CHAIN", "Facts", "Int", "argument_default", "held_tensor", "is_default", "refuse"]
 
 Int: TypeAlias = int | fx.Node
 """A size: a Python integer, or the fx node that computes one."""
@@ -40,10 +41,16 @@ def is_default(node: ir.Node) -> bool:
     return node.domain in ("", "ai.onnx")
 
 
+def argument_default(v: ir.Value) -> ir.TensorProtocol | None:
+    """Default of an input of floats, which becomes an argument; one of integers, mostly a size, stays its default."""
+    held = v.const_value
+    return held if held is not None and held.dtype.is_floating_point() and is_overridable(v) else None
+
+
 def held_tensor(v: ir.Value) -> ir.TensorProtocol | None:
-    """The tensor of an initializer or of a Constant."""
+    """The tensor of an initializer or of a Constant; None for one that is an argument (`argument_default`)."""
     if v.const_value is not None:
-        return v.const_value
+        return v.const_value if argument_default(v) is None else None
     node = v.producer()
     return constant_tensor(node) if node is not None and node.op_type == "Constant" and is_default(node) else None
 

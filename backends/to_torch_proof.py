@@ -176,7 +176,9 @@ class _Numbers:
         bucket = (data.dtype.name, data.shape, flat[:: max(1, len(flat) // 61)].tobytes())
         same = self.constants.setdefault(bucket, [])
         for other, number in same:
-            if np.array_equal(other, flat):
+            if other.__array_interface__["data"][0] == flat.__array_interface__["data"][0] or np.array_equal(
+                other, flat
+            ):
                 return number
         number = self._fresh()
         same.append((flat, number))

@@ -295,7 +295,8 @@ def statistics(
 def to_torch(source: Source, *, example_inputs: Any = None, example_kwargs: Mapping[str, Any] | None = None) -> Any:
     """A model as a `torch.fx.GraphModule` in evaluation mode; an ONNX model is written in torch.
 
-    Inputs and outputs are in the order of the model; parameters keep the names of the initializers.
+    Inputs and outputs are in the order of the model; parameters keep the names of the initializers. Inputs of floats
+    with a default (initializers that are inputs) come last and may be left out; those of integers stay their defaults.
 
     Errors: `InputError`, `UnsupportedError` naming the operator that has no counterpart in torch, or without torch.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,7 +39,7 @@ def load_torch(
     if method not in METHODS:
         raise OptionError(f"There is no method {method!r}; use one of {', '.join(METHODS)}.")
     with evaluating(source):
-        return _load(source, _as_args(example_inputs), dict(example_kwargs or {}), dynamic_shapes, method)
+        return _load(source, _as_args(example_inputs), _in_order(source, example_kwargs), dynamic_shapes, method)
 
 
 def _load(source: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, method: str) -> Capture:
@@ -90,6 +91,13 @@ def _functional(traced: Traced, source: Any, kind: Any, given: Any, dynamic: Any
         return None
     functional.method, functional.notes = traced.method, notes
     return Lowerer(functional, source, kind, given, dynamic).run()
+
+
+def _in_order(source: Any, kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Keyword arguments in the order of the forward's own: that of the inputs of a graph."""
+    given = dict(kwargs or {})
+    names = inspect.signature(source.forward).parameters if given and isinstance(source, nn.Module) else ()
+    return {**{name: given[name] for name in names if name in given}, **given}
 
 
 def _as_args(example: Any) -> tuple[Any, ...]:

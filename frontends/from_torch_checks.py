@@ -51,3 +51,33 @@ def _leaves(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, tuple | list):
         for part in value:
             yield from _leaves(part)
+
+
+_PACKS = ("pack_padded_sequence", "pack_sequence", "pad_packed_sequence", "unpad_sequence", "unpack_sequence")
+
+
+def packing(error: BaseException | None) -> str:
+    """Return the function of packed sequences in which reading failed; empty where it failed in none."""
+    while error is not None:
+        trace = error.__traceback__
+        while trace is not None:
+            code, held = trace.tb_frame.f_code, trace.tb_frame.f_locals
+            if code.co_filename.endswith("torch/nn/utils/rnn.py") and code.co_name in _PACKS:
+                return code.co_name
+            if code.co_filename.endswith("torch/nn/modules/rnn.py") and held.get("batch_sizes") is not None:
+                return f"pack_padded_sequence in front of {type(held.get('self')).__name__}"
+            trace = trace.tb_next
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def way_out(module: nn.Module) -> str:
+    """Return what to do about a module that cannot be made a graph."""
+    for path, inner in module.named_modules():
+        if getattr(getattr(inner, "config", None), "_experts_implementation", "") == "eager":
+            return (
+                f"The experts of {type(inner).__name__} run one after the other over the tokens that the router gave "
+                f"them; call {path + '.' if path else ''}set_experts_implementation('grouped_mm') or 'batched_mm', "
+                "which compute the same and can be read."
+            )
+    return "Rewrite what depends on the values of tensors (torch.cond, torch.where), or give a part of the model."

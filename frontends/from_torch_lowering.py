@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from inspect import BoundArguments
 from typing import Any
 
 import onnx_ir as ir
@@ -111,7 +110,8 @@ class Lowerer:
         entry = function_entry(node.target)
         if entry is None:
             raise Refused("no rule for this operation")
-        return self._call(entry, bind(entry, args, kwargs))
+        bound = bind(entry, args, kwargs)
+        return self._call(entry, bound.args, bound.kwargs)
 
     def _inlined(self, name: str, inner: fx.GraphModule, operands: tuple[Any, ...]) -> Any:
         """What a nested graph computes; all its nodes must be known."""
@@ -140,9 +140,8 @@ class Lowerer:
             raise Refused("the module has hooks, or a forward of its own")
         if len(args) > entry.inputs:
             raise Refused("the module is called with more arguments than are known")
-        names = list(entry.entry.signature.parameters)
         given = dict(kwargs)
-        for name in names[entry.inputs :]:
+        for name in entry.attributes:
             if name in entry.fixed:
                 given[name] = entry.fixed[name]
             elif name == "module":
@@ -151,11 +150,14 @@ class Lowerer:
                 given[name] = path
             elif (value := getattr(module, name, _ABSENT)) is not _ABSENT:
                 given[name] = self.parameters.tensor(f"{path}.{name}") if isinstance(value, torch.Tensor) else value
-        return self._call(entry.entry, bind(entry.entry, args, given))
+        if kwargs:
+            bound = bind(entry.entry, args, given)
+            args, given = bound.args, bound.kwargs
+        return self._call(entry.entry, args, given)
 
-    def _call(self, entry: Entry, bound: BoundArguments) -> Any:
+    def _call(self, entry: Entry, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         try:
-            return entry.lower(self.lowering, *bound.args, **bound.kwargs)
+            return entry.lower(self.lowering, *args, **kwargs)
         except (TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError) as error:
             raise Refused(f"its rule does not fit this use ({error})") from error
 
@@ -214,8 +216,9 @@ class Lowerer:
     def _named(self, node: fx.Node, made: Any) -> tuple[str, ...]:
         """Give the values that this node computes the node's name, and the shapes that torch says."""
         fresh = {id(v) for n in self.lowering.made for v in n.outputs}
-        tensors = [x for x in leaves(made) if isinstance(x, Tensor)]
-        fakes = [x for x in pytree.tree_leaves(self.lowering.out, is_leaf=is_tensor) if is_tensor(x)]
+        out = self.lowering.out
+        tensors = [made] if isinstance(made, Tensor) else [x for x in leaves(made) if isinstance(x, Tensor)]
+        fakes = [out] if is_tensor(out) else [x for x in pytree.tree_leaves(out, is_leaf=is_tensor) if is_tensor(x)]
         if fakes and len(fakes) != len(tensors):
             raise Refused(f"it has {len(fakes)} results where its rule makes {len(tensors)}")
         own = []
@@ -235,7 +238,9 @@ class Lowerer:
 
     def _check(self, x: Tensor, fake: torch.Tensor) -> None:
         shape = static_shape(fake)
-        if x.shape is not None and len(x.shape) == len(shape):
+        if x.shape == shape:
+            differ = False
+        elif x.shape is not None and len(x.shape) == len(shape):
             differ = any(a is not None and b is not None and a != b for a, b in zip(x.shape, shape, strict=True))
         else:
             differ = x.shape is not None
@@ -243,9 +248,9 @@ class Lowerer:
             raise Refused(f"its rule makes the shape {x.shape}, torch {shape}")
         if x.dtype != fake.dtype:
             raise Refused(f"its rule makes {x.dtype}, torch {fake.dtype}")
-        x.shape = shape
-        if x.value.const_value is None and (x.value.shape is None or x.value.shape != shape):
-            x.value.shape = ir.Shape(shape)
+        value, x.shape = x.value, shape
+        if value.const_value is None and (value.shape is None or value.shape.dims != shape):
+            value.shape = ir.Shape(shape)
 
     def _overwritten(self, node: fx.Node, target: Any, operands: Any) -> tuple[str, ...]:
         """A write that cannot be expressed: nobody knows what holds afterwards in all that shares the memory."""

@@ -33,11 +33,20 @@ class Memory:
         target = targets[0]
         if len(targets) > 1 or target is not node.args[0]:
             raise Refused("it writes into another argument than its first")
+        if self._counts(node, target):
+            return
         if not isinstance(target, fx.Node) or any(self.state(n) for n in self.sharing(target)):
             raise Refused("it changes a parameter or buffer in place")
         for other in self.sharing(target):
             if other is not target and self.read_after(other, node):
                 raise Refused(f"it changes memory in place that {other.name!r} shares")
+
+    def _counts(self, write: fx.Node, target: Any) -> bool:
+        """Whether a batch normalization of a module that is read counts its batches, which nothing else uses."""
+        held = self.sharing(target) if isinstance(target, fx.Node) else []
+        counter = any(self.state(n).rpartition(".")[2] == "num_batches_tracked" for n in held)
+        alone = not write.users and {user for n in held for user in n.users} == {write}
+        return self.traced.method == "export" and counter and alone
 
     def _entry(self, node: fx.Node) -> Entry | None:
         if node.op != "call_module" or self.traced.root is None:

@@ -68,11 +68,10 @@ def rnn_relu(b: Lowering, input: Tensor, hx: Any, params: Any, has_biases: Any, 
 def _module(
     b: Lowering, kind: str, input: Any, hx: Any, module: Any, path: str, nonlinearity: str = "tanh"
 ) -> tuple[Tensor, ...]:
-    if getattr(module, "proj_size", 0):
-        raise Refused("an LSTM with projections")
     if not isinstance(input, Tensor):
         raise Refused("a packed sequence")
-    if any(p.shape[1] != module.hidden_size for k, p in module.named_parameters() if k.startswith("weight_hh")):
+    width = getattr(module, "proj_size", 0) or module.hidden_size
+    if any(p.shape[1] != width for k, p in module.named_parameters() if k.startswith("weight_hh")):
         raise Refused("layers of different hidden sizes, which torch starts from one state")
     names = [name for name, _ in module.named_parameters(recurse=False, remove_duplicate=False)]
     params = [b.parameter(f"{path}.{name}") for name in names]
@@ -98,8 +97,10 @@ def _layers(
     if states is None and kind == "LSTM" and len(params) == 0:
         raise Refused("no weights")
     each = len(params) // (layers * directions)
-    if each not in (2, 4) or len(params) != each * layers * directions:
-        raise Refused("weights other than two matrices and two biases per layer and direction")
+    if each not in (2, 3, 4, 5) or len(params) != each * layers * directions:
+        raise Refused("weights other than two matrices, two biases and a projection per layer and direction")
+    if each % 2 and states is not None:
+        raise Refused("an LSTM with projections that starts from given states: its product of weights needs zeros")
     parts = [_per_layer(b, s, layers, directions) for s in states or ()]
     if batch_first:
         x = b.transpose(x, (1, 0, 2))
@@ -139,12 +140,17 @@ def _layer(
     b: Lowering, kind: str, x: Tensor, weights: list[Any], states: list[Tensor], nonlinearity: str
 ) -> tuple[Tensor, ...]:
     """One layer: (time, batch, features) to (time, batch, directions * hidden) and the last states."""
-    hidden, directions, gates = weights[0][1].dims[1], len(weights), len(_ORDER[kind])
-    if any(w[1].dims != (gates * hidden, hidden) for w in weights):
-        raise Refused("recurrent weights with a projection")
-    first, again = (_stacked(b, [_gates(b, kind, w[k]) for w in weights]) for k in (0, 1))
+    projections = [w[-1] for w in weights] if len(weights[0]) % 2 else []
+    hidden, directions, gates = (projections or [weights[0][1]])[0].dims[1], len(weights), len(_ORDER[kind])
+    width = projections[0].dims[0] if projections else hidden
+    if any(w[1].dims != (gates * hidden, width) for w in weights) or any(
+        p.dims != (width, hidden) for p in projections
+    ):
+        raise Refused("recurrent weights of another shape")
+    first, again = (_stacked(b, [_gates(b, kind, w[k], projections[d : d + k]) for d, w in enumerate(weights)])
+                    for k in (0, 1))  # fmt: skip
     bias = None
-    if len(weights[0]) == 4:
+    if len(weights[0]) >= 4:
         shape = (1, 2 * gates * hidden)
         both = [b.op("Concat", _gates(b, kind, w[2]), _gates(b, kind, w[3]), axis=1, shape=shape) for w in weights]
         bias = _stacked(b, both)
@@ -156,11 +162,30 @@ def _layer(
         linear_before_reset=1 if kind == "GRU" else None,
         activations=[nonlinearity.capitalize()] * directions if kind == "RNN" else None,
     )  # fmt: skip
+    if projections:
+        made = [*(_projected(b, y, projections, axis) for y, axis in zip(made[:2], (1, 0), strict=True)), made[2]]
     return _side_by_side(b, made[0]), *made[1:]
 
 
-def _gates(b: Lowering, kind: str, weight: Tensor) -> Tensor:
-    """The rows in the order of ONNX's gates, with a first axis for the direction."""
+def _projected(b: Lowering, y: Tensor, projections: list[Tensor], axis: int) -> Tensor:
+    """Outputs of the cells, times the projection of their direction."""
+    shape = (*y.dims[:axis], 1, *y.dims[axis + 1 :])
+    parts = [y]
+    if len(projections) > 1:
+        parts = b.multi("Split", [y], [shape] * len(projections), axis=axis, num_outputs=len(projections))
+    made = [
+        b.op("MatMul", part, b.transpose(p, (1, 0)), shape=(*shape[:-1], p.dims[0]))
+        for part, p in zip(parts, projections, strict=True)
+    ]
+    whole = (*y.dims[:-1], projections[0].dims[0])
+    return made[0] if len(made) == 1 else b.op("Concat", *made, axis=axis, shape=whole)
+
+
+def _gates(b: Lowering, kind: str, weight: Tensor, projection: Sequence[Tensor] = ()) -> Tensor:
+    """The rows in the order of ONNX's gates, with a first axis for the direction.
+
+    ONNX has no projection P of the state: what it multiplies, U, is multiplied by it instead: U (P h) = (U P) h.
+    """
     order = _ORDER[kind]
     made = weight
     if len(order) > 1:
@@ -168,7 +193,9 @@ def _gates(b: Lowering, kind: str, weight: Tensor) -> Tensor:
         shape = (None if rows is None else rows // len(order), *weight.dims[1:])
         parts = b.multi("Split", [weight], [shape] * len(order), axis=0, num_outputs=len(order))
         made = b.op("Concat", *[parts[k] for k in order], axis=0, shape=weight.dims)
-    return b.op("Unsqueeze", made, _TIME, shape=(1, *weight.dims))
+    for p in projection:
+        made = b.op("MatMul", made, p, shape=(weight.dims[0], p.dims[1]))
+    return b.op("Unsqueeze", made, _TIME, shape=(1, *made.dims))
 
 
 def _stacked(b: Lowering, parts: Sequence[Tensor]) -> Tensor:

@@ -40,7 +40,7 @@ class Parameters:
         storage, shape = tensor.untyped_storage()._cdata, tuple(tensor.shape)
         where = (storage, tensor.storage_offset(), shape, tensor.stride(), tensor.dtype)
         name = self.storage.setdefault(where, path)
-        view = self._permuted(path, tensor) if name == path else None
+        view = self._permuted(path, tensor, storage) if name == path else None
         if name != path:
             made = self.tensor(name)
         elif view is not None:
@@ -48,19 +48,17 @@ class Parameters:
             made = transposed(self.graph, self.tensor(name), self.layouts[path], path)
         else:
             proxy = tensor_adapters.TorchTensor(tensor.detach(), name=path)
-            value = ir.Value(
-                name=path, const_value=proxy, type=ir.TensorType(proxy.dtype), shape=ir.Shape(tuple(tensor.shape))
-            )
+            value = ir.Value(name=path, const_value=proxy, type=ir.TensorType(proxy.dtype), shape=proxy.shape)
             value.meta["tied"] = True
             self.graph.register_initializer(value)
-            made = Tensor(value, tensor.dtype, tuple(tensor.shape))
+            made = Tensor(value, tensor.dtype, shape)
             self._overlap(path, made, storage)
         self.values[path], self.names[path] = made, name
         return made
 
-    def _permuted(self, path: str, tensor: torch.Tensor) -> tuple[str, tuple[int, ...]] | None:
+    def _permuted(self, path: str, tensor: torch.Tensor, storage: int) -> tuple[str, tuple[int, ...]] | None:
         """The parameter whose axes, permuted, this one is, in the same memory."""
-        other = self.overlaps.get(tensor.untyped_storage()._cdata)
+        other = self.overlaps.get(storage)
         first = None if other is None else self.state[other]
         if first is None or first.dtype != tensor.dtype or first.storage_offset() != tensor.storage_offset():
             return None

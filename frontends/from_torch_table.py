@@ -75,6 +75,8 @@ class ModuleEntry:
     entry: Entry
     inputs: int
     fixed: dict[str, Any]
+    attributes: tuple[str, ...]
+    """Arguments of the entry that do not come from the call."""
 
 
 def lowers(
@@ -111,7 +113,8 @@ def module(cls: type[nn.Module], inputs: int = 1, **fixed: Any) -> Callable[...,
     def register(lower: Lower, entry: Entry | None = None) -> Lower:
         if cls in _MODULES:
             raise ValueError(f"module class {cls.__name__} is registered twice")
-        _MODULES[cls] = ModuleEntry(entry or Entry(cls.__name__, lower, _signature(lower)), inputs, fixed)
+        found = entry or Entry(cls.__name__, lower, _signature(lower))
+        _MODULES[cls] = ModuleEntry(found, inputs, fixed, tuple(found.signature.parameters)[inputs:])
         return lower
 
     return register

@@ -145,10 +145,9 @@ class Lowering:
         **attributes: Any,
     ) -> list[Tensor]:
         """Add a node with as many outputs as ``shapes`` has entries."""
-        like = next((x.dtype for x in inputs if isinstance(x, Tensor)), None)
-        if any(isinstance(x, Tensor) and x.dtype.is_complex for x in inputs) or (
-            dtype is not None and dtype.is_complex
-        ):
+        types = [x.dtype for x in inputs if isinstance(x, Tensor)]
+        like = types[0] if types else None
+        if any(kind.is_complex for kind in types) or (dtype is not None and dtype.is_complex):
             if op_type in _COMPLEX and not self.made and all(isinstance(x, Tensor) for x in inputs):
                 raise Transparent("complex numbers", like=op_type, **attributes)
             raise Refused("complex numbers")
@@ -297,11 +296,13 @@ def known(x: Any) -> Any:
 
 def static_shape(fake: torch.Tensor) -> Dims:
     """Sizes of a tensor; None where they are symbolic."""
-    return tuple(int(d) if type(d) is int else None for d in fake.shape)
+    return tuple([int(d) if type(d) is int else None for d in fake.shape])
 
 
 def attribute_of(name: str, value: Any) -> ir.Attr:
     """Return an attribute of an ONNX node for a Python value."""
+    if type(value) is list and all(type(v) is int for v in value):
+        return ir.AttrInt64s(name, value)
     if isinstance(value, bool | int | np.integer):
         return ir.AttrInt64(name, int(value))
     if isinstance(value, float):

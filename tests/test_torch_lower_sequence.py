@@ -18,6 +18,7 @@ from tests.torch_running import feeds_of, lowering_error  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
+from cipm_ir.api import load  # noqa: E402
 from cipm_ir.frontends import from_torch_ops_recurrent  # noqa: E402
 from cipm_ir.frontends.from_torch import load_torch  # noqa: E402
 from cipm_ir.frontends.from_torch_values import OPAQUE  # noqa: E402
@@ -187,6 +188,12 @@ def test_recurrent_layer(case: str, kind: str, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("case", LAYERS)
+def test_projections(case: str, method: str) -> None:
+    check(Calls(lambda m, x: m(x), nn.LSTM(12, 4, proj_size=3, **LAYERS[case])), X, method=method)
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_initial_states(kind: str, method: str) -> None:
     layer = KINDS[kind](12, 4, num_layers=2, bidirectional=True)
@@ -244,8 +251,10 @@ def refused(module: nn.Module, *inputs: Any, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_projections_are_refused(method: str) -> None:
-    refused(Calls(lambda m, x: m(x)[0], nn.LSTM(12, 4, proj_size=3)), X, method=method)
+def test_projections_with_given_states_are_refused(method: str) -> None:
+    """The recurrent weights are multiplied by the projection, which a state that is given did not go through."""
+    h, c = draw(1, 2, 3, seed=1), draw(1, 2, 4, seed=2)
+    refused(Calls(lambda m, x, h, c: m(x, (h, c))[0], nn.LSTM(12, 4, proj_size=3)), X, h, c, method=method)
 
 
 def test_attention_without_a_batch_is_refused() -> None:
@@ -298,6 +307,28 @@ def test_hidden_units_are_free(directions: int, kind: str, method: str) -> None:
     assert ("units", 4) in spaces(program) and ("units", 12) in spaces(program)
     change, moved = acted(capture, X)
     assert moved and change < TOLERANCE
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("directions", [1, 2])
+def test_cells_and_projected_units_are_free(directions: int, method: str) -> None:
+    layer = nn.LSTM(12, 4, proj_size=3, bidirectional=directions == 2)
+    net = Between(layer, 3 * directions, lambda m, x: m(x)[0]).eval()
+    capture = check(net, X, method=method)
+    program = Program.of(capture.model)
+    assert not program.opaque
+    assert spaces(program).count(("units", 4)) == directions and ("units", 3) in spaces(program)
+    change, moved = acted(capture, X)
+    assert moved and change < TOLERANCE
+
+
+def test_a_projected_layer_keeps_its_class_when_it_shrinks() -> None:
+    net = Between(nn.LSTM(12, 8, proj_size=3), 3, lambda m, x: m(x)[0]).eval()
+    program = load(net, (X,))
+    cells = next(space for space in program.spaces if space.size == 8)
+    emitted = program.origin.emit(program.restrict({cells: np.arange(6)}).emit())  # type: ignore[union-attr]
+    assert (emitted.form, emitted.proof) == ("module", "same graph")
+    assert (emitted.object.layer.hidden_size, emitted.object.layer.proj_size) == (6, 3)
 
 
 @pytest.mark.parametrize("need_weights", [True, False])

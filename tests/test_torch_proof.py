@@ -121,11 +121,13 @@ def test_a_normalization_that_is_still_applied() -> None:
     assert re.search(r"its forward computes '.+' by BatchNormalization, the program by Conv", made.reason), made.reason
 
 
-def test_a_bias_that_has_no_place() -> None:
+def test_a_bias_that_a_layer_did_not_have() -> None:
+    """The layer gets one, and the copy, read again, is the program; a class that does not use it is not."""
     module = drawn(mlp)
     program = cipm_ir.optimize(module, example_inputs=(torch.randn(5, 6),)).program
     made: Any = program.origin.emit(program.emit())  # type: ignore[union-attr]
-    assert made.form == "graph" and "for which its forward has no place" in made.reason and "bias" in made.reason
+    assert (made.form, made.proof, type(made.object)) == ("module", "same graph", type(module))
+    assert len(list(made.object.parameters())) > len(list(module.parameters()))
 
 
 def test_a_size_that_is_used_as_a_number() -> None:

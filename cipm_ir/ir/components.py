@@ -24,7 +24,6 @@ def connected_components(a: Indices, b: Indices, count: int) -> tuple[int, npt.N
     root = np.arange(count, dtype=np.int64)
     ends = np.asarray(a, np.int64), np.asarray(b, np.int64)
     while True:
-        ends = root[ends[0]], root[ends[1]]
         apart = ends[0] != ends[1]
         if not apart.any():
             break
@@ -32,6 +31,7 @@ def connected_components(a: Indices, b: Indices, count: int) -> tuple[int, npt.N
         np.minimum.at(root, np.maximum(*ends), np.minimum(*ends))
         while not np.array_equal(root, above := root[root]):
             root = above
+        ends = root[ends[0]], root[ends[1]]
     first = root == np.arange(count)
     return int(first.sum()), (np.cumsum(first) - 1)[root]
 

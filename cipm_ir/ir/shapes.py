@@ -52,10 +52,8 @@ class Shapes:
 
 
 def _declared(value: ir.Value) -> Shape | None:
-    shape = value.shape
-    if shape is None or not shape.is_static():
-        return None
-    return tuple(shape.numpy())
+    dims = None if value.shape is None else value.shape.dims
+    return None if dims is None or any(type(d) is not int for d in dims) else dims  # type: ignore[return-value]
 
 
 def forget_impossible_sizes(graph: ir.Graph) -> None:

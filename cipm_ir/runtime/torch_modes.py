@@ -37,7 +37,7 @@ def unchanged(source: Any) -> Iterator[None]:
         yield
     finally:
         for own, before in (pair for pairs in held for pair in pairs):
-            if own.keys() != before.keys() or any(own[k] is not v for k, v in before.items()):
+            if own.keys() != before.keys() or list(map(id, own.values())) != list(map(id, before.values())):
                 own.clear()
                 own.update(before)
         with torch.no_grad():

@@ -18,6 +18,7 @@ _BATCH_NORMS: dict[type[nn.Module], tuple[int, ...]] = {
     nn.BatchNorm2d: (4,),
     nn.BatchNorm3d: (5,),
 }
+_ENTRYWISE = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Dropout, nn.Identity)
 _JOINS = (torch.cat, torch.ops.aten.cat.default)
 
 
@@ -146,6 +147,8 @@ class _Run:
             return self._tensor(value) if isinstance(value, torch.Tensor) else value
         if getattr(node.target, "__name__", "") == "wrap_with_set_grad_enabled":
             return self._nested(node)
+        if node.op == "call_module" and not node.kwargs and all(isinstance(a, fx.Node) for a in node.args):
+            return self._called_module(node, tuple(self.values[a] for a in node.args))  # type: ignore[index]
         args = _off_device(fx.node.map_arg(node.args, self.values.__getitem__))
         kwargs = _off_device(fx.node.map_arg(node.kwargs, self.values.__getitem__))
         if node.op == "output":
@@ -155,6 +158,13 @@ class _Run:
             made = self._every(on_meta, self._called(node, args, kwargs))
             self.values[node.args[0]] = made  # type: ignore[index]
             return made
+        return self._remembered(node, args, kwargs)
+
+    def _called_module(self, node: fx.Node, args: tuple[Any, ...]) -> Any:
+        made = _same_shape(self.modules[str(node.target)], args)
+        return self._remembered(node, args, {}) if made is None else made
+
+    def _remembered(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         key = self._key(node, args, kwargs)
         if key is not None and key in self.remembered:
             return self.remembered[key]
@@ -169,9 +179,7 @@ class _Run:
             return node.target(*args, **kwargs) if made is None else made  # type: ignore[operator]
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        module = self.modules[str(node.target)]
-        made = _batch_normalized(module, args, kwargs)
-        return self._module(module, args, kwargs) if made is None else made
+        return self._module(self.modules[str(node.target)], args, kwargs)
 
     def _nested(self, node: fx.Node) -> Any:
         """What a graph in a graph computes: it may name devices too."""
@@ -230,10 +238,17 @@ def _is_plain(module: nn.Module) -> bool:
     return own and not (module._modules or module._forward_hooks or module._forward_pre_hooks)
 
 
-def _batch_normalized(module: nn.Module, args: Any, kwargs: Any) -> torch.Tensor | None:
-    """Result of a batch normalization, which torch computes by a dozen operations even here; None: torch has to say."""
-    ranks, x = _BATCH_NORMS.get(type(module)), args[0] if len(args) == 1 and not kwargs else None
-    if ranks is None or not isinstance(x, torch.Tensor) or x.dim() not in ranks or not _is_plain(module):
+def _same_shape(module: nn.Module, args: tuple[Any, ...]) -> torch.Tensor | None:
+    """Result of a module that keeps shape, type and order in memory; None: torch has to say.
+
+    Batch normalization, which torch computes by a dozen operations even here, and what works entry by entry.
+    """
+    kind, x = type(module), args[0] if len(args) == 1 else None
+    if not isinstance(x, torch.Tensor) or not x.is_contiguous() or not x.is_floating_point() or not _is_plain(module):
+        return None
+    if kind in _ENTRYWISE:
+        return x
+    if x.dim() not in _BATCH_NORMS.get(kind, ()):
         return None
     channels = x.shape[1]
     fits = all(
@@ -242,7 +257,7 @@ def _batch_normalized(module: nn.Module, args: Any, kwargs: Any) -> torch.Tensor
         if name != "num_batches_tracked"
     )
     several = not module.training or x.numel() > channels  # torch refuses to normalize one value
-    return torch.empty_like(x) if fits and several and x.is_contiguous() else None
+    return x if fits and several else None
 
 
 def _joined(args: Any, kwargs: Any) -> torch.Tensor | None:

@@ -14,13 +14,14 @@ import onnx_ir as ir
 
 from cipm_ir.algebra import Element
 from cipm_ir.ir.labels import Array, Labels
-from cipm_ir.symmetry.classes import Classes, atoms_by_class, find_classes
+from cipm_ir.symmetry.classes import Classes, atoms_by_class
 from cipm_ir.symmetry.counting import Count
 from cipm_ir.symmetry.leaves import LeafFactor
 from cipm_ir.symmetry.parts import with_parts
 from cipm_ir.symmetry.scales import Directions, solve_scales
 from cipm_ir.symmetry.spaces import RawSpace, find_spaces
 from cipm_ir.symmetry.walk import Walk, walk
+from cipm_ir.symmetry.whole_axes import classes_of
 
 if TYPE_CHECKING:
     from cipm_ir.symmetry.dense import Linearity
@@ -56,7 +57,7 @@ class Analysis:
         """Analyse a model without model-local functions."""
         with uncollected():
             walked = walk(model)
-            classes = find_classes(walked)
+            classes = classes_of(walked)
             classes, spaces = with_parts(walked, classes, find_spaces(classes))
             directions = solve_scales(walked, classes, spaces)
             kept = [k for k, s in enumerate(spaces) if s.kind != "cells" or directions[k].scales or directions[k].signs]

@@ -271,13 +271,10 @@ def _ranked(of: Labels, colour: Hashes) -> Hashes:
 
 
 def _suspects(key: Hashes) -> Labels:
-    """Positions whose key may occur twice, in order: those that share a bucket with another."""
-    bucket = (key >> np.uint64(44)).astype(np.int64)
-    here = np.arange(len(key), dtype=np.int32)
-    table = np.empty(1 << 20, np.int32)
-    table[bucket] = here  # the last one stays
-    table[bucket[table[bucket] != here]] = -1
-    return np.flatnonzero(table[bucket] == -1)
+    """Positions whose key occurs more than once, in order."""
+    ordered = np.sort(key)
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    return np.flatnonzero(np.isin(key, twice)) if len(twice) else np.zeros(0, np.int64)
 
 
 def _signatures(walk: Walk, of: Labels, count: int, colour: Hashes, tied: list[int]) -> Hashes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,7 +34,7 @@ class LeafFactor:
     @property
     def size(self) -> int:
         """Number of atoms."""
-        return int(np.prod(self.shape))
+        return math.prod(self.shape)
 
 
 @dataclass
