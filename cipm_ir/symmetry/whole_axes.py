@@ -91,7 +91,8 @@ def shorten(rec: Recorder, leaf_factors: Sequence[LeafFactor]) -> Shortened:
     for labels in (*(p.labels for p in rec.pins), *(e.labels for e in rec.equations)):
         if found.whole(labels) is None:
             found.split(labels)
-    for labels in (*(labels for labels, _ in rec.marks), *(x for k in rec.links for x in (k.parents, k.children))):
+    linked = (x for k in rec.links for x in (k.parents, k.children, k.whole))
+    for labels in (*(labels for labels, _ in rec.marks), *linked):
         found.split(labels)
     return found.shortened()
 
@@ -158,7 +159,9 @@ class _Ranges:
             atoms=int(length.sum()),
             unifications=[Unification(self._labels(u.a), self._labels(u.b), u.node) for u in rec.unifications],
             pins=[Pin(self._labels(p.labels), p.node, p.reason) for p in rec.pins],
-            links=[Link(self._moved(k.parents), self._moved(k.children), k.axes) for k in rec.links],
+            links=[
+                Link(self._moved(k.parents), self._moved(k.children), k.axes, self._labels(k.whole)) for k in rec.links
+            ],
             marks=[(self._moved(labels), colour) for labels, colour in rec.marks],
             equations=[Equation(self._labels(e.labels), e.terms, e.scale, e.sign, e.inexact) for e in rec.equations],
             fresh_ranges=[(lo, lo + length) for lo, length in (self._span(lo, hi - lo) for lo, hi in rec.fresh_ranges)],
