@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -59,11 +60,24 @@ class Grid:
 
     def pieces(self) -> Iterator[tuple[Place, Floats, Floats]]:
         """Place, magnitudes and energies (the sums of squares over the taps), some rows or some columns at a time."""
-        array, over = self.array(), tuple(range(len(self.order) - self.taps, len(self.order)))
+        over = tuple(range(-self.taps, 0))
+        for place, shape, laid in self._laid(np.float64, _PIECE):
+            square = np.square(laid)
+            yield place, _over(laid, over).reshape(shape), (square.sum(over) if over else square).reshape(shape)
+
+    def magnitudes(self) -> Iterator[tuple[Place, Array]]:
+        """Place and magnitudes, in single precision where the weight has no more."""
+        dtype = np.float64 if self.array().dtype == np.float64 else np.float32
+        for place, shape, laid in self._laid(dtype, _CHUNK):
+            yield place, _over(laid, tuple(range(-self.taps, 0))).reshape(shape)
+
+    def _laid(self, dtype: type[np.floating[Any]], entries: int) -> Iterator[tuple[Place, tuple[int, ...], Array]]:
+        """Place, shape without taps, and magnitudes in the order of the axes."""
+        array = self.array()
         groups, rows, columns = self.shape
         first, length, every = self.order.index(0), len(array), slice(None)
         summed = len(self.order) - self.taps - 1
-        step = max(1, _PIECE // max(array[:1].size, 1))
+        step = max(1, entries // max(array[:1].size, 1))
         if self.groups > 1:  # whole groups
             run = length // groups
             step = max(1, step // run) * run
@@ -71,18 +85,17 @@ class Grid:
             step = length
         for lo in range(0, length, step):
             part = slice(lo, min(lo + step, length))
-            laid = np.moveaxis(np.abs(array[part].astype(np.float64)), self.order, range(array.ndim))
+            piece = array[part].astype(dtype)
+            laid = np.moveaxis(np.abs(piece, out=piece), self.order, range(array.ndim))
             if first == summed:
-                place = every, every, part
-                shape = groups, rows, -1
-            elif self.groups > 1:
-                place = slice(part.start * groups // length, part.stop * groups // length), every, every
-                shape = -1, rows, columns
+                yield (every, every, part), (groups, rows, -1), laid
+            elif groups > 1:
+                inside = slice(part.start * groups // length, part.stop * groups // length)
+                yield (inside, every, every), (-1, rows, columns), laid
             else:
-                inside = rows // length if step < length else rows
-                place = every, slice(part.start * inside, part.start * inside + (part.stop - lo) * inside), every
-                shape = 1, -1, columns
-            yield place, laid.max(over).reshape(shape), np.square(laid).sum(over).reshape(shape)
+                times = rows // length
+                inside = every if step == length else slice(part.start * times, part.stop * times)
+                yield (every, inside, every), (1, -1, columns), laid
 
     # ------------------------------------------------------------ one reading
     @cached_property
@@ -135,19 +148,23 @@ class Grid:
         """At some log-scales: largest magnitudes of rows and of columns, and the energy of all."""
         up, across, total = np.zeros_like(r), np.zeros_like(c), 0.0
         for (g, rows, columns), size, energy in self.pieces():
-            both = np.exp(r[g, rows][:, :, None] + c[g, columns][:, None, :])
-            total += float((energy * both**2).sum())
-            size = size * both
-            up[g, rows] = np.maximum(up[g, rows], size.max(2))
-            across[g, columns] = np.maximum(across[g, columns], size.max(1))
+            grow, widen = np.exp(r[g, rows])[:, :, None], np.exp(c[g, columns])[:, None, :]
+            total += float((np.square(grow) * (energy @ np.square(widen).swapaxes(1, 2))).sum())
+            up[g, rows] = np.maximum(up[g, rows], (size * widen).max(2) * grow[:, :, 0])
+            across[g, columns] = np.maximum(across[g, columns], (size * grow).max(1) * widen[:, 0])
         return up, across, total
 
     def size(self) -> Floats:
         """All magnitudes, in memory."""
         out = np.empty(self.shape)
-        for place, size, _ in self.pieces():
+        for place, size in self.magnitudes():
             out[place] = size
         return out
+
+
+def _over(laid: Array, axes: tuple[int, ...]) -> Array:
+    """Largest over some axes; none need no copy."""
+    return np.asarray(laid.max(axes)) if axes else laid
 
 
 # --- norms ------------------------------------------------------------------------------------------
@@ -184,8 +201,8 @@ class Dense:
 class Coded:
     """The same for large weights: read when expanded, and kept in a byte per magnitude.
 
-    A byte is a float of five bits of exponent and three of mantissa: 1 down to 2^-31, right to 6%, to either side alike.
-    The root of the power is left of that in a maximum: half a percent at the least power, a thousandth at the largest.
+    A byte is a float of five bits of exponent and three of mantissa: 1 down to 2^-31, right to 6%. In a maximum the root
+    of the power is left of that error: 1.5% at power 4, 0.1% at power 48.
     """
 
     def __init__(self, grids: Sequence[Grid]) -> None:
@@ -205,15 +222,15 @@ class Coded:
         across = np.exp(c)
         up = np.ones(grid.shape[:2]) if r is None else np.exp(r)
         peak = np.zeros(grid.shape[:2])
-        for (g, rows, columns), size, _ in grid.pieces():
-            peak[g, rows] = np.maximum(peak[g, rows], (size * across[g, columns][:, None, :]).max(2))
+        for (g, rows, columns), size in grid.magnitudes():
+            peak[g, rows] = np.maximum(peak[g, rows], (size * across[g, columns][:, None, :].astype(size.dtype)).max(2))
         top = peak if r is None else np.asarray((peak * up).max())
         up = up / np.where(top > 0, top, 1.0)
         codes = np.empty(grid.shape, np.uint8)
-        for (g, rows, columns), size, _ in grid.pieces():
-            size *= across[g, columns][:, None, :]
-            size *= up[g, rows][:, :, None]
-            codes[g, rows, columns] = encoded(_raised(size.astype(np.float32), power))
+        for (g, rows, columns), size in grid.magnitudes():
+            size = size * across[g, columns][:, None, :].astype(size.dtype)
+            size *= up[g, rows][:, :, None].astype(size.dtype)
+            codes[g, rows, columns] = encoded(_raised(size.astype(np.float32, copy=False), power))
         self._codes.append(codes)
         return top
 
@@ -238,9 +255,10 @@ _SHIFT, _BIAS = 20, 96 << 3
 
 def encoded(norm: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     """Numbers from 0 to 1 in a byte each; less than 2^-31 becomes that."""
-    bits = norm.view(np.uint32)
-    bits = ((bits + np.uint32(1 << (_SHIFT - 1))) >> np.uint32(_SHIFT)).astype(np.int32)
-    return np.clip(bits - _BIAS, 0, 255).astype(np.uint8)
+    bits = np.maximum(norm, np.float32(2.0**-31)).view(np.uint32)
+    bits -= np.uint32((_BIAS << _SHIFT) - (1 << (_SHIFT - 1)))
+    bits >>= np.uint32(_SHIFT)
+    return bits.astype(np.uint8)
 
 
 def decoded(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

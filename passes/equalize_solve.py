@@ -73,7 +73,9 @@ class _Stack:
     @classmethod
     def of(cls, sides: Sequence[_Side], place: int) -> _Stack:
         """The levels of all rows come first, then those of all columns."""
-        gain, moment, counts = (np.stack([getattr(one, name) for one in sides]) for name in ("gain", "moment", "counts"))
+        gain, moment, counts = (
+            np.stack([getattr(one, name) for one in sides]) for name in ("gain", "moment", "counts")
+        )
         grids = [one.size for one in sides if isinstance(one.size, Grid)]
         norm = Coded(grids) if grids else Dense([one.size for one in sides if not isinstance(one.size, Grid)])
         peaks = [one.peak for one in sides if one.peak is not None]

@@ -14,6 +14,7 @@ of mapped files, above what the process held once its libraries were imported; i
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -67,7 +69,7 @@ class Mixture:
         """A random weight of rows of norm about 1; with ``changed``, units 0 and 1 are equal and nothing reads 2."""
         array = self.rng.random(shape, dtype=np.float32)
         array -= np.float32(0.5)
-        array *= np.float32(3.0 / max(np.prod(shape[1:] if len(shape) == 4 else shape[:1]), 1) ** 0.5)
+        array *= np.float32(3.0 / math.prod(shape[1:] if len(shape) == 4 else shape[:1]) ** 0.5)
         if len(shape) == 2:  # units of unlike size
             array *= np.exp2(2 * self.rng.random(shape[1], dtype=np.float32) - 1)
         if changed:
@@ -102,7 +104,7 @@ class Mixture:
         self.tensors.append(onnx.numpy_helper.from_array(np.asarray(values, np.int64), name))
         return name
 
-    def node(self, op: str, *inputs: str, **attributes: object) -> str:
+    def node(self, op: str, *inputs: str, **attributes: Any) -> str:
         """Name of the output of a new node."""
         out = f"{op.lower()}{len(self.nodes)}"
         self.nodes.append(helper.make_node(op, list(inputs), [out], name=f"n{len(self.nodes)}", **attributes))
