@@ -201,8 +201,8 @@ class Dense:
 class Coded:
     """The same for large weights: read when expanded, and kept in a byte per magnitude.
 
-    A byte is a float of five bits of exponent and three of mantissa: 1 down to 2^-31, right to 6%. In a maximum the root
-    of the power is left of that error: 1.5% at power 4, 0.1% at power 48.
+    A byte is a float of five bits of exponent and three of mantissa: from 1 down to 2^-31, right to 6%. The root of the
+    power leaves 1.5% of that error in a maximum at power 4, and 0.1% at power 48.
     """
 
     def __init__(self, grids: Sequence[Grid]) -> None:

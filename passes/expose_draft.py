@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import onnx_ir as ir
 
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Array
-from cipm_ir.ir.parameters import named, parameter_tensor
+from cipm_ir.ir.parameters import named, on_demand, parameter_tensor
 from cipm_ir.ir.shapes import Shapes
 from cipm_ir.ir.stand_ins import infer_shapes
 from cipm_ir.runtime.graphs import all_values
@@ -45,6 +46,14 @@ class Weight:
     def name(self) -> str:
         """The name it is stored under."""
         return self.holder.name or "weight"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape as the node reads it."""
+        shape = tuple(self.tensor.shape.numpy())
+        for node in reversed(self.path):
+            shape = tuple(shape[a] for a in _perm(node, len(shape)))
+        return shape
 
     @property
     def array(self) -> Array:
@@ -88,10 +97,21 @@ def _perm(node: ir.Node, rank: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Write:
-    """A weight that gets new content, decided and rounded, not yet written."""
+    """A weight that gets new content, decided and checked, not yet written.
+
+    Attributes:
+        weight: as it was.
+        make: gives the new content from the old one, in float64.
+    """
 
     weight: Weight
-    array: Array
+    make: Callable[[Array], Array]
+
+    @property
+    def array(self) -> Array:
+        """The new content, rounded."""
+        with np.errstate(over="ignore"):
+            return np.asarray(self.make(self.weight.array).astype(self.weight.tensor.dtype.numpy()))
 
 
 class Draft:
@@ -194,10 +214,14 @@ class Draft:
         vector = sum(size > 1 for size in tensor.shape.numpy()) <= 1
         return self.split == "all" or (self.split == "vectors" and vector)
 
-    def change(self, weight: Weight, array: Array) -> Write:
-        """A decided change of a weight. Refuses what other places read, overflow, and rounding to half precision."""
+    def change(self, weight: Weight, make: Callable[[Array], Array]) -> Write:
+        """A decided change of a weight, as a function of its content in float64.
+
+        Refuses what other places read, overflow, and rounding to half precision.
+        """
         self.owned(weight)
-        return Write(weight, self.rounded(array, weight.tensor.dtype, weight.name))
+        self.rounded(make(weight.array), weight.tensor.dtype, weight.name)
+        return Write(weight, make)
 
     def rounded(self, array: Array, dtype: ir.DataType, name: str) -> Array:
         """Content in the type of a constant. Refuses overflow, and rounding to half precision."""
@@ -215,11 +239,10 @@ class Draft:
         weight = change.weight
         now = self.weight(weight.node, weight.index) or weight  # an earlier write may have split it
         if now.alone and now.holder.is_initializer():
-            array = now.stored(change.array)
-            now.holder.const_value = ir.tensor(array, dtype=now.tensor.dtype, name=now.holder.name)
-            now.holder.shape = ir.Shape(array.shape)
+            tensor = _tensor(lambda: now.stored(change.array), now.tensor.dtype, now.holder.name)
+            now.holder.const_value, now.holder.shape = tensor, ir.Shape(tensor.shape.numpy())
             return
-        made = self.initializer(weight.name, change.array, weight.tensor.dtype)
+        made = self.stored(weight.name, _tensor(lambda: change.array, weight.tensor.dtype, None))
         weight.node.replace_input_with(weight.index, made)
 
     def initializer(self, name: str, array: Array, dtype: ir.DataType) -> ir.Value:
@@ -277,6 +300,15 @@ class Draft:
             read = value.uses() or value.is_graph_output() or value.is_graph_input()
             if name not in self._unread and not read:
                 del self.graph.initializers[name]
+
+
+def _tensor(content: Callable[[], Array], dtype: ir.DataType, name: str | None) -> ir.TensorProtocol:
+    """A tensor of some content; a large one is made when it is read."""
+
+    def made() -> ir.TensorProtocol:
+        return ir.tensor(np.ascontiguousarray(content()), dtype=dtype, name=name)
+
+    return on_demand(made(), made)
 
 
 def _free(name: str, taken: set[str | None]) -> str:

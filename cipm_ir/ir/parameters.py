@@ -8,6 +8,8 @@ means nothing, and initializers are parameters.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import onnx_ir as ir
 
 from cipm_ir.ir.constants import constant_tensor
@@ -15,6 +17,8 @@ from cipm_ir.ir.constants import constant_tensor
 # Set in `Graph.meta` of the main graph of a file whose format lists every initializer among the inputs.
 _LISTS_ALL = "cipm_ir.lists_all_initializers"
 _FIRST_OVERRIDABLE = 4
+_LARGE = 1 << 20
+"""Tensors of more bytes are made anew whenever they are read."""
 
 
 def note_ir_version(model: ir.Model) -> None:
@@ -56,6 +60,13 @@ def named(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
     if isinstance(tensor, ir.StringTensor):
         return ir.StringTensor(tensor.string_data(), shape=shape, name=name)
     return ir.LazyTensor(lambda: tensor, tensor.dtype, shape, name=name)
+
+
+def on_demand(made: ir.TensorProtocol, again: Callable[[], ir.TensorProtocol]) -> ir.TensorProtocol:
+    """A new tensor, or where it is large what makes it again when it is read, so that large ones are not all kept."""
+    if made.nbytes <= _LARGE:
+        return made
+    return ir.LazyTensor(again, made.dtype, ir.Shape(made.shape.numpy()), name=made.name)
 
 
 def unlist_parameters(model: ir.Model) -> int:
