@@ -106,16 +106,19 @@ class Objective:
         per: one step for a whole weight, or one for each row.
         alpha: between 0, only weights are quantized, and 1, only activations are (one step per tensor), as in
             SmoothQuant; activations count where their magnitudes are known.
-        in_memory: up to so many magnitudes are kept as they are; of more, norms are kept rounded (`Coded`).
+        in_memory: up to so many magnitudes (`IN_MEMORY`) are kept as they are; of more, norms are kept rounded
+            (`Coded`).
     """
 
     def __init__(
-        self, terms: Sequence[Term], free: npt.NDArray[np.int64], per: Per, alpha: float, in_memory: int = IN_MEMORY
+        self, terms: Sequence[Term], free: npt.NDArray[np.int64], per: Per, alpha: float, in_memory: int | None = None
     ) -> None:
         self.per, self.alpha, self.count = per, alpha, len(free)
         self._energy: list[tuple[slice, Floats]] = []
         sides = [side for term in terms if (side := _side(term, free, per)) is not None]
-        large = sum(int(np.prod(side.shape)) for side in sides if isinstance(side.size, Grid)) > in_memory
+        large = sum(int(np.prod(side.shape)) for side in sides if isinstance(side.size, Grid)) > (
+            IN_MEMORY if in_memory is None else in_memory
+        )
         shapes: dict[tuple[object, ...], list[_Side]] = {}
         for side in sides:
             if isinstance(side.size, Grid) and not large:

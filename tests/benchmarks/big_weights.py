@@ -178,9 +178,10 @@ class Mixture:
         onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10), self.path)
 
 
-def mixture(folder: Path, megabytes: int) -> Path:
-    """A model with about so many megabytes of weights, in ``folder``."""
-    made = Mixture(folder / f"mixture{megabytes}.onnx", 256 if megabytes < 100 else 1024 if megabytes < 2000 else 2048)
+def mixture(folder: Path, megabytes: int, width: int | None = None) -> Path:
+    """A model with about so many megabytes of weights, in ``folder``; at least one of each kind of layer."""
+    width = width or (256 if megabytes < 100 else 1024 if megabytes < 2000 else 2048)
+    made = Mixture(folder / f"mixture{megabytes}.onnx", width)
     size = megabytes * 10**6
     x = made.dense(made.conv("x", size // 5), 2 * size // 5)
     x = made.node("Reshape", x, made.ints("tokens", 1, 4, made.width))
