@@ -227,7 +227,7 @@ class Draft:
         """Content in the type of a constant. Refuses overflow, and rounding to half precision."""
         with np.errstate(over="ignore"):
             rounded: Array = array.astype(dtype.numpy())
-        if not np.isfinite(rounded.astype(np.float64)).all():
+        if not np.isfinite(rounded if rounded.dtype.kind == "f" else rounded.astype(np.float32)).all():
             raise Kept(f"{name} would not stay finite")
         if dtype in _HALF and not np.array_equal(rounded.astype(np.float64), array):
             raise Kept(f"{name} would round in {dtype.name.lower()}")
@@ -239,11 +239,20 @@ class Draft:
         weight = change.weight
         now = self.weight(weight.node, weight.index) or weight  # an earlier write may have split it
         if now.alone and now.holder.is_initializer():
-            tensor = _tensor(lambda: now.stored(change.array), now.tensor.dtype, now.holder.name)
-            now.holder.const_value, now.holder.shape = tensor, ir.Shape(tensor.shape.numpy())
+            now.holder.const_value = self._changed(change, now)
             return
-        made = self.stored(weight.name, _tensor(lambda: change.array, weight.tensor.dtype, None))
-        weight.node.replace_input_with(weight.index, made)
+        weight.node.replace_input_with(weight.index, self.stored(weight.name, self._changed(change, None)))
+
+    def _changed(self, change: Write, place: Weight | None) -> ir.TensorProtocol:
+        """The new tensor, in the layout of where it is stored."""
+        dtype, shape = change.weight.tensor.dtype, change.weight.shape
+        name = None if place is None else place.holder.name
+
+        def made() -> ir.TensorProtocol:
+            array = change.array if place is None else place.stored(change.array)
+            return ir.tensor(np.ascontiguousarray(array), dtype=dtype, name=name)
+
+        return on_demand(made, dtype, shape if place is None else tuple(place.tensor.shape.numpy()), name)
 
     def initializer(self, name: str, array: Array, dtype: ir.DataType) -> ir.Value:
         """A new constant under this name, or the next one that is free."""
@@ -300,15 +309,6 @@ class Draft:
             read = value.uses() or value.is_graph_output() or value.is_graph_input()
             if name not in self._unread and not read:
                 del self.graph.initializers[name]
-
-
-def _tensor(content: Callable[[], Array], dtype: ir.DataType, name: str | None) -> ir.TensorProtocol:
-    """A tensor of some content; a large one is made when it is read."""
-
-    def made() -> ir.TensorProtocol:
-        return ir.tensor(np.ascontiguousarray(content()), dtype=dtype, name=name)
-
-    return on_demand(made(), made)
 
 
 def _free(name: str, taken: set[str | None]) -> str:

@@ -107,7 +107,7 @@ def _write(
         def again() -> ir.TensorProtocol:
             return ir.tensor(round_once(new(np.asarray(old.numpy()).astype(np.float64)), dtype), dtype=dtype)
 
-        _set_parameter(node, 1, on_demand(tensor, again), name, graph)
+        _set_parameter(node, 1, on_demand(again, dtype, made.shape, made=tensor), name, graph)
     if reason:
         return reason
     if rounded is not None:

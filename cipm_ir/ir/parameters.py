@@ -8,7 +8,8 @@ means nothing, and initializers are parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
@@ -62,11 +63,23 @@ def named(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
     return ir.LazyTensor(lambda: tensor, tensor.dtype, shape, name=name)
 
 
-def on_demand(made: ir.TensorProtocol, again: Callable[[], ir.TensorProtocol]) -> ir.TensorProtocol:
-    """A new tensor, or where it is large what makes it again when it is read, so that large ones are not all kept."""
-    if made.nbytes <= _LARGE:
-        return made
-    return ir.LazyTensor(again, made.dtype, ir.Shape(made.shape.numpy()), name=made.name)
+def on_demand(
+    make: Callable[[], ir.TensorProtocol],
+    dtype: ir.DataType,
+    shape: Sequence[int],
+    name: str | None = None,
+    made: ir.TensorProtocol | None = None,
+) -> ir.TensorProtocol:
+    """A new tensor, or where it is large what makes it whenever it is read, so that large ones are not all kept.
+
+    Args:
+        make: makes the tensor.
+        dtype, shape, name: its own.
+        made: the tensor, where it is at hand.
+    """
+    if math.prod(shape) * dtype.itemsize <= _LARGE:
+        return make() if made is None else made
+    return ir.LazyTensor(make, dtype, ir.Shape(shape), name=name)
 
 
 def unlist_parameters(model: ir.Model) -> int:
