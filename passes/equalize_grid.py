@@ -17,7 +17,6 @@ import numpy.typing as npt
 from cipm_ir.ir.labels import Array
 from cipm_ir.passes.canonical_members import Floats
 
-_PIECE = 1 << 20
 _CHUNK = 1 << 18
 Place = tuple[slice, slice, slice]
 """Where a piece lies: groups, rows, columns."""
@@ -61,23 +60,23 @@ class Grid:
     def pieces(self) -> Iterator[tuple[Place, Floats, Floats]]:
         """Place, magnitudes and energies (the sums of squares over the taps), some rows or some columns at a time."""
         over = tuple(range(-self.taps, 0))
-        for place, shape, laid in self._laid(np.float64, _PIECE):
+        for place, shape, laid in self._laid(np.float64):
             square = np.square(laid)
             yield place, _over(laid, over).reshape(shape), (square.sum(over) if over else square).reshape(shape)
 
     def magnitudes(self) -> Iterator[tuple[Place, Array]]:
         """Place and magnitudes, in single precision where the weight has no more."""
         dtype = np.float64 if self.array().dtype == np.float64 else np.float32
-        for place, shape, laid in self._laid(dtype, _CHUNK):
+        for place, shape, laid in self._laid(dtype):
             yield place, _over(laid, tuple(range(-self.taps, 0))).reshape(shape)
 
-    def _laid(self, dtype: type[np.floating[Any]], entries: int) -> Iterator[tuple[Place, tuple[int, ...], Array]]:
+    def _laid(self, dtype: type[np.floating[Any]]) -> Iterator[tuple[Place, tuple[int, ...], Array]]:
         """Place, shape without taps, and magnitudes in the order of the axes."""
         array = self.array()
         groups, rows, columns = self.shape
         first, length, every = self.order.index(0), len(array), slice(None)
         summed = len(self.order) - self.taps - 1
-        step = max(1, entries // max(array[:1].size, 1))
+        step = max(1, _CHUNK // max(array[:1].size, 1))
         if self.groups > 1:  # whole groups
             run = length // groups
             step = max(1, step // run) * run

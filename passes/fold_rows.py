@@ -88,7 +88,7 @@ def unit_rows(members: Members, index: int) -> UnitRows:
     program, analysis = members.program, members.analysis
     space, classes = program.spaces[index], analysis.spaces[index].table[:, 0]
     n = space.size
-    nothing = np.zeros((n, 1))  # only which weights would be mixed counts here
+    nothing = np.zeros((n, 1), np.uint8)  # only which weights would be mixed counts here
     edits, _ = absorb_edits(analysis, program.model, index, np.zeros(1, np.int64), nothing, None)
     reading = {(leaf, axis) for leaf, edit in edits.items() for axis in edit.mix}
     producers: list[Row] = []

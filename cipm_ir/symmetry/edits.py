@@ -139,6 +139,7 @@ def _mixed(array: Array, axis: int, pairs: list[tuple[Labels, Array]]) -> Array:
     out = np.moveaxis(array, axis, -1).astype(np.float64, order="C")
     flat = out.reshape(-1, out.shape[-1])
     step = max(1, _BLOCK // max(out.shape[-1], 1))
+    pairs = [(positions, matrix.astype(np.float64, copy=False)) for positions, matrix in pairs]
     for lo in range(0, len(flat), step):
         part = flat[lo : lo + step]
         for positions, matrix in pairs:
