@@ -16,6 +16,7 @@ import onnx_ir as ir
 from cipm_ir.ir.constants import LIMIT, attribute, constant_tensor, evaluate
 from cipm_ir.ir.fused_shapes import node_shapes
 from cipm_ir.ir.labels import Array
+from cipm_ir.ir.nested import subgraphs
 from cipm_ir.ir.parameters import free_inputs, overridable_inputs
 from cipm_ir.ir.shapes import (
     Shape,
@@ -25,7 +26,6 @@ from cipm_ir.ir.shapes import (
     recorded_shape,
     replaceable_values,
     stripped,
-    subgraphs,
 )
 
 _NUMBERS = 4096
@@ -55,6 +55,9 @@ class Place:
     starts: list[Shape | None] = field(default_factory=list)
     trips: int | None = None
 
+
+Constants = dict[int, tuple[ir.TensorProtocol, Shape, ir.DataType, Array | None]]
+"""By the identity of a tensor: itself, its shape, its type, and its entries where they are few."""
 
 Recorded = Callable[[ir.Value], Shape | None]
 """The shape that a file records of a value, None where it has no sizes."""
@@ -100,6 +103,7 @@ def place_from(
     recorded: Recorded,
     *,
     defaults: bool,
+    constants: Constants | None = None,
 ) -> list[Place]:
     """The same, from shapes that are known: those that follow node by node are added to them.
 
@@ -109,9 +113,11 @@ def place_from(
         types: of values.
         recorded: asked for the shape of a value where nothing else gives it.
         defaults: whether inputs have the values of their defaults.
+        constants: what was read of tensors at other sizes; added to.
     """
     unknown = () if defaults else [value.name or "" for value in overridable_inputs(model)]
-    return _Scope(model, shapes, types, {}, recorded, frozenset(unknown)).places(model.graph)
+    found = {} if constants is None else constants
+    return _Scope(model, shapes, types, {}, recorded, frozenset(unknown), found).places(model.graph)
 
 
 def place_body(
@@ -137,6 +143,7 @@ class _Scope:
     recorded: Recorded
     unknown: frozenset[str]
     """Initializers the values of which are not known."""
+    constants: Constants = field(default_factory=dict)
 
     def places(self, graph: ir.Graph) -> list[Place]:
         for name, value in graph.initializers.items():
@@ -146,10 +153,14 @@ class _Scope:
         return [self.place(node) for node in graph]
 
     def _tensor(self, name: str, tensor: ir.TensorProtocol) -> None:
-        self.shapes[name] = tuple(tensor.shape.numpy())
-        self.types[name] = tensor.dtype
-        if name not in self.unknown and tensor.size <= _NUMBERS and tensor.dtype != ir.DataType.STRING:
-            self.numbers[name] = np.asarray(tensor.numpy())
+        known = self.constants.get(id(tensor))
+        if known is None:
+            small = tensor.size <= _NUMBERS and tensor.dtype != ir.DataType.STRING
+            number = np.asarray(tensor.numpy()) if small else None
+            known = self.constants[id(tensor)] = tensor, tuple(tensor.shape.numpy()), tensor.dtype, number
+        _, self.shapes[name], self.types[name], number = known
+        if number is not None and name not in self.unknown:
+            self.numbers[name] = number
 
     def place(self, node: ir.Node) -> Place:
         domain = "" if node.domain == "ai.onnx" else node.domain
@@ -204,7 +215,8 @@ class _Scope:
             place.bodies = [self._inner(graph, []).places(graph) for graph in subgraphs(node)]
 
     def _inner(self, graph: ir.Graph, inputs: list[Shape | None]) -> _Scope:
-        scope = _Scope(self.model, dict(self.shapes), dict(self.types), dict(self.numbers), self.recorded, self.unknown)
+        known = dict(self.shapes), dict(self.types), dict(self.numbers)
+        scope = _Scope(self.model, *known, self.recorded, self.unknown, self.constants)
         for k, value in enumerate(graph.inputs):
             shape = inputs[k] if k < len(inputs) else None
             if value.dtype is not None:
