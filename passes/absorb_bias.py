@@ -200,7 +200,7 @@ class _Moved:
         lost = (old.astype(np.float64) - new.astype(np.float64)).ravel()[place.positions].min(axis=1)
         lowered = self.program.refit({place.bias: new})
         size = len(c)
-        self.program = lowered.absorb(lowered.space(name), np.arange(size), np.eye(size), lost)
+        self.program = lowered.absorb(lowered.space(name), np.arange(size), np.eye(size, dtype=np.uint8), lost)
         self.constants[name] = lost
 
     def result(self, refused: dict[str, str], cut: _Cut, kind: Kind | None, behind: int) -> PassResult:

@@ -101,6 +101,7 @@ class Members:
         self._nodes = nodes_in_order(program.model.graph)
         self._arrays: dict[int, Array] = {}
         self._kept = 0
+        self._finite: dict[int, bool] = {}
         self.space_of = np.full(self.count, -1, np.int64)
         for k, raw in enumerate(self.analysis.spaces):
             if raw.kind != "blocks" and raw.table.shape[1] == 1:
@@ -176,6 +177,16 @@ class Members:
             self._arrays[leaf] = array
             self._kept += array.nbytes if lazy else 0
         return array
+
+    def finite(self, leaf: int) -> bool:
+        """Whether a parameter of a floating-point type holds no NaN and no infinity."""
+        if leaf not in self._finite:
+            array = self.array(leaf)
+            step = max(1, CHUNK // max(1, array[:1].size))
+            parts = (array[lo : lo + step] for lo in range(0, len(array), step))
+            plain = array.dtype.kind == "f"
+            self._finite[leaf] = all(np.isfinite(x if plain else x.astype(np.float32)).all() for x in parts)
+        return self._finite[leaf]
 
     def blocks(
         self, leaf: int, weights: Sequence[Array], epsilon: float | None, *, narrow: bool = False

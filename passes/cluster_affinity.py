@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +17,8 @@ from cipm_ir.runtime.statistics import collect
 from cipm_ir.symmetry.program import Program, Space
 
 Floats = npt.NDArray[np.float64]
+_LARGE = 1 << 24
+"""Matrices of so many bytes lie in files."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,21 @@ class Affinities:
     def add(self, space: Space, signed: Floats, affinity: Floats) -> None:
         """Take in one more space."""
         self.spaces.append(space)
-        self.signed.append(signed)
-        self.affinity.append(affinity)
+        self.signed.append(_put_aside(signed))
+        self.affinity.append(_put_aside(affinity))
+
+
+def _put_aside(matrix: Floats) -> Floats:
+    """A matrix, or where it is large a mapping of a temporary file with its entries: a network has many of them."""
+    if matrix.nbytes < _LARGE:
+        return matrix
+    try:
+        with tempfile.TemporaryFile(prefix="cipm-ir-") as file:
+            kept = np.memmap(file, matrix.dtype, "w+", shape=matrix.shape)
+    except OSError:  # no room there: memory may have more
+        return matrix
+    kept[:] = matrix
+    return np.asarray(kept)
 
 
 def weight_affinities(program: Program, spaces: Sequence[Space], measure: str, progress: Progress) -> Affinities:

@@ -46,7 +46,9 @@ def order_units(affinity: Floats, method: str) -> Order:
 def checked(affinity: Floats) -> Floats:
     """The affinity as float64, made symmetric, with what is not finite as 0 and a diagonal of ones."""
     clean = np.nan_to_num(np.asarray(affinity, np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-    clean = np.maximum((clean + clean.T) / 2, 0.0)
+    clean = clean + clean.T
+    clean /= 2
+    np.maximum(clean, 0.0, out=clean)
     np.fill_diagonal(clean, 1.0)
     return clean
 

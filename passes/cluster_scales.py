@@ -59,12 +59,12 @@ def arrange(
         hierarchical: for "network": order modules of layers instead of units; None: where there are many units.
         tick: called with the number of spaces done, and their count.
     """
-    clean = [checked(a) for a in affinities]
     if scale == "layer" or not couplings:
-        made = _alone(clean, method, resolution, tick)
+        made = _alone(affinities, method, resolution, tick)
         if scale != "layer":
             made.remarks.append(f"no weight joins two of the spaces, so scale={scale} is scale=layer here")
         return made
+    clean = [checked(a) for a in affinities]
     if scale == "aligned":
         return _aligned(clean, couplings, method, resolution, strength, tick)
     many = sum(len(a) for a in clean) > FLAT_UP_TO
@@ -77,6 +77,7 @@ def _alone(affinities: Sequence[Floats], method: str, resolution: float, tick: T
     orders, modules = [], []
     for k, affinity in enumerate(affinities):
         tick(k, len(affinities))
+        affinity = checked(affinity)
         order = order_units(affinity, method)
         orders.append(order)
         modules.append(split(affinity[np.ix_(order, order)], resolution))

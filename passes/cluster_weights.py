@@ -59,14 +59,19 @@ class Weights:
 
         For heads a row holds the norms over the units of the head, which do not depend on their order or signs.
         """
-        rows = [row for row in self._rows(space) if row.shape[1] > 1]
-        if not rows:
+        centred = self._is_blocks(space) or measure == "correlation"
+        signed, square, made = np.zeros(()), np.zeros(()), []
+        count = 0
+        for row in self._rows(space):
+            if row.shape[1] == 1:
+                continue
+            row = normalized(row, centred=centred)
+            product = np.asarray(row @ row.T, np.float64)
+            signed, square, count = signed + product, square + product * product, count + 1
+            made += [row] if measure == "distance" else []
+        if not count:
             return None
-        blocks = self._is_blocks(space)
-        made = [normalized(row, centred=blocks or measure == "correlation") for row in rows]
-        products = [np.asarray(row @ row.T, np.float64) for row in made]
-        signed = sum(products[1:], products[0]) / len(products)
-        square = sum((p * p for p in products), np.zeros_like(signed)) / len(products)
+        signed, square = signed / count, square / count
         affinity = np.sqrt(np.clip(square, 0.0, 1.0))
         if measure == "distance":
             far = squareform(pdist(np.concatenate(made, axis=1), "cityblock"))
@@ -169,12 +174,15 @@ class Weights:
         return np.asarray(self.analysis.classes.of[f.base : f.base + f.size])
 
     def _array(self, leaf: Leaf) -> Array:
-        """The weight as float32 or float64, kept as long as this object."""
+        """The weight as float32 or float64; looked up once where it is no copy."""
         if leaf.name not in self._arrays:
-            array = np.asarray(_tensor(self.program.model, leaf.name).numpy())
+            tensor = _tensor(self.program.model, leaf.name)
+            array = np.asarray(tensor.numpy())
             wide = array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
             if not np.isfinite(wide).all():
                 wide = np.nan_to_num(wide, posinf=0.0, neginf=0.0)
+            if wide is not array or isinstance(tensor, ir.LazyTensor):
+                return wide  # a copy, which would pile up
             self._arrays[leaf.name] = wide
         return self._arrays[leaf.name]
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from cipm_ir.passes.canonical_members import Floats
 from cipm_ir.passes.equalize_solve import Per
-from cipm_ir.passes.equalize_terms import Term
+from cipm_ir.passes.equalize_terms import Exponents, Term
 from cipm_ir.passes.figures import Bars, Figure, Rows
 from cipm_ir.symmetry.program import Program
 
@@ -24,9 +24,15 @@ def metrics_of(program: Program, terms: Sequence[Term], scale: Floats, per: Per)
     they are rows or columns of, before and after; 0 where all units fill the range of their tensors equally.
     """
     t = scale.ravel() * float(np.log(2.0))
-    still = np.zeros_like(t)
-    tensors = {term.name: [sqnr(term, still, per), sqnr(term, t, per)] for term in terms}
-    spread = _imbalance(terms, still, len(scale), scale.shape[1]), _imbalance(terms, t, len(scale), scale.shape[1])
+    tensors: dict[str, list[float]] = {}
+    spread = np.zeros((len(scale), 2)), np.zeros((len(scale), 2))
+    for term in terms:
+        grid = term.grid
+        still = grid.row_size, grid.column_size, float(grid.row_energy.sum())
+        tensors[term.name] = []
+        for (rows, columns, energy), found in zip((still, grid.scaled(*term.levels(t))), spread, strict=True):
+            tensors[term.name].append(_sqnr(term, rows, energy, per))
+            _add_imbalance(found, ((term.rows, rows), (term.columns, columns)), scale.shape[1])
     spaces = {}
     for space, raw in zip(program.spaces, program.analysis.spaces, strict=True):
         chosen = scale[raw.table[:, 0], : space.group.scales]
@@ -45,33 +51,32 @@ def metrics_of(program: Program, terms: Sequence[Term], scale: Floats, per: Per)
     return {"sqnr": mean, "bits": BITS, "per": per, "spaces": spaces, "tensors": tensors}
 
 
-def sqnr(term: Term, t: Floats, per: Per) -> float:
-    """Signal to quantization noise of a weight in dB, for steps of largest / (2^(bits-1) - 1) and uniform errors."""
-    size, energy = term.scaled(t)
-    steps = 2.0 ** (BITS - 1) - 1
+def _sqnr(term: Term, rows: Floats, energy: float, per: Per) -> float:
+    """Signal to quantization noise of a weight in dB, for steps of largest / (2^(bits-1) - 1) and uniform errors.
+
+    ``rows``: largest magnitudes, ``energy``: sum of squares of all.
+    """
+    shape, count, steps = term.grid.shape, term.grid.count, 2.0 ** (BITS - 1) - 1
     if per == "tensor":
-        noise = (float(size.max()) / steps) ** 2 / 12 * energy.size * term.count
+        noise = (float(rows.max()) / steps) ** 2 / 12 * int(np.prod(shape)) * count
     else:
-        noise = float(np.square(size.max(2) / steps).sum()) / 12 * energy.shape[2] * term.count
-    return float(10 * np.log10(energy.sum() / max(noise, 1e-300)))
+        noise = float(np.square(rows / steps).sum()) / 12 * shape[2] * count
+    return float(10 * np.log10(energy / max(noise, 1e-300)))
 
 
-def _imbalance(terms: Sequence[Term], t: Floats, classes: int, scales: int) -> Floats:
-    """(classes, 2): sum and number of squared deviations of log2 ranges from their mean in the tensor."""
-    found = np.zeros((classes, 2))
-    for term in terms:
-        size, _ = term.scaled(t)
-        for table, ranges in ((term.rows, size.max(2).ravel()), (term.columns, size.max(1).ravel())):
-            alive = np.flatnonzero((ranges > 0) & (np.diff(table.indptr) > 0))
-            if not len(alive):
-                continue
-            level = np.log2(ranges[alive])
-            picked = table[alive]
-            where = picked.indices // scales
-            square = np.repeat(np.square(level - level.mean()), np.diff(picked.indptr))
-            found[:, 0] += np.bincount(where, square, minlength=classes)
-            found[:, 1] += np.bincount(where, minlength=classes)
-    return found
+def _add_imbalance(found: Floats, ends: Sequence[tuple[Exponents, Floats]], scales: int) -> None:
+    """Add to (classes, 2): sum and number of squared deviations of log2 ranges from their mean in the tensor."""
+    for table, ranges in ends:
+        ranges = ranges.ravel()
+        alive = np.flatnonzero((ranges > 0) & (np.diff(table.indptr) > 0))
+        if not len(alive):
+            continue
+        level = np.log2(ranges[alive])
+        picked = table[alive]
+        where = picked.indices // scales
+        square = np.repeat(np.square(level - level.mean()), np.diff(picked.indptr))
+        found[:, 0] += np.bincount(where, square, minlength=len(found))
+        found[:, 1] += np.bincount(where, minlength=len(found))
 
 
 def _mean_square(part: Floats) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +13,7 @@ from scipy.optimize import minimize
 from scipy.sparse.linalg import LinearOperator, lsqr
 
 from cipm_ir.passes.canonical_members import Floats
+from cipm_ir.passes.equalize_grid import Coded, Dense, Grid
 from cipm_ir.passes.equalize_terms import Exponents, Term
 
 Per = Literal["tensor", "channel"]
@@ -28,37 +29,59 @@ _OFFSETS = (0.5, 0.3, 0.7)
 _MANY = 5000
 """From so many unknowns on, fewer offsets are tried."""
 _BLUNT = (6.0, 16.0, 48.0)
+IN_MEMORY = 1 << 24
+"""Up to so many magnitudes an objective keeps all of them, and their norms, as they are: 256 MB."""
+
+
+@dataclass
+class _Side:
+    """A weight as an objective needs it: magnitudes in memory, or where they are to be read."""
+
+    size: Floats | Grid
+    rows: Exponents
+    columns: Exponents
+    gain: Floats
+    moment: Floats
+    energies: tuple[Floats, Floats]
+    """Of rows and of columns."""
+    counts: Floats
+    """Energy of each column by what outputs count; only with ``peak``."""
+    peak: Floats | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(groups, rows, columns)."""
+        return self.size.shape
 
 
 @dataclass
 class _Stack:
     """Weights of one shape, laid on each other: (weights, groups, rows, columns).
 
-    ``rows``, ``columns``: where their levels lie among all. ``counts``: energy of each column by what outputs count.
-    ``norm``, ``top``: magnitudes to a power over the largest, and that one, where it is expanded.
+    ``rows``, ``columns``: where their levels lie among all. ``top``: the largest magnitude, where it is expanded.
     """
 
     rows: slice
     columns: slice
-    size: Floats
+    norm: Dense | Coded
     gain: Floats
     moment: Floats
     counts: Floats
     peak: Floats | None
-    norm: Floats
     top: Floats
 
     @classmethod
-    def of(cls, terms: Sequence[Term], place: int) -> _Stack:
+    def of(cls, sides: Sequence[_Side], place: int) -> _Stack:
         """The levels of all rows come first, then those of all columns."""
-        size, energy, gain, moment = (
-            np.stack([getattr(term, name) for term in terms]) for name in ("size", "energy", "gain", "moment")
+        gain, moment, counts = (
+            np.stack([getattr(one, name) for one in sides]) for name in ("gain", "moment", "counts")
         )
-        peaks = [term.peak for term in terms if term.peak is not None]
-        counts = np.matmul(gain[:, :, None, :], energy)[:, :, 0]
+        grids = [one.size for one in sides if isinstance(one.size, Grid)]
+        norm = Coded(grids) if grids else Dense([one.size for one in sides if not isinstance(one.size, Grid)])
+        peaks = [one.peak for one in sides if one.peak is not None]
         middle = place + gain.size
         where = slice(place, middle), slice(middle, middle + moment.size)
-        return cls(*where, size, gain, moment, counts, np.stack(peaks) if peaks else None, size, size)
+        return cls(*where, norm, gain, moment, counts, np.stack(peaks) if peaks else None, np.zeros(len(sides)))
 
 
 @dataclass
@@ -83,30 +106,36 @@ class Objective:
         per: one step for a whole weight, or one for each row.
         alpha: between 0, only weights are quantized, and 1, only activations are (one step per tensor), as in
             SmoothQuant; activations count where their magnitudes are known.
+        in_memory: up to so many magnitudes (`IN_MEMORY`) are kept as they are; of more, norms are kept rounded
+            (`Coded`).
     """
 
-    def __init__(self, terms: Sequence[Term], free: npt.NDArray[np.int64], per: Per, alpha: float) -> None:
+    def __init__(
+        self, terms: Sequence[Term], free: npt.NDArray[np.int64], per: Per, alpha: float, in_memory: int | None = None
+    ) -> None:
         self.per, self.alpha, self.count = per, alpha, len(free)
         self._energy: list[tuple[slice, Floats]] = []
-        shapes: dict[tuple[object, ...], list[tuple[Term, Exponents, Exponents]]] = {}
-        for term in terms:
-            rows, columns = term.rows[:, free], term.columns[:, free]
-            if rows.nnz or columns.nnz:
-                if per == "tensor":
-                    term, rows, columns = _lean(term, rows, columns)
-                shapes.setdefault((term.size.shape, term.peak is None), []).append((term, rows, columns))
+        sides = [side for term in terms if (side := _side(term, free, per)) is not None]
+        large = sum(int(np.prod(side.shape)) for side in sides if isinstance(side.size, Grid)) > (
+            IN_MEMORY if in_memory is None else in_memory
+        )
+        shapes: dict[tuple[object, ...], list[_Side]] = {}
+        for side in sides:
+            if isinstance(side.size, Grid) and not large:
+                side.size = side.size.size()
+            shapes.setdefault((side.shape, side.peak is None, isinstance(side.size, Grid)), []).append(side)
         self.stacks: list[_Stack] = []
         tables, place = [], 0
         for found in shapes.values():
-            stack = _Stack.of([term for term, _, _ in found], place)
+            stack = _Stack.of(found, place)
             place = stack.columns.stop
             self.stacks.append(stack)
-            tables += [rows for _, rows, _ in found] + [columns for _, _, columns in found]
+            tables += [side.rows for side in found] + [side.columns for side in found]
             start = stack.rows.start
-            for axis, vectors in ((2, stack.gain), (1, stack.moment)):
-                for (term, _, _), vector in zip(found, vectors, strict=True):
-                    self._energy.append((slice(start, start + vector.size), term.energy.sum(axis).ravel()))
-                    start += vector.size
+            for k in range(2):
+                for side in found:
+                    self._energy.append((slice(start, start + side.energies[k].size), side.energies[k].ravel()))
+                    start += side.energies[k].size
         self.table = sparse.vstack(tables, format="csr") if tables else sparse.csr_array((0, self.count))
         self._back = self.table.T.tocsr()
         self._at, self._p = np.zeros(self.table.shape[0]), SHARPNESS[0]
@@ -144,15 +173,8 @@ class Objective:
         """Prepare norms of this power, with all magnitudes taken at ``t``."""
         self._at, self._p = np.asarray(self.table @ t), sharpness
         for one in self.stacks:
-            size = one.size * np.exp(self._at[one.columns]).reshape(one.moment.shape)[:, :, None, :]
-            if self.per == "tensor":
-                size *= np.exp(self._at[one.rows]).reshape(one.gain.shape)[:, :, :, None]
-                one.top = size.max((1, 2, 3))
-                top = one.top[:, None, None, None]
-            else:
-                one.top = size.max(3)
-                top = np.where(one.top > 0, one.top, 1.0)[:, :, :, None]
-            one.norm = (size / top) ** sharpness
+            r, c = self._at[one.rows].reshape(one.gain.shape), self._at[one.columns].reshape(one.moment.shape)
+            one.top = one.norm.expand(r if self.per == "tensor" else None, c, sharpness)
 
     def __call__(self, t: Floats) -> tuple[float, Floats]:
         """Value and gradient near where it was expanded."""
@@ -197,9 +219,8 @@ class Objective:
         """Value and shares by rows and columns, one step for each weight."""
         tops = [x.max((1, 2), keepdims=True) for x in (dr, dc)]
         u, v = (np.exp(self._p * (x - top)) for x, top in zip((dr, dc), tops, strict=True))
-        seen = np.matmul(one.norm, v[..., None])[..., 0]
+        seen, back = one.norm.products(v, lambda _, at: u[at])
         whole = np.maximum((u * seen).sum((1, 2), keepdims=True), _TINY)
-        back = np.matmul(u[:, :, None, :], one.norm)[:, :, 0]
         value = np.log(one.top) + (tops[0] + tops[1] + np.log(whole) / self._p).ravel()
         low = [x.min((1, 2), keepdims=True) for x in (r, c)]
         x, y = one.gain * np.exp(-2 * (r - low[0])), one.moment * np.exp(-2 * (c - low[1]))
@@ -218,13 +239,19 @@ class Objective:
         """The same with a step for each row, in which the scale of the row cancels."""
         still, top = np.zeros_like(r), dc.max((1, 2), keepdims=True)
         v = np.exp(self._p * (dc - top))
-        seen = np.maximum(np.matmul(one.norm, v[..., None])[..., 0], _TINY)
-        step = one.gain * one.top**2 * np.exp(2 * top) * seen ** (2 / self._p)
+        least = one.gain * one.top**2 * np.exp(2 * top)
+
+        def weigh(seen: Floats, at: tuple[slice | int, ...]) -> Floats:
+            seen = np.maximum(seen, _TINY)
+            return np.asarray(least[at] * seen ** (2 / self._p) / seen)
+
+        seen, back = one.norm.products(v, weigh)
+        back = back * v
+        step = least * np.maximum(seen, _TINY) ** (2 / self._p)
         low = c.min((1, 2), keepdims=True)
         spread = one.moment * np.exp(-2 * (c - low))
         steps, spreads = step.sum(2, keepdims=True), spread.sum(2, keepdims=True)
         total = np.maximum((steps * spreads).sum(1, keepdims=True), _TINY)
-        back = np.matmul((step / seen)[:, :, None, :], one.norm)[:, :, 0] * v
         value = float((np.log(total) - 2 * low).sum())
         return value, (still, back * spreads / total), (still, spread * steps / total)
 
@@ -241,20 +268,27 @@ class Objective:
         return value, power / peak, spread / whole
 
 
-def _lean(term: Term, rows: Exponents, columns: Exponents) -> tuple[Term, Exponents, Exponents]:
-    """A weight of which only one side moves is a vector to an objective with one step per tensor."""
-    if not rows.nnz:
-        total = term.gain.sum(1, keepdims=True)
-        counts = np.matmul(term.gain[:, None, :], term.energy) / np.maximum(total, 1e-300)[:, :, None]
-        term = replace(term, size=term.size.max(1, keepdims=True), energy=counts, gain=total)
-        rows = sparse.csr_array((len(total), rows.shape[1]))
-    if not columns.nnz and term.peak is None:
-        total = term.moment.sum(1, keepdims=True)
-        term = replace(
-            term, size=term.size.max(2, keepdims=True), energy=term.energy.sum(2, keepdims=True), moment=total
-        )
-        columns = sparse.csr_array((len(total), columns.shape[1]))
-    return term, rows, columns
+def _side(term: Term, free: npt.NDArray[np.int64], per: Per) -> _Side | None:
+    """What an objective needs of a weight; None where nothing of it is free.
+
+    A weight of which only one side moves is a vector to an objective with one step per tensor.
+    """
+    rows, columns, grid = term.rows[:, free], term.columns[:, free], term.grid
+    if not rows.nnz and not columns.nnz:
+        return None
+    gain, moment = term.gain, term.moment
+    size: Floats | Grid = grid
+    counts = term.counts() if not rows.nnz or term.peak is not None else np.zeros_like(moment)
+    energies = grid.row_energy, grid.column_energy
+    if per == "tensor" and not rows.nnz:
+        gain = gain.sum(1, keepdims=True)
+        size, energies = grid.column_size[:, None, :], (np.zeros_like(gain), counts / np.maximum(gain, 1e-300))
+        rows = sparse.csr_array((len(gain), rows.shape[1]))
+    if per == "tensor" and not columns.nnz and term.peak is None:
+        moment = moment.sum(1, keepdims=True)
+        size, energies = grid.row_size[:, :, None], (grid.row_energy, np.zeros_like(moment))
+        columns, counts = sparse.csr_array((len(moment), columns.shape[1])), np.zeros_like(moment)
+    return _Side(size, rows, columns, gain, moment, energies, counts, term.peak)
 
 
 def solve(objective: Objective, progress: Callable[[float], None] | None = None) -> Floats:

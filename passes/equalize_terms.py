@@ -23,6 +23,7 @@ from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Labels
 from cipm_ir.passes.blockers import listed
 from cipm_ir.passes.canonical_members import Floats, Member, Members
+from cipm_ir.passes.equalize_grid import Grid
 from cipm_ir.symmetry.leaves import Leaf
 
 Exponents = sparse.csr_array
@@ -37,8 +38,8 @@ class Term:
 
     Attributes:
         name: of the parameter.
-        size: (groups, rows, columns), the largest magnitude over all other axes (the taps of a kernel).
-        energy: the same, sum of squares; ``count`` entries make one of these.
+        grid: magnitudes and energies, (groups, rows, columns); over all other axes (the taps of a kernel) the largest
+            and the sum of squares.
         rows, columns: exponents of each row and column: (groups * rows or columns, unknowns).
         gain, moment: (groups, rows) and (groups, columns), the weights g and a.
         source: name of the value that is multiplied, where that is one activation; else None.
@@ -46,25 +47,30 @@ class Term:
     """
 
     name: str
-    size: Floats
-    energy: Floats
-    count: int
+    grid: Grid
     rows: Exponents
     columns: Exponents
     gain: Floats
     moment: Floats
     source: str | None
     peak: Floats | None = None
+    _counts: tuple[Floats, Floats] | None = None
+
+    def counts(self) -> Floats:
+        """Energy of each column by what outputs count: (groups, columns); read once for each ``gain``."""
+        if self._counts is None or self._counts[0] is not self.gain:
+            self._counts = self.gain, self.grid.counted(self.gain)
+        return self._counts[1]
 
     def levels(self, t: Floats) -> tuple[Floats, Floats]:
         """e_r and e_c at some log-scales: (groups, rows), (groups, columns)."""
         return (self.rows @ t).reshape(self.gain.shape), (self.columns @ t).reshape(self.moment.shape)
 
-    def scaled(self, t: Floats) -> tuple[Floats, Floats]:
-        """Largest magnitudes and energies of the weight at some log-scales."""
-        r, c = self.levels(t)
-        both = np.exp(r[:, :, None] + c[:, None, :])
-        return self.size * both, self.energy * both**2
+    @property
+    def ends(self) -> tuple[tuple[Exponents, Floats, Floats], tuple[Exponents, Floats, Floats]]:
+        """Of rows and of columns: exponents, largest magnitudes, energies."""
+        grid = self.grid
+        return (self.rows, grid.row_size, grid.row_energy), (self.columns, grid.column_size, grid.column_energy)
 
 
 Look = Callable[[set[str]], Mapping[str, tuple[Floats, Floats]]]
@@ -130,25 +136,21 @@ def _roles(nodes: Sequence[ir.Node], leaf: Leaf) -> tuple[int, int] | None:
 def _term(members: Members, leaf: int, found: list[Member], roles: tuple[int, int]) -> Term | None:
     """Rows: the axis that is given out and all other axes that move; columns: the axis that is summed."""
     one = members.analysis.walk.leaves[leaf]
-    array = np.abs(members.array(leaf).astype(np.float64))
-    if not np.isfinite(array).all() or not array.any():
-        return None
-    grouped = next((m.groups for m in found if m.groups), 0)
+    groups = next((m.groups for m in found if m.groups), 0) or 1
     out, summed = roles
     if any(m.groups and m.axis != summed for m in found):
         return None  # a grouped ConvTranspose: its groups are those of what is given out
     kept = [out, *sorted({m.axis for m in found} - {out, summed})]
-    if grouped:  # groups are runs of axis 0, also where that is an axis of its own (stacked experts)
+    if groups > 1 or 0 in kept:  # groups are runs of axis 0, and pieces are read along it
         kept = [0, *(a for a in kept if a != 0)]
-    rest = tuple(a for a in range(array.ndim) if a not in (*kept, summed))
-    laid = np.moveaxis(array, [*kept, summed, *rest], range(array.ndim))
+    rest = tuple(a for a in range(len(one.shape)) if a not in (*kept, summed))
+    grid = Grid(lambda: members.array(leaf), (*kept, summed, *rest), len(rest), groups)
+    if not members.finite(leaf) or not grid.row_size.any():
+        return None
     shape = [one.shape[a] for a in kept]
-    groups = grouped or 1
-    split = (groups, int(np.prod(shape)) // groups, one.shape[summed])
-    over = tuple(range(len(kept) + 1, array.ndim))
-    size, energy = laid.max(over).reshape(split), np.square(laid).sum(over).reshape(split)
     unknowns = members.count * max(members.scales, 1)
     where = np.unravel_index(np.arange(int(np.prod(shape))), shape)
+    split = grid.shape
     rows, columns = _none(split[0] * split[1], unknowns), _none(split[0] * split[2], unknowns)
     for m in found:
         table = _table(members, m)
@@ -162,7 +164,7 @@ def _term(members: Members, leaf: int, found: list[Member], roles: tuple[int, in
     first = node.inputs[0] if node.op_type in ("Conv", "Gemm", "MatMul") and one.uses[0][1] == 1 else None
     source = None if first is None else first.name
     flat = np.ones(split[:2]), np.ones((split[0], split[2]))
-    return Term(one.name, size, energy, array.size // energy.size, rows.tocsr(), columns.tocsr(), *flat, source)
+    return Term(one.name, grid, rows.tocsr(), columns.tocsr(), *flat, source)
 
 
 def _none(count: int, unknowns: int) -> Exponents:
@@ -208,14 +210,14 @@ class _Flow:
         place, unknown, power = _entries(table)
         np.add.at(self.energy, unknown, np.minimum(energy.ravel()[place] ** (1 / power), np.exp(_FAR)))
 
-    def used(self, term: Term) -> None:
-        """Units count for what a weight makes of them, and for what multiplies them."""
-        out = term.moment * np.matmul(term.gain[:, None, :], term.energy)[:, 0]
+    def used(self, term: Term, made: Floats) -> None:
+        """Units count for what a weight makes of them, and for what multiplies them; ``made``: energy of its rows."""
+        out = term.moment * term.counts()
         place, unknown, _ = _entries(-term.columns)
         np.add.at(self.use, unknown, out.ravel()[place])
         partner = -term.rows.minimum(0)
         place, unknown, _ = _entries(partner)
-        rows = np.matmul(term.energy, term.moment[:, :, None])[:, :, 0].ravel() * _powers(partner, self.energy)
+        rows = made.ravel() * _powers(partner, self.energy)
         np.add.at(self.use, unknown, rows[place])
 
 
@@ -236,20 +238,22 @@ def _entries(table: Exponents) -> tuple[Labels, Labels, Floats]:
 def _weigh(members: Members, terms: Mapping[int, Term], given: Collection[str]) -> None:
     """Fill in the moments, but for those of weights in ``given``, and what outputs count; in graph order and back."""
     flow = _Flow(members.count * max(members.scales, 1))
+    made: dict[int, Floats] = {}
     for leaf, found in members.on_leaf.items():
         term = terms.get(leaf)
         if term is not None:
             if term.name not in given:
                 term.moment = flow.moment(term)
-            flow.made(term.rows, (term.energy @ term.moment[:, :, None])[:, :, 0])
+            made[leaf] = term.grid.made(term.moment)
+            flow.made(term.rows, made[leaf])
         elif members.analysis.walk.leaves[leaf].dtype in _FLOATS:
-            array = np.square(members.array(leaf).astype(np.float64))
             for m in found:
-                if m.line and m.epsilon is None and np.isfinite(array).all():
-                    flow.made(_table(members, m), np.resize(array.ravel(), len(m.classes)))
-    for term in reversed(list(terms.values())):
+                if m.line and m.epsilon is None and members.finite(leaf):
+                    square = np.square(members.array(leaf).astype(np.float64))
+                    flow.made(_table(members, m), np.resize(square.ravel(), len(m.classes)))
+    for leaf, term in reversed(list(terms.items())):
         term.gain = flow.gain(term)
-        flow.used(term)
+        flow.used(term, made[leaf])
 
 
 def frozen(members: Members, terms: Sequence[Term]) -> tuple[npt.NDArray[np.bool_], list[str]]:
@@ -260,18 +264,17 @@ def frozen(members: Members, terms: Sequence[Term]) -> tuple[npt.NDArray[np.bool
     names: dict[str, list[str]] = {}
     still = np.zeros(members.count * max(members.scales, 1), bool)
     for term in terms:
-        for table, alive in ((term.rows, term.energy.sum(2)), (term.columns, term.energy.sum(1))):
+        for table, _, alive in term.ends:
             dead = table[np.flatnonzero(alive.ravel() == 0)].indices
             still[dead] = True
             if len(dead) and term.name not in names.setdefault("it has rows or columns of zeros", []):
                 names["it has rows or columns of zeros"].append(term.name)
     for leaf, found in members.on_leaf.items():
-        array = members.array(leaf)
         kind = members.analysis.walk.leaves[leaf].dtype
         if not kind.is_floating_point():
             continue
         narrow = members.exact and kind.itemsize < 4 and kind != ir.DataType.BFLOAT16
-        if narrow or not np.isfinite(array if array.dtype.kind == "f" else array.astype(np.float32)).all():
+        if narrow or not members.finite(leaf):
             for m in found:
                 still[_table(members, m).indices] = True
             why = f"{kind.name.lower()} may round; exact=false scales it" if narrow else "it holds NaN or infinities"

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Array
-from cipm_ir.passes.expose_draft import Draft, Kept, Write
+from cipm_ir.passes.expose_draft import Draft, Kept, Weight, Write
 from cipm_ir.passes.expose_forms import Norm, find_norms
 from cipm_ir.passes.expose_gain import free_parameters
 from cipm_ir.passes.expose_stream import Stream, stream_of
@@ -71,7 +71,7 @@ def _streams(draft: Draft, kept: Counter[str]) -> list[tuple[Stream, list[Write]
         try:
             stream = stream_of(draft, norm, norms)
             writers = stream.writers.values()
-            found.append((stream, [draft.change(weight, centred(weight.array, axis)) for weight, axis in writers]))
+            found.append((stream, [_centring(draft, weight, axis) for weight, axis in writers]))
         except Kept as reason:
             kept[str(reason)] += 1
     return found
@@ -89,6 +89,10 @@ def _carry_out(draft: Draft, stream: Stream, changes: list[Write]) -> set[str]:
         to_rms(draft, norm)
     written = (draft.weight(node, index) for node, index in stream.writers)
     return {weight.name for weight in written if weight is not None}
+
+
+def _centring(draft: Draft, weight: Weight, axis: int) -> Write:
+    return draft.change(weight, lambda array: centred(array, axis))
 
 
 def centred(array: Array, axis: int) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import onnx_ir as ir
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Array
 from cipm_ir.ir.nested import nodes_within
-from cipm_ir.ir.parameters import named, parameter_tensor
+from cipm_ir.ir.parameters import named, on_demand, parameter_tensor
 from cipm_ir.ir.shapes import Shapes
 from cipm_ir.ir.stand_ins import infer_shapes
 from cipm_ir.runtime.graphs import all_values
@@ -46,6 +47,14 @@ class Weight:
     def name(self) -> str:
         """The name it is stored under."""
         return self.holder.name or "weight"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape as the node reads it."""
+        shape = tuple(self.tensor.shape.numpy())
+        for node in reversed(self.path):
+            shape = tuple(shape[a] for a in _perm(node, len(shape)))
+        return shape
 
     @property
     def array(self) -> Array:
@@ -89,10 +98,21 @@ def _perm(node: ir.Node, rank: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Write:
-    """A weight that gets new content, decided and rounded, not yet written."""
+    """A weight that gets new content, decided and checked, not yet written.
+
+    Attributes:
+        weight: as it was.
+        make: gives the new content from the old one, in float64.
+    """
 
     weight: Weight
-    array: Array
+    make: Callable[[Array], Array]
+
+    @property
+    def array(self) -> Array:
+        """The new content, rounded."""
+        with np.errstate(over="ignore"):
+            return np.asarray(self.make(self.weight.array).astype(self.weight.tensor.dtype.numpy()))
 
 
 class Draft:
@@ -195,16 +215,20 @@ class Draft:
         vector = sum(size > 1 for size in tensor.shape.numpy()) <= 1
         return self.split == "all" or (self.split == "vectors" and vector)
 
-    def change(self, weight: Weight, array: Array) -> Write:
-        """A decided change of a weight. Refuses what other places read, overflow, and rounding to half precision."""
+    def change(self, weight: Weight, make: Callable[[Array], Array]) -> Write:
+        """A decided change of a weight, as a function of its content in float64.
+
+        Refuses what other places read, overflow, and rounding to half precision.
+        """
         self.owned(weight)
-        return Write(weight, self.rounded(array, weight.tensor.dtype, weight.name))
+        self.rounded(make(weight.array), weight.tensor.dtype, weight.name)
+        return Write(weight, make)
 
     def rounded(self, array: Array, dtype: ir.DataType, name: str) -> Array:
         """Content in the type of a constant. Refuses overflow, and rounding to half precision."""
         with np.errstate(over="ignore"):
             rounded: Array = array.astype(dtype.numpy())
-        if not np.isfinite(rounded.astype(np.float64)).all():
+        if not np.isfinite(rounded if rounded.dtype.kind == "f" else rounded.astype(np.float32)).all():
             raise Kept(f"{name} would not stay finite")
         if dtype in _HALF and not np.array_equal(rounded.astype(np.float64), array):
             raise Kept(f"{name} would round in {dtype.name.lower()}")
@@ -216,12 +240,20 @@ class Draft:
         weight = change.weight
         now = self.weight(weight.node, weight.index) or weight  # an earlier write may have split it
         if now.alone and now.holder.is_initializer():
-            array = now.stored(change.array)
-            now.holder.const_value = ir.tensor(array, dtype=now.tensor.dtype, name=now.holder.name)
-            now.holder.shape = ir.Shape(array.shape)
+            now.holder.const_value = self._changed(change, now)
             return
-        made = self.initializer(weight.name, change.array, weight.tensor.dtype)
-        weight.node.replace_input_with(weight.index, made)
+        weight.node.replace_input_with(weight.index, self.stored(weight.name, self._changed(change, None)))
+
+    def _changed(self, change: Write, place: Weight | None) -> ir.TensorProtocol:
+        """The new tensor, in the layout of where it is stored."""
+        dtype, shape = change.weight.tensor.dtype, change.weight.shape
+        name = None if place is None else place.holder.name
+
+        def made() -> ir.TensorProtocol:
+            array = change.array if place is None else place.stored(change.array)
+            return ir.tensor(np.ascontiguousarray(array), dtype=dtype, name=name)
+
+        return on_demand(made, dtype, shape if place is None else tuple(place.tensor.shape.numpy()), name)
 
     def initializer(self, name: str, array: Array, dtype: ir.DataType) -> ir.Value:
         """A new constant under this name, or the next one that is free."""

@@ -71,7 +71,7 @@ def _fused(draft: Draft, node: ir.Node) -> Norm | None:
     if given != [weight is not None for weight in (gamma, beta)][: len(given)] or gamma is None:
         return None  # computed, or to be overridden
     size = sizes[0][axis]
-    if any(tuple(weight.array.shape) != (size,) for weight in (gamma, beta) if weight is not None):
+    if any(tuple(weight.shape) != (size,) for weight in (gamma, beta) if weight is not None):
         return None
     epsilon = float(attribute(node, "epsilon", 1e-5))
     return Norm(node, centred, source, node.outputs[0], axis, epsilon, gamma, beta, frozenset((node,)))
@@ -194,7 +194,7 @@ def _factor(draft: Draft, value: ir.Value, op: str, axis: int) -> Weight | None:
             value = node.outputs[0]
             continue
         weight = draft.weight(node, 1 - use.idx) if node.op_type == op else None
-        if weight is None or not aligned(weight.array.shape, len(sizes[0]), axis, sizes[0][axis]):
+        if weight is None or not aligned(weight.shape, len(sizes[0]), axis, sizes[0][axis]):
             return None
         return weight
     return None

@@ -52,14 +52,13 @@ def absorb_input(draft: Draft, node: ir.Node, index: int, axis: int, scale: Arra
     """
     weight = draft.weight(node, 1) if node.domain in STANDARD and index == 0 else None
     summed = None if weight is None else _summed_axis(draft, node, weight, axis)
-    if weight is None or summed is None or weight.array.shape[summed] != len(scale):
+    if weight is None or summed is None or weight.shape[summed] != len(scale):
         product = node.domain in STANDARD and node.op_type in ("MatMul", "Gemm", "Conv")
         raise Kept(f"{node.op_type} reads it" + (" without a float weight of its own" if product else ""))
-    array = weight.array
-    shape = [-1 if k == summed else 1 for k in range(array.ndim)]
-    steps: list[Step] = [draft.change(weight, array * scale.reshape(shape))]
+    factor = scale.reshape([-1 if k == summed else 1 for k in range(len(weight.shape))])
+    steps: list[Step] = [draft.change(weight, lambda array: array * factor)]
     if shift.any():
-        moved = np.moveaxis(array, summed, -1) @ shift
+        moved = np.moveaxis(weight.array, summed, -1) @ shift
         vector = moved.reshape(moved.shape[0], -1).sum(axis=1) if node.op_type == "Conv" else moved
         steps.append(_shifted(draft, node, weight, vector))
     return steps
@@ -69,7 +68,7 @@ def _summed_axis(draft: Draft, node: ir.Node, weight: Weight, axis: int) -> int 
     """The axis of the weight that is summed, where it meets this axis of the input."""
     rank = draft.rank(node.inputs[0])
     if node.op_type == "MatMul":
-        return 0 if rank is not None and axis == rank - 1 and weight.array.ndim == 2 else None
+        return 0 if rank is not None and axis == rank - 1 and len(weight.shape) == 2 else None
     if node.op_type == "Gemm":
         return int(bool(attribute(node, "transB", 0))) if axis == int(not attribute(node, "transA", 0)) else None
     if node.op_type == "Conv":
@@ -89,8 +88,8 @@ def _shifted(draft: Draft, node: ir.Node, weight: Weight, vector: Array) -> Step
         vector = vector * float(attribute(node, "alpha", 1.0)) / share
     bias = bias_of(draft, node, len(vector))
     if isinstance(bias, Weight):
-        array = bias.array
-        return draft.change(bias, array + (vector if node.op_type != "Conv" else vector.reshape(array.shape)))
+        added = vector if node.op_type != "Conv" else vector.reshape(bias.shape)
+        return draft.change(bias, lambda array: array + added)
     if bias is not None:
         raise Kept(f"the bias of {node.op_type} {node.name or node.outputs[0].name} is computed")
     return NewBias(node, draft.rounded(vector, weight.tensor.dtype, "a new bias"), weight)
@@ -111,6 +110,6 @@ def bias_of(draft: Draft, node: ir.Node, width: int) -> Weight | ir.Value | None
     if use.node.op_type != "Add" or use.node.domain not in STANDARD or use.node.graph is not draft.graph:
         return None
     weight = draft.weight(use.node, 1 - use.idx)
-    if weight is None or not weight.array.ndim or weight.array.shape[-1] != width:
+    if weight is None or not weight.shape or weight.shape[-1] != width:
         return None
     return weight

@@ -64,9 +64,9 @@ def _fold(draft: Draft, norm: Norm, scale: Array, shift: Array) -> int:
     for node, index, axis in readers:
         steps += absorb_input(draft, node, index, axis, scale, shift)
     if norm.gamma is not None:
-        steps.append(draft.change(norm.gamma, np.ones(norm.gamma.array.shape)))
+        steps.append(draft.change(norm.gamma, np.ones_like))
     if norm.beta is not None and not norm.fused:
-        steps.append(draft.change(norm.beta, np.zeros(norm.beta.array.shape)))
+        steps.append(draft.change(norm.beta, np.zeros_like))
     carry_out(draft, steps)
     if norm.beta is not None and norm.fused:
         norm.node.resize_inputs(2)

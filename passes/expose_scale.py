@@ -49,8 +49,8 @@ def fold_scales(draft: Draft) -> Scaled:
 
 
 def _multiplied(draft: Draft, part: Weight, axis: int, vector: Array) -> Write:
-    array = part.array
-    return draft.change(part, array * vector.reshape([-1 if k == axis else 1 for k in range(array.ndim)]))
+    factor = vector.reshape([-1 if k == axis else 1 for k in range(len(part.shape))])
+    return draft.change(part, lambda array: array * factor)
 
 
 def _scale(draft: Draft, node: ir.Node) -> tuple[Weight, list[tuple[Weight, int]], Array] | None:
@@ -65,7 +65,7 @@ def _scale(draft: Draft, node: ir.Node) -> tuple[Weight, list[tuple[Weight, int]
     parts = _parts(draft, source, rank)
     axis = 1 if parts and parts[0][0].node.op_type == "Conv" else rank - 1
     sizes = draft.sizes(source)
-    if not parts or sizes is None or not aligned(weight.array.shape, rank, axis, sizes[0][axis]):
+    if not parts or sizes is None or not aligned(weight.shape, rank, axis, sizes[0][axis]):
         return None
     return weight, parts, weight.array.ravel()
 
@@ -78,27 +78,27 @@ def _parts(draft: Draft, source: ir.Value, rank: int) -> list[tuple[Weight, int]
     if node.op_type == "Add":
         bias = draft.weight(node, 0) or draft.weight(node, 1)
         product = None if bias is None else node.inputs[1 - bias.index]
-        if bias is None or product is None or draft.rank(product) != rank or not bias.array.ndim:
+        if bias is None or product is None or draft.rank(product) != rank or not bias.shape:
             return []
         inner = _only(draft, product, "MatMul")
         sizes = draft.sizes(product)
-        if inner is None or sizes is None or bias.array.shape[-1] != sizes[0][-1]:
+        if inner is None or sizes is None or bias.shape[-1] != sizes[0][-1]:
             return []
-        return [*_parts_of(draft, inner), (bias, bias.array.ndim - 1)]
+        return [*_parts_of(draft, inner), (bias, len(bias.shape) - 1)]
     return _parts_of(draft, node)
 
 
 def _parts_of(draft: Draft, node: ir.Node) -> list[tuple[Weight, int]]:
     weight = draft.weight(node, 1)
-    if weight is None or weight.array.ndim < 2:
+    if weight is None or len(weight.shape) < 2:
         return []
-    axis = {"MatMul": weight.array.ndim - 1, "Gemm": int(not attribute(node, "transB", 0)), "Conv": 0}[node.op_type]
+    axis = {"MatMul": len(weight.shape) - 1, "Gemm": int(not attribute(node, "transB", 0)), "Conv": 0}[node.op_type]
     parts = [(weight, axis)]
     if node.op_type != "MatMul" and len(node.inputs) > 2 and node.inputs[2] is not None:
         bias = draft.weight(node, 2)
-        if bias is None or not bias.array.ndim or bias.array.shape[-1] != weight.array.shape[axis]:
+        if bias is None or not bias.shape or bias.shape[-1] != weight.shape[axis]:
             return []
-        parts.append((bias, bias.array.ndim - 1))
+        parts.append((bias, len(bias.shape) - 1))
     return parts
 
 

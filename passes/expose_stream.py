@@ -132,17 +132,17 @@ class _Search:
 
     def _product(self, node: ir.Node, axis: int) -> None:
         weight, rank = self.draft.weight(node, 1), self.draft.rank(node.outputs[0])
-        if weight is None or rank is None or weight.array.ndim < 2:
+        if weight is None or rank is None or len(weight.shape) < 2:
             raise Kept(f"{node.op_type} writes the stream without a float weight of its own")
         if node.op_type == "Conv" and attribute(node, "group", 1) != 1:
             # Its outputs are sums over different inputs, so that their mean is no product with a mean of weights.
             raise Kept("a grouped Conv writes the stream")
         out = {
-            "MatMul": weight.array.ndim - 1,
+            "MatMul": len(weight.shape) - 1,
             "Gemm": int(not attribute(node, "transB", 0)),
             "Conv": 0,
         }[node.op_type]
-        if axis != (1 if node.op_type == "Conv" else rank - 1) or weight.array.shape[out] != self.size:
+        if axis != (1 if node.op_type == "Conv" else rank - 1) or weight.shape[out] != self.size:
             raise Kept(f"{node.op_type} writes the stream along another axis")
         self.stream.writers[node, 1] = (weight, out)
         if node.op_type == "MatMul":
@@ -150,9 +150,9 @@ class _Search:
         bias = bias_of(self.draft, node, self.size)
         if bias is None:
             return
-        if not isinstance(bias, Weight) or not bias.array.ndim or bias.array.shape[-1] != self.size:
+        if not isinstance(bias, Weight) or not bias.shape or bias.shape[-1] != self.size:
             raise Kept(f"{node.op_type} adds a bias without the axis to the stream")
-        self.stream.writers[node, 2] = (bias, bias.array.ndim - 1)
+        self.stream.writers[node, 2] = (bias, len(bias.shape) - 1)
 
     # ------------------------------------------------------------ in front of a value
     def _reader(self, node: ir.Node, index: int, value: ir.Value, axis: int) -> None:

@@ -252,7 +252,7 @@ def _matching(names: Sequence[str], patterns: Sequence[str], option_name: str) -
 
 def _as_merge(found: Duplicates) -> Merge:
     kept = np.flatnonzero(found.leader == np.arange(len(found.leader)))
-    return Merge(kept, (found.leader[:, None] == kept).astype(np.float64))
+    return Merge(kept, (found.leader[:, None] == kept).astype(np.uint8))
 
 
 def _equally_many(program: Program, found: Mapping[int, Duplicates]) -> dict[int, Duplicates]:

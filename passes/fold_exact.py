@@ -19,7 +19,7 @@ import numpy as np
 from cipm_ir.algebra import Element
 from cipm_ir.ir.labels import Labels
 from cipm_ir.passes.canonical_members import Floats
-from cipm_ir.passes.fold_rows import UnitRows
+from cipm_ir.passes.fold_rows import Row, UnitRows
 
 _SEED = 0
 _WIDE = 8.0
@@ -51,26 +51,27 @@ def find_duplicates(rows: UnitRows, tolerance: float) -> Duplicates:
     """Duplicates among the units of a space; where there are none, everyone leads himself. NaN is equal to nothing."""
     n, group = rows.space.size, rows.space.group
     rng = np.random.default_rng(_SEED)
-    values = [row.values for row in rows.producers]
-    norms = np.stack([np.linalg.norm(v, axis=1) for v in values], axis=1)
+    made = rows.producers
+    first = [rng.standard_normal(row.width) for row in made]
+    second, weights = zip(*((rng.standard_normal(row.width), rng.standard_normal()) for row in made), strict=True)
+    looks = [_looked_at(row, pair) for row, *pair in zip(made, first, second, strict=True)]
+    norms, signs, along = (np.stack(columns, axis=1) for columns in zip(*looks, strict=True))
     finite = np.isfinite(norms).all(axis=1)
     scale, sign = np.zeros((n, group.scales)), np.zeros((n, group.signs), np.int64)
     exponents = np.stack([row.scale for row in rows.producers])
     parities = np.stack([row.sign for row in rows.producers])
-    negative = np.stack([v @ rng.standard_normal(v.shape[1]) < 0 for v in values], axis=1)
+    negative = signs < 0
     present = (norms > 0) & finite[:, None]
     for pattern in np.unique(present, axis=0):
         here = np.flatnonzero((present == pattern).all(axis=1))
         if pattern.any():
             scale[here] = np.log2(norms[np.ix_(here, pattern)]) @ np.linalg.pinv(exponents[pattern].astype(float)).T
             sign[here] = _solve_signs(parities[pattern] % 2, negative[np.ix_(here, pattern)])
-    fixed = [
-        v * (np.exp2(-(scale @ row.scale)) * (1 - 2 * ((sign @ row.sign) % 2)))[:, None]
-        for v, row in zip(values, rows.producers, strict=True)
-    ]
+    factor = np.stack([np.exp2(-(scale @ row.scale)) * (1 - 2 * ((sign @ row.sign) % 2)) for row in made], axis=1)
+    key = _keys(norms * np.abs(factor), along * factor, weights)
     leader = np.arange(n)
-    for component in _candidates(fixed, np.flatnonzero(finite), tolerance, rng):
-        _lead(component, fixed, tolerance, leader)
+    for component in _candidates(key, np.flatnonzero(finite), _WIDE * len(made) * (tolerance + 1e-13)):
+        _lead(component, made, factor, tolerance, leader)
     step = scale[leader] - scale
     step = np.where(np.abs(step - np.round(step)) <= tolerance, np.round(step), step)  # powers of two do not round
     flip = 1 - 2 * ((sign[leader] + sign) % 2)
@@ -99,28 +100,43 @@ def _solve_signs(parities: Labels, negative: Floats) -> Labels:
     return flips
 
 
-def _candidates(fixed: Sequence[Floats], units: Labels, tolerance: float, rng: np.random.Generator) -> Iterator[Labels]:
-    """Sets of units of which no two from different sets can be duplicates: gaps in a random projection."""
-    key = np.zeros(len(units))
-    for rows in fixed:
-        own = rows[units]
-        norm = np.linalg.norm(own, axis=1)
-        direction = own @ rng.standard_normal(own.shape[1]) / np.where(norm > 0, norm, 1.0)
-        key += direction + np.log2(np.where(norm > 0, norm, 1.0)) * rng.standard_normal()
-    order = np.argsort(key, kind="stable")
-    gaps = np.flatnonzero(np.diff(key[order]) > _WIDE * len(fixed) * (tolerance + 1e-13)) + 1
-    for part in np.split(order, gaps):
+def _looked_at(row: Row, directions: Sequence[Floats]) -> tuple[Floats, Floats, Floats]:
+    """Norms of the rows of all units, and their products with two directions, in one reading."""
+    found = np.zeros((3, len(row.places)))
+    for units, values in row.parts():
+        found[0, units] = np.linalg.norm(values, axis=1)
+        for k, direction in enumerate(directions):
+            found[k + 1, units] = values @ direction
+    return found[0], found[1], found[2]
+
+
+def _keys(norms: Floats, along: Floats, weights: Sequence[float]) -> Floats:
+    """A number per unit, nearly the same for duplicates: a random projection of directions and logarithms of norms."""
+    size = np.where(norms > 0, norms, 1.0)
+    return np.asarray((along / size + np.log2(size) * weights).sum(axis=1))
+
+
+def _candidates(key: Floats, units: Labels, gap: float) -> Iterator[Labels]:
+    """Sets of units of which no two from different sets can be duplicates: gaps in their keys."""
+    order = np.argsort(key[units], kind="stable")
+    cuts = np.flatnonzero(np.diff(key[units][order]) > gap) + 1
+    for part in np.split(order, cuts):
         if len(part) > 1:
             yield np.sort(units[part])
 
 
-def _lead(units: Labels, fixed: Sequence[Floats], tolerance: float, leader: Labels) -> None:
-    """The first unit takes those that equal it; what is left goes on without them."""
+def _lead(units: Labels, made: Sequence[Row], factor: Floats, tolerance: float, leader: Labels) -> None:
+    """The first unit takes those that equal it; what is left goes on without them.
+
+    ``factor``: (units, tensors), what brings each row to the common gauge.
+    """
     while len(units) > 1:
-        same = np.ones(len(units), bool)
-        for rows in fixed:
-            own, first = rows[units], rows[units[0]]
-            largest = np.maximum(np.linalg.norm(own, axis=1), np.linalg.norm(first))
-            same &= np.linalg.norm(own - first, axis=1) <= tolerance * largest
-        leader[units[same]] = units[0]
-        units = units[~same]
+        same = units
+        for k, row in enumerate(made):
+            rows = row.of(same) * factor[same, k, None]
+            largest = np.maximum(np.linalg.norm(rows, axis=1), np.linalg.norm(rows[0]))
+            same = same[np.linalg.norm(rows - rows[0], axis=1) <= tolerance * largest]
+            if len(same) < 2:
+                break
+        leader[same] = units[0]
+        units = np.setdiff1d(units[1:], same)

@@ -24,14 +24,14 @@ class Merge:
 
     Attributes:
         kept: (k,) sorted.
-        mixing: (units, k) float64.
+        mixing: (units, k) float64, or uint8 where it only adds up.
         cluster: (units,) which kept unit each goes to; what makes the kept unit becomes the mean over its cluster.
             None leaves the makers as they are.
         gain: (k,) by which the scale of batch normalization is multiplied after averaging.
     """
 
     kept: Labels
-    mixing: Floats
+    mixing: Array
     cluster: Labels | None = None
     gain: Floats | None = None
 
@@ -52,7 +52,7 @@ def mix_units(program: Program, index: int, merge: Merge) -> Program:
     space = program.spaces[index]
     if merge.cluster is not None:
         program = _averaged(program, index, merge)
-    full = np.zeros((space.size, space.size))
+    full = np.zeros((space.size, space.size), merge.mixing.dtype)
     full[:, merge.kept] = merge.mixing
     made = program.absorb(program.spaces[index], np.arange(space.size), full)
     if len(made.spaces) != len(program.spaces) or made.spaces[index].size != space.size:

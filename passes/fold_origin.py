@@ -160,7 +160,7 @@ class _Search:
     def _vector(self, node: ir.Node, index: int) -> Floats | None:
         """A parameter's number for each unit."""
         leaf = self.walk.use_leaf.get((self.position[id(node)], index))
-        found = (row for row in self.rows.producers if row.leaf == leaf and row.values.shape[1] == 1)
+        found = (row for row in self.rows.producers if row.leaf == leaf and row.width == 1)
         return next((row.values[:, 0] for row in found), None)
 
     def _origin(self, after: ir.Value, before: ir.Value) -> Origin:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from cipm_ir.errors import SymmetryError
-from cipm_ir.ir.labels import Labels
-from cipm_ir.passes.canonical_members import Floats, Member, Members
+from cipm_ir.ir.labels import Array, Labels
+from cipm_ir.passes.canonical_members import CHUNK, Floats, Member, Members
 from cipm_ir.symmetry.absorb import absorb_edits
 from cipm_ir.symmetry.program import Space
 
@@ -20,14 +22,14 @@ class Row:
     Attributes:
         member: the axis of the tensor.
         places: (units, occurrences) positions along the axis (of a joint axis: in all groups, one after the other).
-        values: (units, entries) float64; of a variance, with epsilon added.
+        array: gives the tensor.
         scale: exponent of each scale direction of the space.
         sign: parity of each sign direction of the space.
     """
 
     member: Member
     places: Labels
-    values: Floats
+    array: Callable[[], Array]
     scale: Labels
     sign: Labels
 
@@ -35,6 +37,28 @@ class Row:
     def leaf(self) -> int:
         """The tensor, among the leaves of the walk."""
         return self.member.factor.leaf
+
+    @property
+    def width(self) -> int:
+        """Entries of a unit."""
+        return int(math.prod(self.member.shape) * self.places.shape[1] // self.member.factor.size)
+
+    @property
+    def values(self) -> Floats:
+        """(units, entries) float64; of a variance, with epsilon added. Read anew each time."""
+        return self.of(np.arange(len(self.places)))
+
+    def of(self, units: Labels) -> Floats:
+        """The same for some units."""
+        values = by_position(self.array(), self.member)[self.places[units]].reshape(len(units), -1).astype(np.float64)
+        return values if self.member.epsilon is None else values + self.member.epsilon
+
+    def parts(self) -> Iterator[tuple[Labels, Floats]]:
+        """The same for all units, some at a time."""
+        step = max(1, CHUNK // max(self.width, 1))
+        for lo in range(0, len(self.places), step):
+            units = np.arange(lo, min(lo + step, len(self.places)))
+            yield units, self.of(units)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +88,7 @@ def unit_rows(members: Members, index: int) -> UnitRows:
     program, analysis = members.program, members.analysis
     space, classes = program.spaces[index], analysis.spaces[index].table[:, 0]
     n = space.size
-    nothing = np.zeros((n, 1))  # only which weights would be mixed counts here
+    nothing = np.zeros((n, 1), np.uint8)  # only which weights would be mixed counts here
     edits, _ = absorb_edits(analysis, program.model, index, np.zeros(1, np.int64), nothing, None)
     reading = {(leaf, axis) for leaf, edit in edits.items() for axis in edit.mix}
     producers: list[Row] = []
@@ -82,14 +106,11 @@ def unit_rows(members: Members, index: int) -> UnitRows:
 
 def _row(members: Members, m: Member, classes: Labels, space: Space) -> Row:
     places = members.analysis.factor_positions(m.factor, classes)
-    values = by_position(members.array(m.factor.leaf).astype(np.float64), m)[places].reshape(len(classes), -1)
-    if m.epsilon is not None:
-        values = values + m.epsilon
     first = int(places[0, 0])
     scale, sign = np.zeros(space.group.scales, np.int64), np.zeros(space.group.signs, np.int64)
     _spread(scale, m.scale_at, m.scale[first])
     _spread(sign, m.sign_at, m.sign[first])
-    return Row(m, places, values, scale, sign)
+    return Row(m, places, lambda: members.array(m.factor.leaf), scale, sign)
 
 
 def _spread(out: Labels, at: Labels, values: Labels) -> None:
@@ -97,7 +118,7 @@ def _spread(out: Labels, at: Labels, values: Labels) -> None:
     out[at[own]] = values[own]
 
 
-def by_position(array: Floats, m: Member) -> Floats:
+def by_position(array: Array, m: Member) -> Array:
     """(positions, *others) view of a tensor: what lies at each position of a member."""
     if not m.groups:
         return np.moveaxis(array, m.axis, 0)

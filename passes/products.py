@@ -14,7 +14,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from cipm_ir.ir.constants import attribute
-from cipm_ir.ir.parameters import named, parameter_tensor
+from cipm_ir.ir.parameters import named, on_demand, parameter_tensor
 from cipm_ir.passes.replace_values import remove_if_unused
 from cipm_ir.runtime.graphs import all_values
 
@@ -24,8 +24,6 @@ PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _STANDARD = ("", "ai.onnx")
 _SILENT = 1e-30
 """A channel whose weights are smaller than this as a whole may vanish."""
-_LARGE = 1 << 20
-"""Weights of more bytes are not kept once they are checked."""
 
 
 def names_of(graph: ir.Graph) -> Names:
@@ -105,12 +103,17 @@ def _write(
     if weights is not None and not reason:
         with np.errstate(all="ignore"):
             made = weights(np.asarray(old.numpy()).astype(np.float64))
-        tensor: ir.TensorProtocol = ir.tensor(round_once(made, dtype), dtype=dtype)
+        tensor = ir.tensor(round_once(made, dtype), dtype=dtype)
         if not _finite(tensor.numpy()):
             return f"the new weights do not fit into {dtype.name.lower()}"
         if _loses_channels(node, made, total, np.asarray(tensor.numpy()), dtype, view):
             return f"the new weights are too small for {dtype.name.lower()}"
-        _set_parameter(node, 1, _forgotten(tensor, old, weights), name, taken)
+        new = weights
+
+        def again() -> ir.TensorProtocol:
+            return ir.tensor(round_once(new(np.asarray(old.numpy()).astype(np.float64)), dtype), dtype=dtype)
+
+        _set_parameter(node, 1, on_demand(again, dtype, made.shape, made=tensor), name, taken)
     if reason:
         return reason
     if rounded is not None:
@@ -120,20 +123,6 @@ def _write(
         if node.op_type == "Gemm":
             node.attributes.pop("beta", None)
     return ""
-
-
-def _forgotten(
-    tensor: ir.TensorProtocol, old: ir.TensorProtocol, weights: Callable[[Array], Array]
-) -> ir.TensorProtocol:
-    """A tensor, or where it is large what computes it again."""
-    if tensor.nbytes <= _LARGE:
-        return tensor
-    dtype = old.dtype
-
-    def again() -> ir.TensorProtocol:
-        return ir.tensor(round_once(weights(np.asarray(old.numpy()).astype(np.float64)), dtype), dtype=dtype)
-
-    return ir.LazyTensor(again, dtype, ir.Shape(tensor.shape.numpy()))
 
 
 def _finite(array: Array) -> bool:

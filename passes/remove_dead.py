@@ -169,7 +169,7 @@ def _constants(program: Program, tally: _Tally) -> Program:
         offset[constant] = value[constant]
         if tally.fits({space: keep}):
             try:
-                program = program.absorb(space, keep, np.eye(len(value))[:, keep], offset)
+                program = program.absorb(space, keep, np.eye(len(value), dtype=np.uint8)[:, keep], offset)
                 tally.note({space: keep}, offset)
             except SymmetryError as refusal:
                 tally.refused[name] = str(refusal)

@@ -20,6 +20,8 @@ Matrix = npt.NDArray[np.float64]
 LEVELS = 7
 """Largest magnitude of a symmetric four-bit integer."""
 _SHOWN = 40
+_PART = 1 << 20
+"""Entries that are looked at together."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,19 @@ class Spread:
 
 def spread(array: npt.NDArray[Any], channels: int) -> Spread:
     """Figures of a tensor whose output channels lie along an axis."""
-    rows = np.moveaxis(np.asarray(array, np.float64), channels, 0).reshape(array.shape[channels], -1)
-    square = float(np.square(rows).sum())
-    largest = np.abs(rows).max(axis=1, keepdims=True, initial=0.0)
-    step = np.where(largest > 0, largest / LEVELS, 1.0)
-    error = float(np.square(rows - np.rint(rows / step) * step).sum())
-    mean = square / max(rows.size, 1)
-    return Spread(float(largest.max(initial=0.0) / np.sqrt(mean)) if mean else 0.0, square, error)
+    by_channel = np.moveaxis(np.asarray(array), channels, 0)
+    count = max(1, _PART * len(by_channel) // max(array.size, 1))
+    square = error = top = 0.0
+    for lo in range(0, len(by_channel), count):
+        part = by_channel[lo : lo + count]
+        rows = part.astype(np.float64).reshape(len(part), -1)
+        square += float(np.square(rows).sum())
+        largest = np.abs(rows).max(axis=1, keepdims=True, initial=0.0)
+        step = np.where(largest > 0, largest / LEVELS, 1.0)
+        error += float(np.square(rows - np.rint(rows / step) * step).sum())
+        top = max(top, float(largest.max(initial=0.0)))
+    mean = square / max(array.size, 1)
+    return Spread(float(top / np.sqrt(mean)) if mean else 0.0, square, error)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import pytest
 from scipy import sparse
 from scipy.optimize import minimize
 
+from cipm_ir.passes.equalize_grid import Grid
 from cipm_ir.passes.equalize_solve import SHARPNESS, Objective, rounded, solve
 from cipm_ir.passes.equalize_terms import Term
 
@@ -30,7 +31,7 @@ def term(
     moment, gain = rng.uniform(0.5, 2, (shape[0], shape[2])), rng.uniform(0.5, 2, shape[:2])
     made, read = (sparse.csr_array(np.asarray(table, float)) for table in (rows, columns))
     peaks = rng.uniform(0.1, 5, (shape[0], shape[2])) if peak else None
-    return Term(name, size, size**2, 1, made, read, gain, moment, "x", peaks)
+    return Term(name, Grid.held(size), made, read, gain, moment, "x", peaks)
 
 
 def network(seed: int = 0, *, peak: bool = False, units: int = 5) -> list[Term]:
@@ -54,7 +55,7 @@ def exact_value(terms: list[Term], t: np.ndarray[Any, Any], per: str) -> float:
     total = 0.0
     for one in terms:
         r, c = one.levels(t)
-        size = one.size * np.exp(r[:, :, None] + c[:, None, :])
+        size = one.grid.size() * np.exp(r[:, :, None] + c[:, None, :])
         step = size.max(2)[:, :, None] if per == "channel" else size.max()
         back = np.exp(-2 * (r[:, :, None] + c[:, None, :]))
         noise = step**2 * back * one.gain[:, :, None] * one.moment[:, None, :]
@@ -148,7 +149,7 @@ def test_dead_rows_and_weights_of_one_side_change_nothing() -> None:
     t = 0.2 * np.random.default_rng(1).standard_normal(whole.count)
     value, slope = whole(t)
     assert value == pytest.approx(exact_value(terms, t, "tensor"), abs=0.3)
-    kept = [stack.size.shape[1:] for stack in whole.stacks]
+    kept = [stack.norm.shape[1:] for stack in whole.stacks]
     assert (1, 1, 5) in kept and (1, 4, 5) not in kept
     assert slope.shape == (5,)
 
@@ -164,9 +165,7 @@ def test_scales_of_the_network_that_came_in_do_not_matter() -> None:
         moved.append(
             Term(
                 one.name,
-                one.size * both,
-                one.energy * both**2,
-                1,
+                Grid.held(one.grid.size() * both),
                 one.rows,
                 one.columns,
                 one.gain * np.exp(-2 * r),

@@ -252,6 +252,6 @@ def test_one_reader_of_two_is_caught() -> None:
     node, index = next((use.node, use.idx) for use in norm.output.uses())
     steps = absorb_input(draft, node, index, norm.axis, scale, shift)
     assert norm.gamma is not None
-    carry_out(draft, [*steps, draft.change(norm.gamma, np.ones(8))])
+    carry_out(draft, [*steps, draft.change(norm.gamma, np.ones_like)])
     norm.node.resize_inputs(2)
     assert difference(before, Program.of(draft.model)) > 1e-2

@@ -8,6 +8,9 @@ means nothing, and initializers are parameters.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+
 import onnx_ir as ir
 
 from cipm_ir.ir.constants import constant_tensor
@@ -15,6 +18,8 @@ from cipm_ir.ir.constants import constant_tensor
 # Set in `Graph.meta` of the main graph of a file whose format lists every initializer among the inputs.
 _LISTS_ALL = "cipm_ir.lists_all_initializers"
 _FIRST_OVERRIDABLE = 4
+_LARGE = 1 << 20
+"""Tensors of more bytes are made anew whenever they are read."""
 
 
 def note_ir_version(model: ir.Model) -> None:
@@ -56,6 +61,25 @@ def named(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
     if isinstance(tensor, ir.StringTensor):
         return ir.StringTensor(tensor.string_data(), shape=shape, name=name)
     return ir.LazyTensor(lambda: tensor, tensor.dtype, shape, name=name)
+
+
+def on_demand(
+    make: Callable[[], ir.TensorProtocol],
+    dtype: ir.DataType,
+    shape: Sequence[int],
+    name: str | None = None,
+    made: ir.TensorProtocol | None = None,
+) -> ir.TensorProtocol:
+    """A new tensor, or where it is large what makes it whenever it is read, so that large ones are not all kept.
+
+    Args:
+        make: makes the tensor.
+        dtype, shape, name: its own.
+        made: the tensor, where it is at hand.
+    """
+    if math.prod(shape) * dtype.itemsize <= _LARGE:
+        return make() if made is None else made
+    return ir.LazyTensor(make, dtype, ir.Shape(shape), name=name)
 
 
 def unlist_parameters(model: ir.Model) -> int:

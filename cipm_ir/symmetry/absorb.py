@@ -72,7 +72,7 @@ def absorb_edits(
         raise SymmetryError(f"mixing has shape {mixing.shape}; it must be (units, kept units) = ({n}, {len(keep)}).")
     if not np.isfinite(mixing).all():
         raise SymmetryError("mixing has entries that are not finite.")
-    full = np.zeros((n, n))
+    full = np.zeros((n, n), mixing.dtype)
     full[:, keep] = mixing
     inside = np.zeros(analysis.classes.count, bool)
     inside[members] = True

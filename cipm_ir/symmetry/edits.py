@@ -157,10 +157,15 @@ def _narrowed(wide: Array, dtype: np.dtype[Any]) -> Array:
 
 def _mixed(array: Array, axis: int, pairs: list[tuple[Labels, Array]]) -> Array:
     """Times the matrices along an axis, for each occurrence of the units on its own; in float64."""
-    out = np.moveaxis(array, axis, -1).astype(np.float64)
-    for positions, matrix in pairs:
-        for occurrence in positions.T:
-            out[..., occurrence] = out[..., occurrence] @ matrix
+    out = np.moveaxis(array, axis, -1).astype(np.float64, order="C")
+    flat = out.reshape(-1, out.shape[-1])
+    step = max(1, _BLOCK // max(out.shape[-1], 1))
+    pairs = [(positions, matrix.astype(np.float64, copy=False)) for positions, matrix in pairs]
+    for lo in range(0, len(flat), step):
+        part = flat[lo : lo + step]
+        for positions, matrix in pairs:
+            for occurrence in positions.T:
+                part[:, occurrence] = part[:, occurrence] @ matrix
     return np.moveaxis(out, -1, axis)
 
 

@@ -348,11 +348,11 @@ class Program:
         """Replace the hidden vector h by ``mixing @ h[keep] + shift``: consumers take W @ mixing and b + W @ shift.
 
         ``mixing`` has shape (size, len(keep)), ``shift`` (size,). Every consumer must contract the space with a weight.
+        The result holds ``mixing`` until it is written: as bytes where it comes as uint8, else in double precision.
         """
-        index = np.asarray(keep, np.int64)
-        edits, biases = absorb_edits(
-            self.analysis, self._model, self.index(space), index, np.asarray(mixing, np.float64), shift
-        )
+        index, matrix = np.asarray(keep, np.int64), np.asarray(mixing)
+        matrix = matrix if matrix.dtype == np.uint8 else matrix.astype(np.float64)
+        edits, biases = absorb_edits(self.analysis, self._model, self.index(space), index, matrix, shift)
         clone = self._model.clone()
         editor = Editor(clone, self.analysis)
         editor.apply(edits)
