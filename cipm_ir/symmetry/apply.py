@@ -69,10 +69,10 @@ class Editor:
         leaf = self.analysis.walk.leaves[members[0]]
         name = leaf.name
         if tensor is None:  # ConstantOfShape
-            if not edit.scale and not edit.inner_scale and not edit.mix and edit.shape(leaf.shape) == leaf.shape:
+            if not edit.scale and not edit.inner_scale and not edit.mixes and edit.shape(leaf.shape) == leaf.shape:
                 return
             tensor = ir.Tensor(np.broadcast_to(self._fill(value), leaf.shape), dtype=leaf.dtype)
-            if not edit.scale and not edit.inner_scale and not edit.mix:
+            if not edit.scale and not edit.inner_scale and not edit.mixes:
                 self._point(members, self._refilled(value, edit.shape(leaf.shape)))
                 return
         if in_place and value.is_initializer():

@@ -204,7 +204,8 @@ class Program:
             if raw.kind == "blocks" or raw.table.shape[1] > 1:
                 for row, block in enumerate(raw.table[:, 0].tolist()):
                     blocks.setdefault(block, (k, row))
-        order = sorted(range(len(analysis.spaces)), key=lambda k: analysis.spaces[k].kind != "blocks")
+        held = [(raw.kind != "blocks", raw.parent_class >= 0) for raw in analysis.spaces]  # behind what holds them
+        order = sorted(range(len(held)), key=held.__getitem__)
         by_index: dict[int, Space] = {}
         for k in order:
             raw, free, note = analysis.spaces[k], analysis.directions[k], notes[k]

@@ -60,6 +60,13 @@ def find_spaces(classes: Classes) -> list[RawSpace]:
     return spaces + _block_spaces(classes, holds, cells, nested, first)
 
 
+def find_blocks(classes: Classes) -> list[RawSpace]:
+    """The spaces of blocks alone, from inner to outer."""
+    holds = _closed(classes)
+    cells, _, nested = _crossings(classes, holds)
+    return _block_spaces(classes, holds, cells, nested, _first_atom(classes))
+
+
 def _first_atom(classes: Classes) -> Labels:
     first = np.full(classes.count, len(classes.of), np.int64)
     np.minimum.at(first, classes.of, np.arange(len(classes.of)))
