@@ -271,3 +271,34 @@ def test_weights_that_are_lent_give_the_same_bits(monkeypatch: pytest.MonkeyPatc
     other = model.clone()
     other.graph.initializers["w"].const_value = ir.tensor((content * dtype(2)).astype(dtype), name="w")
     assert verify_models(model, model).ok and verify_models(model, other).ok is False
+
+
+def _spare(place: str) -> ir.Model:
+    """A matrix that nothing takes, that only a body takes, that is an output, or that a caller may replace."""
+    body = [helper.make_node("MatMul", ["x", "w"], ["t"])]
+    value = helper.make_tensor_value_info("t", 1, None)
+    bodies = {key: helper.make_graph(body, key, [], [value]) for key in ("then_branch", "else_branch")}
+    nodes = {
+        "body": [helper.make_node("If", ["c"], ["y"], **bodies)],
+        "input": [helper.make_node("MatMul", ["x", "w"], ["y"])],
+    }.get(place, [helper.make_node("Relu", ["x"], ["y"])])
+    tensors = {"w": np.eye(4, dtype=np.float32) * 2, "c": np.array(True)}
+    model = built(nodes, ["N", 4], ["N", 4], tensors if place == "body" else {"w": tensors["w"]})
+    if place == "output":
+        model.graph.outputs.append(model.graph.initializers["w"])
+    if place == "input":
+        model.graph.inputs.append(model.graph.initializers["w"])
+    return model
+
+
+@pytest.mark.parametrize("place", ["nothing", "body", "output", "input"])
+@pytest.mark.parametrize("fast", [False, True])
+def test_weights_without_a_node_that_takes_them_are_not_lent(
+    monkeypatch: pytest.MonkeyPatch, place: str, fast: bool
+) -> None:
+    monkeypatch.setattr(session, "_LENT", 16)
+    feeds = {"x": np.ones((2, 4), np.float32)}
+    with Runner(_spare(place), fast=fast, backend="onnxruntime") as runner:
+        found = runner.run(feeds)
+    assert np.array_equal(found["y"], feeds["x"] * (2 if place in ("body", "input") else 1))
+    assert place != "output" or np.array_equal(found["w"], np.eye(4) * 2)

@@ -50,7 +50,9 @@ _LONG = (128, 64, 32, 16)
 _LONG_ENTRIES = 1 << 19
 _SAMPLES = 16
 _SAMPLES_ENTRIES = 1 << 16
-_SECONDS = 1.5
+_SECONDS = 10.0
+_OWN_SECONDS = 1.5
+"""All runs on inputs of our own whose sizes we choose take about so long: beyond that, some recipes are left out."""
 _CASE_SECONDS = 0.01
 """Inputs behind the first have fewer samples where a run takes longer than this."""
 _FIRST_SECONDS = 0.1
@@ -71,7 +73,7 @@ def own_cases(
     batch, free_size, limit, first, seconds = _accepted(model, run, rng)
     made = [first]
     few = batch if not has_open_batch(model) else max(1, min(batch, int(batch * _CASE_SECONDS / max(seconds, 1e-6))))
-    most = affordable_cases(seconds * few / batch) if most is None else most
+    most = affordable_cases(seconds * few / batch, _OWN_SECONDS) if most is None else most
     values = true_inputs(model)
     if not values:
         return made
@@ -89,11 +91,11 @@ def own_cases(
     return made
 
 
-def affordable_cases(seconds: float) -> int:
-    """Return how many inputs of our own there is time for, given the seconds of one run."""
+def affordable_cases(seconds: float, budget: float = _SECONDS) -> int:
+    """Return how many inputs of our own there is time for, given the seconds of one run and of all together."""
     # The plain run, its variants and the other model: all of them for each case.
     each = max(seconds, 1e-6) * (3 + DRAWS)
-    return max(int(_SECONDS / each), LEAST if LEAST * each < _PATIENCE else 1)
+    return max(int(budget / each), LEAST if LEAST * each < _PATIENCE else 1)
 
 
 def _accepted(

@@ -146,12 +146,15 @@ class Runner:
     @contextlib.contextmanager
     def _lent_weights(self, options: ort.SessionOptions) -> Iterator[None]:
         """Hand large weights over in their own memory, and leave them out of the model meanwhile."""
-        tensors = {v: v.const_value for v in self._model.graph.initializers.values() if v.const_value is not None}
-        kept = {
-            v: t for v, t in tensors.items() if t.nbytes >= _LENT and t.dtype in _LENDABLE and not v.is_graph_input()
-        }
+        graph, kept = self._model.graph, dict[ir.Value, ir.TensorProtocol]()
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            # onnxruntime forgets initializers that no node of this graph takes, and then finds no place for them
+            used = any(use.node.graph is graph for use in value.uses()) and not value.is_graph_input()
+            if tensor is not None and tensor.nbytes >= _LENT and tensor.dtype in _LENDABLE and used:
+                kept[value] = tensor
         for value, tensor in kept.items():
-            array = np.ascontiguousarray(tensor.numpy())
+            array = np.asarray(tensor.numpy(), order="C")
             array = array if array.ctypes.data % 64 == 0 else array.copy()
             self._lent[value.name or ""] = ort.OrtValue.ortvalue_from_numpy(array)
         options.add_external_initializers(list(self._lent), list(self._lent.values()))
