@@ -25,6 +25,7 @@ from cipm_ir.runtime.inputs import (
     true_inputs,
 )
 from cipm_ir.runtime.integer_products import computes_in_integers, processor_saturates
+from cipm_ir.runtime.modes import mode_cases, varied
 from cipm_ir.runtime.noise import DRAWS, MORE_DRAWS, nudged, nudged_model
 from cipm_ir.runtime.session import Backend, Runner
 
@@ -102,7 +103,7 @@ class Verifier:
             assert self._made is not None
             backend: Backend = "reference" if self._made.backend == "reference" else "onnxruntime"
             try:
-                self._entered = entered(model, [f for f in self._made.feeds if _varied(f)] or self._made.feeds, backend)
+                self._entered = entered(model, [f for f in self._made.feeds if varied(f)] or self._made.feeds, backend)
             except CipmError:
                 self._entered = {path: 0 for path, _, _ in body_graphs(model.graph)}
         never = {path for path, count in self._entered.items() if not count and path.startswith(self._below)}
@@ -271,12 +272,9 @@ def _reference(
         except CipmError:
             if not given:
                 raise
+        if optimized:  # not a variant that takes one branch anyway
+            made += mode_cases(without_functions(model), run, made, np.random.default_rng(seed), runner.backend)
     return Reference(OnnxVariants(model, found, seed, runner.backend, optimized), made, units=output_units(model))
-
-
-def _varied(feeds: Feeds) -> bool:
-    """Whether some floating-point input has different entries."""
-    return any(x.dtype.kind not in "iub" and x.size > 1 and bool((x != x.flat[0]).any()) for x in feeds.values())
 
 
 def _values(pairs: Sequence[tuple[Ending, Ending]]) -> list[str]:
