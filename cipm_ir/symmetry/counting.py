@@ -65,6 +65,11 @@ class Count:
     places: Sequence[Place] = field(repr=False, default=())
 
     @property
+    def left_out(self) -> int:
+        """Number of branches that cannot run at these sizes, and cost nothing."""
+        return sum(place.left_out for place in self.places)
+
+    @property
     def doubtful(self) -> tuple[Unknown, ...]:
         """The nodes that could not be counted, if they could matter; none where all of them together are small."""
         most = [one.most for one in self.unknown]
@@ -111,7 +116,7 @@ def count_macs(
 
 def _gaps(count: Count) -> tuple[int, int]:
     """Numbers of nodes that could not be counted and of branches that cannot run at these sizes."""
-    return len(count.unknown), sum(place.left_out for place in count.places)
+    return len(count.unknown), count.left_out
 
 
 def _counted(model: ir.Model, sizes: Mapping[str, int]) -> Count:
