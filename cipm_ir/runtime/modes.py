@@ -16,10 +16,12 @@ import numpy as np
 import onnx_ir as ir
 
 from cipm_ir.errors import CipmError, InputError
+from cipm_ir.ir.lifted import held_weights
 from cipm_ir.ir.shapes import dynamic_sizes
 from cipm_ir.runtime.branches import EntryCounter, has_bodies
 from cipm_ir.runtime.cases import RECIPES, tried
 from cipm_ir.runtime.compare import Case, Outputs
+from cipm_ir.runtime.graphs import all_graphs
 from cipm_ir.runtime.inputs import Array, Feeds, random_inputs_like, true_inputs
 from cipm_ir.runtime.session import Backend
 
@@ -33,7 +35,7 @@ _SAME = {"Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Gath
 _SAME |= {"ReduceMax", "ReduceMin", "Abs", "Concat"}
 _VALUES = 8
 """So many values of one input at most."""
-_COMBINATIONS, _SIZES = 64, 32
+_COMBINATIONS, _SIZES = 64, 48
 _SECONDS = 5.0
 _LENGTHS = (1, 2, 8, 16, 32, 64, 128, 256, 512, 1024)
 _SHARES = (1 / 2, 2, 1 / 4, 4, 1 / 3, 3)
@@ -97,6 +99,8 @@ class _Search:
         self._groups = [
             [(value.name or "", axis) for value, axis in places] for places in dynamic_sizes(model.graph).values()
         ]
+        weights = (tensor for graph in all_graphs(model) for tensor in _tensors(graph))
+        self._widths = sorted({n for tensor in weights for n in tensor.shape.numpy() if n <= max(_LENGTHS)})
 
     def found(self) -> list[tuple[str, Feeds]]:
         """Return inputs with a label each, values of modes first, then sizes."""
@@ -155,7 +159,7 @@ class _Search:
             size = next((base[name].shape[axis] for name, axis in group if name in base), 0)
             if not size:
                 continue
-            for other in dict.fromkeys([*(int(size * share) for share in _SHARES), *_LENGTHS]):
+            for other in dict.fromkeys([*(int(size * share) for share in _SHARES), *_LENGTHS, *self._widths]):
                 if other in (0, size) or yielded >= _SIZES:
                     continue
                 yielded += 1
@@ -165,6 +169,12 @@ class _Search:
                         shape = made[name].shape
                         made[name] = _fitted(made[name], (*shape[:axis], other, *shape[axis + 1 :]))
                 yield _sizes_in_words(made), made
+
+
+def _tensors(graph: ir.Graph) -> Iterator[ir.TensorProtocol]:
+    """Yield the weights that a graph holds in initializers and Constant nodes."""
+    yield from (value.const_value for value in graph.initializers.values() if value.const_value is not None)
+    yield from (tensor for _, tensor in held_weights(graph))
 
 
 def _sizes_in_words(feeds: Feeds) -> str:
@@ -225,8 +235,8 @@ def _values(value: ir.Value, undo: Undo, deciding: set[ir.Value], seen: set[ir.V
             continue
         if node.op_type in _COMPARISONS:
             other = _number(node.inputs[1 - index])
-            if other is not None:
-                yield from _undone(undo, (other, other + 1, other - 1))
+            for found in _undone(undo, () if other is None else (other,)):
+                yield from (found, math.floor(found) + 1, math.ceil(found) - 1)
         elif node.op_type in ("And", "Or", "Xor"):
             yield from _undone(undo, (0, 1))
         elif node.op_type in _SAME:
