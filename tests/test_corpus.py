@@ -234,3 +234,4 @@ def test_the_measure_of_difference_sees_one_changed_weight() -> None:
     weight.put(weight.array * np.float32(1.001))
     assert reference.distance(model)[1] <= NEAR
     assert reference.distance(changed)[1] > NEAR
+    assert not in_double(model, changed, reference)

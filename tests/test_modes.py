@@ -102,7 +102,9 @@ KINDS: dict[str, type] = {"mode": np.int64, "other": np.int32, "flag": np.bool_}
 
 def data_of(given: dict[str, int]) -> list[dict[str, np.ndarray]]:
     x = np.random.default_rng(1).standard_normal((8, 6)).astype(np.float32)
-    small = {name: np.full((1,) if name == "other" else (), value, KINDS[name]) for name, value in given.items()}
+    small: dict[str, np.ndarray] = {
+        name: np.full((1,) if name == "other" else (), value, KINDS[name]) for name, value in given.items()
+    }
     return [{"x": x, **small}]
 
 
