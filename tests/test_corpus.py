@@ -38,19 +38,12 @@ SMALLER = ("prune{{macs={}}}",)
 # Models that come down to no half: most of what they compute has no hidden units, or goes through operators without a
 # rule. They may refuse, and say why; no other may.
 MAY_REFUSE = {
-    "bilstm_int8",
     "ensemble_int8",
-    "face_long",
-    "face_short",
+    "gtcrn",  # caches between frames fix its channels
     "nakdimon",
     "orinet_ort",
-    "oskut",
     "ppocr_rec_ort",
-    "rawi_int8",
-    "signal_trees",
-    "silero_ifless",
     "silero_v4",
-    "silero_vad",
     "slanet",
     "speaker_int8",
     "tashkeel_ort",
