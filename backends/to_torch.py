@@ -17,14 +17,23 @@ from cipm_ir.backends.to_torch_emitter import graph_module
 from cipm_ir.backends.to_torch_graph import Rewritten, rewritten
 from cipm_ir.backends.to_torch_naming import named_as_captured
 from cipm_ir.backends.to_torch_proof import unproven
-from cipm_ir.backends.to_torch_runs import Side, computes_otherwise, first_line, in_mode
+from cipm_ir.backends.to_torch_runs import Side, Watched, computes_otherwise, first_line, in_mode
 from cipm_ir.backends.to_torch_state import State, copied, holder
 from cipm_ir.errors import InputError, UnsupportedError
 from cipm_ir.ir.capture import Capture
 from cipm_ir.runtime.torch_shapes import is_tensor
 from cipm_ir.symmetry.edits import EditedTensor
 
-__all__ = ["Emitted", "called_side", "emit_graph", "emit_torch", "example_tensors", "graph_module", "graph_side"]
+__all__ = [
+    "Emitted",
+    "called_side",
+    "emit_graph",
+    "emit_rewritten",
+    "emit_torch",
+    "example_tensors",
+    "graph_module",
+    "graph_side",
+]
 
 
 @dataclass(frozen=True)
@@ -115,7 +124,12 @@ def _of_the_class(
 
 def emit_graph(capture: Capture, model: ir.Model) -> fx.GraphModule:
     """The IR model as a GraphModule over the captured graph, whatever kind came in; for running it."""
-    return _graph(capture, model, State(capture, model))[0].module
+    return emit_rewritten(capture, model).module
+
+
+def emit_rewritten(capture: Capture, model: ir.Model) -> Rewritten:
+    """The same as `emit_graph`, with the nodes that compute the values of the IR."""
+    return _graph(capture, model, State(capture, model))[0]
 
 
 def _graph(capture: Capture, model: ir.Model, state: State) -> tuple[Rewritten, Attributes]:
@@ -245,9 +259,16 @@ def called_side(capture: Capture, made: Any) -> Side:
     return Side(made, call, list(capture.inputs))
 
 
-def graph_side(capture: Capture, graph: fx.GraphModule, seed: int = 0) -> Side:
-    """A captured or rewritten graph as something that runs, node by node."""
-    return Side(graph, lambda m, tensors: _interpreted(m, capture, tensors), list(capture.inputs), seed)
+def graph_side(
+    capture: Capture, graph: fx.GraphModule, seed: int = 0, watched: Mapping[str, fx.Node] | None = None
+) -> Side:
+    """A captured or rewritten graph as something that runs, node by node.
+
+    ``watched``: nodes of the graph whose tensors are handed out too, by the names to give them.
+    """
+    places = {node: place for place, node in enumerate(graph.graph.nodes)}  # the same in copies of the graph
+    wanted = {places[node]: name for name, node in (watched or {}).items() if node in places}
+    return Side(graph, lambda m, tensors: _interpreted(m, capture, tensors, wanted), list(capture.inputs), seed)
 
 
 def example_tensors(capture: Capture) -> list[torch.Tensor]:
@@ -272,12 +293,31 @@ def _with_tensors(args: Any, tensors: Sequence[torch.Tensor]) -> Any:
     return pytree.tree_map(lambda x: next(found).clone() if isinstance(x, torch.Tensor) else x, args)
 
 
-def _interpreted(graph: fx.GraphModule, capture: Capture, tensors: Sequence[torch.Tensor]) -> Any:
+def _interpreted(
+    graph: fx.GraphModule, capture: Capture, tensors: Sequence[torch.Tensor], wanted: Mapping[int, str]
+) -> Watched:
+    """Run node by node; tensors of the nodes at the wanted places are handed out under their names."""
     found = iter(tensors)
     values = [
         next(found).clone() if is_tensor(x) or isinstance(x, torch.SymInt) else x for x in capture.placeholders.values()
     ]
-    return fx.Interpreter(graph).run(*values, enable_io_processing=False)
+    names = {node: wanted[place] for place, node in enumerate(graph.graph.nodes) if place in wanted}
+    interpreter = _Watching(graph, names)
+    return Watched(interpreter.run(*values, enable_io_processing=False), interpreter.seen)
+
+
+class _Watching(fx.Interpreter):
+    """Copies the tensors of some nodes when they are made: what writes in place later does not change them."""
+
+    def __init__(self, graph: fx.GraphModule, names: Mapping[fx.Node, str]) -> None:
+        super().__init__(graph)
+        self._names, self.seen = names, dict[str, torch.Tensor]()
+
+    def run_node(self, n: fx.Node) -> Any:
+        made = super().run_node(n)
+        if n in self._names and isinstance(made, torch.Tensor):
+            self.seen[self._names[n]] = made.clone()
+        return made
 
 
 def _exported(capture: Capture, module: fx.GraphModule) -> Any:

@@ -8,7 +8,7 @@ computing shapes, and written anew too.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
@@ -31,10 +31,17 @@ _NONE = Results(None, ())
 
 @dataclass
 class Rewritten:
-    """The new graph, over ``root``, and the torch nodes that were written anew with what differed."""
+    """The new graph, over ``root``, and the torch nodes that were written anew with what differed.
+
+    Attributes:
+        module: the graph.
+        changed: by name of the torch node as captured.
+        values: the node of ``module`` that computes a value of the IR, by name of the value.
+    """
 
     module: fx.GraphModule
     changed: dict[str, Difference] = field(default_factory=dict)
+    values: Mapping[str, fx.Node] = field(default_factory=dict)
 
 
 def rewritten(capture: Capture, model: ir.Model, old: fx.Graph, root: nn.Module, resized: bool) -> Rewritten:
@@ -55,11 +62,9 @@ def rewritten(capture: Capture, model: ir.Model, old: fx.Graph, root: nn.Module,
     while True:
         writer = _Writer(capture, model, old, root, slices, differences, forced)
         module = writer.run()
-        if not resized:
-            return Rewritten(module, writer.changed)
-        stale = _stale(module, writer, capture)
+        stale = _stale(module, writer, capture) if resized else set()
         if not stale:
-            return Rewritten(module, writer.changed)
+            return Rewritten(module, writer.changed, writer.emitter.known)
         forced |= stale
 
 

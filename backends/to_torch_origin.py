@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,12 +13,13 @@ import numpy as np
 import onnx_ir as ir
 from torch import fx
 
-from cipm_ir.backends.to_torch import Emitted, emit_graph, emit_torch, example_tensors, graph_side
-from cipm_ir.backends.to_torch_runs import Side, as_array, near
+from cipm_ir.backends.to_torch import Emitted, emit_graph, emit_rewritten, emit_torch, example_tensors, graph_side
+from cipm_ir.backends.to_torch_runs import as_array, near
 from cipm_ir.errors import CipmError
 from cipm_ir.ir.capture import Capture
 from cipm_ir.runtime.cases import RECIPES, affordable_cases, own_cases, tried
-from cipm_ir.runtime.compare import MEASURED, Array, Case, Outputs, Reference, Tolerance, Verification
+from cipm_ir.runtime.compare import MEASURED, Array, Case, Outputs, Reference, Tolerance, Variants, Verification
+from cipm_ir.runtime.endings import Ending, common_endings, endings, softmax_units
 from cipm_ir.runtime.inputs import Data, Feeds, batches, random_inputs_like, true_inputs
 from cipm_ir.runtime.verify import BATCHES, OnnxVariants
 from cipm_ir.symmetry.program import Program
@@ -68,11 +70,13 @@ class TorchOrigin:
         return {name: as_array(x) for name, x in tensors}
 
 
-class ByPosition:
-    """Runs of an ONNX model under the names of a torch program: inputs by theirs, outputs by number."""
+class Renamed:
+    """Runs of a program under other names of its inputs and outputs, with its endings as their activations see them."""
 
-    def __init__(self, side: OnnxVariants, names: Mapping[str, str]) -> None:
-        self._side, self._names = side, names
+    def __init__(
+        self, side: Variants, inputs: Mapping[str, str], outputs: Mapping[str, str], shown: Mapping[str, Ending]
+    ) -> None:
+        self._side, self._inputs, self._outputs, self._shown = side, inputs, outputs, shown
         self.backend = side.backend
 
     def others(self) -> Sequence[str]:
@@ -85,15 +89,17 @@ class ByPosition:
 
     def outputs(self, feeds: Sequence[Feeds], way: str = "") -> Iterator[Outputs]:
         """Run on each of several inputs; "" is the plain way."""
-        renamed = [{self._names[name]: x for name, x in one.items()} for one in feeds]
+        renamed = [{self._inputs.get(name, name): x for name, x in one.items()} for one in feeds]
         for got in self._side.outputs(renamed, way):
-            yield {f"output {k}": x for k, x in enumerate(got.values())}
+            made = {self._outputs.get(name, name): x for name, x in got.items()}
+            yield {name: self._shown[name].shown(x) if name in self._shown else x for name, x in made.items()}
 
 
 class TorchVerifier:
     """Compare programs with one that is taken as right, inputs and outputs by position.
 
-    They run in evaluation mode, on data, on the example inputs and on inputs of our own of the examples' sizes.
+    They run in evaluation mode, on data, on the example inputs and on inputs of our own of the examples' sizes. Values
+    in front of the last activations are compared too (`cipm_ir.runtime.endings`).
 
     Args:
         program: taken as right; of torch or ONNX.
@@ -120,6 +126,7 @@ class TorchVerifier:
         self._inputs = inputs or program.model
         given = [] if data is None else list(itertools.islice(batches(data, self._inputs), cases or BATCHES))
         self._given = given
+        self._endings = _endings(program.model)
         self._made: Reference | None = None
 
     def check(self, other: ir.Model | Program, tolerance: Tolerance = MEASURED) -> Verification:
@@ -137,10 +144,10 @@ class TorchVerifier:
         except CipmError as error:
             return Verification(None, reason=str(error).rstrip("."), backend="torch")
         try:
-            actual = list(self._side(program).outputs(reference.feeds))
+            actual = self._actual(program, reference)
         except CipmError as error:
             return Verification(False, reason=f"the second model fails: {error}", backend="torch")
-        counts = len(reference.sticks[0]), len(actual[0])
+        counts = _outputs(reference.sticks[0]), _outputs(actual[0])
         if counts[0] != counts[1]:
             return Verification(False, reason=f"the first gives {counts[0]} outputs, the second {counts[1]}")
         found = reference.compare(actual, tolerance)
@@ -149,26 +156,46 @@ class TorchVerifier:
             return replace(found, ok=True, reason="")
         return found
 
-    def _side(self, program: Program) -> Side | ByPosition:
+    def _actual(self, program: Program, reference: Reference) -> list[Outputs]:
+        """Run another program; without a look in front of its activations where a value cannot be handed out."""
+        pairs = common_endings(self._endings, _endings(program.model))
+        if pairs:
+            with contextlib.suppress(CipmError):
+                return list(self._side(program, [ending for _, ending in pairs]).outputs(reference.feeds))
+        return list(self._side(program, ()).outputs(reference.feeds))
+
+    def _side(self, program: Program, found: Sequence[Ending]) -> Renamed:
         model = program.emit()
+        shown = {ending.name: ending for ending in found}
         if isinstance(program.origin, TorchOrigin):
             capture = program.origin.capture
-            return graph_side(capture, emit_graph(capture, model), self._seed)
+            written = emit_rewritten(capture, model)
+            watched = {e.name: written.values[e.value] for e in found if e.value in written.values}
+            return Renamed(graph_side(capture, written.module, self._seed, watched), {}, {}, shown)
         own = [value.name or "" for value in true_inputs(self._inputs)]
         names = dict(zip(own, (value.name or "" for value in true_inputs(model)), strict=True))
-        return ByPosition(OnnxVariants(model, (), self._seed, None), names)
+        outputs = {value.name or "": name for value, name in zip(model.graph.outputs, _numbered(model), strict=True)}
+        return Renamed(OnnxVariants(model, found, self._seed, None), names, outputs, {})
 
     def _reference(self) -> Reference:
+        if self._made is None and self._endings:
+            try:
+                self._made = self._first_runs()
+            except CipmError:  # a value that cannot be handed out
+                self._endings = []
         if self._made is None:
-            side = self._side(self._program)
-
-            def run(feeds: Feeds) -> Outputs:
-                return next(iter(side.outputs([feeds])))
-
-            made = [Case(f"batch {k} of the data", feeds, run(feeds)) for k, feeds in enumerate(self._given)]
-            made += self._own(run, np.random.default_rng(self._seed), bool(made))
-            self._made = Reference(side, made)
+            self._made = self._first_runs()
         return self._made
+
+    def _first_runs(self) -> Reference:
+        side = self._side(self._program, self._endings)
+
+        def run(feeds: Feeds) -> Outputs:
+            return next(iter(side.outputs([feeds])))
+
+        made = [Case(f"batch {k} of the data", feeds, run(feeds)) for k, feeds in enumerate(self._given)]
+        made += self._own(run, np.random.default_rng(self._seed), bool(made))
+        return Reference(side, made, softmax_units(self._endings))
 
     def _own(self, run: Callable[[Feeds], Outputs], rng: np.random.Generator, given: bool) -> list[Case]:
         examples = self._origin.examples()
@@ -180,6 +207,19 @@ class TorchVerifier:
         for recipe in RECIPES[: most - len(made)]:
             made += tried(recipe.name, random_inputs_like(self._inputs, examples, rng, recipe), run)
         return made
+
+
+def _numbered(model: ir.Model) -> list[str]:
+    return [f"output {k}" for k in range(len(model.graph.outputs))]
+
+
+def _endings(model: ir.Model) -> list[Ending]:
+    return endings(model, _numbered(model))
+
+
+def _outputs(names: Iterable[str]) -> int:
+    """How many of the names are those of outputs, not of endings."""
+    return sum("<" not in name for name in names)
 
 
 def compare_programs(

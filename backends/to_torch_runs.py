@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -22,7 +22,17 @@ from cipm_ir.runtime.inputs import Feeds
 from cipm_ir.runtime.noise import DRAWS, MORE_DRAWS, by_channel, difference, nudged
 from cipm_ir.runtime.torch_modes import evaluating, unchanged
 
-__all__ = ["Side", "as_array", "cases_like", "computes_otherwise", "first_line", "in_mode", "inputs_like", "near"]
+__all__ = [
+    "Side",
+    "Watched",
+    "as_array",
+    "cases_like",
+    "computes_otherwise",
+    "first_line",
+    "in_mode",
+    "inputs_like",
+    "near",
+]
 
 _KERNELS, _SATURATED = 8.0, 1e-6
 _MAGNITUDES = {"random": 1.0, "random / 1000": 1e-3, "random x 1000": 1e3}
@@ -58,13 +68,21 @@ def _drawn(x: torch.Tensor, magnitude: float, generator: torch.Generator) -> tor
 
 
 # ---------------------------------------------------------------- runs
+@dataclass(frozen=True)
+class Watched:
+    """What a program returns, and tensors from inside of it by name."""
+
+    result: Any
+    inside: Mapping[str, torch.Tensor]
+
+
 @dataclass
 class Side:
     """A torch program that runs in several ways which differ by nothing but rounding (`cipm_ir.runtime.compare`).
 
     Attributes:
         module: runs in evaluation mode, without gradients.
-        call: runs it on tensors, in the order of ``names``.
+        call: runs it on tensors, in the order of ``names``; may return `Watched`.
         names: of its inputs.
     """
 
@@ -103,7 +121,7 @@ class Side:
             yield moved.run({name: nudged(x, rng) for name, x in one.items()})
 
     def run(self, feeds: Feeds) -> Outputs:
-        """Return the outputs by position, as arrays.
+        """Return the outputs by position ("output 0"), as arrays, and watched tensors by their names.
 
         Raises:
             InputError: it does not run.
@@ -115,8 +133,10 @@ class Side:
             made = in_mode(self.module, lambda m: self.call(m, tensors))
         except Exception as error:  # any operation of torch, or the user's code
             raise InputError(f"torch cannot run the program: {first_line(error)}.") from error
-        outputs = [x for x in pytree.tree_leaves(made) if isinstance(x, torch.Tensor)]
-        return {f"output {k}": as_array(x) for k, x in enumerate(outputs)}
+        result, inside = (made.result, made.inside) if isinstance(made, Watched) else (made, {})
+        outputs = [x for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
+        arrays = {f"output {k}": as_array(x) for k, x in enumerate(outputs)}
+        return arrays | {name: as_array(x) for name, x in inside.items()}
 
 
 @contextlib.contextmanager
@@ -206,7 +226,7 @@ def near(reference: Reference, actual: Sequence[Outputs]) -> bool:
     where it is large, and of 1 where it saturates. So a channel may be away by several times its noise, and by a
     millionth of the largest value that it has on any input.
     """
-    for name in reference.sticks[0]:
+    for name in (name for name in reference.sticks[0] if name in actual[0]):
         sticks = [one[name] for one in reference.sticks]
         for stick, got in zip(sticks, (one[name] for one in actual), strict=True):
             if not stick.scale or got.shape != stick.expected.shape or got.dtype != stick.expected.dtype:

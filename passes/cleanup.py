@@ -24,7 +24,7 @@ from cipm_ir.passes.fold_constants import ConstantFolder, scalar_bounds
 from cipm_ir.passes.graph_facts import GraphFacts
 from cipm_ir.passes.merge_nodes import merge_nodes
 from cipm_ir.passes.no_ops import copied_input
-from cipm_ir.passes.node_pairs import join_pair
+from cipm_ir.passes.node_pairs import join_pair, shape_of_input
 from cipm_ir.passes.registry import register
 from cipm_ir.passes.replace_values import remove_if_unused, remove_unused, replace_value, subgraphs
 from cipm_ir.passes.reshapes import write_target
@@ -134,6 +134,10 @@ class _Cleaner:
         self._graph(list(self.model.graph), dict(self.model.opset_imports), in_function=False)
         for function in self.model.functions.values():
             self._graph(list(function), dict(function.opset_imports), in_function=True)
+        remove_unused(self.model)
+        for graph in all_graphs(self.model):
+            for node in graph:
+                shape_of_input(node, self.facts)
         wrong = [value for graph in all_graphs(self.model) for value in self._wrong_shapes(graph)]
         for value in wrong:
             if not value.is_graph_output():

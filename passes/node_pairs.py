@@ -1,9 +1,11 @@
-"""Two nodes in a row that clean-up may write as one, each with the condition that makes it exact.
+"""Nodes in a row that clean-up may write as fewer, each with the condition that makes it exact.
 
 | pair | becomes | where |
 |---|---|---|
 | Transpose, Transpose | one Transpose, or nothing | both permutations are known |
 | two that keep the order of all entries, see `reshapes` | one Reshape | the sizes are proven but for one |
+| Reshape that merges axes, Transpose, Reshape | Transpose, Reshape | see `reshapes.turn_before_merging` |
+| a node that only a Shape consumes | the Shape of its input | all entries that are taken of it are proven the same |
 | Concat of Concats | one Concat | along the same axis |
 | Unsqueeze, Unsqueeze | one Unsqueeze | the axes are constant, not negative unless the rank is known (opset 13 on) |
 | Gather, Unsqueeze | Gather | a single constant index, and the axis that it took away |
@@ -11,7 +13,8 @@
 | Cast, Cast | the second | the first loses nothing, and the second rounds or wraps the same way from either type |
 | ConcatFromSequence of a SequenceConstruct | Concat | along an existing axis |
 
-The value between may have no other consumer, unless the pair becomes nothing.
+The value between may have no other consumer, unless the pair becomes nothing. Shapes come last, when all others have
+taken their inputs.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.parameters import parameter_tensor
 from cipm_ir.passes.graph_facts import GraphFacts, permutation, slice_bounds
 from cipm_ir.passes.replace_values import constant_before
-from cipm_ir.passes.reshapes import join_reshapes
+from cipm_ir.passes.reshapes import join_reshapes, turn_before_merging
 
 _STANDARD = ("", "ai.onnx")
 
@@ -58,6 +61,7 @@ def join_pair(node: ir.Node, facts: GraphFacts, version: int, name: Callable[[st
     reshaped = join_reshapes(before, node, facts, version, name)
     if reshaped is not None or node.inputs[0] is not value:
         return reshaped
+    turn_before_merging(node, facts, version, name)
     if pair == ("Gather", "Unsqueeze"):
         return _gathered(before, node, version, name)
     if len(value.uses()) != 1 or value.is_graph_output():
@@ -71,6 +75,38 @@ def join_pair(node: ir.Node, facts: GraphFacts, version: int, name: Callable[[st
     elif pair == ("SequenceConstruct", "ConcatFromSequence") and not attribute(node, "new_axis", 0):
         return _concatenated(before, node, name("joined"))
     return None
+
+
+def shape_of_input(node: ir.Node, facts: GraphFacts) -> None:
+    """Let a Shape take the sizes of what its input is computed from, where nothing else needs that input."""
+    if node.op_type != "Shape" or node.domain not in _STANDARD:
+        return
+    value = node.inputs[0]
+    before = None if value is None else value.producer()
+    if value is None or before is None or before.graph is not node.graph or node.attributes:
+        return
+    taken, shape = _taken(node.outputs[0]), facts.shape(value)
+    if taken is None or shape is None or len(value.uses()) != 1 or value.is_graph_output():
+        return
+    for source in before.inputs:
+        other = facts.shape(source)
+        if other is None or any(k >= min(len(shape), len(other)) or shape[k] is None for k in taken):
+            continue
+        if all(shape[k] == other[k] for k in taken):
+            node.replace_input_with(0, source)
+            return
+
+
+def _taken(sizes: ir.Value) -> set[int] | None:
+    """The entries of a vector of sizes that are used, where each use is a Gather at constant places."""
+    found: set[int] = set()
+    for use in sizes.uses():
+        node = use.node
+        index = parameter_tensor(node.inputs[1]) if node.op_type == "Gather" and use.idx == 0 else None
+        if index is None or node.domain not in _STANDARD or not index.size:
+            return None
+        found.update(np.asarray(index.numpy()).reshape(-1).tolist())
+    return found if found and not sizes.is_graph_output() and min(found) >= 0 else None
 
 
 def _transposes(before: ir.Node, node: ir.Node, facts: GraphFacts) -> ir.Value | None:

@@ -91,6 +91,89 @@ def join_reshapes(
     return out
 
 
+def turn_before_merging(node: ir.Node, facts: GraphFacts, version: int, name: Callable[[str], str]) -> None:
+    """Let a Reshape take its entries from a Transpose of unmerged axes.
+
+    Reshape, Transpose, Reshape, where the first makes each of its axes of whole axes of its input, is one Transpose
+    that moves these axes together, and the last Reshape, which is nothing where it splits what the first has merged
+    (as exporters write the transposed keys of an attention).
+    """
+    turn = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+    merge = turn.inputs[0].producer() if turn is not None and turn.op_type == "Transpose" and turn.inputs[0] else None
+    if turn is None or merge is None or node.graph is None or version < _FIRST_VERSION:
+        return
+    if {n.graph for n in (merge, turn)} != {node.graph} or {n.domain for n in (merge, turn)} - {*_STANDARD}:
+        return
+    if node.op_type != "Reshape" or len(node.inputs) < 2 or attribute(node, "allowzero", 0):
+        return
+    if not keeps_order(merge, facts) or any(_needed_elsewhere(n.outputs[0]) for n in (merge, turn)):
+        return
+    target, perm = parameter_tensor(node.inputs[1]), permutation(turn, facts)
+    shape, middle, turned = (facts.shape(v) for v in (merge.inputs[0], turn.inputs[0], node.inputs[0]))
+    if target is None or perm is None or shape is None or middle is None:
+        return
+    groups = merged_axes(shape, middle)
+    if groups is None or len(groups) == len(shape):
+        return
+    entries: list[Dim] = [int(d) for d in np.asarray(target.numpy()).reshape(-1)]
+    axes = [axis for k in perm for axis in groups[k]]
+    made = _target(_without_copies(entries, turned), tuple(shape[k] for k in axes), copies=False)
+    if made is None:
+        return
+    out = ir.Value(name=name("turned"), type=turn.outputs[0].type)
+    moved = ir.Node("", "Transpose", [merge.inputs[0]], [ir.AttrInt64s("perm", axes)], outputs=[out])
+    node.graph.insert_before(node, moved)
+    facts.learn(moved, version)
+    node.replace_input_with(1, constant_before(node, made, name("target")))
+    node.replace_input_with(0, out)
+
+
+def merged_axes(shape: Dims, merged: Dims) -> list[list[int]] | None:
+    """Return, for each axis of a merged shape, the axes that it is made of; None where that is not proven.
+
+    Sizes are compared from both ends; one axis in the middle may have a size that is not known, or is a product.
+    """
+    if None in shape or 0 in shape:
+        return None
+    left: list[list[int]] = []
+    first, last = 0, len(shape)
+    for size in merged:
+        end = _product_ends(shape[first:last], size)
+        if end is None:
+            break
+        left.append([*range(first, first + end)])
+        first += end
+    right: list[list[int]] = []
+    for size in reversed(merged[len(left) :]):
+        end = _product_ends(shape[first:last][::-1], size)
+        if end is None:
+            break
+        right.append([*range(last - end, last)])
+        last -= end
+    open_ones = len(merged) - len(left) - len(right)
+    if open_ones > 1 or (open_ones == 0 and first != last) or (open_ones == 1 and first == last):
+        return None
+    return [*left, *([[*range(first, last)]] * open_ones), *reversed(right)]
+
+
+def _product_ends(sizes: Dims, size: Dim) -> int | None:
+    """How many of the first sizes multiply to one; None where that is not proven, or none does."""
+    if sizes and size is not None and sizes[0] == size:
+        return 1
+    product = 1
+    for k, d in enumerate(sizes):
+        if not isinstance(d, int) or not isinstance(size, int):
+            return None
+        product *= d
+        if product >= size:
+            return k + 1 if product == size else None
+    return None
+
+
+def _needed_elsewhere(value: ir.Value) -> bool:
+    return len(value.uses()) != 1 or value.is_graph_output()
+
+
 def _fits(entries: Sequence[Dim], shape: Dims | None) -> bool:
     """Whether sizes hold as many entries as a shape, whatever the symbols stand for, or one of them is left to -1."""
     if shape is None or None in shape or None in entries:

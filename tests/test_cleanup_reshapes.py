@@ -212,3 +212,68 @@ def test_short_lists_of_integers_are_folded() -> None:
     nodes.append(node("Pad", ["x", "p"], ["z"]))
     assert left(built(nodes, {"n": [3], "one": [1]}, (3, 4)), (3, 4)) == ["Pad", "Relu"]
     assert stays(model([node("ConstantOfShape", ["s"], ["c"]), node("Add", ["x", "c"], ["y"])], {"s": np.array([4])}))
+
+
+# --- a Transpose between a Reshape that merges axes and another ------------------------------------
+
+
+def turned(
+    merge: list[int], perm: list[int], split: list[int], shape: tuple[Any, ...], *more: onnx.NodeProto
+) -> onnx.ModelProto:
+    nodes = [
+        node("Reshape", ["x", "m"], ["a"]),
+        node("Transpose", ["a"], ["b"], perm=perm),
+        node("Reshape", ["b", "s"], ["z"]),
+    ]
+    return built([*nodes, *more], {"m": merge, "s": split}, shape)
+
+
+@pytest.mark.parametrize(
+    ("merge", "perm", "split", "shape", "ops"),
+    [
+        ([-1, 5, 4], [0, 2, 1], [2, 3, 4, 5], (2, 3, 5, 4), ["Transpose"]),  # keys of an attention
+        ([-1, 5, 4], [0, 2, 1], [-1, 3, 4, 5], ("N", 3, 5, 4), ["Transpose"]),  # of any batch
+        ([0, 3, 20], [0, 2, 1], [0, 5, 4, 3], ("N", 3, 5, 4), ["Transpose"]),
+        ([-1, 4], [1, 0], [4, -1, 3, 5], ("N", 3, 5, 4), ["Transpose"]),
+        ([3, 20], [1, 0], [5, 4, 3], (1, 3, 5, 4), ["Transpose", "Reshape"]),  # the axis of size 1 goes
+        ([-1, 5, 4], [0, 2, 1], [-1, 60], ("N", 3, 5, 4), ["Transpose", "Reshape"]),
+        # no whole axes, so that entries of different axes mix
+        ([-1, 4, 5], [0, 2, 1], [2, 3, 5, 4], (2, 3, 5, 4), ["Reshape", "Transpose", "Reshape"]),
+        ([-1, 10, 4], [0, 2, 1], [2, 3, 4, 5], (2, 3, 5, 4), ["Reshape", "Transpose", "Reshape"]),
+        ([6, 20], [1, 0], [4, 5, 3, 2], (2, 3, 5, 4), ["Transpose", "Reshape"]),
+        ([0, -1, 4], [1, 0, 2], [-1, 4], ("N", "M", "L", 4), ["Transpose", "Reshape"]),  # one open product
+        ([-1, 8], [1, 0], [4, 2, -1], ("N", "M", "L", 4), ["Reshape", "Transpose", "Reshape"]),  # two
+    ],
+)
+def test_a_transpose_takes_merged_axes_together(
+    merge: list[int], perm: list[int], split: list[int], shape: tuple[Any, ...], ops: list[str]
+) -> None:
+    proto = turned(merge, perm, split, shape)
+    sizes = [tuple({"N": n, "M": 3, "L": 2}.get(d, d) for d in shape) for n in ((2, 3) if "N" in shape else (2,))]
+    assert left(proto, *sizes) == [*ops, "Relu"]
+
+
+def test_what_others_take_of_merged_axes_stays() -> None:
+    for inner in ("a", "b"):
+        proto = turned([-1, 5, 4], [0, 2, 1], [2, 3, 4, 5], (2, 3, 5, 4), node("Abs", [inner], ["other"]))
+        proto.graph.output.append(value("other", shape=None))
+        assert left(proto, (2, 3, 5, 4)).count("Reshape") == 2
+
+
+# --- sizes of what nothing else needs -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("before", "index", "ops"),
+    [
+        (node("Reshape", ["x", "t"], ["a"]), [0], ["Shape", "Gather", "ConstantOfShape"]),
+        (node("Reshape", ["x", "t"], ["a"]), [0, 1], ["Reshape", "Shape", "Gather", "ConstantOfShape"]),
+        (node("Exp", ["x"], ["a"]), [0, 1], ["Shape", "Gather", "ConstantOfShape"]),
+        (node("NonZero", ["x"], ["a"]), [1], ["NonZero", "Shape", "Gather", "ConstantOfShape"]),
+        (node("Transpose", ["x"], ["a"], perm=[1, 0, 2]), [1], ["Transpose", "Shape", "Gather", "ConstantOfShape"]),
+    ],
+)
+def test_sizes_are_taken_of_the_input(before: onnx.NodeProto, index: list[int], ops: list[str]) -> None:
+    nodes = [before, node("Shape", ["a"], ["s"]), node("Gather", ["s", "i"], ["g"])]
+    proto = built([*nodes, node("ConstantOfShape", ["g"], ["z"])], {"t": [0, -1], "i": index}, ("N", "M", 4))
+    assert left(proto, (2, 3, 4), (5, 1, 4)) == [*ops, "Relu"]

@@ -201,7 +201,7 @@ def failing(*_args: Any, **_kwargs: Any) -> None:
     "spoil",
     [
         lambda patch: patch.setattr(torch.export, "save", failing),
-        lambda patch: patch.setattr("cipm_ir.backends.to_torch_origin.emit_graph", failing),
+        lambda patch: patch.setattr("cipm_ir.backends.to_torch_origin.emit_rewritten", failing),
     ],
 )
 def test_a_failure_on_the_way_changes_nothing(

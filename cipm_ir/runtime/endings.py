@@ -63,10 +63,23 @@ def common_endings(a: Sequence[Ending], b: Sequence[Ending]) -> list[tuple[Endin
     return [(x, y) for x, y in pairs if not x.lossy or (x.maker == y.maker and x.maker not in _LOSSY)]
 
 
-def endings(model: ir.Model) -> list[Ending]:
-    """Return the values in front of each activation at the end of a model, the last activation first."""
-    found = (ending for output in model.graph.outputs for ending in _before(model, output, output.name or ""))
-    return list(itertools.islice(found, _MOST))
+def endings(model: ir.Model, names: Sequence[str] | None = None) -> list[Ending]:
+    """Return the values in front of each activation at the end of a model, the last activation first.
+
+    Args:
+        model: whose outputs to look behind.
+        names: what to call its outputs; their own names by default.
+    """
+    names = names or [output.name or "" for output in model.graph.outputs]
+    outputs = zip(model.graph.outputs, names, strict=True)
+    return list(
+        itertools.islice((ending for output, name in outputs for ending in _before(model, output, name)), _MOST)
+    )
+
+
+def softmax_units(found: Sequence[Ending]) -> dict[str, float]:
+    """Return 1 for each value in front of a softmax, which resolves differences of its inputs on that scale."""
+    return {ending.name: 1.0 for ending in found if ending.softmax is not None}
 
 
 def output_units(model: ir.Model) -> dict[str, float]:
@@ -74,7 +87,7 @@ def output_units(model: ir.Model) -> dict[str, float]:
 
     And for what stands in front of a softmax, which resolves differences of its inputs on that scale.
     """
-    found = {ending.name: 1.0 for ending in endings(model) if ending.softmax is not None}
+    found = softmax_units(endings(model))
     for output in model.graph.outputs:
         if any(node.op_type in _BOUNDED for node in _makers(output)):
             found[output.name or ""] = 1.0
