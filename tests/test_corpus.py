@@ -30,6 +30,7 @@ from tests.mutations import weights
 import cipm_ir
 from cipm_ir.errors import InputError, SymmetryError
 from cipm_ir.runtime.inputs import batches
+from cipm_ir.runtime.verify import verify_models
 from cipm_ir.symmetry.program import Program
 
 EXACT = [name for name in exact_passes() if name != DEFAULT]
@@ -213,6 +214,27 @@ def test_a_model_that_is_there_is_not_fetched_again(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("tests.corpus.fetch.download", lambda *_: pytest.fail("a download"))
     listed = Corpus({"some": Wheel("some==1", "0" * 64, 1.0)}, {"one": Model("speech", "", "some", "x", "0" * 64)})
     assert fetch(["one"], tmp_path, listed) == {}
+
+
+@pytest.mark.corpus
+@pytest.mark.parametrize("given", [True, False], ids=["data", "own inputs"])
+def test_a_fault_in_the_branch_of_the_other_sampling_rate_is_seen(given: bool) -> None:
+    """silero_vad runs another net at 8 kHz, on chunks of half the length; the data is at 16 kHz."""
+    path = path_of("silero_vad")
+    if not path.exists():
+        pytest.skip(why_missing("silero_vad"))
+    model, wrong = ir.load(path), ir.load(path)
+    data = samples("silero_vad") if given else None
+    (other,) = (
+        attr.as_graph() for node in wrong.graph for key, attr in node.attributes.items() if key == "else_branch"
+    )
+    weight = next(node for node in other if node.outputs[0].name.endswith("encoder.1.reparam_conv.weight"))
+    array = weight.attributes["value"].as_tensor().numpy().copy()
+    array[0] *= np.float32(1.01)
+    weight.attributes["value"] = ir.AttrTensor("value", ir.tensor(array))
+    assert verify_models(model, model, data=data).ok
+    found = verify_models(model, wrong, data=data)
+    assert found.ok is False and "is taken" not in found.reason, str(found)
 
 
 @pytest.mark.corpus
