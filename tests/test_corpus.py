@@ -228,7 +228,7 @@ def test_a_fault_in_the_branch_of_the_other_sampling_rate_is_seen(given: bool) -
     (other,) = (
         attr.as_graph() for node in wrong.graph for key, attr in node.attributes.items() if key == "else_branch"
     )
-    weight = next(node for node in other if node.outputs[0].name.endswith("encoder.1.reparam_conv.weight"))
+    weight = next(node for node in other if str(node.outputs[0].name).endswith("encoder.1.reparam_conv.weight"))
     array = weight.attributes["value"].as_tensor().numpy().copy()
     array[0] *= np.float32(1.01)
     weight.attributes["value"] = ir.AttrTensor("value", ir.tensor(array))

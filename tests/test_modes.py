@@ -12,6 +12,7 @@ from onnx import TensorProto, numpy_helper
 from tests.control_flow_models import Body, made
 from tests.test_control_flow_verify import planted
 
+import cipm_ir
 from cipm_ir.runtime.modes import mode_values
 from cipm_ir.runtime.verify import verify_models
 
@@ -165,3 +166,35 @@ def test_the_batch_may_stand_on_another_axis() -> None:
     weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1.001), "w"))
     assert verify_models(model, ir.from_proto(wrong)).ok is False
     assert not any(value.meta for value in model.graph.inputs)
+
+
+def of_width(width: int) -> Body:
+    """A body whose products fit one width of the input only."""
+    body = Body(np.random.default_rng(0))
+    body.mlp("x", "out", f"w{width}", (width, width, 3))
+    return body
+
+
+@pytest.mark.parametrize(("sizes", "macs", "left_out"), [(6, 6 * 6 + 6 * 3, 1), (11, 11 * 11 + 11 * 3, 1)])
+def test_a_branch_that_cannot_run_at_the_sizes_costs_nothing(sizes: int, macs: int, left_out: int) -> None:
+    main = Body(np.random.default_rng(0))
+    main.either(equal(3)(main), "y", (of_width(6), of_width(11)), "out", 3)
+    program = cipm_ir.load(made(main.graph([X, MODE], OUT)))
+    found = program.count({"N": 1, "T": sizes})
+    assert (found.total, found.unknown, found.left_out) == (macs, (), left_out)
+
+
+def test_the_dearer_branch_counts_where_both_can_run() -> None:
+    main = Body(np.random.default_rng(0))
+    small = Body(np.random.default_rng(0))
+    small.op("MatMul", ["x", small.weight("m", 6, 3)], "out")
+    main.either(equal(3)(main), "y", (of_width(6), small), "out", 3)
+    found = cipm_ir.load(made(main.graph([X, MODE], OUT))).count({"N": 1, "T": 6})
+    assert (found.total, found.left_out) == (6 * 6 + 6 * 3, 0)
+
+
+def test_neither_branch_is_left_out_where_none_can_run() -> None:
+    main = Body(np.random.default_rng(0))
+    main.either(equal(3)(main), "y", (of_width(6), of_width(11)), "out", 3)
+    found = cipm_ir.load(made(main.graph([X, MODE], OUT))).count({"N": 1, "T": 7})
+    assert found.unknown and not found.left_out
