@@ -1,11 +1,11 @@
 """A table of the corpus: one row a model, from units and exact passes to what a slimmer makes of it.
 
     python -m tests.benchmarks.corpus_table [NAME ...] [--columns units,exact,prune,peers] [--peers FOLDER]
-        [--results corpus.jsonl] [--out table.md] [--passes NAME,...] [--repeats 1] [--timeout 60]
+        [--results corpus.jsonl] [--out table.md] [--passes NAME,...] [--repeats 1] [--timeout 60] [--jobs 2]
 
 `make corpus` fetches the models. Each measurement is limited in time and memory, printed when it is done, and written
 to `--results`; what is there already is not measured again, so a run may be resumed. One that takes longer than
-`--timeout` is a row that says so.
+`--timeout` is a row that says so. `--jobs` models are measured at once, whole commands (peers) one by one at the end.
 
 * units: units and opaque nodes with the sizes that the file leaves open, and with the sizes of the realistic input.
 * exact: every exact pass alone, see `tests.benchmarks.exact_table`: its largest difference on probes and on a realistic
@@ -21,13 +21,14 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +211,7 @@ class Results:
     """Measurements in a file, one line each; the last of a kind counts."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path, self._lock = path, threading.Lock()
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         self.rows = {(row["model"], row["what"]): row["row"] for row in map(json.loads, lines)}
 
@@ -218,8 +219,8 @@ class Results:
         return (name, what) not in self.rows
 
     def add(self, name: str, what: str, row: Row) -> None:
-        self.rows[name, what] = row
-        with self._path.open("a", encoding="utf-8") as file:
+        with self._lock, self._path.open("a", encoding="utf-8") as file:
+            self.rows[name, what] = row
             print(json.dumps({"model": name, "what": what, "row": row}), file=file)
 
     def of(self, name: str, what: str) -> Row:
@@ -317,35 +318,28 @@ def _peer_line(name: str, row: Row) -> list[Any]:
 
 
 def measure(results: Results, names: Sequence[str], given: argparse.Namespace, passes: Sequence[str]) -> None:
-    """Measure what is missing, model by model, and print each measurement as it comes."""
+    """Measure what is missing and print it as it comes: several models at once, then whole commands one by one."""
     begin = time.monotonic()
-    for place, name in enumerate(names):
-        start, cpu = time.monotonic(), _cpu()
-        for what, row in _missing(results, name, given, passes):
-            results.add(name, what, row)
-            print(f"{name}, {what}: {_in_a_line(row)}", file=sys.stderr, flush=True)
-        now = time.monotonic()
-        took = f"{now - start:.0f} s, {_cpu() - cpu:.0f} s of the processor; {now - begin:.0f} s in all"
-        print(f"{name} done ({place + 1} of {len(names)}; {took})", file=sys.stderr, flush=True)
 
+    def note(name: str, what: str, row: Row) -> None:
+        results.add(name, what, row)
+        print(f"{time.monotonic() - begin:.0f} s, {name}, {what}: {_in_a_line(row)}", file=sys.stderr, flush=True)
 
-def _cpu() -> float:
-    """Processor seconds of all processes that ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    def inside(name: str) -> None:
+        wanted = [what for what in _MEASURES if what.split()[0] in given.columns and results.missing(name, what)]
+        if wanted:
+            for what, row in in_a_process(name, wanted, given.timeout, given.memory):
+                note(name, what, row)
+        wanted = [one for one in passes if "exact" in given.columns and results.missing(name, f"exact {one}")]
+        if wanted:
+            for what, row in exact(name, wanted, given.timeout, given.memory):
+                note(name, what, row)
 
-
-def _missing(
-    results: Results, name: str, given: argparse.Namespace, passes: Sequence[str]
-) -> Iterator[tuple[str, Row]]:
-    wanted = [what for what in _MEASURES if what.split()[0] in given.columns and results.missing(name, what)]
-    if wanted:
-        yield from in_a_process(name, wanted, given.timeout, given.memory)
-    wanted = [one for one in passes if "exact" in given.columns and results.missing(name, f"exact {one}")]
-    if wanted:
-        yield from exact(name, wanted, given.timeout, given.memory)
-    if "peers" in given.columns and results.missing(name, "peers"):
-        yield "peers", peers(name, given.peers, given.repeats, given.timeout)
+    with ThreadPoolExecutor(given.jobs) as pool:
+        list(pool.map(inside, names))
+    for name in names:
+        if "peers" in given.columns and results.missing(name, "peers"):
+            note(name, "peers", peers(name, given.peers, given.repeats, given.timeout))
 
 
 def _in_a_line(row: Row) -> str:
@@ -364,6 +358,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="file for the tables; without it they are printed")
     parser.add_argument("--repeats", type=int, default=1, help="runs of each whole command")
     parser.add_argument("--timeout", type=float, default=60, help="seconds for one measurement")
+    parser.add_argument("--jobs", type=int, default=2, help="models at once, but for column peers")
     parser.add_argument("--memory", type=int, default=12, help="gigabytes of address space for one measurement")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
