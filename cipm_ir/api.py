@@ -99,7 +99,7 @@ class Result:
         if self.emitted is not None:
             torch_module("backends.to_torch_files").write(origin.capture, self.emitted, os.fspath(path))
         else:
-            origin.write(self.program.emit(annotate=self.annotate), os.fspath(path))
+            origin.write(self.program.emit(annotate=True) if self.annotate else self.program.written, os.fspath(path))
 
 
 def load(

@@ -165,7 +165,6 @@ def optimize(
     Exit code 1 where a pass was left out.
     """
     from cipm_ir import api
-    from cipm_ir.passes.html import check_matplotlib, render
     from cipm_ir.passes.keeping import check_kept
     from cipm_ir.sources import check_output
 
@@ -178,6 +177,8 @@ def optimize(
         if place is not None:
             check_output(place)
     if html is not None:
+        from cipm_ir.passes.html import check_matplotlib, render
+
         check_matplotlib()
     with progress_bar(quiet) as progress:
         result = api.optimize(

@@ -102,7 +102,10 @@ def read(source: Source, examples: Examples = Examples(), sizes: Sizes = Sizes()
         return Program(capture.model, origin=torch_module("backends.to_torch_origin").TorchOrigin(capture))
     loaded = load_onnx(source)
     correct_shapes(loaded.model)
-    return Program.of(loaded.model, origin=OnnxOrigin(loaded.kind, loaded.path, loaded.external), **vars(sizes))
+    origin = OnnxOrigin(loaded.kind, loaded.path, loaded.external)
+    program = Program.of(loaded.model, origin=origin, **vars(sizes), own=True)
+    program.fits = sizes.input_shapes is None  # sizes that are suggested or fixed were not looked at
+    return program
 
 
 def read_checked(source: Source, examples: Examples = Examples(), sizes: Sizes = Sizes()) -> Program:

@@ -15,7 +15,7 @@ import onnx
 import onnx_ir as ir
 
 from cipm_ir.errors import InputError, UnsupportedError
-from cipm_ir.ir.shapes import subgraphs
+from cipm_ir.ir.nested import subgraphs
 from cipm_ir.runtime.graphs import describe_node
 
 _FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")

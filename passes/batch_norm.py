@@ -8,7 +8,18 @@ import numpy as np
 import onnx_ir as ir
 
 from cipm_ir.ir.constants import attribute
-from cipm_ir.passes.products import Array, constant, copies, double, drop_unused, round_once, scale_output
+from cipm_ir.ir.nested import graphs_within, nodes_within
+from cipm_ir.passes.products import (
+    Array,
+    Names,
+    constant,
+    copies,
+    double,
+    drop_unused,
+    names_of,
+    round_once,
+    scale_output,
+)
 from cipm_ir.passes.replace_values import remove_if_unused, replace_value
 
 __all__ = ["fold_batch_norms", "give_output", "no_fixed_map", "round_once", "scale_and_shift"]
@@ -24,15 +35,17 @@ def fold_batch_norms(model: ir.Model) -> tuple[int, Counter[str]]:
     New weights are computed in double precision and rounded once.
     """
     graph = model.graph
-    graphs = (graph, *graph.subgraphs())
+    graphs = graphs_within(graph)
     unused = {value for one in graphs for value in one.initializers.values() if not value.uses()}
     version = graph.opset_imports.get("", graph.opset_imports.get("ai.onnx", 0))
     folded, kept, sources = 0, Counter[str](), list[ir.Node]()
-    for norm in [node for node in graph.all_nodes() if _is_norm(node)]:
+    norms = [node for node in nodes_within(graph) if _is_norm(node)]
+    taken = names_of(graph) if norms else set()
+    for norm in norms:
         reason = _obstacle(norm, version)
         if not reason:
             sources += [node for value in _parameters(norm) for node in copies(value)]
-            reason = _fold(norm, graph)
+            reason = _fold(norm, taken)
         if reason:
             kept[reason] += 1
         else:
@@ -101,9 +114,9 @@ def _inbound(norm: ir.Node) -> ir.Node:
     return producer
 
 
-def _fold(norm: ir.Node, graph: ir.Graph) -> str:
+def _fold(norm: ir.Node, taken: Names) -> str:
     """Write the new weights; return why they cannot be written, "" if they could."""
-    reason = scale_output(_inbound(norm), *scale_and_shift(norm), graph)
+    reason = scale_output(_inbound(norm), *scale_and_shift(norm), taken)
     if not reason:
         give_output(norm, _inbound(norm))
     return reason

@@ -60,9 +60,12 @@ def link_spaces(analysis: Analysis) -> Links:
             counts = [Counter(row) for row in distinct.tolist()]
             _link_rows(counts, analysis, root, frozen)
             partitions.append(_partition(counts))
-    for crossing in _crossings(partitions):
-        for k in crossing[1:]:
-            _union(root, crossing[0], k)
+    parts = analysis.classes.parts
+    shared = [[int(owner[parts.spaces[i][0]]) for i in tie] for tie in parts.ties]
+    for together in (*_crossings(partitions), *shared):
+        for k in together[1:]:
+            _union(root, together[0], k)
+    frozen.update(int(owner[parts.spaces[i][0]]) for i in parts.frozen)
     groups: dict[int, list[int]] = {}
     for k in range(len(root)):
         groups.setdefault(_find(root, k), []).append(k)
@@ -269,8 +272,9 @@ class Search:
 
 def even(analysis: Analysis, grids: Sequence[Labels], stays: Mask) -> bool:
     """Whether every grid stays a grid: equally many entries in each row that is left."""
+    refined = analysis.classes.stays(stays)
     for labels in grids:
-        mask = stays[analysis.classes.of[labels]]
+        mask = refined[analysis.classes.refined(labels)]
         if not mask.all() and grid_shape(mask, outer_first(labels)) is None:
             return False
     return True

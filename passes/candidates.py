@@ -213,6 +213,8 @@ def _refusal(
     """Why linked spaces cannot shrink with compensation; empty where they can. ``read``: by weights alone."""
     analysis = program.analysis
     tables = [analysis.spaces[k].table for k in group]
+    if any(analysis.part_atoms(k) is not None for k in group):
+        return "what reads one of several query heads that share a key head is not refitted on its own"
     hidden = next((why for k in group if (why := program.unseen(program.spaces[k]))), "")
     if hidden:
         return hidden

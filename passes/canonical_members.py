@@ -17,6 +17,7 @@ from cipm_ir.ir.bodies import nodes_in_order
 from cipm_ir.ir.constants import constant_tensor
 from cipm_ir.ir.labels import Array, Labels
 from cipm_ir.symmetry.analysis import Analysis
+from cipm_ir.symmetry.classes import kinds_of_atoms
 from cipm_ir.symmetry.leaves import Leaf, LeafFactor
 from cipm_ir.symmetry.program import Program
 
@@ -27,7 +28,10 @@ _KEPT_BYTES = 1 << 28
 
 @dataclass
 class Member:
-    """One factor with, per position: the class, which of its atoms this is, and the exponents of its directions.
+    """One factor with, per position: the class, what is ordered, and the exponents of its directions.
+
+    ``places`` names the class, or the cell where it crosses a part (`Classes.refined`): that has a colour. ``rank``:
+    which of the atoms there this is.
 
     ``scale`` is (positions, directions) over those scale directions of the spaces, ``scale_at``, that play a part here;
     ``sign`` holds the parities of the sign directions ``sign_at``.
@@ -38,6 +42,7 @@ class Member:
     factor: LeafFactor
     shape: tuple[int, ...]
     classes: Labels
+    places: Labels
     rank: Labels
     scale: Labels
     scale_at: Labels
@@ -108,25 +113,29 @@ class Members:
             self.on_leaf.setdefault(m.factor.leaf, []).append(m)
 
     def _ranks(self) -> Labels:
-        of = self.analysis.classes.of
-        order = np.lexsort((self.analysis.classes.colour, of))
-        start = np.searchsorted(of[order], np.arange(self.count + 1))
+        classes = self.analysis.classes
+        of, parts = classes.refined(), classes.parts
+        colour = classes.colour
+        if parts.of is not None:
+            colour = np.where(parts.of >= 0, kinds_of_atoms(self.analysis.walk, classes), colour)
+        order = np.lexsort((colour, of))
+        start = np.searchsorted(of[order], np.arange(int(of.max(initial=-1)) + 2))
         rank = np.empty(len(of), np.int64)
         rank[order] = np.arange(len(of)) - start[of[order]]
         return rank
 
     def _moving(self) -> npt.NDArray[np.bool_]:
-        """Classes that some space exchanges or rescales."""
-        moving = np.zeros(self.count, bool)
-        for raw in self.analysis.spaces:
-            moving[raw.table.ravel()] = True
+        """Classes and cells that some space exchanges or rescales."""
+        moving = np.zeros(self.count + len(self.analysis.classes.parts.cell_class), bool)
+        for k in range(len(self.analysis.spaces)):
+            moving[self.analysis.places_of(k)[0]] = True
         return moving
 
     def _member(self, f: LeafFactor) -> Member | None:
         leaf = self.analysis.walk.leaves[f.leaf]
         span = slice(f.base, f.base + f.size)
-        classes = self.analysis.classes.of[span]
-        if not f.active or 0 in leaf.shape or not self.moving[classes].any():
+        classes, places = self.analysis.classes.of[span], self.analysis.classes.refined(span)
+        if not f.active or 0 in leaf.shape or not self.moving[places].any():
             return None
         scale, sign = self._exponents(f, classes)
         if f.epsilon is not None:  # a variance takes the square of a scale, and no sign
@@ -134,7 +143,7 @@ class Members:
         other = int(np.prod(leaf.shape)) // (f.shape[-1] * max(f.groups, 1))
         epsilon = None if self.exact else f.epsilon
         up, flip = np.flatnonzero(scale.any(0)), np.flatnonzero(sign.any(0))
-        place = classes, self.rank_of[span]
+        place = classes, places, self.rank_of[span]
         return Member(f, leaf.shape, *place, scale[:, up], up, sign[:, flip], flip, other == 1, epsilon)
 
     def _exponents(self, f: LeafFactor, classes: Labels) -> tuple[Labels, Labels]:

@@ -35,7 +35,7 @@ _PROJECTIONS = 2
 
 
 class Ordering:
-    """Refines the partition of the classes of a program whose gauge is fixed."""
+    """Refines the partition of the classes and cells of a program whose gauge is fixed."""
 
     def __init__(self, members: Members, gauge: Gauge) -> None:
         self.members = members
@@ -65,7 +65,7 @@ class Ordering:
             return False
         progress = False
         for k, m in enumerate(self.members.all):
-            if k not in self._done and not m.line and self.part.tied()[m.classes].any() and self._columns_known(m):
+            if k not in self._done and not m.line and self.part.tied()[m.places].any() and self._columns_known(m):
                 self._done.add(k)
                 progress |= self._by_row(m)
         return progress
@@ -73,10 +73,10 @@ class Ordering:
     def _hashed(self) -> bool:
         progress = False
         for k, m in enumerate(self.members.all):
-            if not self.part.tied()[m.classes].any() or (k in self._done and not m.line):
+            if not self.part.tied()[m.places].any() or (k in self._done and not m.line):
                 continue
             others = self.members.on_leaf[m.factor.leaf]
-            state = hash((self._unsigned(m), *(self.part.colour[o.classes].tobytes() for o in others)))
+            state = hash((self._unsigned(m), *(self.part.colour[o.places].tobytes() for o in others)))
             if self._read.get(k) != state:
                 self._read[k] = state
                 progress |= self._by_content(m)
@@ -88,6 +88,7 @@ class Ordering:
         for m in self._signed_members:
             unsigned = (m.sign == 1) & ~self.gauge.signed[m.classes[:, None], m.sign_at]
             here = np.flatnonzero(unsigned.sum(1) == 1)
+            here = here[np.argsort(self.part.colour[m.places[here]], kind="stable")]
             if not len(here) or not (m.line or self._columns_known(m)):
                 continue
             classes, first = np.unique(m.classes[here], return_index=True)
@@ -112,13 +113,13 @@ class Ordering:
     # ------------------------------------------------------------ rows of ordered columns
     def _columns_known(self, m: Member) -> bool:
         tied = self.part.tied()
-        return not any(tied[o.classes].any() for o in self.members.on_leaf[m.factor.leaf] if o is not m)
+        return not any(tied[o.places].any() for o in self.members.on_leaf[m.factor.leaf] if o is not m)
 
     def _positions(self, m: Member) -> list[tuple[Labels, Labels]]:
         """Tied classes of a member and their positions in matching order, (classes, occurrences), by occurrences."""
-        here = np.flatnonzero(self.part.tied()[m.classes])
-        here = here[np.lexsort((m.rank[here], m.classes[here]))]
-        classes, times = np.unique(m.classes[here], return_counts=True)
+        here = np.flatnonzero(self.part.tied()[m.places])
+        here = here[np.lexsort((m.rank[here], m.places[here]))]
+        classes, times = np.unique(m.places[here], return_counts=True)
         each = np.repeat(times, times)
         return [(classes[times == n], here[each == n].reshape(-1, n)) for n in np.unique(times).tolist()]
 
@@ -167,7 +168,7 @@ class Ordering:
         for o in self.members.on_leaf[m.factor.leaf]:
             if o is m:
                 continue
-            key = self.part.colour[o.classes] * (o.rank.max() + 1) + o.rank
+            key = self.part.colour[o.places] * (o.rank.max() + 1) + o.rank
             if o.groups:  # the columns of a row are those of its group
                 order = np.argsort(key.reshape(o.factor.shape), axis=1)
                 index[o.axis] = order[positions[:, None] * o.groups // m.shape[0], where[o.axis]]
@@ -211,7 +212,7 @@ class Ordering:
             base = mix(np.arange(m.shape[0]) % (m.shape[0] // m.groups) + (1 << 40))
         for o in self.members.on_leaf[m.factor.leaf]:
             if o is not m and o.axis == axis:
-                known = mix(self.part.colour[o.classes] * (1 << 20) + o.rank)
+                known = mix(self.part.colour[o.places] * (1 << 20) + o.rank)
                 return np.asarray(mix(o.spread(known) + np.uint64(axis)), np.uint64)
         return np.asarray(mix(base + np.uint64(axis)), np.uint64).reshape(shape)
 

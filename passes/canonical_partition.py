@@ -22,18 +22,22 @@ class Partition:
 
     def __init__(self, analysis: Analysis) -> None:
         pairs = []
-        self._parent = np.zeros(0, np.int64)
-        self._child = np.zeros(0, np.int64)
-        self._heads = np.zeros(analysis.classes.count, bool)
-        for raw in analysis.spaces:
+        classes, parts = analysis.classes, analysis.classes.parts
+        count = classes.count + len(parts.cell_class)
+        cells = np.arange(classes.count, count)
+        self._parent = np.r_[parts.cell_class, parts.cell_part]  # both are blocks of the cells that they hold
+        self._child = np.r_[cells, cells]
+        self._heads = np.zeros(count, bool)
+        self._heads[self._parent] = True
+        for k, raw in enumerate(analysis.spaces):
             table = raw.table
             if raw.kind != "cells" and len(table) > 1:
                 pairs.append((table[1:].ravel(), np.broadcast_to(table[0], table[1:].shape).ravel()))
+                pairs += _exchanged_cells(analysis, k) if len(cells) else []
             if table.shape[1] > 1:
                 self._heads[table[:, 0]] = True
                 self._parent = np.r_[self._parent, np.repeat(table[:, 0], table.shape[1] - 1)]
                 self._child = np.r_[self._child, table[:, 1:].ravel()]
-        count = analysis.classes.count
         number, label = components(count, pairs)
         first = np.full(number, count, np.int64)
         np.minimum.at(first, label, np.arange(count))
@@ -140,3 +144,17 @@ class Partition:
         self.colour[classes] = colour + offset
         self._tied = None
         return True
+
+
+def _exchanged_cells(analysis: Analysis, k: int) -> list[tuple[Labels, Labels]]:
+    """Cells and parts that the elements of a space exchange, as pairs."""
+    atoms, parts, count = analysis.part_atoms(k), analysis.classes.parts, analysis.classes.count
+    tables = [analysis.atoms_of(column) for column in analysis.spaces[k].table.T] if atoms is None else [atoms]
+    pairs = []
+    for table in tables:
+        cell = analysis.classes.refined(table)
+        cell = cell[:, cell[0] >= count] - count
+        first = np.broadcast_to(cell[0], cell[1:].shape)
+        pairs.append((cell[1:].ravel() + count, first.ravel() + count))
+        pairs.append((parts.cell_part[cell[1:]].ravel(), parts.cell_part[first].ravel()))
+    return pairs

@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from cipm_ir.errors import InputError
+from cipm_ir.ir.nested import nodes_within, subgraphs
 from cipm_ir.ir.parameters import named, parameter_tensor, unlist_parameters
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult, option
 from cipm_ir.passes.batch_norm import fold_batch_norms
@@ -26,7 +27,7 @@ from cipm_ir.passes.merge_nodes import merge_nodes
 from cipm_ir.passes.no_ops import copied_input
 from cipm_ir.passes.node_pairs import join_pair, shape_of_input
 from cipm_ir.passes.registry import register
-from cipm_ir.passes.replace_values import remove_if_unused, remove_unused, replace_value, subgraphs
+from cipm_ir.passes.replace_values import remove_if_unused, remove_unused, replace_value
 from cipm_ir.passes.reshapes import write_target
 from cipm_ir.runtime.checks import check_shapes
 from cipm_ir.runtime.graphs import all_graphs
@@ -63,7 +64,7 @@ class FoldBatchNorm(Pass):
         summary = f"{_count(folded, 'batch normalization')} folded"
         summary += f"; {_left(kept)}" if kept else ""
         summary += f"; {lifted} initializers are no longer inputs" if lifted else ""
-        return PassResult(Program.of(model, origin=program.origin), True, summary, metrics=metrics)
+        return PassResult(Program.of(model, origin=program.origin, own=True), True, summary, metrics=metrics)
 
 
 def _left(kept: Counter[str]) -> str:
@@ -117,7 +118,9 @@ class CleanUp(Pass):
         if after == before:
             return PassResult(program, False, "nothing to clean")
         metrics = {"gone": before.total() - after.total()}
-        return PassResult(Program.of(model, origin=program.origin), True, _summary(before, after), metrics=metrics)
+        return PassResult(
+            Program.of(model, origin=program.origin, own=True), True, _summary(before, after), metrics=metrics
+        )
 
 
 class _Cleaner:
@@ -248,7 +251,7 @@ def _signature(model: ir.Model) -> Counter[str]:
 
 def _entries(model: ir.Model) -> Iterator[str]:
     for graph in (model.graph, *(function.graph for function in model.functions.values())):
-        for node in graph.all_nodes():
+        for node in nodes_within(graph):
             names = [value.name if value is not None else "" for value in (*node.inputs, *node.outputs)]
             yield f"node {node.domain}::{node.op_type} {names} {sorted(node.attributes)}"
         yield from (f"initializer {name}" for name in graph.initializers)

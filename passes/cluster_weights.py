@@ -76,26 +76,21 @@ class Weights:
     def _rows(self, space: Space) -> Iterator[Array]:
         """One matrix (units, entries) per weight that moves with the space."""
         table = self.analysis.spaces[self.program.index(space)].table
-        inside = np.zeros(self.analysis.classes.count, bool)
-        blocks = self._is_blocks(space)
-        inside[table.ravel() if blocks else table[:, 0]] = True
+        blocks, element = self._is_blocks(space), self.analysis.elements_of(self.program.index(space))
         for leaf, f in self._factors:
-            hit = inside[self._classes(f)]
-            if not hit.any():
+            owner = element[self.analysis.classes.refined(slice(f.base, f.base + f.size))]
+            if not (owner >= 0).any():
                 continue
             rows = rows_of(self._evened(leaf, f), f)
             if blocks:
-                yield self._energies(rows, f, table)
+                yield self._energies(rows, owner, len(table))
             else:
                 at = self.analysis.factor_positions(f, table[:, 0])
                 yield rows[at.T].transpose(1, 0, 2).reshape(len(at), -1)
 
-    def _energies(self, rows: Array, f: LeafFactor, table: Labels) -> Array:
+    def _energies(self, rows: Array, block: Labels, count: int) -> Array:
         """Per block the norm over its positions, for each entry of the rows."""
-        block = np.full(self.analysis.classes.count, -1, np.int64)
-        block[table.ravel()] = np.repeat(np.arange(len(table)), table.shape[1])
-        at = block[self._classes(f)]
-        hot = (at == np.arange(len(table))[:, None]).astype(rows.dtype)
+        hot = (block == np.arange(count)[:, None]).astype(rows.dtype)
         return np.asarray(np.sqrt(hot @ np.square(rows)))
 
     def _is_blocks(self, space: Space) -> bool:

@@ -69,7 +69,7 @@ class _Tensor:
 
 @dataclass
 class _Counter:
-    """Sizes of the axes of factors, given which classes stay."""
+    """Sizes of the axes of factors, given which classes and cells stay (`Classes.refined`)."""
 
     of: Labels
     slot: dict[int, int] = field(default_factory=dict)
@@ -129,7 +129,7 @@ class CostModel:
         self.program = program
         walk = program.analysis.walk
         self.counted = program.count(sizes)
-        self._counter = _Counter(program.analysis.classes.of)
+        self._counter = _Counter(program.analysis.classes.refined())
         self._leaves: dict[int, Sized] = {}
         self._position = {_first_output(node): k for k, node in enumerate(walk.nodes)}
         self._part = self._part_of(self.counted.places)
@@ -140,7 +140,10 @@ class CostModel:
     # ------------------------------------------------------------ costs
     def macs(self, stays: Mask) -> int:
         """Multiply-accumulates as `Program.count` counts them."""
-        return self._part_macs(self._part, self._counter.sizes(stays))
+        return self._part_macs(self._part, self._counter.sizes(self._refined(stays)))
+
+    def _refined(self, stays: Mask) -> Mask:
+        return self.program.analysis.classes.stays(stays)
 
     def _part_macs(self, part: _Part, sizes: Labels) -> int:
         total = part.fixed + sum(self._node_macs(node, sizes) for node in part.nodes)
@@ -156,13 +159,14 @@ class CostModel:
         return sum(int(tensor.leaves[0].dtype.itemsize * count) for tensor, count in self._entries(stays))
 
     def _entries(self, stays: Mask) -> Iterator[tuple[_Tensor, int]]:
-        sizes = self._counter.sizes(stays)
+        refined = self._refined(stays)
+        sizes = self._counter.sizes(refined)
         for tensor in self._tensors:
             shapes = [self._shape((base, slots), sizes) for base, slots in tensor.shapes]
             if len(shapes) == 1:
                 yield tensor, math.prod(shapes[0])
             else:
-                slices = {self._slice(leaf, stays): shape for leaf, shape in zip(tensor.leaves, shapes, strict=True)}
+                slices = {self._slice(leaf, refined): shape for leaf, shape in zip(tensor.leaves, shapes, strict=True)}
                 yield tensor, sum(math.prod(shape) for shape in slices.values())
 
     def units(self, stays: Mask) -> int:
@@ -237,8 +241,8 @@ class CostModel:
         return list(by_name.values())
 
     def _slice(self, leaf: Leaf, stays: Mask) -> builtins.bytes:
-        of = self.program.analysis.classes.of
-        return b"".join(stays[of[f.base : f.base + f.size]].tobytes() for f in leaf.factors if f.active)
+        refined = self.program.analysis.classes.refined()
+        return b"".join(stays[refined[f.base : f.base + f.size]].tobytes() for f in leaf.factors if f.active)
 
     # ------------------------------------------------------------ sizes
     def _shape(self, sized: Sized, sizes: Labels) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Array
+from cipm_ir.ir.nested import nodes_within
 from cipm_ir.ir.parameters import named, parameter_tensor
 from cipm_ir.ir.shapes import Shapes
 from cipm_ir.ir.stand_ins import infer_shapes
@@ -102,7 +103,7 @@ class Draft:
         self.version = int(model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0)))
         self.shapes = _shapes(model)
         self._names: set[str | None] = {value.name for value in all_values(model.graph)}
-        self._nodes: set[str | None] = {node.name for node in model.graph.all_nodes()}
+        self._nodes: set[str | None] = {node.name for node in nodes_within(model.graph)}
         self._idle = {node for node in model.graph if _idle(node)}
         self._unread = {name for name, value in model.graph.initializers.items() if not value.uses()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -16,11 +17,13 @@ from cipm_ir.passes.batch_norm import fold_batch_norms, give_output
 from cipm_ir.passes.graph_facts import GraphFacts
 from cipm_ir.passes.products import (
     PRODUCTS,
+    Names,
     bias_of,
     channels,
     constant,
     copies,
     drop_unused,
+    names_of,
     scale_input,
     scale_output,
 )
@@ -69,7 +72,7 @@ class FoldAffine(Pass):
         summary = f"{norms} batch normalizations and {done} scales and shifts folded"
         summary += f"; {left}" if left else ""
         summary += f"; {lifted} initializers are no longer inputs" if lifted else ""
-        return PassResult(Program.of(model, origin=program.origin), True, summary, metrics=metrics)
+        return PassResult(Program.of(model, origin=program.origin, own=True), True, summary, metrics=metrics)
 
 
 class _Folder:
@@ -113,7 +116,7 @@ class _Folder:
             return False
         if shift is not None and before.op_type == "MatMul" and not self._made_gemm(before):
             return False
-        if scale_output(before, factor, shift, self.graph):
+        if scale_output(before, factor, shift, self.names):
             return False
         self._note(node)
         give_output(node, before)
@@ -136,7 +139,7 @@ class _Folder:
         factor, shift = pair
         if shift is not None and not _takes_shift(after):
             return False
-        if scale_input(after, factor, shift, self.graph):
+        if scale_input(after, factor, shift, self.names):
             return False
         self._note(node)
         after.replace_input_with(0, found.source)
@@ -186,6 +189,11 @@ class _Folder:
             return False
         node.op_type = "Gemm"
         return True
+
+    @cached_property
+    def names(self) -> Names:
+        """The names of all values; only the folding adds to them."""
+        return names_of(self.graph)
 
     @property
     def facts(self) -> GraphFacts:

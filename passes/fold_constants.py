@@ -16,6 +16,7 @@ round differently. Never evaluated:
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,10 +24,12 @@ import numpy as np
 import onnx_ir as ir
 
 from cipm_ir.errors import InputError, UnsupportedError
+from cipm_ir.ir.constants import evaluate
 from cipm_ir.ir.labels import Array
+from cipm_ir.ir.nested import subgraphs
 from cipm_ir.ir.parameters import parameter_tensor
 from cipm_ir.passes.graph_facts import GraphFacts
-from cipm_ir.passes.replace_values import constant_before, replace_value, subgraphs
+from cipm_ir.passes.replace_values import constant_before, replace_value
 from cipm_ir.runtime.session import Runner
 
 _STANDARD = ("", "ai.onnx")
@@ -39,6 +42,7 @@ FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
 _KEPT = DRAWS | {"Identity", "Constant"}
 _KEPT |= {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
 _KEPT |= {"QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"}  # may saturate, by processor
+_MOVES = ("Reshape", "Transpose", "Concat")
 _SMALL = 64
 _UNFIT = {ir.DataType.STRING, ir.DataType.UNDEFINED}
 
@@ -85,7 +89,7 @@ class ConstantFolder:
         return True
 
     def _evaluated(self, node: ir.Node, domains: dict[str, int]) -> list[ir.TensorProtocol] | None:
-        if node.domain not in _STANDARD or node.op_type in _KEPT or any(True for _ in subgraphs(node)):
+        if node.domain not in _STANDARD or node.op_type in _KEPT or subgraphs(node):
             return None
         if any(attribute.is_ref() for attribute in node.attributes.values()):
             return None
@@ -102,7 +106,7 @@ class ConstantFolder:
             return self._transposed(node)
         if any(self._too_large(self._size(value), node) for value in node.outputs):
             return None
-        arrays = _run(node, given, domains, max(self.model.ir_version, 4))
+        arrays = _moved(node, given) or _run(node, given, domains, max(self.model.ir_version, 4))
         if arrays is None:
             return None
         tensors = [_tensor(array, self.facts.dtype(value)) for array, value in zip(arrays, node.outputs, strict=True)]
@@ -180,6 +184,14 @@ def _tensor(array: Array, dtype: ir.DataType | None) -> ir.TensorProtocol | None
     if dtype in _UNFIT or (dtype is not None and array.dtype != dtype.numpy()):
         return None
     return ir.tensor(array) if dtype is None else ir.tensor(array, dtype=dtype)
+
+
+def _moved(node: ir.Node, tensors: list[ir.TensorProtocol]) -> list[Array] | None:
+    """The result of a node that only moves entries, which is the same in every runtime."""
+    if node.op_type not in _MOVES or len(tensors) != len(node.inputs):
+        return None
+    found = evaluate(node, [tensor.numpy() for tensor in tensors], None, 0, limit=sys.maxsize)
+    return None if found is None else [np.ascontiguousarray(found)]
 
 
 def _run(

@@ -17,8 +17,9 @@ import onnx_ir as ir
 
 from cipm_ir.ir.constants import attribute, evaluate
 from cipm_ir.ir.labels import Array
+from cipm_ir.ir.nested import subgraphs
 from cipm_ir.ir.parameters import is_parameter, parameter_tensor
-from cipm_ir.passes.replace_values import subgraphs
+from cipm_ir.ir.shapes import node_into
 
 Dim: TypeAlias = int | str | None
 """A size, the symbol of an unknown one (equal symbols are equal sizes), or nothing known."""
@@ -105,19 +106,21 @@ class GraphFacts:
                 data[value.name or ""] = onnx.numpy_helper.from_array(array)
         try:
             schema = onnx.defs.get_schema(node.op_type, version, "")
+            proto = onnx.NodeProto()
+            node_into(proto, node)
             found = onnx.shape_inference.infer_node_outputs(
-                schema, ir.to_proto(node), types, data, opset_imports=[onnx.helper.make_opsetid("", version)]
+                schema, proto, types, data, opset_imports=[onnx.helper.make_opsetid("", version)]
             )
         except (onnx.defs.SchemaError, onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError):
             return
         for value in node.outputs:
-            proto = found.get(value.name or "")
-            if proto is None or not proto.HasField("tensor_type"):
+            kind = found.get(value.name or "")
+            if kind is None or not kind.HasField("tensor_type"):
                 continue
-            if proto.tensor_type.elem_type:
-                self._types[value] = ir.DataType(proto.tensor_type.elem_type)
-            if proto.tensor_type.HasField("shape"):
-                dims = tuple(map(_dim, proto.tensor_type.shape.dim))
+            if kind.tensor_type.elem_type:
+                self._types[value] = ir.DataType(kind.tensor_type.elem_type)
+            if kind.tensor_type.HasField("shape"):
+                dims = tuple(map(_dim, kind.tensor_type.shape.dim))
                 known = dims if node.op_type not in _ROUNDED else self._without_rounded(node, dims)
                 if known is not None:
                     self._shapes[value] = self._named(known)

@@ -158,26 +158,30 @@ _REGISTERED["magnitude"] = Magnitude, _factory(Magnitude)
 
 
 def class_sums(program: Program, norm: str) -> Scores:
-    """Per free coupled class: sum of |w| ("l1") or w² ("l2") over its positions in all floating-point parameters.
+    """Per free class and part: sum of |w| ("l1") or w² ("l2") over its positions in all floating-point parameters.
 
     Zero for classes that are pinned, as kernel taps are.
     """
     analysis = program.analysis
-    classes, free = analysis.classes.of, analysis.classes.free
+    classes, free, parts = analysis.classes.of, analysis.classes.free, analysis.classes.parts.of
     total = np.zeros(analysis.classes.count)
+    moves = free[classes] if parts is None else free[classes] | (parts >= 0)
     by_name: dict[str, list[Leaf]] = {}
     for leaf in analysis.walk.leaves:
         if leaf.dtype.is_floating_point() and not leaf.filled and not _is_statistic(program, leaf):
             by_name.setdefault(leaf.name, []).append(leaf)
     for name, leaves in by_name.items():
         active = (f for leaf in leaves for f in leaf.factors if f.active)
-        factors = [f for f in active if free[classes[f.base : f.base + f.size]].any()]
+        factors = [f for f in active if moves[f.base : f.base + f.size].any()]
         if not factors:
             continue
         sums = _marginals(parameter_array(program, name), factors, norm)
         for f, s in zip(factors, sums, strict=True):
             own = classes[f.base : f.base + f.size]
             total += np.bincount(own, weights=np.where(free[own], s, 0.0), minlength=len(total))
+            if parts is not None:
+                part = parts[f.base : f.base + f.size]
+                total += np.bincount(part[part >= 0], weights=s[part >= 0], minlength=len(total))
     return total
 
 

@@ -18,16 +18,14 @@ def batch_norm_scale(program: Program, space: Space, ctx: Context) -> Scores:
     Source: Liu et al. 2017, network slimming. Errors: `SymmetryError` for a space that no batch normalization scales.
     """
     analysis = program.analysis
-    walk, table = analysis.walk, analysis.spaces[program.index(space)].table
-    element = np.full(analysis.classes.count, -1, np.int64)
-    element[table] = np.arange(len(table))[:, None]
-    total, layers = np.zeros(len(table)), 0
+    walk, element = analysis.walk, analysis.elements_of(program.index(space))
+    total, layers = np.zeros(space.size), 0
     for position, node in enumerate(walk.nodes):
         if node.op_type != "BatchNormalization" or (position, 1) not in walk.use_leaf:
             continue
         leaf = walk.leaves[walk.use_leaf[position, 1]]
         for f in leaf.factors:
-            owner = element[analysis.classes.of[f.base : f.base + f.size]]
+            owner = element[analysis.classes.refined(slice(f.base, f.base + f.size))]
             if f.active and (owner >= 0).any():
                 gamma = np.abs(parameter_array(program, leaf.name)).astype(np.float64).ravel()
                 np.add.at(total, owner[owner >= 0], gamma[owner >= 0])

@@ -89,7 +89,7 @@ def find_reads(program: Program) -> Reads:
 class _Finder:
     def __init__(self, program: Program) -> None:
         self.analysis = analysis = program.analysis
-        self.walk, self.of = analysis.walk, analysis.classes.of
+        self.walk, self.of = analysis.walk, analysis.classes.refined()
         start = np.cumsum([0, *(len(s.table) for s in analysis.spaces)])
         self.found = Reads(program, start)
         self.known: dict[tuple[int, str, tuple[int, ...]], int] = {}
@@ -173,7 +173,7 @@ def _batch(program: Program) -> tuple[int, int] | None:
 
 @dataclass
 class _Layer:
-    """Class -> element (-1: none), of spaces that do not overlap: all of units, or all of blocks."""
+    """Class or cell -> element (-1: none), of spaces that do not overlap: all of units, or all of blocks."""
 
     units: bool
     element: Labels
@@ -184,9 +184,10 @@ def _layers(analysis: Analysis, start: Labels) -> list[_Layer]:
     layers: list[_Layer] = []
     for k, raw in enumerate(analysis.spaces):
         units = raw.kind != "blocks" and raw.table.shape[1] == 1
-        layer = next((x for x in layers if x.units == units and (x.element[raw.table] < 0).all()), None)
+        places, element = analysis.places_of(k)
+        layer = next((x for x in layers if x.units == units and (x.element[places] < 0).all()), None)
         if layer is None:
-            layer = _Layer(units, np.full(analysis.classes.count, -1, np.int64))
+            layer = _Layer(units, np.full_like(analysis.elements_of(k), -1))
             layers.append(layer)
-        layer.element[raw.table] = start[k] + np.arange(len(raw.table))[:, None]
+        layer.element[places] = start[k] + element
     return layers

@@ -50,6 +50,7 @@ class Liveness:
             if analysis.walk.nodes[one.node].op_type in ("Conv", "ConvTranspose"):  # a sum of weights over channels
                 self.summed[self.of[one.factor.labels]] = True
         self.roots = self.summed.copy()
+        self.roots[analysis.classes.parts.cell_part] = True  # their sums are not told apart
 
     def read(self, found: Intervals, sums: Iterable[Sum]) -> None:
         """Walk over the nodes that are no sums of products, and note what they read."""

@@ -17,8 +17,9 @@ from collections.abc import Hashable
 import numpy as np
 import onnx_ir as ir
 
+from cipm_ir.ir.nested import graphs_within, subgraphs
 from cipm_ir.passes.fold_constants import DRAWS
-from cipm_ir.passes.replace_values import remove_if_unused, replace_value, subgraphs
+from cipm_ir.passes.replace_values import remove_if_unused, replace_value
 
 _STANDARD = ("", "ai.onnx")
 _LITERAL = 10
@@ -29,7 +30,7 @@ def merge_nodes(model: ir.Model) -> None:
     """Merge equal nodes in each graph of a model, in place."""
     repeatable = _repeatable_functions(model)
     for root in (model.graph, *(function.graph for function in model.functions.values())):
-        for graph in (root, *root.subgraphs()):
+        for graph in graphs_within(root):
             _merge(graph, repeatable)
 
 

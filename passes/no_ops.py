@@ -34,9 +34,9 @@ import numpy as np
 import onnx_ir as ir
 
 from cipm_ir.ir.constants import attribute
+from cipm_ir.ir.nested import subgraphs
 from cipm_ir.ir.parameters import parameter_tensor
 from cipm_ir.passes.graph_facts import Dims, GraphFacts, permutation, slice_bounds
-from cipm_ir.passes.replace_values import subgraphs
 from cipm_ir.passes.reshapes import keeps_order
 
 _STANDARD = ("", "ai.onnx")

@@ -19,6 +19,7 @@ from cipm_ir.passes.replace_values import remove_if_unused
 from cipm_ir.runtime.graphs import all_values
 
 Array = npt.NDArray[Any]
+Names = set[str | None]
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _STANDARD = ("", "ai.onnx")
 _SILENT = 1e-30
@@ -27,14 +28,19 @@ _LARGE = 1 << 20
 """Weights of more bytes are not kept once they are checked."""
 
 
-def scale_output(node: ir.Node, factor: Array | None, shift: Array | None, graph: ir.Graph) -> str:
+def names_of(graph: ir.Graph) -> Names:
+    """The names of all values of a main graph and its bodies."""
+    return {value.name for value in all_values(graph)}
+
+
+def scale_output(node: ir.Node, factor: Array | None, shift: Array | None, taken: Names) -> str:
     """Make a product give ``factor * y + shift`` by channel; return why that cannot be, "" where it is done.
 
     Args:
         node: Conv, ConvTranspose, Gemm or MatMul, with constants for weight and bias.
         factor: shape (output channels,), float64; None: 1.
         shift: the same; None: 0. A MatMul takes none.
-        graph: the main graph.
+        taken: all names of the model (`names_of`); those of new parameters are added.
     """
 
     def weights(weight: Array) -> Array:
@@ -46,10 +52,10 @@ def scale_output(node: ir.Node, factor: Array | None, shift: Array | None, graph
     old = bias_of(node)
     with np.errstate(all="ignore"):  # what is not finite is refused
         bias = None if old is None else old if factor is None else old * factor
-    return _write(node, None if factor is None else weights, bias, shift, graph, output_view)
+    return _write(node, None if factor is None else weights, bias, shift, taken, output_view)
 
 
-def scale_input(node: ir.Node, factor: Array | None, shift: Array | None, graph: ir.Graph) -> str:
+def scale_input(node: ir.Node, factor: Array | None, shift: Array | None, taken: Names) -> str:
     """Make a product compute what it would from ``factor * x + shift``; return why that cannot be, "" where it is done.
 
     Args:
@@ -57,7 +63,7 @@ def scale_input(node: ir.Node, factor: Array | None, shift: Array | None, graph:
             padding, and no ConvTranspose.
         factor: shape (input channels,), float64; None: 1.
         shift: the same; None: 0.
-        graph: the main graph.
+        taken: all names of the model (`names_of`); those of new parameters are added.
     """
 
     def weights(weight: Array) -> Array:
@@ -73,7 +79,7 @@ def scale_input(node: ir.Node, factor: Array | None, shift: Array | None, graph:
         else:
             matrix = weight.T if attribute(node, "transB", 0) else weight
             added = shift @ matrix * (attribute(node, "alpha", 1.0) if node.op_type == "Gemm" else 1.0)
-    return _write(node, None if factor is None else weights, bias_of(node), added, graph, input_view)
+    return _write(node, None if factor is None else weights, bias_of(node), added, taken, input_view)
 
 
 def _by_input(view: Array, vector: Array | None) -> Array:
@@ -86,7 +92,7 @@ def _write(
     weights: Callable[[Array], Array] | None,
     bias: Array | None,
     shift: Array | None,
-    graph: ir.Graph,
+    taken: Names,
     view: Callable[[ir.Node, Array], Array],
 ) -> str:
     """Write a new weight, and the sum of bias and shift; ``weights`` makes the new weight of the old one."""
@@ -104,13 +110,13 @@ def _write(
             return f"the new weights do not fit into {dtype.name.lower()}"
         if _loses_channels(node, made, total, np.asarray(tensor.numpy()), dtype, view):
             return f"the new weights are too small for {dtype.name.lower()}"
-        _set_parameter(node, 1, _forgotten(tensor, old, weights), name, graph)
+        _set_parameter(node, 1, _forgotten(tensor, old, weights), name, taken)
     if reason:
         return reason
     if rounded is not None:
         stem = name.removesuffix(".weight").removesuffix("_weight")
         node.resize_inputs(3)
-        _set_parameter(node, 2, ir.tensor(rounded, dtype=dtype), f"{stem}.bias", graph)
+        _set_parameter(node, 2, ir.tensor(rounded, dtype=dtype), f"{stem}.bias", taken)
         if node.op_type == "Gemm":
             node.attributes.pop("beta", None)
     return ""
@@ -236,22 +242,23 @@ def round_once(array: Array, dtype: ir.DataType) -> Array:
         return np.asarray(odd.astype(dtype.numpy()))
 
 
-def _set_parameter(node: ir.Node, index: int, tensor: ir.TensorProtocol, base: str, graph: ir.Graph) -> None:
+def _set_parameter(node: ir.Node, index: int, tensor: ir.TensorProtocol, base: str, taken: Names) -> None:
     """Give a node a new tensor: in place where the parameter is its alone, else under a name of its own."""
     value = node.inputs[index]
     if value is not None and value.is_initializer() and len(value.uses()) == 1 and not value.is_graph_output():
         value.const_value = named(tensor, value.name or base)
         return
     name = value.name if value is not None and value.name else base
-    node.replace_input_with(index, _initializer(tensor, name, graph, node.graph or graph))
+    assert node.graph is not None
+    node.replace_input_with(index, _initializer(tensor, name, taken, node.graph))
 
 
-def _initializer(tensor: ir.TensorProtocol, name: str, graph: ir.Graph, place: ir.Graph) -> ir.Value:
+def _initializer(tensor: ir.TensorProtocol, name: str, taken: Names, place: ir.Graph) -> ir.Value:
     """A new initializer of ``place``, the main graph or a body below it, under a name that nothing else has."""
-    taken = {value.name for value in all_values(graph)}
     unique, number = name, 1
     while unique in taken:
         unique, number = f"{name}_{number}", number + 1
+    taken.add(unique)
     value = ir.Value(
         name=unique,
         type=ir.TensorType(tensor.dtype),

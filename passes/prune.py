@@ -135,7 +135,7 @@ class Prune(Pass):
         links = link_spaces(analysis)
         wanted = wanted_spaces(program, "prune", self.include, self.exclude, self.blocks)
         criterion = make_importance(self.importance, self.norm)
-        choices, stuck, fixed, equal, hidden = [], [], [], [], []
+        choices, stuck, fixed, equal, hidden, shared = [], [], [], [], [], []
         grids = grids_of(analysis)
         for group in links.groups:
             spaces = [program.spaces[k] for k in group]
@@ -148,6 +148,9 @@ class Prune(Pass):
             if getattr(criterion, "observes", False) and any(program.unseen(s) for s in spaces):
                 hidden.append(spaces[0].name)
                 continue
+            if self.compensate and any(analysis.part_atoms(k) is not None for k in group):
+                shared.append(spaces[0].name)
+                continue
             scores = [self._score(criterion, program, s, ctx) for s in spaces]
             equal += [space.name for space, score in zip(spaces, scores, strict=True) if np.ptp(score) == 0]
             choice = _untied(make_choice(analysis, group, scores, levels, local=self.scope == "local"))
@@ -159,6 +162,7 @@ class Prune(Pass):
             "rows would become uneven": stuck,
             "min_keep and round_to leave no smaller width": fixed,
             f"bodies use them, and {self._named()} looks at values, which it cannot inside bodies": hidden,
+            "what reads one of several query heads that share a key head is not refitted on its own": shared,
         }
         notes = [
             f"left as they are, because {why}: {listed(['@' + n for n in names], 8)}"

@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from cipm_ir.ir.nested import graphs_within
 from cipm_ir.ir.parameters import named
 from cipm_ir.passes.base import Context, Kind, Pass, PassResult
 from cipm_ir.passes.fold_constants import FOLDED_FROM, listed
@@ -118,7 +119,7 @@ def _find_names(graph: ir.Graph) -> tuple[dict[str, str], dict[str, str]]:
 
 def _value_names(graph: ir.Graph) -> Iterator[str]:
     """Every name in use in the graph and its subgraphs; these see each other's."""
-    for part in (graph, *graph.subgraphs()):
+    for part in graphs_within(graph):
         values = [*part.inputs, *part.initializers.values(), *(v for node in part for v in node.outputs)]
         yield from (value.name for value in values if value.name)
 

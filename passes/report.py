@@ -24,6 +24,8 @@ from cipm_ir.symmetry.counting import sizes_in_words
 from cipm_ir.symmetry.program import Program
 
 _WIDTH = 118
+TOGETHER = " together with "
+"""Between the verdict on a step and the names of those that it was verified with."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,9 @@ class Step:
         summary: what it did, in one line.
         before, after: sizes.
         seconds: of the pass alone; `verification` has its own.
-        verification: the comparison with the program before the last run of exact passes; None where nothing ran.
-        checked: that in words.
+        verification: the comparison with the program before the last run of exact passes; None where nothing ran. Of
+            exact passes in a row there is one, of the last program.
+        checked: that in words, with the names of the passes that were verified together with this one.
         metrics: numbers of the pass.
         figures: pictures of the pass.
         skipped: it broke its promise, and its result was left out.
@@ -194,7 +197,12 @@ class Report:
     def _notes(self) -> list[str]:
         lines = [f"{step.name.split('{')[0]}: {step.summary}" for step in self.steps if step.summary]
         unchecked = {step.checked for step in self.steps if step.changed and step.error is None}
+        groups: dict[int, list[str]] = {}
+        for step in self.steps:
+            if TOGETHER in step.checked:
+                groups.setdefault(id(step.verification), []).append(step.name.partition("{")[0])
         lines += sorted(text[:1].upper() + text[1:] for text in unchecked if text)
+        lines += [f"verified together: {', '.join(names)}" for names in groups.values()]
         kinds = Counter(space.kind for space in self.spaces)
         counted = ", ".join(f"{count} of {kind}" for kind, count in kinds.items())
         lines.append(f"spaces: {len(self.spaces)}{f' ({counted})' if counted else ''}, {self.after.units:,} free units")

@@ -41,15 +41,16 @@ def random_keep(program: Program, rng: np.random.Generator, *, blocks: bool = Tr
     Spaces over which something normalizes are left alone: there a zero is not the same as nothing.
     """
     analysis = program.analysis
-    normalized = np.zeros(analysis.classes.count, bool)
+    classes = analysis.classes
+    normalized = np.zeros(classes.count + len(classes.parts.cell_class), bool)
     for labels in analysis.walk.rec.normalized:
-        normalized[analysis.classes.of[labels]] = True
+        normalized[classes.of[labels]] = normalized[classes.refined(labels)] = True
     links = link_spaces(analysis)
     keep: Keep = {}
     for group in links.groups:
         spaces = [program.spaces[k] for k in group]
         least = min(s.size for s in spaces)
-        touched = any(normalized[analysis.spaces[k].table].any() for k in group)
+        touched = any(normalized[analysis.places_of(k)[0]].any() for k in group)
         kinds = {"units", "blocks"} if blocks else {"units"}
         if touched or least < 2 or spaces[0].kind not in kinds or links.frozen & set(group):
             continue
@@ -62,7 +63,7 @@ def random_keep(program: Program, rng: np.random.Generator, *, blocks: bool = Tr
 def killed(program: Program, keep: Keep) -> Program:
     """The program with every weight of the units that `keep` drops set to zero, on the way in and on the way out."""
     stays = program.kept_classes(keep)
-    gone = ~stays[program.analysis.classes.of]
+    gone = ~program.analysis.classes.stays(stays)[program.analysis.classes.refined()]
     weights: dict[str, NDArray[Any]] = {}
     for leaf in program.analysis.walk.leaves:
         value = program.model.graph.initializers.get(leaf.name)

@@ -259,17 +259,21 @@ def group_query(net: Sample, heads: int, few: int, d: int, *, rotary: bool = Fal
     return net.multi("GroupQueryAttention", inputs, 3, domain=RUNTIME, **attributes)[0]
 
 
-@case(f"{RUNTIME}::GroupQueryAttention", *("R* wr S(8)",) * 4, "blocks S(2)")
+GROUPS = ("blocks S(2)",) * 3
+"""Two key heads, and the two query heads of each."""
+
+
+@case(f"{RUNTIME}::GroupQueryAttention", *("R* wr S(8)",) * 4, *GROUPS)
 def grouped(net: Sample) -> None:
     net.read(group_query(net, 4, 2, 8), 32, "o")
 
 
-@case(f"{RUNTIME}::GroupQueryAttention", *("B(8)",) * 2, *("R* wr S(8)",) * 2, "blocks S(2)")
+@case(f"{RUNTIME}::GroupQueryAttention", *("B(8)",) * 2, *("R* wr S(8)",) * 2, *GROUPS)
 def packed_in_one(net: Sample) -> None:
     net.read(group_query(net, 4, 2, 8, joined=True), 32, "o")
 
 
-@case(f"{RUNTIME}::GroupQueryAttention", *("R* wr S(16)",) * 2, "S(8)", "blocks S(2)", "cells R*^16")
+@case(f"{RUNTIME}::GroupQueryAttention", *("R* wr S(16)",) * 2, "S(8)", *GROUPS, "cells R*^16")
 def rotary_inside(net: Sample) -> None:
     net.read(group_query(net, 4, 2, 16, rotary=True), 64, "o")
 

@@ -101,7 +101,7 @@ def mask_per_head_from_outside(net: Sample) -> None:
     net.read(net.op("Attention", q, k, v, mask, q_num_heads=2, kv_num_heads=2), 6, "v")
 
 
-@case("Attention", "R* wr S(3)", "R* wr S(3)", "R* wr S(2)", "R* wr S(2)", "blocks S(2)", opset=23)
+@case("Attention", *("R* wr S(3)",) * 2, *("R* wr S(2)",) * 2, *("blocks S(2)",) * 3, opset=23)
 def grouped_queries(net: Sample) -> None:
     q, k, v = net.sequence(12, "q"), net.sequence(6, "k"), net.sequence(4, "v")
     net.read(net.op("Attention", q, k, v, q_num_heads=4, kv_num_heads=2), 8, "o")

@@ -67,7 +67,8 @@ def test_rotary_planes_are_one_space() -> None:
     program = program_of(zoo.build_or_skip("llama_gqa"))
     planes = [s for s in program.spaces if s.kind == "units" and s.size == 8]
     assert len(planes) == 1
-    assert {s.size for s in program.spaces if s.kind == "blocks"} == {2}, "two key-value heads per layer"
+    heads = [(s.size, None if s.parent is None else s.parent[1]) for s in program.spaces if s.kind == "blocks"]
+    assert sorted(heads, key=str) == sorted([(2, None), (4, 0), (4, 1)] * 2, key=str), "two layers, four queries a key"
     touched = {member.rpartition("[")[0] for member in planes[0].members}
     layers = [{m.rpartition("[")[0] for m in s.members} for s in program.spaces if s.kind == "cells"]
     assert len(layers) == 2 and all(layer <= touched for layer in layers)

@@ -291,7 +291,8 @@ def test_a_parameter_that_is_an_output_is_fixed() -> None:
 
 
 @pytest.mark.parametrize("name", ["attention_op_3d", "attention_op_3d_gqa", "attention_rope_table",
-                                  "attention_qkv_major", "mlp_identity", "pad_channels", "bert", "vit"])  # fmt: skip
+                                  "attention_qkv_major", "attention_einsum", "mlp_identity", "pad_channels",
+                                  "bert", "vit"])  # fmt: skip
 def test_models_of_the_zoo(name: str) -> None:
     model, entry = zoo.build_or_skip(name), zoo.entry(name)
     program, inputs = program_of(model), zoo.feeds(name, model)

@@ -8,8 +8,9 @@ from typing import TypeAlias
 import onnx_ir as ir
 
 from cipm_ir.errors import InputError
+from cipm_ir.ir.nested import subgraphs
 from cipm_ir.ir.parameters import free_inputs
-from cipm_ir.ir.shapes import SUGGESTED, own_name, subgraphs
+from cipm_ir.ir.shapes import SUGGESTED, own_name
 
 Sizes: TypeAlias = tuple[int | None, ...]
 InputShapes: TypeAlias = Mapping[str, Sequence[int | None]] | Sequence[int | None]

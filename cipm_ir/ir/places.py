@@ -17,6 +17,7 @@ import onnx_ir as ir
 from cipm_ir.ir.constants import LIMIT, attribute, constant_tensor, evaluate
 from cipm_ir.ir.fused_shapes import node_shapes
 from cipm_ir.ir.labels import Array
+from cipm_ir.ir.nested import subgraphs
 from cipm_ir.ir.parameters import free_inputs, overridable_inputs
 from cipm_ir.ir.shapes import (
     Shape,
@@ -27,7 +28,6 @@ from cipm_ir.ir.shapes import (
     recorded_shape,
     replaceable_values,
     stripped,
-    subgraphs,
 )
 
 _NUMBERS = 4096
@@ -65,6 +65,9 @@ class Place:
     fits: bool = True
     left_out: int = 0
 
+
+Constants = dict[int, tuple[ir.TensorProtocol, Shape, ir.DataType, Array | None]]
+"""By the identity of a tensor: itself, its shape, its type, and its entries where they are few."""
 
 Recorded = Callable[[ir.Value], Shape | None]
 """The shape that a file records of a value, None where it has no sizes."""
@@ -110,6 +113,7 @@ def place_from(
     recorded: Recorded,
     *,
     defaults: bool,
+    constants: Constants | None = None,
 ) -> list[Place]:
     """The same, from shapes that are known: those that follow node by node are added to them.
 
@@ -119,9 +123,11 @@ def place_from(
         types: of values.
         recorded: asked for the shape of a value where nothing else gives it.
         defaults: whether inputs have the values of their defaults.
+        constants: what was read of tensors at other sizes; added to.
     """
     unknown = () if defaults else [value.name or "" for value in overridable_inputs(model)]
-    return _Scope(model, shapes, types, {}, recorded, frozenset(unknown), of_a_run=defaults).places(model.graph)
+    found = {} if constants is None else constants
+    return _Scope(model, shapes, types, {}, recorded, frozenset(unknown), found, defaults).places(model.graph)
 
 
 def place_body(
@@ -147,6 +153,7 @@ class _Scope:
     recorded: Recorded
     unknown: frozenset[str]
     """Initializers the values of which are not known."""
+    constants: Constants = field(default_factory=dict)
     of_a_run: bool = False
     """Sizes are those of a run, which enters no branch that cannot run at them; else all branches are placed."""
 
@@ -158,10 +165,14 @@ class _Scope:
         return [self.place(node) for node in graph]
 
     def _tensor(self, name: str, tensor: ir.TensorProtocol) -> None:
-        self.shapes[name] = tuple(tensor.shape.numpy())
-        self.types[name] = tensor.dtype
-        if name not in self.unknown and tensor.size <= _NUMBERS and tensor.dtype != ir.DataType.STRING:
-            self.numbers[name] = np.asarray(tensor.numpy())
+        known = self.constants.get(id(tensor))
+        if known is None:
+            small = tensor.size <= _NUMBERS and tensor.dtype != ir.DataType.STRING
+            number = np.asarray(tensor.numpy()) if small else None
+            known = self.constants[id(tensor)] = tensor, tuple(tensor.shape.numpy()), tensor.dtype, number
+        _, self.shapes[name], self.types[name], number = known
+        if number is not None and name not in self.unknown:
+            self.numbers[name] = number
 
     def place(self, node: ir.Node) -> Place:
         domain = "" if node.domain == "ai.onnx" else node.domain
@@ -220,8 +231,8 @@ class _Scope:
             place.bodies = [self._inner(graph, []).places(graph) for graph in subgraphs(node)]
 
     def _inner(self, graph: ir.Graph, inputs: list[Shape | None]) -> _Scope:
-        tables = dict(self.shapes), dict(self.types), dict(self.numbers)
-        scope = _Scope(self.model, *tables, self.recorded, self.unknown, self.of_a_run)
+        known = dict(self.shapes), dict(self.types), dict(self.numbers)
+        scope = _Scope(self.model, *known, self.recorded, self.unknown, self.constants, self.of_a_run)
         for k, value in enumerate(graph.inputs):
             shape = inputs[k] if k < len(inputs) else None
             if value.dtype is not None:

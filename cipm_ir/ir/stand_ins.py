@@ -21,7 +21,7 @@ import onnx_ir as ir
 from cipm_ir.errors import InputError
 from cipm_ir.ir.constants import constant_tensor
 from cipm_ir.ir.parameters import free_inputs, parameters
-from cipm_ir.ir.places import Place, cannot_run, place_from
+from cipm_ir.ir.places import Constants, Place, cannot_run, place_from
 from cipm_ir.ir.shapes import (
     Shape,
     Shapes,
@@ -93,6 +93,7 @@ class _Search:
         types: element types of values.
         tables: of all sizes that were tried.
         error: the first one, where ONNX finds the model inconsistent.
+        constants: what was read of tensors.
     """
 
     model: ir.Model
@@ -100,6 +101,7 @@ class _Search:
     types: dict[str, ir.DataType]
     tables: list[_Table] = field(default_factory=list)
     error: InputError | None = None
+    constants: Constants = field(default_factory=dict)
 
     def run(self) -> Shapes:
         dims = self._dims()
@@ -160,7 +162,12 @@ class _Search:
             self.error = self.error or error
             return None
         places = place_from(
-            self.model, shapes, self.types, lambda value: recorded_shape(value, by_name), defaults=False
+            self.model,
+            shapes,
+            self.types,
+            lambda value: recorded_shape(value, by_name),
+            defaults=False,
+            constants=self.constants,
         )
         wrong = sum(cannot_run(place, self.types) for place in places)
         self.tables.append(_Table(sizes, shapes, wrong, sum(map(_is_emptied, places))))

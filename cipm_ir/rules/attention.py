@@ -1,6 +1,7 @@
 """Attention and RotaryEmbedding (opset 23 on): written out as the contractions that they stand for.
 
-Heads are an axis of a joint factor (head, position in the head). Query heads that share a key head move together.
+Heads are an axis of a joint factor (head, position in the head). Query heads that share a key head move with it as a
+block, in which they have an order of their own.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def in_heads(op: OpContext, state: State, count: int | None) -> State:
     return State(state.shape, state.factors, uniform)
 
 
-def _repeated(state: State, heads: int) -> State:
-    """Each key head serves a run of query heads. Only a single head is known to be the same for all of them."""
+def _repeated(op: OpContext, state: State, heads: int) -> State:
+    """Copy each key head for the run of query heads that it serves."""
     own = state.shape[1]
     if own == heads:
         return state
@@ -57,7 +58,7 @@ def _repeated(state: State, heads: int) -> State:
     for f in state.factors:
         if 1 in f.axes:
             labels = np.repeat(f.labels, heads // own, axis=f.axes.index(1))
-            f = Factor(f.axes, labels, f.var, True)
+            f = Factor(f.axes, labels, f.var, True) if f.repeats else Factor(f.axes, op.rec.copied(labels), f.var)
         factors.append(f)
     return State(shape, tuple(factors), frozenset({1} if own == 1 else ()))
 
@@ -113,14 +114,14 @@ def attend(
     keys = k.shape[2]
     scores = contract(
         replace(op, shapes=[(batch, heads, length, keys)]),
-        [q, _repeated(k, heads)], [("b", "h", "s", "d"), ("b", "h", "t", "d")], ("b", "h", "s", "t"), inputs[:2],
+        [q, _repeated(op, k, heads)], [("b", "h", "s", "d"), ("b", "h", "t", "d")], ("b", "h", "s", "t"), inputs[:2],
     )  # fmt: skip
     op.freeze(scores)
     scores = State(scores.shape, tuple(fixed(f) for f in scores.factors), scores.uniform)
     scores = scores if mask is None else _masked(op, scores, mask)
     y = contract(
         replace(op, shapes=[(batch, heads, length, v.shape[3])]),
-        [scores, _repeated(v, heads)], [("b", "h", "s", "t"), ("b", "h", "t", "e")], ("b", "h", "s", "e"),
+        [scores, _repeated(op, v, heads)], [("b", "h", "s", "t"), ("b", "h", "t", "e")], ("b", "h", "s", "e"),
         (None, inputs[2]),
     )  # fmt: skip
     return y, scores

@@ -94,6 +94,8 @@ class Recorder:
     normalized: list[Labels] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
     uniforms: list[Uniform] = field(default_factory=list)
+    copies: list[int] = field(default_factory=list)
+    """Which unifications tie copies to what they are copies of."""
     fresh_ranges: list[tuple[int, int]] = field(default_factory=list)
     _marginals: dict[tuple[int, tuple[int, ...]], tuple[Labels, Factor]] = field(default_factory=dict)
 
@@ -122,6 +124,16 @@ class Recorder:
         if a is b or (a.shape == b.shape and a.size and a.flat[0] == b.flat[0] and np.array_equal(a, b)):
             return
         self.unifications.append(Unification(_flat(a), _flat(b), self.node))
+
+    def copied(self, source: Labels) -> Labels:
+        """New atoms for entries that equal those at ``source``, where an atom may stand several times.
+
+        A copy moves with its source. Copies of one source may be exchanged among themselves, since they are equal.
+        """
+        made = self.fresh(*source.shape)
+        self.copies.append(len(self.unifications))
+        self.unify(made, source)
+        return made
 
     def pin(self, labels: Labels, reason: str) -> None:
         """The atoms must not move."""

@@ -257,14 +257,15 @@ def _mixed(
 def _resize_gather(r: Resize) -> None:
     axis = int(r.attr("axis", 0)) % len(r.old(0))
     index = r.literal(1)
-    if r.old(0)[axis] == r.new(0)[axis] or index is None:
+    fewer = index is not None and index.ndim == 1 and r.old_out(0)[axis] != r.new_out(0)[axis]
+    if index is None or (r.old(0)[axis] == r.new(0)[axis] and not fewer):
         return
     kept = r.kept(0, axis)
     rank_of = np.full(r.old(0)[axis], -1)
     rank_of[kept] = np.arange(len(kept))
     new = rank_of[index % r.old(0)[axis]]
-    if index.ndim == 1:
-        new = new[new >= 0]
+    if fewer:
+        new = new[r.kept_out(0, axis)]
     if (new < 0).any() or not new.size:
         raise Opaque("a Gather whose elements are removed unevenly")
     r.set_literal(1, new.astype(index.dtype))
@@ -289,6 +290,11 @@ def gather(op: OpContext) -> None:
             factors.extend(g.moved(place) for g in rest.factors)
         else:
             flat = index.ravel().astype(np.int64) % state.shape[axis]
+            times = np.bincount(flat, minlength=state.shape[axis])
+            if d == 1 and not f.repeats and times[0] > 1 and (times == times[0]).all():  # key heads for query heads
+                labels = f.labels.take(flat, axis=f.axes.index(axis))
+                factors.append(Factor(f.axes, op.rec.copied(labels), f.var).moved({**place, axis: axis}))
+                continue
             g = taken(op, f, axis, flat)
             if g is None:
                 continue

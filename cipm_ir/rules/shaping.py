@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from cipm_ir.ir.labels import Factor, State, reshape_groups
+from cipm_ir.ir.labels import Factor, Labels, State, reshape_groups
 from cipm_ir.rules.context import OpContext, fixed
 from cipm_ir.rules.registry import Opaque, operator
 from cipm_ir.rules.resize import Resize, target_rule
@@ -15,8 +15,15 @@ _MOST = 1 << 22
 """Labels written out at most, where a dynamic size makes them many."""
 
 
-def reshaped(op: OpContext, state: State, new: tuple[int, ...]) -> State:
-    """State of a value after a row-major reshape to ``new``."""
+def reshaped(op: OpContext, state: State, new: tuple[int, ...], index: int | None = None) -> State:
+    """State of a value after a row-major reshape to ``new``.
+
+    Args:
+        op: the node.
+        state: of the value before.
+        new: its shape afterwards.
+        index: which input of the node the value is, with the axes that it came in with; None where it is none.
+    """
     groups = reshape_groups(state.shape, new)
     if groups is None:
         raise Opaque(f"shapes {state.shape} and {new} cannot be aligned")
@@ -35,7 +42,7 @@ def reshaped(op: OpContext, state: State, new: tuple[int, ...]) -> State:
                 pending.remove(f)
                 touched |= {where[a] for a in f.axes}
         factor = cluster[0] if len(cluster) == 1 else _product(op, state, cluster)
-        moved = _reshape_factor(op, state, factor, [groups[g] for g in sorted(touched)], new)
+        moved = _reshape_factor(op, state, factor, [groups[g] for g in sorted(touched)], new, index)
         if moved is not None:
             factors.append(moved)
     uniform = [
@@ -63,16 +70,32 @@ def _product(op: OpContext, state: State, cluster: list[Factor]) -> Factor:
 
 
 def _reshape_factor(
-    op: OpContext, state: State, f: Factor, groups: list[tuple[range, range]], new: tuple[int, ...]
+    op: OpContext, state: State, f: Factor, groups: list[tuple[range, range]], new: tuple[int, ...], index: int | None
 ) -> Factor | None:
     if all(len(o) == 1 == len(n) for o, n in groups):  # axes only change places
         return f.moved({o[0]: n[0] for o, n in groups})
     old_axes = [a for o, _ in groups for a in o]
     new_axes = [b for _, n in groups for b in n]
+    sizes = [state.shape[a] for a in old_axes]
     spread = [a for a in old_axes if a not in f.axes and state.shape[a] > 1 and a not in state.uniform]
-    shape = [state.shape[a] if a in f.axes else 1 for a in old_axes]
-    labels = np.broadcast_to(f.labels.reshape(shape), [state.shape[a] for a in old_axes])
-    return op.simplified(new, labels.reshape([new[b] for b in new_axes]), new_axes, f.var, f.repeats or bool(spread))
+
+    def made(shape: list[int], labels: Labels) -> Factor | None:
+        """The factor with these labels over the old axes, repeated along those that ``shape`` leaves out."""
+        whole = np.broadcast_to(labels.reshape(shape), sizes).reshape([new[b] for b in new_axes])
+        return op.simplified(new, whole, new_axes, f.var, f.repeats or bool(spread))
+
+    plain = made([n if a in f.axes else 1 for a, n in zip(old_axes, sizes, strict=True)], f.labels)
+    shape = [1 if a in spread else n for a, n in zip(old_axes, sizes, strict=True)]
+    if index is None or plain is None or f.repeats or math.prod(shape) == f.labels.size:
+        return plain
+    counted = made(shape, np.arange(math.prod(shape)))
+    if counted is None or counted.axes != plain.axes:
+        return plain  # its uniform axes come out as axes of their own
+    source = f.labels.reshape([n if a in f.axes else 1 for a, n in zip(old_axes, sizes, strict=True)])
+    copies = op.rec.copied(np.broadcast_to(source, shape))
+    for place in old_axes:
+        op.meets(index, place, Factor(tuple(old_axes), copies), place)
+    return made(shape, copies)
 
 
 @operator("Reshape", "Flatten", "Squeeze", "Unsqueeze", resize=lambda r: _resize(r), literals=(1,))
@@ -91,7 +114,7 @@ def reshape(op: OpContext) -> None:
         op.pin(op.optional(k), "target shape")
     if state.factors and (a, b) != (state.shape, new) and math.prod(new) > _MOST and _mixes(state, new):
         raise Opaque("units are mixed with a dynamic axis")
-    made = reshaped(op, state, new)
+    made = reshaped(op, state, new, 0)
     op.like(0, made, made.uniform)
 
 

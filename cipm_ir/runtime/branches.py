@@ -7,7 +7,6 @@ more output: how often each body below it ran. Bodies go by their paths (`cipm_i
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from cipm_ir.ir.bodies import bodies, body_graphs, body_path, is_control_flow
+from cipm_ir.ir.nested import graphs_within, nodes_within
 from cipm_ir.ir.parameters import parameter_tensor
 from cipm_ir.runtime.content import add_graph, add_tensor
 from cipm_ir.runtime.inputs import Feeds
@@ -27,12 +27,14 @@ _COUNTS = "cipm_ir.entered"
 def has_bodies(model: ir.Model) -> bool:
     """Return whether a model, or a function of it, holds an If, Loop or Scan."""
     graphs = (model.graph, *(function.graph for function in model.functions.values()))
-    return any(is_control_flow(node) for graph in graphs for node in graph.all_nodes())
+    return any(is_control_flow(node) for graph in graphs for node in nodes_within(graph))
 
 
 def without_functions(model: ir.Model) -> ir.Model:
     """Return the model, or a copy with its functions inlined where one of them holds a body."""
-    inside = any(is_control_flow(node) for function in model.functions.values() for node in function.graph.all_nodes())
+    inside = any(
+        is_control_flow(node) for function in model.functions.values() for node in nodes_within(function.graph)
+    )
     return InlinePass()(model.clone()).model if inside else model
 
 
@@ -72,19 +74,6 @@ class EntryCounter:
 
     def __exit__(self, *_: object) -> None:
         self._runner.close()
-
-
-def entered(model: ir.Model, feeds: Sequence[Feeds], backend: Backend | None) -> dict[str, int]:
-    """Return how often each body ran, by path, over all inputs together.
-
-    Raises:
-        InputError, UnsupportedError: the model with its counters does not run.
-    """
-    with EntryCounter(model, backend) as counter:
-        total = Counter({path: 0 for path in counter.paths})
-        for one in feeds:
-            total.update(counter(one))
-    return dict(total)
 
 
 class _Counter:
@@ -196,8 +185,8 @@ def body_hash(model: ir.Model, path: str) -> bytes:
         return b""
     digest = hashlib.sha256()
     add_graph(digest, graph)
-    inside = {graph, *graph.subgraphs()}
-    for node in graph.all_nodes():
+    inside = set(graphs_within(graph))
+    for node in nodes_within(graph):
         for value in node.inputs:
             tensor = parameter_tensor(value)
             if value is not None and tensor is not None and value.graph not in inside:

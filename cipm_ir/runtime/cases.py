@@ -50,10 +50,14 @@ _LONG = (128, 64, 32, 16)
 _LONG_ENTRIES = 1 << 19
 _SAMPLES = 16
 _SAMPLES_ENTRIES = 1 << 16
-_SECONDS = 10.0
+_SECONDS = 1.5
+_CASE_SECONDS = 0.01
+"""Inputs behind the first have fewer samples where a run takes longer than this."""
+_FIRST_SECONDS = 0.1
+"""The first input has more samples as far as its run does not take longer than this."""
 LEAST = 3
 """So many inputs at least, unless a run takes very long."""
-_PATIENCE = 3 * _SECONDS
+_PATIENCE = 30.0
 _LONG_COST = 200
 _AXES = 4
 """With so many open axes, each is tried at the size of the batch."""
@@ -80,16 +84,20 @@ def _own_cases(
 ) -> list[Case]:
     batch, free_size, limit, first, seconds = _accepted(model, run, rng)
     made = [first]
-    most = affordable_cases(seconds) if most is None else most
+    few = batch if not has_open_batch(model) else max(1, min(batch, int(batch * _CASE_SECONDS / max(seconds, 1e-6))))
+    most = affordable_cases(seconds * few / batch) if most is None else most
     values = true_inputs(model)
     if not values:
         return made
     floats = any(value.dtype is not None and value.dtype.is_floating_point() for value in values)
     recipes = [recipe for recipe in RECIPES[1:] if floats or recipe.integers != "random"]
     for place, recipe in enumerate(recipes[: most - 1]):
-        drawn = random_inputs(model, rng, batch, free_size=free_size, index_limit=limit, recipe=recipe)
-        drawn |= overrides(model, rng) if place % 2 == 0 else {}
-        made += tried(recipe.name, drawn, run)
+        other = overrides(model, rng) if place % 2 == 0 else {}
+        for count in dict.fromkeys((min(few, 2) if recipe.constant else few, batch)):
+            drawn = random_inputs(model, rng, count, free_size=free_size, index_limit=limit, recipe=recipe)
+            if ran := tried(recipe.name, drawn | other, run):  # some models only take the batch that was found
+                made += ran
+                break
     if len(made) < most and seconds * _LONG_COST < _SECONDS:
         made += _long(model, run, rng, limit)
     return made
@@ -105,7 +113,7 @@ def affordable_cases(seconds: float) -> int:
 def _accepted(
     model: ir.Model, run: Callable[[Feeds], Outputs], rng: np.random.Generator
 ) -> tuple[int, int, int | None, Case, float]:
-    """Batch, free size and limit with which the model runs, the first case, and the seconds of its run.
+    """Batch, free size and limit with which the model runs, the first case, and the processor's seconds of its run.
 
     That a model runs with one batch only is noted on its graph, see `cipm_ir.runtime.batch_size`.
     """
@@ -114,17 +122,18 @@ def _accepted(
     for batch, free_size, limit in itertools.chain(_SIZES, _fitting_sizes(model)):
         batch = known or batch
         feeds = random_inputs(model, rng, batch, free_size=free_size, index_limit=limit)
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             case = Case(RECIPES[0].name, feeds, run(feeds))
         except InputError as error:
             first = first or error
             continue
-        seconds = time.perf_counter() - start
-        start = time.perf_counter()
-        more = _more_samples(model, run, rng, batch, free_size, limit, feeds) if seconds < _SECONDS / _SAMPLES else []
+        seconds = time.process_time() - start
+        start = time.process_time()
+        count = min(_SAMPLES, int(batch * _FIRST_SECONDS / max(seconds, 1e-6)))
+        more = _more_samples(model, run, rng, batch, free_size, limit, feeds, count)
         if more:
-            return _SAMPLES, free_size, limit, more[0], time.perf_counter() - start
+            return count, free_size, limit, more[0], time.process_time() - start
         if first is not None and batch != 2 and has_open_batch(model):
             fewer = random_inputs(model, rng, 2, free_size=free_size, index_limit=limit)
             if {x.shape for x in fewer.values()} != {x.shape for x in feeds.values()} and not tried("", fewer, run):
@@ -184,11 +193,12 @@ def _more_samples(
     free_size: int,
     limit: int | None,
     feeds: Feeds,
+    count: int,
 ) -> list[Case]:
     """Take a larger batch where the model takes one and it is small: units that are rarely active show then."""
-    if batch < 2 or sum(x.size for x in feeds.values()) * _SAMPLES // batch > _SAMPLES_ENTRIES:
+    if batch < 2 or count <= batch or sum(x.size for x in feeds.values()) * count // batch > _SAMPLES_ENTRIES:
         return []
-    more = random_inputs(model, rng, _SAMPLES, free_size=free_size, index_limit=limit)
+    more = random_inputs(model, rng, count, free_size=free_size, index_limit=limit)
     if {name: x.shape for name, x in more.items()} == {name: x.shape for name, x in feeds.items()}:
         return []
     return tried(RECIPES[0].name, more, run)

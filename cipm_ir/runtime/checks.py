@@ -13,6 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from cipm_ir.errors import InputError
+from cipm_ir.ir.nested import graphs_within
 from cipm_ir.ir.parameters import named
 from cipm_ir.ir.shapes import forget_impossible_sizes
 from cipm_ir.runtime.graphs import all_graphs, describe_node
@@ -77,7 +78,7 @@ def _forget(model: ir.Model, notes: Sequence[onnx.ValueInfoProto], inferred: onn
         info = known[value.name]
         value.shape = ir.Shape(_dims(info)) if value.name in outputs and _has_shape(info) else None
         value.dtype = ir.DataType(info.type.tensor_type.elem_type)
-    for graph in () if wrong else model.graph.subgraphs():
+    for graph in () if wrong else graphs_within(model.graph)[1:]:
         for value in (*graph.outputs, *(value for node in graph for value in node.outputs)):
             value.shape = None if value.producer() is not None else value.shape
 

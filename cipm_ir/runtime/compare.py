@@ -162,7 +162,7 @@ class Reference:
 
     def __init__(self, side: Variants, cases: Sequence[Case], units: Mapping[str, float] | None = None) -> None:
         self._side = side
-        self._ways: list[str] | None = None
+        self._measured: dict[str, set[int]] | None = None
         self.backend = side.backend
         self.labels = [case.label for case in cases]
         self.feeds = [case.feeds for case in cases]
@@ -178,19 +178,21 @@ class Reference:
             return Verification(None, reason="no output has a finite entry on any input", backend=self.backend)
         start = time.process_time()
         found = self._compare(actual, tolerance)
-        # What is allowed only grows with each way, so that the first one which explains the difference is enough.
-        if not found and tolerance.measured and self._ways is None:
-            self._ways = list(self._side.others())
-        while not found and tolerance.measured and self._ways:
-            self._measure_noise([self._ways.pop(0)], range(len(self.sticks)))
-            found = self._compare(actual, tolerance)
+        # What is allowed only grows with each way, so that the first one which explains the difference is enough; and
+        # with each input that is measured, since noise counts at least as much as is usual over all of them.
+        for way, measured in self._ways().items() if not found and tolerance.measured else ():
+            for places in (self._doubtful(actual, tolerance), range(len(self.sticks))):
+                places = [place for place in places if place not in measured]
+                if not found and places:
+                    measured.update(places)
+                    self._measure_noise([way], places)
+                    found = self._compare(actual, tolerance)
         # Where a value is rounded to a coarse grid inside the model, rounding shows as rare jumps; and of thousands of
         # channels, some look quieter than they are: look longer.
         more = list(self._side.more()) if tolerance.measured else []
         while more and not found and found.share < DOUBTFUL and time.process_time() - start < _PATIENCE:
             ways, more = more[:_AT_ONCE], more[_AT_ONCE:]
-            doubtful = [k for k, share in enumerate(self._shares(actual, tolerance)) if share > 1]
-            self._measure_noise(ways, doubtful)
+            self._measure_noise(ways, self._doubtful(actual, tolerance))
             found = self._compare(actual, tolerance)
         return found
 
@@ -209,10 +211,18 @@ class Reference:
         max_rel = max((pair[1] for pair in worst.values()), default=0.0)
         return Verification(not reason, max_abs, max_rel, len(self.sticks), reason, self.backend, worst, share)
 
-    def _shares(self, actual: Sequence[Outputs], tolerance: Tolerance) -> list[float]:
-        pairs = zip(self.sticks, actual, strict=True)
+    def _ways(self) -> dict[str, set[int]]:
+        """For each way to run but the plain one, the inputs on which its noise is known."""
+        if self._measured is None:
+            self._measured = {way: set() for way in self._side.others()}
+        return self._measured
+
+    def _doubtful(self, actual: Sequence[Outputs], tolerance: Tolerance) -> list[int]:
+        """The inputs on which some output differs by more than is allowed."""
         return [
-            max((compare(one[k], got[k], tolerance).share for k in one if k in got), default=0.0) for one, got in pairs
+            place
+            for place, (one, got) in enumerate(zip(self.sticks, actual, strict=True))
+            if any(compare(one[name], got[name], tolerance).why for name in one if name in got)
         ]
 
     def _measure_noise(self, ways: Sequence[str], places: Sequence[int]) -> None:

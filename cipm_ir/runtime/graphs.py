@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import onnx
 import onnx_ir as ir
 
+from cipm_ir.ir.nested import graphs_within
+
 LISTED = "cipm_ir.listed"
 """Key in `Value.meta` of an initializer for which the file has a value_info entry (onnx_ir writes one for each)."""
 
@@ -16,7 +18,7 @@ LISTED = "cipm_ir.listed"
 def all_graphs(model: ir.Model) -> list[ir.Graph]:
     """The main graph, the bodies of the functions, and every subgraph of these."""
     roots = [model.graph, *(function.graph for function in model.functions.values())]
-    return [graph for root in roots for graph in (root, *root.subgraphs())]
+    return [graph for root in roots for graph in graphs_within(root)]
 
 
 @contextlib.contextmanager
@@ -41,9 +43,7 @@ def describe_node(node: ir.Node | onnx.NodeProto) -> str:
 
 def all_values(graph: ir.Graph) -> Iterator[ir.Value]:
     """Yield inputs, initializers and results of a graph, those of its subgraphs included."""
-    yield from graph.inputs
-    yield from graph.initializers.values()
-    for node in graph.all_nodes():
-        yield from node.outputs
-    for inner in graph.subgraphs():
-        yield from (*inner.inputs, *inner.initializers.values())
+    for one in graphs_within(graph):
+        yield from (*one.inputs, *one.initializers.values())
+        for node in one:
+            yield from node.outputs

@@ -52,6 +52,11 @@ class Recipe:
     factor: float = 1.0
     integers: str = "random"
 
+    @property
+    def constant(self) -> bool:
+        """Whether all samples are alike, but for masks."""
+        return self.floats in ("zeros", "ones") and self.integers != "random"
+
     def draw(self, rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
         """Draw floats of a shape."""
         if self.floats == "normal":

@@ -17,6 +17,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
+from cipm_ir.ir.nested import graphs_within
+
 WEIGHT_INPUTS: dict[tuple[str, str], tuple[int, int, int]] = {
     ("", "MatMulInteger"): (0, 1, 3),
     ("", "ConvInteger"): (0, 1, 3),
@@ -44,7 +46,7 @@ def processor_saturates() -> bool:
 
 def computes_in_integers(model: ir.Model) -> bool:
     """Return whether a model multiplies 8-bit integers, or may do so once onnxruntime has fused its operators."""
-    graphs = (model.graph, *model.graph.subgraphs())
+    graphs = graphs_within(model.graph)
     return any(
         node.op_type in ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
         or ("" if node.domain == "ai.onnx" else node.domain, node.op_type) in WEIGHT_INPUTS
@@ -59,7 +61,7 @@ def reencode_signed_weights(model: ir.Model) -> int:
     The integers that the products compute, and so all outputs, stay the same.
     """
     changed = 0
-    for graph in (model.graph, *model.graph.subgraphs()):
+    for graph in graphs_within(model.graph):
         for node in list(graph):
             places = WEIGHT_INPUTS.get(("" if node.domain == "ai.onnx" else node.domain, node.op_type))
             if places is not None and _reencode(graph, node, *places):

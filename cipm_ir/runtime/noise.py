@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from cipm_ir.ir.nested import graphs_within
 from cipm_ir.runtime.graphs import all_graphs
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -140,7 +141,7 @@ def _size_makers(model: ir.Model) -> set[ir.Value]:
 
 def _shuffle_sums(model: ir.Model, rng: np.random.Generator) -> None:
     """Permute both operands of each contraction along the axis that it sums over, in place."""
-    for graph in (model.graph, *model.graph.subgraphs()):
+    for graph in graphs_within(model.graph):
         for node in list(graph):
             axes = _summed_axes(node)
             if axes is None:

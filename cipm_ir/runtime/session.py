@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnx_ir as ir
 import onnxruntime as ort
-from onnx.reference import ReferenceEvaluator
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from cipm_ir.errors import InputError, UnsupportedError
 from cipm_ir.ir.parameters import named
+from cipm_ir.runtime.graphs import all_graphs
 from cipm_ir.runtime.integer_products import processor_saturates, reencode_signed_weights
+
+if TYPE_CHECKING:
+    from onnx.reference import ReferenceEvaluator
 
 Array: TypeAlias = npt.NDArray[Any]
 Backend: TypeAlias = Literal["onnxruntime", "reference"]
 
 _IN_MEMORY = 64 << 20
 """Up to this size a model is handed over as bytes, above as a file whose weights onnxruntime maps."""
+
+_LENT = 1 << 20
+"""Weights of so many bytes of a model that is handed over as bytes are lent to onnxruntime where they are."""
+_LENDABLE = {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT64}
 
 _NO_KERNEL = (
     "could not find an implementation",
@@ -69,6 +76,8 @@ class Runner:
     ) -> None:
         self._fast, self._parallel, self._runs = fast, threads, 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._lent: dict[str, ort.OrtValue] = {}
+        """Weights that the session uses where they are."""
         self._model = _with_outputs(model, extra_outputs)
         self.outputs: tuple[str, ...] = tuple(value.name or "" for value in self._model.graph.outputs)
         self.inputs: frozenset[str] = frozenset(value.name or "" for value in self._model.graph.inputs)
@@ -109,18 +118,19 @@ class Runner:
         options.intra_op_num_threads = self._parallel or 0
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # leave the cores to others
         try:
-            return ort.InferenceSession(self._hand_over(), options, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(self._hand_over(options), options, providers=["CPUExecutionProvider"])
         except ort_state.NotImplemented as error:
             raise UnsupportedError(f"onnxruntime cannot run the model: {_first_line(error)}") from error
         except Exception as error:
             refused = UnsupportedError if any(text in str(error).lower() for text in _NO_KERNEL) else InputError
             raise refused(f"onnxruntime cannot run the model: {_first_line(error)}") from error
 
-    def _hand_over(self) -> bytes | str:
+    def _hand_over(self, options: ort.SessionOptions) -> bytes | str:
         """The model as onnxruntime takes it: bytes, or the path of a file with external data in a temporary folder."""
-        tensors = [tensor for graph in self._model.graphs() for tensor in _tensors(graph)]
+        tensors = [tensor for graph in all_graphs(self._model) for tensor in _tensors(graph)]
         if sum(tensor.nbytes for tensor in tensors) <= _IN_MEMORY:
-            content: bytes = _embedded(self._model).SerializeToString()
+            with self._lent_weights(options):
+                content: bytes = ir.to_proto(self._model).SerializeToString()
             return content
         self._folder = tempfile.TemporaryDirectory(prefix="cipm-ir-")
         path = Path(self._folder.name) / "model.onnx"
@@ -133,9 +143,33 @@ class Runner:
             ) from error
         return str(path)
 
-    def _reference(self) -> ReferenceEvaluator:
+    @contextlib.contextmanager
+    def _lent_weights(self, options: ort.SessionOptions) -> Iterator[None]:
+        """Hand large weights over in their own memory, and leave them out of the model meanwhile."""
+        tensors = {v: v.const_value for v in self._model.graph.initializers.values() if v.const_value is not None}
+        kept = {
+            v: t for v, t in tensors.items() if t.nbytes >= _LENT and t.dtype in _LENDABLE and not v.is_graph_input()
+        }
+        for value, tensor in kept.items():
+            array = np.ascontiguousarray(tensor.numpy())
+            array = array if array.ctypes.data % 64 == 0 else array.copy()
+            self._lent[value.name or ""] = ort.OrtValue.ortvalue_from_numpy(array)
+        options.add_external_initializers(list(self._lent), list(self._lent.values()))
         try:
-            return ReferenceEvaluator(_embedded(self._model))
+            _embeddable(self._model)
+            for value, tensor in kept.items():
+                shape, name = ir.Shape(tensor.shape.numpy()), value.name or ""
+                value.const_value = ir.ExternalTensor("lent", 0, tensor.nbytes, tensor.dtype, shape=shape, name=name)
+            yield
+        finally:
+            for value, tensor in kept.items():
+                value.const_value = tensor
+
+    def _reference(self) -> ReferenceEvaluator:
+        from onnx.reference import ReferenceEvaluator  # rarely needed, and slow to import
+
+        try:
+            return ReferenceEvaluator(ir.to_proto(_embeddable(self._model)))
         except Exception as error:
             raise UnsupportedError(f"The reference evaluator cannot run the model: {_first_line(error)}") from error
 
@@ -164,6 +198,7 @@ class Runner:
         """Free the session and remove temporary files."""
         if hasattr(self, "_session"):
             del self._session
+        self._lent.clear()
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
@@ -190,7 +225,7 @@ def run(model: ir.Model, feeds: Mapping[str, Array], outputs: Sequence[str] | No
 
 def _with_outputs(model: ir.Model, extra: Sequence[str]) -> ir.Model:
     copy = model.clone()
-    for graph in copy.graphs():
+    for graph in all_graphs(copy):
         for value in graph.initializers.values():
             if value.const_value is not None:
                 value.const_value = named(value.const_value, value.name or "")
@@ -221,9 +256,9 @@ def _tensors(graph: ir.Graph) -> list[ir.TensorProtocol]:
     return [value.const_value for value in graph.initializers.values() if value.const_value is not None]
 
 
-def _embedded(model: ir.Model) -> onnx.ModelProto:
-    """A self-contained proto; `model` is the runner's own copy, whose external tensors are read late from here on."""
-    for graph in model.graphs():
+def _embeddable(model: ir.Model) -> ir.Model:
+    """Make a runner's own copy self-contained, in place: its external tensors are read when it is written."""
+    for graph in all_graphs(model):
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
                 value.const_value = _read_late(value.const_value)
@@ -231,7 +266,7 @@ def _embedded(model: ir.Model) -> onnx.ModelProto:
             for name, attribute in list(node.attributes.items()):
                 if not attribute.is_ref() and isinstance(attribute.value, ir.ExternalTensor):
                     node.attributes[name] = ir.AttrTensor(name, _read_late(attribute.value))
-    return ir.to_proto(model)
+    return model
 
 
 def _read_late(tensor: ir.ExternalTensor) -> ir.LazyTensor:
@@ -240,8 +275,7 @@ def _read_late(tensor: ir.ExternalTensor) -> ir.LazyTensor:
 
 def _draws_from_a_seed(model: ir.Model) -> bool:
     """Return whether a node, in functions too, has a seed of its own."""
-    roots = (model.graph, *(function.graph for function in model.functions.values()))
-    return any("seed" in node.attributes for root in roots for node in root.all_nodes())
+    return any("seed" in node.attributes for graph in all_graphs(model) for node in graph)
 
 
 def _first_line(error: Exception) -> str:

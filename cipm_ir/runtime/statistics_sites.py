@@ -65,11 +65,11 @@ def find_sites(program: Program, space: Space, computed: Mapping[str, None] | No
     """
     analysis = program.analysis
     raw = analysis.spaces[program.index(space)]
-    element = np.full(analysis.classes.count, -1, np.int64)
-    element[raw.table] = np.arange(len(raw.table))[:, None]
+    element = analysis.elements_of(program.index(space))
     whole = raw.kind == "blocks" or raw.table.shape[1] > 1
     computed = computed_values(program.model) if computed is None else computed
-    nodes = sorted({c.node for c in analysis.walk.rec.contractions if (element[analysis.classes.of[c.a]] >= 0).any()})
+    refined = analysis.classes.refined()
+    nodes = sorted({c.node for c in analysis.walk.rec.contractions if (element[refined[c.a]] >= 0).any()})
     strong: list[Site] = []
     weak: list[Site] = []
     for position in nodes:
@@ -104,11 +104,11 @@ def _last(program: Program, computed: Mapping[str, None], element: Labels, whole
 def _site(program: Program, name: str, element: Labels, whole: bool) -> Site | None:
     analysis = program.analysis
     state: State | None = analysis.walk.states.get(name)
-    touching = [f for f in state.factors if (element[analysis.classes.of[f.labels]] >= 0).any()] if state else []
+    touching = [f for f in state.factors if (element[analysis.classes.refined(f.labels)] >= 0).any()] if state else []
     if len(touching) != 1:
         return None
     factor = touching[0]
-    owner = element[analysis.classes.of[factor.labels]].ravel()
+    owner = element[analysis.classes.refined(factor.labels)].ravel()
     times = np.bincount(owner[owner >= 0], minlength=int(element.max()) + 1)
     if (times != times[0]).any():
         return None

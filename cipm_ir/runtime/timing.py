@@ -77,7 +77,7 @@ class TimedRunner(Runner):
         # Threads that go on spinning after a run would take the cores from the model whose turn is next.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
-            return ort.InferenceSession(self._hand_over(), options, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(self._hand_over(options), options, providers=["CPUExecutionProvider"])
         except Exception as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise UnsupportedError(f"onnxruntime cannot run the model, so it cannot be timed: {first}.") from error

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from cipm_ir.errors import CipmError, InputError, UnsupportedError
 from cipm_ir.ir.bodies import body_graphs
+from cipm_ir.ir.nested import nodes_within
 from cipm_ir.ir.parameters import overridable_inputs
 from cipm_ir.runtime.branches import EntryCounter, body_hash, forced, has_bodies, without_functions
 from cipm_ir.runtime.cases import LEAST, own_cases, tried
@@ -38,6 +39,7 @@ BATCHES = 3
 _FORCES = 8
 """So many branches that no input takes are looked at by force."""
 _LARGE = 256 << 20
+_SMALL = 64 << 20
 
 
 class Verifier:
@@ -187,7 +189,7 @@ class Verifier:
     def _actual(self, model: ir.Model, reference: Reference) -> list[Outputs] | InputError:
         pairs = common_endings(self._endings, endings(model))
         try:
-            with Runner(model, extra_outputs=_values(pairs), backend=reference.backend) as runner:  # type: ignore[arg-type]
+            with _runner(model, pairs, reference.backend) as runner:
                 return [_with_endings(runner.run(feeds), model, pairs) for feeds in reference.feeds]
         except InputError as error:
             return error
@@ -240,10 +242,7 @@ class OnnxVariants:
 
     def others(self) -> Sequence[str]:
         """Return the names of all ways to run but the plain one."""
-        weights = sum(
-            v.const_value.nbytes for g in all_graphs(self._model) for v in g.initializers.values() if v.const_value
-        )
-        draws = [f"draw {k}" for k in range(DRAWS if weights <= _LARGE else 1)]
+        draws = [f"draw {k}" for k in range(DRAWS if _weights(self._model) <= _LARGE else 1)]
         exact = (
             self._optimized
             and self.backend == "onnxruntime"
@@ -262,8 +261,7 @@ class OnnxVariants:
         model, rng = self._model, np.random.default_rng(seeds)
         if draw is not None:
             model = nudged_model(model, seeds)
-        fast, extra = way == "optimized", _values(self._pairs)
-        with Runner(model, extra_outputs=extra, backend=self._backend, fast=fast) as runner:
+        with _runner(model, self._pairs, self._backend, fast=way == "optimized") as runner:
             for one in feeds:
                 moved = one if draw is None else {name: nudged(x, rng) for name, x in one.items()}
                 yield _with_endings(runner.run(moved), model, self._pairs)
@@ -283,7 +281,7 @@ def _reference(
     Errors: `InputError`, `UnsupportedError` where it runs on none.
     """
     pairs = [(ending, ending) for ending in found]
-    with Runner(model, extra_outputs=_values(pairs), backend=backend) as runner:
+    with _runner(model, pairs, backend) as runner:
 
         def run(feeds: Feeds) -> Outputs:
             return _with_endings(runner.run(feeds), model, pairs)
@@ -303,6 +301,19 @@ def _reference(
         if optimized:  # not a variant that takes one branch anyway
             made += mode_cases(without_functions(model), run, made, np.random.default_rng(seed), runner.backend)
     return Reference(OnnxVariants(model, found, seed, runner.backend, optimized), made, units=output_units(model))
+
+
+def _runner(
+    model: ir.Model, pairs: Sequence[tuple[Ending, Ending]], backend: str | None, *, fast: bool = False
+) -> Runner:
+    """Make a model ready to run on a few small inputs, of which threads cost more than they save."""
+    threads = 1 if _weights(model) <= _SMALL else None
+    return Runner(model, extra_outputs=_values(pairs), backend=backend, fast=fast, threads=threads)  # type: ignore[arg-type]
+
+
+def _weights(model: ir.Model) -> int:
+    """Return the bytes of all initializers."""
+    return sum(v.const_value.nbytes for g in all_graphs(model) for v in g.initializers.values() if v.const_value)
 
 
 def _values(pairs: Sequence[tuple[Ending, Ending]]) -> list[str]:
@@ -350,6 +361,5 @@ def _trains(dropout: ir.Node) -> bool:
 
 
 def _all_nodes(model: ir.Model) -> Iterator[ir.Node]:
-    yield from model.graph.all_nodes()
-    for function in model.functions.values():
-        yield from function.all_nodes()
+    for root in (model.graph, *(function.graph for function in model.functions.values())):
+        yield from nodes_within(root)

@@ -22,7 +22,7 @@ def act_edits(analysis: Analysis, elements: Mapping[int, Element | DenseElement]
 
 
 def _monomial_edits(analysis: Analysis, elements: dict[int, Element]) -> dict[int, Edit]:
-    source = analysis.atom_source(analysis.class_source(elements))
+    source = analysis.atom_source(elements)
     scale = analysis.atom_scale(elements)
     edits: dict[int, Edit] = {}
     for f in analysis.walk.leaf_factors:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,9 +14,10 @@ import onnx_ir as ir
 
 from cipm_ir.algebra import Element
 from cipm_ir.ir.labels import Array, Labels
-from cipm_ir.symmetry.classes import Classes, find_classes
+from cipm_ir.symmetry.classes import Classes, atoms_by_class, find_classes
 from cipm_ir.symmetry.counting import Count
 from cipm_ir.symmetry.leaves import LeafFactor
+from cipm_ir.symmetry.parts import with_parts
 from cipm_ir.symmetry.scales import Directions, solve_scales
 from cipm_ir.symmetry.spaces import RawSpace, find_spaces
 from cipm_ir.symmetry.walk import Walk, walk
@@ -56,16 +57,14 @@ class Analysis:
         with uncollected():
             walked = walk(model)
             classes = find_classes(walked)
-            spaces = find_spaces(classes)
+            classes, spaces = with_parts(walked, classes, find_spaces(classes))
             directions = solve_scales(walked, classes, spaces)
             kept = [k for k, s in enumerate(spaces) if s.kind != "cells" or directions[k].scales or directions[k].signs]
             return cls(walked, classes, [spaces[k] for k in kept], [directions[k] for k in kept])
 
     @cached_property
     def _order(self) -> tuple[Labels, Labels]:
-        """Atoms by (class, colour), and where each class starts."""
-        order = np.lexsort((self.classes.colour, self.classes.of))
-        return order, np.searchsorted(self.classes.of[order], np.arange(self.classes.count + 1))
+        return atoms_by_class(self.classes)
 
     def atoms_of(self, members: Labels) -> Labels:
         """Atoms of some classes in matching order: shape (len(members), atoms per class), for alike classes."""
@@ -73,18 +72,57 @@ class Analysis:
         width = int(start[members[0] + 1] - start[members[0]])
         return np.asarray(order[start[members][:, None] + np.arange(width)])
 
-    def class_source(self, elements: dict[int, Element]) -> Labels:
-        """For each class, the class whose place it takes over: units first, then blocks from inner to outer."""
-        source = np.arange(self.classes.count)
+    def atom_source(self, elements: Mapping[int, Element]) -> Labels:
+        """For each atom, the one whose place it takes: units first, then parts, then blocks from inner to outer."""
+        source = np.arange(len(self.classes.of))
+        classes = np.arange(self.classes.count)
         for k in sorted(elements):
-            table, perm = self.spaces[k].table, elements[k].perm
-            step = np.arange(self.classes.count)
-            step[table.ravel()] = table[perm].ravel()
+            perm, atoms = elements[k].perm, self.part_atoms(k)
+            if atoms is None:
+                classes = classes[self._class_step(k, perm)]
+                continue
+            source = source[self._atoms_moved(classes)]
+            classes = np.arange(self.classes.count)
+            step = np.arange(len(source))
+            step[atoms] = atoms[perm]
             source = source[step]
-        return source
+        return np.asarray(source[self._atoms_moved(classes)])
 
-    def atom_source(self, source: Labels) -> Labels:
-        """The same for atoms: the k-th by colour goes with the k-th."""
+    def part_atoms(self, k: int) -> Labels | None:
+        """Atoms of the parts of a space in matching order, (parts, atoms); None for a space of classes."""
+        return self._part_atoms.get(int(self.spaces[k].table[0, 0]))
+
+    @cached_property
+    def _part_atoms(self) -> dict[int, Labels]:
+        parts = self.classes.parts
+        return {int(numbers[0]): atoms for numbers, atoms in zip(parts.spaces, parts.atoms, strict=True)}
+
+    def places_of(self, k: int) -> tuple[Labels, Labels]:
+        """Classes and cells (`Classes.refined`) that belong to a space, and to which of its elements each."""
+        table, parts, count = self.spaces[k].table, self.classes.parts, self.classes.count
+        places, element = table.ravel(), np.repeat(np.arange(len(table)), table.shape[1])
+        if len(parts.cell_class):
+            owner = np.full(count, -1, np.int64)
+            owner[places] = element
+            held = np.maximum(owner[parts.cell_class], owner[parts.cell_part])
+            cells = np.flatnonzero(held >= 0)
+            places, element = np.r_[places, count + cells], np.r_[element, held[cells]]
+        return places, element
+
+    def elements_of(self, k: int) -> Labels:
+        """Of each class and cell, the element of a space that it belongs to, or -1."""
+        out = np.full(self.classes.count + len(self.classes.parts.cell_class), -1, np.int64)
+        places, element = self.places_of(k)
+        out[places] = element
+        return out
+
+    def _class_step(self, k: int, perm: Labels) -> Labels:
+        table, step = self.spaces[k].table, np.arange(self.classes.count)
+        step[table.ravel()] = table[perm].ravel()
+        return step
+
+    def _atoms_moved(self, source: Labels) -> Labels:
+        """An exchange of classes as one of atoms: the k-th by colour goes with the k-th."""
         out = np.arange(len(self.classes.of))
         order, start = self._order
         moved = np.flatnonzero(source != np.arange(len(source)))
@@ -105,14 +143,10 @@ class Analysis:
     def atom_scale(self, elements: dict[int, Element]) -> Array:
         """What each atom's position is multiplied by (signs included)."""
         scale = np.ones(len(self.classes.of))
-        source = np.arange(self.classes.count)
         for k in sorted(elements):
             element, space, free = elements[k], self.spaces[k], self.directions[k]
-            step = np.arange(self.classes.count)
-            step[space.table.ravel()] = space.table[element.perm].ravel()
             if space.kind == "blocks" or space.table.shape[1] > 1:
-                scale = scale[self.atom_source(step)]  # a block takes its contents' scales along
-                source = source[step]
+                scale = scale[self.atom_source({k: element})]  # a block takes its contents' scales along
                 continue
             if not element.scales and not element.signs:
                 continue
@@ -138,7 +172,7 @@ class Analysis:
         Values inside bodies cannot be looked at over data: they are no outputs of the main graph.
         """
         walk, paths = self.walk, self.walk.paths
-        where = np.full(self.classes.count, -1, np.int64)
+        where = np.full(self.classes.count + len(self.classes.parts.cell_class), -1, np.int64)
         for position, node in enumerate(walk.nodes if any(paths) else ()):
             if not paths[position]:
                 continue
@@ -147,8 +181,8 @@ class Analysis:
                 state = walk.states.get(value.name or "") if value is not None else None
                 state = state if leaf is None else walk.leaves[leaf].state
                 for f in () if state is None else state.factors:
-                    where[self.classes.of[f.labels]] = position
-        found = [int(where[space.table].max(initial=-1)) for space in self.spaces]
+                    where[self.classes.refined(f.labels)] = position
+        found = [int(where[self.places_of(k)[0]].max(initial=-1)) for k in range(len(self.spaces))]
         return [paths[position] if position >= 0 else "" for position in found]
 
     def factor_positions(self, f: LeafFactor, members: Labels) -> Labels:

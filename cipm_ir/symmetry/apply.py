@@ -7,6 +7,7 @@ import onnx_ir as ir
 
 from cipm_ir.ir.bodies import nodes_in_order
 from cipm_ir.ir.labels import Array
+from cipm_ir.ir.nested import graphs_within, nodes_within
 from cipm_ir.ir.parameters import is_parameter, parameter_tensor
 from cipm_ir.symmetry.analysis import Analysis
 from cipm_ir.symmetry.edits import Edit, EditedTensor
@@ -21,8 +22,8 @@ class Editor:
         self.graph = model.graph
         self.analysis = analysis
         self.nodes = nodes_in_order(model.graph)
-        self.taken = {v.name for n in model.graph.all_nodes() for v in n.outputs}
-        for graph in (self.graph, *self.graph.subgraphs()):
+        self.taken = {v.name for n in nodes_within(model.graph) for v in n.outputs}
+        for graph in graphs_within(self.graph):
             self.taken |= {v.name for v in graph.inputs} | set(graph.initializers)
         self.inputs = {v.name for v in self.graph.inputs}
 
@@ -68,10 +69,10 @@ class Editor:
         leaf = self.analysis.walk.leaves[members[0]]
         name = leaf.name
         if tensor is None:  # ConstantOfShape
-            if not edit.scale and not edit.inner_scale and not edit.mix and edit.shape(leaf.shape) == leaf.shape:
+            if not edit.scale and not edit.inner_scale and not edit.mixes and edit.shape(leaf.shape) == leaf.shape:
                 return
             tensor = ir.Tensor(np.broadcast_to(self._fill(value), leaf.shape), dtype=leaf.dtype)
-            if not edit.scale and not edit.inner_scale and not edit.mix:
+            if not edit.scale and not edit.inner_scale and not edit.mixes:
                 self._point(members, self._refilled(value, edit.shape(leaf.shape)))
                 return
         if in_place and value.is_initializer():

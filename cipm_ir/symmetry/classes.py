@@ -7,7 +7,7 @@ order of colour, is a symmetry of the whole graph.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from cipm_ir.symmetry.walk import Walk
 Hashes = npt.NDArray[np.uint64]
 Flags = npt.NDArray[np.bool_]
 _LOW = np.uint64((1 << 30) - 1)
-_FACTOR, _MARK, _EQUATION, _CLASS, _RANK, _EVENT = range(1, 7)  # salts
+_FACTOR, _MARK, _EQUATION, _CLASS, _RANK, _EVENT, _SOURCE = range(1, 8)  # salts
 
 
 @dataclass
@@ -29,6 +29,33 @@ class Links:
     parent: Labels
     child: Labels
     event: Labels
+
+
+@dataclass
+class Parts:
+    """Sets of atoms that are exchanged inside their classes: query heads of one key head (`cipm_ir.symmetry.parts`).
+
+    A part is numbered as a class behind all classes, but no atom is of it: its atoms are of the key head's classes.
+    A *cell*, numbered behind the parts, is where a class and a part cross.
+
+    Attributes:
+        of: per atom, the part that it lies in, or -1; None where there are no parts.
+        cell: per atom, its cell, or its class where it lies in no part; None where there are no parts.
+        cell_class, cell_part: the class and the part of each cell.
+        spaces: the parts that may be exchanged, per space.
+        atoms: their atoms in matching order, (parts, atoms), per space.
+        ties: spaces that must keep equally many parts.
+        frozen: spaces that cannot lose a part, since what shares their copies is in no space.
+    """
+
+    of: Labels | None = None
+    cell: Labels | None = None
+    cell_class: Labels = field(default_factory=lambda: np.zeros(0, np.int64))
+    cell_part: Labels = field(default_factory=lambda: np.zeros(0, np.int64))
+    spaces: list[Labels] = field(default_factory=list)
+    atoms: list[Labels] = field(default_factory=list)
+    ties: list[list[int]] = field(default_factory=list)
+    frozen: set[int] = field(default_factory=set)
 
 
 @dataclass
@@ -47,6 +74,17 @@ class Classes:
     signature: Hashes
     colour: Hashes
     links: Links
+    parts: Parts = field(default_factory=Parts)
+
+    def refined(self, atoms: Labels | slice = slice(None)) -> Labels:
+        """Of each atom, its class, or the cell where its class and the part that it lies in cross."""
+        return (self.of if self.parts.cell is None else self.parts.cell)[atoms]
+
+    def stays(self, keep: np.ndarray) -> np.ndarray:
+        """Which classes and cells stay: a cell needs its class and its part."""
+        if not len(self.parts.cell_class):
+            return keep
+        return np.concatenate([keep, keep[self.parts.cell_class] & keep[self.parts.cell_part]])
 
 
 def components(count: int, pairs: list[tuple[Labels, Labels]]) -> tuple[int, Labels]:
@@ -75,11 +113,16 @@ def scatter_sum(index: Labels, hashes: Hashes, count: int) -> Hashes:
         return np.asarray(mix(low) + mix(high + np.uint64(1)), dtype=np.uint64)
 
 
-def find_classes(walk: Walk) -> Classes:
-    """Classes, pins, blocks and signatures of a walked graph."""
+def find_classes(walk: Walk, *, apart: bool = False) -> Classes:
+    """Classes, pins, blocks and signatures of a walked graph.
+
+    With ``apart``, copies are of classes of their own. A source is then told from every other, and so are its copies
+    from those of others.
+    """
     rec = walk.rec
-    pairs = [(u.a, u.b) for u in rec.unifications]
-    count, of = components(rec.atoms, pairs)
+    copies = set(rec.copies) if apart else set[int]()
+    tied = [k for k in range(len(rec.unifications)) if k not in copies]
+    count, of = components(rec.atoms, [(rec.unifications[k].a, rec.unifications[k].b) for k in tied])
     links = _flat_links(walk)
     if len(links.parent):
         count, of = _close_blocks(count, of, links)
@@ -90,9 +133,29 @@ def find_classes(walk: Walk) -> Classes:
     block[of[links.parent]] = True
     real, atom_colour = _colours(walk, of, count)
     real &= _touched(walk, of, count) & _owned(walk, of, count)
+    with np.errstate(over="ignore"):
+        for k in copies:
+            event = rec.unifications[k]
+            name = mix(event.b, salt=_SOURCE)
+            atom_colour[event.a] += name
+            atom_colour[event.b] = name  # not a sum: it may stand there for several copies
     colour = _ranked(of, atom_colour)
-    signature = _signatures(walk, of, count, colour)
+    signature = _signatures(walk, of, count, colour, tied)
     return Classes(of, count, free, block, real, signature, colour, links)
+
+
+def atoms_by_class(classes: Classes, atoms: Labels | None = None) -> tuple[Labels, Labels]:
+    """Atoms (all, or some) by (class, colour), and where each class starts."""
+    if atoms is None:
+        order = np.lexsort((classes.colour, classes.of))
+    else:
+        order = atoms[np.lexsort((classes.colour[atoms], classes.of[atoms]))]
+    return order, np.searchsorted(classes.of[order], np.arange(classes.count + 1))
+
+
+def kinds_of_atoms(walk: Walk, classes: Classes) -> Hashes:
+    """A hash per atom, equal for atoms of one kind: an exchange takes the k-th of a class and kind to the k-th."""
+    return _colours(walk, classes.of, classes.count)[1]
 
 
 def _flat_links(walk: Walk) -> Links:
@@ -199,13 +262,14 @@ def _suspects(key: Hashes) -> Labels:
     return np.flatnonzero(table[bucket] == -1)
 
 
-def _signatures(walk: Walk, of: Labels, count: int, colour: Hashes) -> Hashes:
+def _signatures(walk: Walk, of: Labels, count: int, colour: Hashes, tied: list[int]) -> Hashes:
     total = scatter_sum(of, colour, count)
-    if not walk.rec.unifications:
+    events = [walk.rec.unifications[k] for k in tied]
+    if not events:
         return total
-    a = np.concatenate([u.a for u in walk.rec.unifications])
-    b = np.concatenate([u.b for u in walk.rec.unifications])
-    event = np.repeat(np.arange(len(walk.rec.unifications)), [len(u.a) for u in walk.rec.unifications])
+    a = np.concatenate([u.a for u in events])
+    b = np.concatenate([u.b for u in events])
+    event = np.repeat(np.asarray(tied), [len(u.a) for u in events])
     with np.errstate(over="ignore"):
         edges = mix(colour[a] + np.uint64(3) * colour[b] + mix(event, salt=_EVENT))
         return np.asarray(total + scatter_sum(of[a], edges, count), dtype=np.uint64)

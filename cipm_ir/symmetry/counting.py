@@ -16,8 +16,9 @@ from dataclasses import dataclass, field, replace
 import onnx_ir as ir
 
 from cipm_ir.errors import InputError
+from cipm_ir.ir.nested import subgraphs
 from cipm_ir.ir.places import Place, place_nodes
-from cipm_ir.ir.shapes import dynamic_sizes, subgraphs
+from cipm_ir.ir.shapes import dynamic_sizes
 from cipm_ir.rules import load_rules
 from cipm_ir.rules.costs import Site, Uncounted, is_free, macs_of
 

@@ -18,7 +18,7 @@ from cipm_ir.ir.bodies import nodes_in_order
 from cipm_ir.ir.labels import Array
 from cipm_ir.ir.parameters import parameter_tensor
 from cipm_ir.symmetry.analysis import Analysis
-from cipm_ir.symmetry.dense_walk import GAMMA, REAL, Survey
+from cipm_ir.symmetry.dense_walk import GAMMA, REAL, VECTOR, Survey
 from cipm_ir.symmetry.edits import Edit
 from cipm_ir.symmetry.leaves import LeafFactor
 from cipm_ir.symmetry.scales import Directions
@@ -133,13 +133,21 @@ def _members(analysis: Analysis, survey: Survey) -> dict[int, list[LeafFactor]]:
     walk = analysis.walk
     for f in walk.leaf_factors:
         leaf = walk.leaves[f.leaf]
-        plain = not f.groups and f.epsilon is None and len(f.axes) == 1 and leaf.dtype in REAL
+        role = survey.roles.get(f.leaf)
+        known = f.epsilon is None and leaf.dtype in REAL and role is not None
         for k in survey.spaces_among(slice(f.base, f.base + f.size)) if f.active else ():
             found[k].append(f)
-            if k in survey.alive and not (plain and f.leaf in survey.roles):
+            stacked = role == VECTOR and f.groups == leaf.shape[0] and _in_rows(analysis, f, k)
+            if k in survey.alive and not (known and (stacked or (not f.groups and len(f.axes) == 1))):
                 survey.alive.discard(k)
                 survey.reasons[k] = f"what {leaf.name} does to it is not known to be linear"
     return found
+
+
+def _in_rows(analysis: Analysis, f: LeafFactor, space: int) -> bool:
+    """Whether the units of a space lie in one matrix of a stack each time that they occur in it."""
+    row = analysis.factor_positions(f, analysis.spaces[space].table[:, 0]) // f.shape[1]
+    return bool((row == row[:1]).all())
 
 
 def _paired(free: Directions, factors: list[LeafFactor]) -> bool:
@@ -166,6 +174,12 @@ def add_dense_edits(analysis: Analysis, edits: dict[int, Edit], elements: Mappin
             inside = (owner == number) & (atoms[0] < f.base + f.size)
             if f.leaf in note.gammas or not inside.any():
                 continue
-            covector = note.level == "GL" and free.scale[f.var] == (-1,)
+            matrix = back if note.level == "GL" and free.scale[f.var] == (-1,) else forth
             edit = edits.setdefault(f.leaf, Edit(epsilon=f.epsilon))
-            edit.mix.setdefault(f.axes[0], []).append((atoms[:, inside] - f.base, back if covector else forth))
+            places = atoms[:, inside] - f.base
+            if not f.groups:
+                edit.mix.setdefault(f.axes[0], []).append((places, matrix))
+                continue
+            for column in places.T:  # one matrix of a stack for each occurrence
+                row, place = np.divmod(column, f.shape[1])
+                edit.inner_mix.setdefault(f.axes[1], []).append((int(row[0]), place[:, None], matrix))

@@ -113,7 +113,7 @@ class Survey:
         for k, value in enumerate(node.inputs):
             leaf = walk.use_leaf.get((position, k))
             known = None if value is None else walk.states.get(value.name or "")
-            states.append(walk.leaves[leaf].state if leaf is not None else known)
+            states.append(walk.leaves[leaf].stacked if leaf is not None else known)
         ins = [self._hits(state) for state in states]
         if not any(ins):
             return

@@ -29,6 +29,7 @@ class Edit:
     likewise per row. ``epsilon``: the scale s acts on a variance as s^2 (v + epsilon) - epsilon.
     ``mix[axis]``: pairs of positions (units, occurrences) and a matrix (units, units) that multiplies them from the
     right, before anything else happens to them; computed in float64, and rounded once however many there are.
+    ``inner_mix[axis]``: the same with a row of axis 0 in front, to which it is confined.
     """
 
     take: dict[int, Labels] = field(default_factory=dict)
@@ -36,18 +37,26 @@ class Edit:
     scale: dict[int, Array] = field(default_factory=dict)
     inner_scale: dict[int, Array] = field(default_factory=dict)
     mix: dict[int, list[tuple[Labels, Array]]] = field(default_factory=dict)
+    inner_mix: dict[int, list[tuple[int, Labels, Array]]] = field(default_factory=dict)
     epsilon: float | None = None
 
     @property
     def empty(self) -> bool:
         """Whether nothing changes."""
-        return not (self.take or self.inner or self.scale or self.inner_scale or self.mix)
+        return not (self.take or self.inner or self.scale or self.inner_scale or self.mixes)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether entries are added up."""
+        return bool(self.mix or self.inner_mix)
 
     def key(self) -> bytes:
         """Equal for equal edits."""
         digest = hashlib.blake2b(repr(self.epsilon).encode(), digest_size=16)
         tables = [(n, a, x) for n in ("take", "inner", "scale", "inner_scale") for a, x in getattr(self, n).items()]
         tables += [("mix", axis, x) for axis, pairs in self.mix.items() for pair in pairs for x in pair]
+        inner = [(axis, x) for axis, pairs in self.inner_mix.items() for pair in pairs for x in pair]
+        tables += [("inner_mix", axis, np.asarray(x)) for axis, x in inner]
         for name, axis, array in sorted(tables, key=lambda t: t[:2]):
             digest.update(f"{name}{axis}{array.shape}".encode())
             digest.update(np.ascontiguousarray(array).tobytes())
@@ -75,7 +84,7 @@ class Edit:
             return
         if 0 in self.mix:
             array = _mixed(array, 0, self.mix[0])
-        wide = np.dtype(np.float64) if self.mix else self._width(dtype)
+        wide = np.dtype(np.float64) if self.mixes else self._width(dtype)
         rows = self.take.get(0)
         count = array.shape[0] if rows is None else len(rows)
         step = max(1, _BLOCK * array.shape[0] // max(array.nbytes, 1))
@@ -85,6 +94,9 @@ class Edit:
             for axis, pairs in self.mix.items():
                 if axis:
                     part = _mixed(part, axis, pairs)
+            if self.inner_mix:
+                source = np.arange(start, min(start + step, count)) if rows is None else rows[here]
+                part = self._mixed_within(part, source)
             for axis, index in self.take.items():
                 if axis:
                     part = np.take(part, index, axis=axis, mode="clip")
@@ -92,6 +104,15 @@ class Edit:
                 shape = [-1, *(inner.shape[1] if a == axis else 1 for a in range(1, part.ndim))]
                 part = np.take_along_axis(part, inner[here].reshape(shape), axis=axis)
             yield self._scaled(part, here, wide, dtype)
+
+    def _mixed_within(self, part: Array, source: Labels) -> Array:
+        """Times the matrices of `inner_mix`; ``source``: which row of axis 0 each row of the part was."""
+        part = part.astype(np.float64)
+        for axis, pairs in self.inner_mix.items():
+            for row, positions, matrix in pairs:
+                inside = source == row
+                part[inside] = _mixed(part[inside], axis, [(positions, matrix)])
+        return part
 
     def _width(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
         """The dtype to multiply in: the tensor's own where it holds every product of the scales exactly."""
@@ -122,7 +143,7 @@ class Edit:
         else:
             square = factor**2
             wide = np.where(square == 1.0, wide, square * (wide + self.epsilon) - self.epsilon)
-        return _narrowed(wide, dtype) if self.mix else wide.astype(dtype)
+        return _narrowed(wide, dtype) if self.mixes else wide.astype(dtype)
 
 
 def _narrowed(wide: Array, dtype: np.dtype[Any]) -> Array:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from cipm_ir.ir.labels import State
+from cipm_ir.ir.labels import Factor, State
 
 Use = tuple[int, int]
 """(position of the node in the graph, number of its input)."""
@@ -50,6 +50,16 @@ class Leaf:
     """Made by the program itself (a mask of ones), as its frontend says: no unit consists of its entries alone."""
     filled: bool = False
     """The output of a ConstantOfShape: equal entries, so that only its size ever changes."""
+
+    @property
+    def stacked(self) -> State:
+        """Its state; of a stack of matrices, with the labels that units have in each of them."""
+        rows = [f for f in self.factors if f.active and f.groups == self.shape[0]]
+        if not rows:
+            return self.state
+        made = [Factor(f.axes, np.arange(f.base, f.base + f.size).reshape(f.shape), f.var) for f in rows]
+        taken = {a for f in made for a in f.axes}
+        return State(self.shape, (*made, *(f for f in self.state.factors if not taken & set(f.axes))))
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,11 @@ def describe_spaces(analysis: Analysis) -> list[Note]:
     for k, raw in enumerate(analysis.spaces):
         if raw.kind != "blocks" and raw.table.shape[1] == 1:
             position[raw.table[:, 0]] = k
-        for c in raw.table[0].tolist() if raw.table.shape[1] > 1 else ():
+        for c in raw.table[0].tolist() if raw.kind == "blocks" or raw.table.shape[1] > 1 else ():
             owner.setdefault(c, []).append(k)
     owned = np.zeros(classes.count, bool)
     owned[list(owner)] = True
+    part_of = classes.parts.of
     members: dict[int, dict[str, None]] = {}
     for f in walk.leaf_factors:
         if not f.active:
@@ -40,7 +41,8 @@ def describe_spaces(analysis: Analysis) -> list[Note]:
         for k in _distinct(position[here]):
             if k >= 0:
                 members.setdefault(k, {})[label] = None
-        for c in _distinct(here[owned[here]]) if owner else ():
+        held = here if part_of is None else np.r_[here, part_of[f.base : f.base + f.size]]
+        for c in _distinct(held[(held >= 0) & owned[held]]) if owner else ():
             for k in owner.get(c, ()):
                 members.setdefault(k, {})[label] = None
     used: set[str] = set()
@@ -53,7 +55,9 @@ def describe_spaces(analysis: Analysis) -> list[Note]:
         within = {place.get(tensor, "") for tensor in tensors}
         if len(within) == 1 and (path := within.pop()) and not stem.startswith(f"{path}/"):
             stem = f"{path}/{stem}"
-        if raw.kind == "blocks":
+        if analysis.part_atoms(k) is not None:
+            stem += ".queries"
+        elif raw.kind == "blocks":
             stem += ".blocks"
         elif raw.kind == "cells":
             stem += ".cells"

@@ -128,6 +128,8 @@ class Program:
         self._source = source
         self._origin = origin
         self._analysis = analysis
+        self.fits = False
+        """The shapes of what is written were checked, and do not contradict each other."""
 
     @classmethod
     def of(
@@ -137,8 +139,9 @@ class Program:
         origin: Origin | None = None,
         input_shapes: InputShapes | None = None,
         fix_shapes: bool = False,
+        own: bool = False,
     ) -> Program:
-        """Program of an ONNX model; the model itself is never changed.
+        """Program of an ONNX model; the model itself is never changed, unless it is the program's ``own`` from now on.
 
         ``input_shapes``: sizes of dynamic dimensions for analysis, costs and verification; with ``fix_shapes`` the
         program declares them.
@@ -148,7 +151,7 @@ class Program:
         back as it is are taken out (`cipm_ir.ir.strided`); what `emit` gives keeps all of them until something else
         than values changes.
         """
-        clone = model.clone()
+        clone = model if own else model.clone()
         note_ir_version(clone)
         forget_impossible_sizes(clone.graph)
         if input_shapes is not None:
@@ -201,7 +204,8 @@ class Program:
             if raw.kind == "blocks" or raw.table.shape[1] > 1:
                 for row, block in enumerate(raw.table[:, 0].tolist()):
                     blocks.setdefault(block, (k, row))
-        order = sorted(range(len(analysis.spaces)), key=lambda k: analysis.spaces[k].kind != "blocks")
+        held = [(raw.kind != "blocks", raw.parent_class >= 0) for raw in analysis.spaces]  # behind what holds them
+        order = sorted(range(len(held)), key=held.__getitem__)
         by_index: dict[int, Space] = {}
         for k in order:
             raw, free, note = analysis.spaces[k], analysis.directions[k], notes[k]

@@ -52,11 +52,10 @@ def readers(program: Program, space: Space) -> list[Reader]:
     analysis = program.analysis
     raw = analysis.spaces[program.index(space)]
     whole = raw.kind == "blocks" or raw.table.shape[1] > 1
-    element = np.full(analysis.classes.count, -1, np.int64)
-    element[raw.table] = np.arange(len(raw.table))[:, None]
+    element = analysis.elements_of(program.index(space))
     found: dict[int, Reader] = {}
     for c in analysis.walk.rec.contractions:
-        if c.node in found or not (element[analysis.classes.of[c.a]] >= 0).any():
+        if c.node in found or not (element[analysis.classes.refined(c.a)] >= 0).any():
             continue
         made = _reader(analysis, c.node, element, len(raw.table))
         if made is not None:
@@ -96,7 +95,7 @@ def _reader(analysis: Analysis, position: int, element: Labels, count: int) -> R
     factor = None if made is None else _summed(analysis, made.leaf, made.axis)
     if made is None or factor is None:
         return None
-    owner = element[analysis.classes.of[factor.base : factor.base + factor.size]]
+    owner = element[analysis.classes.refined(slice(factor.base, factor.base + factor.size))]
     columns = np.argsort(owner, kind="stable")[int((owner < 0).sum()) :]
     if len(columns) % count or (np.bincount(owner[columns], minlength=count) != len(columns) // count).any():
         return None

@@ -26,13 +26,22 @@ Shape = tuple[int, ...]
 
 
 def closed_keep(analysis: Analysis, keep: np.ndarray) -> np.ndarray:
-    """Classes that stay, when blocks go with their contents and empty blocks go too (per class, in place)."""
-    links, of = analysis.classes.links, analysis.classes.of
+    """Classes that stay, when blocks go with their contents and empty blocks go too (per class, in place).
+
+    A part goes with the classes that it lies in, and these go with the last of the parts that they consist of.
+    """
+    links, of, parts = analysis.classes.links, analysis.classes.of, analysis.classes.parts
     if not len(links.parent):
         return keep
     parent, child = of[links.parent], of[links.child]
+    crossed = np.unique(np.r_[parts.cell_class, parts.cell_part])
     while True:
         before = int(keep.sum())
+        if len(crossed):
+            alive = np.zeros(len(keep), bool)
+            cells = keep[parts.cell_class] & keep[parts.cell_part]
+            alive[parts.cell_class[cells]] = alive[parts.cell_part[cells]] = True
+            keep[crossed] &= alive[crossed]
         keep[child[~keep[parent]]] = False
         alive = np.zeros(len(keep), bool)
         alive[parent[keep[child]]] = True
@@ -83,7 +92,8 @@ def _places(f: LeafFactor, mask: np.ndarray, order: dict[int, Labels] | None) ->
 
 def restrict(model: ir.Model, analysis: Analysis, keep: np.ndarray) -> dict[int, Edit]:
     """Restrict ``model`` (a clone of the analysed one) in place to the classes in ``keep``; returns the edits made."""
-    atoms = keep[analysis.classes.of]
+    atoms = analysis.classes.stays(keep)[analysis.classes.refined()]
+    _check_copies(analysis, atoms)
     sizes = Sizes(atoms, analysis.walk.states)
     order = None
     if interleaved(analysis, atoms):
@@ -93,6 +103,23 @@ def restrict(model: ir.Model, analysis: Analysis, keep: np.ndarray) -> dict[int,
     edits = restrict_edits(analysis, atoms, order)
     _write(model, analysis, sizes, edits)
     return edits
+
+
+def _check_copies(analysis: Analysis, keep: np.ndarray) -> None:
+    """Check that everything that copies are made of keeps equally many of them (``keep`` is per atom).
+
+    Raises: `SymmetryError` naming the node that copies.
+    """
+    walk = analysis.walk
+    for k in walk.rec.copies if analysis.classes.parts.spaces else ():
+        event = walk.rec.unifications[k]
+        times = np.bincount(event.b, weights=keep[event.a])[np.unique(event.b[keep[event.b]])]
+        if times.size and (times != times[0]).any():
+            node = walk.nodes[event.node]
+            raise SymmetryError(
+                f"{node.op_type} {node.name} copies each key head for equally many query heads; keep the same number "
+                "of query heads for every key head."
+            )
 
 
 def _write(model: ir.Model, analysis: Analysis, sizes: Sizes, edits: dict[int, Edit]) -> None:

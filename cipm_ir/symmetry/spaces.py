@@ -60,6 +60,13 @@ def find_spaces(classes: Classes) -> list[RawSpace]:
     return spaces + _block_spaces(classes, holds, cells, nested, first)
 
 
+def find_blocks(classes: Classes) -> list[RawSpace]:
+    """The spaces of blocks alone, from inner to outer."""
+    holds = _closed(classes)
+    cells, _, nested = _crossings(classes, holds)
+    return _block_spaces(classes, holds, cells, nested, _first_atom(classes))
+
+
 def _first_atom(classes: Classes) -> Labels:
     first = np.full(classes.count, len(classes.of), np.int64)
     np.minimum.at(first, classes.of, np.arange(len(classes.of)))
@@ -130,28 +137,33 @@ def _crossings(classes: Classes, holds: _Holds) -> tuple[np.ndarray, Labels, Lab
     none = np.zeros((0, 2), np.int64)
     if not len(holds.label):
         return cells, innermost, none
-    from scipy.sparse import coo_array  # takes longer to import than most models to analyse
-
     pairs = unique_pairs(holds.block, holds.child)
     blocks, row = np.unique(pairs[:, 0], return_inverse=True)
-    members = coo_array((np.ones(len(pairs), np.int64), (row, pairs[:, 1])), shape=(len(blocks), classes.count)).tocsr()
-    shared = (members @ members.T).tocoo()
     size = np.bincount(row)
-    i, j, n = shared.row, shared.col, shared.data
+    first, second = _alike_pairs(pairs[:, 1])
+    shared, which, counts = np.unique(
+        row[first] * len(blocks) + row[second], return_inverse=True, return_counts=True
+    )  # by pair of blocks: how many classes lie in both
+    i, j = shared // len(blocks), shared % len(blocks)
     off = i != j
-    inside = off & (n == size[j])  # j's classes all lie in i
+    inside = off & (counts == size[j])  # j's classes all lie in i
     nested = np.stack([blocks[i[inside]], blocks[j[inside]]], 1)
     order = np.lexsort((-size[row], pairs[:, 1]))  # the last write, the smallest block, wins
     innermost[pairs[order, 1]] = pairs[order, 0]
     # a cell is the only class that two crossing blocks share
-    crossing = off & (n == 1) & (size[i] > 1) & (size[j] > 1) & (i < j)
-    if crossing.any():
-        a, b = i[crossing], j[crossing]
-        step = 1 << 14
-        for lo in range(0, len(a), step):
-            both = members[a[lo : lo + step]].multiply(members[b[lo : lo + step]]).tocoo()
-            cells[both.col] = True
+    crossing = off & (counts == 1) & (size[i] > 1) & (size[j] > 1)
+    cells[pairs[first[crossing[which]], 1]] = True
     return cells, innermost, nested
+
+
+def _alike_pairs(keys: Labels) -> tuple[Labels, Labels]:
+    """All pairs of positions with equal keys, each position with itself too."""
+    order = np.argsort(keys, kind="stable")
+    _, start, width = np.unique(keys[order], return_index=True, return_counts=True)
+    own_start, own_width = np.repeat(start, width), np.repeat(width, width)  # of the run that each position is in
+    first = np.repeat(np.arange(len(keys)), own_width)
+    offset = np.arange(len(first)) - np.repeat(np.cumsum(own_width) - own_width, own_width)
+    return order[first], order[np.repeat(own_start, own_width) + offset]
 
 
 def _block_spaces(classes: Classes, holds: _Holds, cells: np.ndarray, nested: Labels, first: Labels) -> list[RawSpace]:

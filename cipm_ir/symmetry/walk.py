@@ -10,9 +10,10 @@ import onnx_ir as ir
 
 from cipm_ir.ir.bodies import bodies, body_path, is_control_flow, nodes_in_order, qualified
 from cipm_ir.ir.labels import Array, Factor, State
+from cipm_ir.ir.nested import graphs_within, subgraphs
 from cipm_ir.ir.parameters import parameters
 from cipm_ir.ir.places import Place, place_body
-from cipm_ir.ir.shapes import Shape, Shapes, subgraphs
+from cipm_ir.ir.shapes import Shape, Shapes
 from cipm_ir.rules import load_rules
 from cipm_ir.rules.context import Literal, OpContext
 from cipm_ir.rules.events import Recorder
@@ -69,7 +70,7 @@ class _Walker(Known):
         self.tied: dict[str, int] = {}
         self.grouped_cache: dict[tuple[int, int, int], Factor] = {}
         self.here = -1
-        self.nested = next(iter(model.graph.subgraphs()), None) is not None
+        self.nested = len(graphs_within(model.graph)) > 1
 
     def run(self) -> Walk:
         graph, shapes = self.graph, self.shapes
@@ -383,8 +384,7 @@ def _alike(f: Factor, g: Factor) -> bool:
 def node_graphs(node: ir.Node) -> Iterator[ir.Graph]:
     """Yield the graphs that a node holds, and the graphs that their nodes hold."""
     for graph in subgraphs(node):
-        yield graph
-        yield from graph.subgraphs()
+        yield from graphs_within(graph)
 
 
 def captured_values(node: ir.Node) -> list[ir.Value]:

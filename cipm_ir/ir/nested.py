@@ -1,0 +1,39 @@
+"""Graphs inside graphs: the attributes of If, Loop and Scan, and of whatever else holds one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+_KINDS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+
+
+def subgraphs(node: ir.Node) -> list[ir.Graph]:
+    """The graphs that a node holds as attributes."""
+    found: list[ir.Graph] = []
+    for attribute in node.attributes.data.values():  # the dict inside: its wrapper takes most of the time
+        if attribute.type not in _KINDS or attribute.is_ref():
+            continue
+        if attribute.type == ir.AttributeType.GRAPH:
+            found.append(attribute.as_graph())
+        else:
+            found.extend(attribute.as_graphs())
+    return found
+
+
+def graphs_within(graph: ir.Graph) -> list[ir.Graph]:
+    """A graph, and every graph below it, outer ones first."""
+    found = [graph]
+    for node in graph:
+        for inner in subgraphs(node):
+            found.extend(graphs_within(inner))
+    return found
+
+
+def nodes_within(graph: ir.Graph) -> Iterator[ir.Node]:
+    """The nodes of a graph, each in front of those that it holds."""
+    for node in graph:
+        yield node
+        for inner in subgraphs(node):
+            yield from nodes_within(inner)
