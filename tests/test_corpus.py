@@ -39,16 +39,11 @@ SMALLER = ("prune{{macs={}}}",)
 # Models that come down to no half: most of what they compute has no hidden units, or goes through operators without a
 # rule. They may refuse, and say why; no other may.
 MAY_REFUSE = {
-    "ensemble_int8",
     "gtcrn",  # caches between frames fix its channels
-    "nakdimon",
-    "orinet_ort",
-    "ppocr_rec_ort",
-    "silero_v4",
+    "nakdimon",  # how often its Loops run is not known
+    "silero_v4",  # branches of different ranks
     "slanet",
-    "speaker_int8",
-    "tashkeel_ort",
-    "voicefilter_int8",
+    "voicefilter_int8",  # states of its LSTMs are inputs
 }
 
 
