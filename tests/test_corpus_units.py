@@ -47,6 +47,9 @@ BY_HAND = {
     # The Fourier transform is a convolution with a weight: 129 frequencies, real and imaginary part tied by the
     # magnitude; four convolutions. The LSTM's 128 units are not free: h and c are inputs and outputs.
     "silero_v6": [129, 128, 64, 64, 128],
+    # The learned basis, tied to the mask that it is multiplied with. The 128 units of either cell are not free: their
+    # states are inputs and outputs.
+    "dtln_wave": [256],
     "u2netp": _u2netp(),
 }
 

@@ -7,6 +7,7 @@ inference of the whole graph comes first; where it gives up, small numbers are e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -21,6 +22,7 @@ from cipm_ir.ir.parameters import free_inputs, overridable_inputs
 from cipm_ir.ir.shapes import (
     Shape,
     annotated,
+    contradicts,
     infer_sized,
     own_name,
     recorded_shape,
@@ -30,6 +32,10 @@ from cipm_ir.ir.shapes import (
 
 _NUMBERS = 4096
 """Parameters with so many entries or fewer are known as numbers."""
+
+
+_WINDOWS = {"AveragePool", "Conv", "ConvInteger", "ConvTranspose", "LpPool", "MaxPool", "QLinearConv", "STFT"}
+_RECURRENT = {"GRU", "LSTM", "RNN"}
 
 
 @dataclass
@@ -44,6 +50,8 @@ class Place:
         bodies: the nodes of each subgraph.
         starts: shapes of the inputs of the body of a Loop or Scan, None where unknown or different from run to run.
         trips: how often a Loop or Scan runs its body at most; None where that is not known.
+        fits: False where its shapes contradict each other, so that no run at these sizes gets past it.
+        left_out: branches of an If, here and below, that cannot run at these sizes, beside ones that can.
     """
 
     node: ir.Node
@@ -54,6 +62,8 @@ class Place:
     bodies: list[list[Place]] = field(default_factory=list)
     starts: list[Shape | None] = field(default_factory=list)
     trips: int | None = None
+    fits: bool = True
+    left_out: int = 0
 
 
 Constants = dict[int, tuple[ir.TensorProtocol, Shape, ir.DataType, Array | None]]
@@ -117,7 +127,7 @@ def place_from(
     """
     unknown = () if defaults else [value.name or "" for value in overridable_inputs(model)]
     found = {} if constants is None else constants
-    return _Scope(model, shapes, types, {}, recorded, frozenset(unknown), found).places(model.graph)
+    return _Scope(model, shapes, types, {}, recorded, frozenset(unknown), found, defaults).places(model.graph)
 
 
 def place_body(
@@ -144,6 +154,8 @@ class _Scope:
     unknown: frozenset[str]
     """Initializers the values of which are not known."""
     constants: Constants = field(default_factory=dict)
+    of_a_run: bool = False
+    """Sizes are those of a run, which enters no branch that cannot run at them; else all branches are placed."""
 
     def places(self, graph: ir.Graph) -> list[Place]:
         for name, value in graph.initializers.items():
@@ -181,6 +193,10 @@ class _Scope:
             if value.name and value.name not in self.shapes:
                 self._set(value, self.recorded(value))
         place.outputs = [self.shapes.get(v.name or "") for v in node.outputs]
+        if not place.bodies:
+            typed = all(v is None or self._type(v) is not None for v in node.inputs)
+            place.fits = not cannot_run(place, self.types if typed else None)
+        place.left_out += sum(one.left_out for body in place.bodies for one in body)
         return place
 
     def _inferred(self, place: Place) -> None:
@@ -216,7 +232,7 @@ class _Scope:
 
     def _inner(self, graph: ir.Graph, inputs: list[Shape | None]) -> _Scope:
         known = dict(self.shapes), dict(self.types), dict(self.numbers)
-        scope = _Scope(self.model, *known, self.recorded, self.unknown, self.constants)
+        scope = _Scope(self.model, *known, self.recorded, self.unknown, self.constants, self.of_a_run)
         for k, value in enumerate(graph.inputs):
             shape = inputs[k] if k < len(inputs) else None
             if value.dtype is not None:
@@ -232,7 +248,10 @@ class _Scope:
         return scope
 
     def _branches(self, place: Place) -> None:
-        """Both branches, or the one that a constant condition takes; results are as large as the larger makes them."""
+        """Place both branches, or the one that a constant condition takes; results are as large as the larger ones.
+
+        At the sizes of a run, a branch that cannot run beside one that can is left out.
+        """
         ends: list[list[Shape | None]] = []
         condition = place.numbers[0]
         graphs = [attribute(place.node, name) for name in ("then_branch", "else_branch")]
@@ -242,6 +261,11 @@ class _Scope:
             scope = self._inner(graph, [])
             place.bodies.append(scope.places(graph))
             ends.append([scope.shapes.get(v.name or "") for v in graph.outputs])
+        fitting = [k for k, body in enumerate(place.bodies) if all(one.fits for one in body)]
+        place.fits = bool(fitting)
+        if fitting and self.of_a_run:
+            place.left_out = len(place.bodies) - len(fitting)
+            place.bodies, ends = [place.bodies[k] for k in fitting], [ends[k] for k in fitting]
         for value, made in zip(place.node.outputs, zip(*ends, strict=False), strict=False):
             known = [s for s in made if s is not None]
             if len(known) == len(made) and len({len(s) for s in known}) == 1:
@@ -305,6 +329,36 @@ class _Scope:
     def _set(self, value: ir.Value, shape: Shape | None) -> None:
         if shape is not None and value.name:
             self.shapes.setdefault(value.name, shape)
+
+
+def cannot_run(place: Place, types: dict[str, ir.DataType] | None) -> bool:
+    """Return whether the shapes around a node contradict each other, so that no run at these sizes gets past it.
+
+    Args:
+        place: the node.
+        types: of values by name; None where those of the inputs are not known, so that ONNX cannot be asked.
+    """
+    node, outs = place.node, place.outputs
+    if node.domain or any(v is not None and s is None for v, s in zip(node.inputs, place.inputs, strict=True)):
+        return False
+    a = place.inputs[0] if place.inputs else None
+    if node.op_type in _RECURRENT and a is not None:
+        if len(a) != 3:
+            return True
+        axis, weight = 0 if attribute(node, "layout", 0) else 1, place.inputs[1]
+        if weight is not None and len(weight) == 3 and weight[2] != a[2]:
+            return True
+        if any(s is not None and len(s) == 3 and s[axis] != a[axis] for s in place.inputs[5:7]):
+            return True
+    if any(s is None and v.name for v, s in zip(node.outputs, outs, strict=True)):
+        return types is not None and contradicts(node, place.inputs, place.version, types, place.numbers)
+    if node.op_type in _WINDOWS:
+        return any(d < 1 for s in outs for d in s or ()) and all(d > 0 for s in place.inputs for d in s or ())
+    if node.op_type == "Reshape" and a is not None:
+        return math.prod(a) != math.prod(outs[0] or ())
+    if node.op_type == "Gemm" and a is not None and (b := place.inputs[1]) is not None and len(a) == len(b) == 2:
+        return a[0 if attribute(node, "transA", 0) else 1] != b[1 if attribute(node, "transB", 0) else 0]
+    return False
 
 
 def _more_numbers(place: Place) -> Array | None:

@@ -11,7 +11,6 @@ contradict each other at all other sizes tried, that one size is used in both ch
 from __future__ import annotations
 
 import itertools
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,14 +19,13 @@ import onnx
 import onnx_ir as ir
 
 from cipm_ir.errors import InputError
-from cipm_ir.ir.constants import attribute, constant_tensor
+from cipm_ir.ir.constants import constant_tensor
 from cipm_ir.ir.parameters import free_inputs, parameters
-from cipm_ir.ir.places import Constants, Place, place_from
+from cipm_ir.ir.places import Constants, Place, cannot_run, place_from
 from cipm_ir.ir.shapes import (
     Shape,
     Shapes,
     annotated,
-    contradicts,
     infer_sized,
     own_name,
     recorded_shape,
@@ -49,8 +47,6 @@ _SIDES = (48, 224, 32, 64, 256, 96, 128, 28, 16, 8, 4, 384, 320, 640, 512, 299, 
 _HINTS = 12
 _EFFORT = 30_000
 """Nodes to look at in the search for sizes that a model is made for."""
-_WINDOWS = {"AveragePool", "Conv", "ConvInteger", "ConvTranspose", "LpPool", "MaxPool", "QLinearConv", "STFT"}
-_RECURRENT = {"GRU", "LSTM", "RNN"}
 
 Sizes = Mapping[str, int]
 
@@ -173,7 +169,7 @@ class _Search:
             defaults=False,
             constants=self.constants,
         )
-        wrong = sum(_cannot_run(place, self.types) for place in places)
+        wrong = sum(cannot_run(place, self.types) for place in places)
         self.tables.append(_Table(sizes, shapes, wrong, sum(map(_is_emptied, places))))
         return self.tables[-1]
 
@@ -290,26 +286,6 @@ def _forget_single_steps(first: _Table, others: Sequence[_Table]) -> None:
     for other in others:
         for name in [n for n, s in first.shapes.items() if 1 in s and _widens(s, other.shapes.get(n))]:
             del first.shapes[name]
-
-
-def _cannot_run(place: Place, types: dict[str, ir.DataType]) -> bool:
-    """Whether the shapes around a node contradict each other."""
-    node, outs = place.node, place.outputs
-    if node.domain or any(v is not None and s is None for v, s in zip(node.inputs, place.inputs, strict=True)):
-        return False
-    if any(s is None and v.name for v, s in zip(node.outputs, outs, strict=True)):
-        return contradicts(node, place.inputs, place.version, types, place.numbers)
-    if node.op_type in _WINDOWS:
-        return any(d < 1 for s in outs for d in s or ()) and all(d > 0 for s in place.inputs for d in s or ())
-    a = place.inputs[0] if place.inputs else None
-    if node.op_type == "Reshape" and a is not None:
-        return math.prod(a) != math.prod(outs[0] or ())
-    if node.op_type in _RECURRENT and a is not None and len(a) == 3:
-        axis = 0 if attribute(node, "layout", 0) else 1
-        return any(s is not None and len(s) == 3 and s[axis] != a[axis] for s in place.inputs[5:7])
-    if node.op_type == "Gemm" and a is not None and (b := place.inputs[1]) is not None and len(a) == len(b) == 2:
-        return a[0 if attribute(node, "transA", 0) else 1] != b[1 if attribute(node, "transB", 0) else 0]
-    return False
 
 
 def _is_emptied(place: Place) -> bool:

@@ -38,22 +38,42 @@ def without_functions(model: ir.Model) -> ir.Model:
     return InlinePass()(model.clone()).model if inside else model
 
 
-def entered(model: ir.Model, feeds: Sequence[Feeds], backend: Backend | None) -> dict[str, int]:
-    """Return how often each body ran, by path, over all inputs together.
+class EntryCounter:
+    """Runs a model and tells how often each of its bodies ran; use it as a context manager.
+
+    Args:
+        model: without functions that hold bodies, see `without_functions`; not changed.
+        backend: see `Runner`.
 
     Raises:
-        InputError, UnsupportedError: the model with its counters does not run.
+        InputError, UnsupportedError: the model with its counters cannot be opened.
     """
-    copy = model.clone()
-    counter = _Counter(int(copy.opset_imports.get("", 1)))
-    paths, counts = counter.instrument(copy.graph, "")
-    if counts is None:
-        return {}
-    counts.name = _COUNTS
-    copy.graph.outputs.append(counts)
-    with Runner(copy, backend=backend) as runner:
-        total = sum(np.asarray(runner.run(one)[_COUNTS], np.int64) for one in feeds)
-    return dict(zip(paths, np.asarray(total).tolist(), strict=True))
+
+    def __init__(self, model: ir.Model, backend: Backend | None) -> None:
+        copy = model.clone()
+        counter = _Counter(int(copy.opset_imports.get("", 1)))
+        self.paths, counts = counter.instrument(copy.graph, "")
+        if counts is not None:
+            counts.name = _COUNTS
+            copy.graph.outputs.append(counts)
+        self._runner = Runner(copy, backend=backend)
+
+    def __call__(self, feeds: Feeds) -> dict[str, int]:
+        """Return how often each body ran, by path.
+
+        Raises:
+            InputError: the run failed.
+        """
+        if not self.paths:
+            return {}
+        counts = np.asarray(self._runner.run(feeds, [_COUNTS])[_COUNTS], np.int64)
+        return dict(zip(self.paths, counts.tolist(), strict=True))
+
+    def __enter__(self) -> EntryCounter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._runner.close()
 
 
 class _Counter:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from cipm_ir.errors import InputError
 from cipm_ir.ir.input_shapes import noted_sizes
-from cipm_ir.ir.shapes import SUGGESTED
+from cipm_ir.ir.shapes import SUGGESTED, dynamic_sizes, own_name
 from cipm_ir.ir.stand_ins import infer_shapes
 from cipm_ir.runtime.compare import Case, Outputs
 from cipm_ir.runtime.inputs import (
@@ -61,6 +61,8 @@ LEAST = 3
 """So many inputs at least, unless a run takes very long."""
 _PATIENCE = 30.0
 _LONG_COST = 200
+_AXES = 4
+"""With so many open axes, each is tried at the size of the batch."""
 
 
 def own_cases(
@@ -70,6 +72,18 @@ def own_cases(
 
     Errors: `InputError` where the model runs on none of the sizes.
     """
+    noted = {value: value.meta.get(SUGGESTED) for value in true_inputs(model)}
+    try:
+        return _own_cases(model, run, rng, most)
+    finally:
+        for value, sizes in noted.items():
+            if sizes is None:
+                value.meta.pop(SUGGESTED, None)
+
+
+def _own_cases(
+    model: ir.Model, run: Callable[[Feeds], Outputs], rng: np.random.Generator, most: int | None
+) -> list[Case]:
     batch, free_size, limit, first, seconds = _accepted(model, run, rng)
     made = [first]
     few = batch if not has_open_batch(model) else max(1, min(batch, int(batch * _CASE_SECONDS / max(seconds, 1e-6))))
@@ -150,6 +164,27 @@ def _fitting_sizes(model: ir.Model) -> Iterator[tuple[int, int, None]]:
             yield 1, 8, None
     for value in inputs:
         value.meta.pop(SUGGESTED, None)
+    yield from _batch_elsewhere(model)
+
+
+def _batch_elsewhere(model: ir.Model) -> Iterator[tuple[int, int, None]]:
+    """Yield with the size of the batch on other axes than the first: states of (layers, batch, width)."""
+    names = [name for name, places in dynamic_sizes(model.graph).items() if any(axis for _, axis in places)]
+    if not 1 < len(names) <= _AXES:
+        return
+    end = time.perf_counter() + _SECONDS
+    for count in range(1, len(names)):
+        for batched in itertools.combinations(names, count):
+            for batch, free_size, _ in _SIZES:
+                if time.perf_counter() > end:
+                    return
+                for value in true_inputs(model):
+                    named = [
+                        None if isinstance(dim, int) else dim.value or own_name(value.name or "", axis)
+                        for axis, dim in enumerate(value.shape or ())
+                    ]
+                    value.meta[SUGGESTED] = tuple(batch if name in batched else None for name in named)
+                yield batch, free_size, None
 
 
 def _more_samples(

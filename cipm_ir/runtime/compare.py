@@ -105,8 +105,11 @@ DOUBTFUL = 100.0
 """Up to this multiple of what is allowed, more noise is measured before two programs count as different."""
 
 _AT_ONCE = 3
-_PATIENCE = 30.0
-"""Once the noise of a slow model took so many seconds, no more of it is measured."""
+_PATIENCE = 60.0
+"""Once the noise of a slow model took so many seconds of the processor, no more of it is measured.
+
+Not of the clock: on a busy machine, a right copy must not count as different for want of time.
+"""
 
 MEASURED = Tolerance()
 """The noise of the first model decides."""
@@ -173,7 +176,7 @@ class Reference:
         everything = [stick for one in self.sticks for stick in one.values()]
         if everything and not any(_informative(stick.expected) for stick in everything):
             return Verification(None, reason="no output has a finite entry on any input", backend=self.backend)
-        start = time.perf_counter()
+        start = time.process_time()
         found = self._compare(actual, tolerance)
         # What is allowed only grows with each way, so that the first one which explains the difference is enough; and
         # with each input that is measured, since noise counts at least as much as is usual over all of them.
@@ -187,7 +190,7 @@ class Reference:
         # Where a value is rounded to a coarse grid inside the model, rounding shows as rare jumps; and of thousands of
         # channels, some look quieter than they are: look longer.
         more = list(self._side.more()) if tolerance.measured else []
-        while more and not found and found.share < DOUBTFUL and time.perf_counter() - start < _PATIENCE:
+        while more and not found and found.share < DOUBTFUL and time.process_time() - start < _PATIENCE:
             ways, more = more[:_AT_ONCE], more[_AT_ONCE:]
             self._measure_noise(ways, self._doubtful(actual, tolerance))
             found = self._compare(actual, tolerance)

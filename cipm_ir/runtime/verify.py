@@ -14,8 +14,8 @@ from cipm_ir.errors import CipmError, InputError, UnsupportedError
 from cipm_ir.ir.bodies import body_graphs
 from cipm_ir.ir.nested import nodes_within
 from cipm_ir.ir.parameters import overridable_inputs
-from cipm_ir.runtime.branches import body_hash, entered, forced, has_bodies, without_functions
-from cipm_ir.runtime.cases import LEAST, own_cases
+from cipm_ir.runtime.branches import EntryCounter, body_hash, forced, has_bodies, without_functions
+from cipm_ir.runtime.cases import LEAST, own_cases, tried
 from cipm_ir.runtime.compare import MEASURED, Case, Outputs, Reference, Tolerance, Verification, named_paths
 from cipm_ir.runtime.endings import Ending, common_endings, endings, output_units
 from cipm_ir.runtime.graphs import all_graphs
@@ -26,6 +26,7 @@ from cipm_ir.runtime.inputs import (
     true_inputs,
 )
 from cipm_ir.runtime.integer_products import computes_in_integers, processor_saturates
+from cipm_ir.runtime.modes import mode_cases, varied
 from cipm_ir.runtime.noise import DRAWS, MORE_DRAWS, nudged, nudged_model
 from cipm_ir.runtime.session import Backend, Runner
 
@@ -59,8 +60,8 @@ class Verifier:
         self._given = [] if data is None else list(itertools.islice(batches(data, model), cases or BATCHES))
         self._endings = endings(model)
         self._made: Reference | None = None
-        self._entered: dict[str, int] | None = None
-        self._branches: dict[str, Verifier | None] = {}
+        self._entered: list[tuple[Feeds, dict[str, int]]] | None = None
+        self._branches: dict[tuple[str, bool], Verifier | None] = {}
         self._forces, self._below = _FORCES, ""
 
     @property
@@ -85,6 +86,8 @@ class Verifier:
         changed = {path for path in paths if body_hash(mine, path) != body_hash(other, path)}
         for path in sorted(paths, key=lambda path: path not in changed):
             verdict = self._forced(path, mine, other, tolerance)
+            if path in changed and (verdict is None or verdict.ok is None):  # other sizes may fit
+                verdict = self._forced(path, mine, other, tolerance, own=True)
             if verdict is not None and verdict.ok is False:
                 return replace(verdict, reason=f"where {path} is taken, {verdict.reason}")
             if verdict is None or verdict.ok is None:
@@ -102,27 +105,47 @@ class Verifier:
         """Bodies that no input enters but constant ones, which tell little; without those below another of them."""
         if self._entered is None:
             assert self._made is not None
+            feeds = [one for one in self._made.feeds if varied(one)] or self._made.feeds
             backend: Backend = "reference" if self._made.backend == "reference" else "onnxruntime"
             try:
-                self._entered = entered(model, [f for f in self._made.feeds if _varied(f)] or self._made.feeds, backend)
+                with EntryCounter(model, backend) as count:
+                    self._entered = [(one, count(one)) for one in feeds]
             except CipmError:
-                self._entered = {path: 0 for path, _, _ in body_graphs(model.graph)}
-        never = {path for path, count in self._entered.items() if not count and path.startswith(self._below)}
-        return [path for path in self._entered if path in never and not any(path.startswith(f"{o}/") for o in never)]
+                self._entered = [(one, {path: 0 for path, _, _ in body_graphs(model.graph)}) for one in feeds]
+        paths = self._entered[0][1]
+        never = {path for path in paths if path.startswith(self._below) and not any(c[path] for _, c in self._entered)}
+        return [path for path in paths if path in never and not any(path.startswith(f"{o}/") for o in never)]
 
-    def _forced(self, path: str, mine: ir.Model, other: ir.Model, tolerance: Tolerance) -> Verification | None:
-        """Compare with one branch always taken; None where that is not possible, or was done often enough."""
+    def _reaching(self, path: str) -> list[Feeds]:
+        """Return the inputs that enter the body around another one."""
+        runs = self._entered or []
+        outer = [known for known in (runs[0][1] if runs else ()) if path.startswith(f"{known}/")]
+        around = max(outer, key=len, default=None)
+        return [feeds for feeds, counts in runs if around is None or counts[around]]
+
+    def _forced(
+        self, path: str, mine: ir.Model, other: ir.Model, tolerance: Tolerance, own: bool = False
+    ) -> Verification | None:
+        """Compare with one branch always taken; None where that is not possible, or was done often enough.
+
+        Args:
+            path: of the branch.
+            mine, other: the models, without functions that hold bodies.
+            tolerance: what counts as equal.
+            own: on inputs drawn for the branch, else on those that get to its If.
+        """
         second = forced(other, path)
-        if path not in self._branches:
+        if (path, own) not in self._branches:
             first = forced(mine, path) if len(self._branches) < self._forces else None
-            self._branches[path] = None if first is None else self._alike(first, path)
-        inner = self._branches[path]
+            self._branches[path, own] = None if first is None else self._alike(first, path, own)
+        inner = self._branches[path, own]
         return None if inner is None or second is None else inner.check(second, tolerance)
 
-    def _alike(self, model: ir.Model, path: str) -> Verifier:
-        """A verifier of a variant that takes a branch, for what is in it, with fewer inputs of its own."""
-        made = Verifier(model, seed=self._seed, cases=min(self._cases or LEAST, LEAST))
-        made._given, made._forces, made._below = self._given, self._forces // 2, f"{path}/"
+    def _alike(self, model: ir.Model, path: str, own: bool) -> Verifier:
+        """A verifier of a variant that takes a branch, for what is in it."""
+        made = Verifier(model, seed=self._seed, cases=min(self._cases or LEAST, LEAST) if own else 0)
+        made._given = [] if own else self._reaching(path)
+        made._forces, made._below = self._forces // 2, f"{path}/"
         return made
 
     def _check(self, model: ir.Model, tolerance: Tolerance) -> Verification:
@@ -263,18 +286,21 @@ def _reference(
         def run(feeds: Feeds) -> Outputs:
             return _with_endings(runner.run(feeds), model, pairs)
 
-        made = [Case(f"batch {k} of the data", feeds, run(feeds)) for k, feeds in enumerate(given)]
-        try:
-            made += own_cases(model, run, np.random.default_rng(seed), cases)
-        except CipmError:
-            if not given:
-                raise
+        if cases == 0:
+            ran = (one for k, feeds in enumerate(given) for one in tried(f"input {k}", feeds, run))
+            made = list(itertools.islice(ran, LEAST))
+            if not made:
+                raise InputError("The model runs on none of the inputs that the other branches take.")
+        else:
+            made = [Case(f"batch {k} of the data", feeds, run(feeds)) for k, feeds in enumerate(given)]
+            try:
+                made += own_cases(model, run, np.random.default_rng(seed), cases)
+            except CipmError:
+                if not given:
+                    raise
+        if optimized:  # not a variant that takes one branch anyway
+            made += mode_cases(without_functions(model), run, made, np.random.default_rng(seed), runner.backend)
     return Reference(OnnxVariants(model, found, seed, runner.backend, optimized), made, units=output_units(model))
-
-
-def _varied(feeds: Feeds) -> bool:
-    """Whether some floating-point input has different entries."""
-    return any(x.dtype.kind not in "iub" and x.size > 1 and bool((x != x.flat[0]).any()) for x in feeds.values())
 
 
 def _runner(

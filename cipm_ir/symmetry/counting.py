@@ -4,7 +4,7 @@ Dynamic sizes count at small stand-ins, or at those of the data that is given: t
 a Squeeze would drop it), other axes at 128, axes of images (the third and later of four or more) at 224. Where a model
 cannot run at these (a window of 400 steps over 128), larger ones are tried. An If costs its dearer branch, or the one
 that a constant condition takes; a Loop its body times the most runs that it can make; a Scan its body times the length
-that it scans.
+that it scans. A branch that cannot run at these sizes costs nothing beside one that can.
 """
 
 from __future__ import annotations
@@ -66,6 +66,11 @@ class Count:
     places: Sequence[Place] = field(repr=False, default=())
 
     @property
+    def left_out(self) -> int:
+        """Number of branches that cannot run at these sizes, and cost nothing."""
+        return sum(place.left_out for place in self.places)
+
+    @property
     def doubtful(self) -> tuple[Unknown, ...]:
         """The nodes that could not be counted, if they could matter; none where all of them together are small."""
         most = [one.most for one in self.unknown]
@@ -102,12 +107,17 @@ def count_macs(
         found = _counted(model, chosen)
         if _squeezed(found.places, shapes or {}):
             found = _counted(model, {name: max(size, 2) for name, size in chosen.items()})
-        if best is None or len(found.unknown) < len(best.unknown):
+        if best is None or _gaps(found) < _gaps(best):
             best = found
-        if not found.unknown:
+        if not any(_gaps(found)):
             break
     assert best is not None
     return best
+
+
+def _gaps(count: Count) -> tuple[int, int]:
+    """Numbers of nodes that could not be counted and of branches that cannot run at these sizes."""
+    return len(count.unknown), count.left_out
 
 
 def _counted(model: ir.Model, sizes: Mapping[str, int]) -> Count:

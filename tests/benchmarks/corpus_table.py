@@ -1,14 +1,15 @@
 """A table of the corpus: one row a model, from units and exact passes to what a slimmer makes of it.
 
     python -m tests.benchmarks.corpus_table [NAME ...] [--columns units,exact,prune,peers] [--peers FOLDER]
-        [--results corpus.jsonl] [--out table.md] [--passes NAME,...] [--repeats 3] [--timeout 600]
+        [--results corpus.jsonl] [--out table.md] [--passes NAME,...] [--repeats 1] [--timeout 60] [--jobs 2]
 
-`make corpus` fetches the models. Each measurement is a process of its own, with a timeout and a limit of memory, and is
-written to `--results` when it is done; what is there already is not measured again, so a run may be resumed.
+`make corpus` fetches the models. Each measurement is limited in time and memory, printed when it is done, and written
+to `--results`; what is there already is not measured again, so a run may be resumed. One that takes longer than
+`--timeout` is a row that says so. `--jobs` models are measured at once, whole commands (peers) one by one at the end.
 
 * units: units and opaque nodes with the sizes that the file leaves open, and with the sizes of the realistic input.
 * exact: every exact pass alone, see `tests.benchmarks.exact_table`: its largest difference on probes and on a realistic
-  input, seconds of the pass and of the verification, peak memory of the process up to then.
+  input, seconds of the pass and of the verification, and the memory that it adds to the model that was read.
 * prune: to 80% and 50% of the multiply-accumulates: valid, runs, how far outputs move, relative to their largest entry.
 * peers: nodes without Constants, wall seconds (the least of `--repeats`) and peak memory of the whole command:
   `cipm optimize`, the same without verification, onnxslim and onnxsim from the folder `--peers` (the bin of a virtual
@@ -20,30 +21,29 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 from tests.benchmarks.exact_table import apart, exact_passes
+from tests.benchmarks.forked import Row, forked, lines_of
 from tests.corpus import corpus, path_of
 from tests.corpus.inputs import Feeds, samples
 from tests.double_precision import Single
 
 import cipm_ir
-from cipm_ir.errors import CipmError, InputError
+from cipm_ir.errors import InputError
 from cipm_ir.runtime.inputs import batches
-
-Row: TypeAlias = dict[str, Any]
 
 COLUMNS = "units", "exact", "prune", "peers"
 BUDGETS = 0.8, 0.5
@@ -141,37 +141,23 @@ _MEASURES: Mapping[str, Callable[[str], Row]] = {
 }
 
 
-def one(name: str, what: str) -> Row:
-    """Measure, and turn every error into a row."""
-    try:
-        return _MEASURES[what](name)
-    except CipmError as error:
-        return {"refused": f"{type(error).__name__}: {str(error)[:200]}"}
-    except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        return {"crash": f"{type(error).__name__}: {str(error)[:160]} ({Path(place.filename).name}:{place.lineno})"}
-
-
 # --- processes ------------------------------------------------------------------------------------
 
 
-def in_a_process(name: str, what: str, timeout: int, gigabytes: int) -> Row:
-    """Measure in a process of its own, limited in time and memory."""
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_AS, (gigabytes << 30, gigabytes << 30))
-
-    command = [sys.executable, "-m", "tests.benchmarks.corpus_table", name, "--one", what]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, preexec_fn=limit, check=False)
-    except subprocess.TimeoutExpired:
-        return {"crash": f"no result after {timeout} s"}
-    rows: list[Row] = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    last = done.stderr.strip().splitlines()[-1][:160] if done.stderr.strip() else ""
-    return rows[-1] if rows else {"crash": f"status {done.returncode} {last}"}
+def in_a_process(name: str, wanted: Sequence[str], timeout: float, gigabytes: int) -> Iterator[tuple[str, Row]]:
+    """Take measurements in forks of one process, limited in time and memory."""
+    command = [sys.executable, "-m", "tests.benchmarks.corpus_table", name, "--one", ",".join(wanted)]
+    command += ["--timeout", str(timeout)]
+    missing = list(wanted)
+    for row in lines_of(command, timeout * (len(wanted) + 1), gigabytes):
+        if "what" in row:
+            missing.remove(row["what"])
+            yield row["what"], row["row"]
+        else:
+            yield from ((what, row) for what in missing)
 
 
-def command(arguments: Sequence[str], timeout: int) -> Row:
+def command(arguments: Sequence[str], timeout: float) -> Row:
     """Run a command: wall and CPU seconds, peak memory in MB, exit code (-9: killed after `timeout` seconds)."""
     launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(timeout), *arguments]
     done: Row = json.loads(subprocess.run(launcher, capture_output=True, text=True, check=True).stdout)
@@ -190,7 +176,7 @@ def count_nodes(path: Path) -> int:
     return of(model.graph)
 
 
-def peers(name: str, folder: Path | None, repeats: int, timeout: int) -> Row:
+def peers(name: str, folder: Path | None, repeats: int, timeout: float) -> Row:
     """Run the whole command of ours and of others: nodes, seconds and memory of each."""
     source = path_of(name)
     made: Row = {"nodes": count_nodes(source)}
@@ -207,15 +193,15 @@ def peers(name: str, folder: Path | None, repeats: int, timeout: int) -> Row:
     return made
 
 
-def exact(name: str, passes: Sequence[str], timeout: int, gigabytes: int) -> Iterator[tuple[str, Row]]:
-    """Measure every exact pass, each in a process of its own, so that its peak of memory is its own."""
+def exact(name: str, passes: Sequence[str], timeout: float, gigabytes: int) -> Iterator[tuple[str, Row]]:
+    """Measure every exact pass."""
     with tempfile.TemporaryDirectory() as scratch:
         feeds, data = samples(name, 1), None
         if readable(path_of(name), feeds):
             data = Path(scratch) / f"{name}.npz"
             np.savez(data, allow_pickle=False, **feeds[0])
-        for one_pass in passes:
-            yield one_pass, next(apart(path_of(name), [one_pass], data, timeout, gigabytes))
+        for row in apart(path_of(name), passes, data, timeout, gigabytes):
+            yield f"exact {row['pass']}", row
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -225,7 +211,7 @@ class Results:
     """Measurements in a file, one line each; the last of a kind counts."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path, self._lock = path, threading.Lock()
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         self.rows = {(row["model"], row["what"]): row["row"] for row in map(json.loads, lines)}
 
@@ -233,8 +219,8 @@ class Results:
         return (name, what) not in self.rows
 
     def add(self, name: str, what: str, row: Row) -> None:
-        self.rows[name, what] = row
-        with self._path.open("a", encoding="utf-8") as file:
+        with self._lock, self._path.open("a", encoding="utf-8") as file:
+            self.rows[name, what] = row
             print(json.dumps({"model": name, "what": what, "row": row}), file=file)
 
     def of(self, name: str, what: str) -> Row:
@@ -290,7 +276,7 @@ def markdown(results: Results, names: Sequence[str], columns: Sequence[str], pas
             "times rounding",
             "pass s",
             "verification s",
-            "peak MB",
+            "added MB",
             "verdict",
             "",
         )
@@ -332,18 +318,33 @@ def _peer_line(name: str, row: Row) -> list[Any]:
 
 
 def measure(results: Results, names: Sequence[str], given: argparse.Namespace, passes: Sequence[str]) -> None:
-    """Measure what is missing, model by model."""
+    """Measure what is missing and print it as it comes: several models at once, then whole commands one by one."""
+    begin = time.monotonic()
+
+    def note(name: str, what: str, row: Row) -> None:
+        results.add(name, what, row)
+        print(f"{time.monotonic() - begin:.0f} s, {name}, {what}: {_in_a_line(row)}", file=sys.stderr, flush=True)
+
+    def inside(name: str) -> None:
+        wanted = [what for what in _MEASURES if what.split()[0] in given.columns and results.missing(name, what)]
+        if wanted:
+            for what, row in in_a_process(name, wanted, given.timeout, given.memory):
+                note(name, what, row)
+        wanted = [one for one in passes if "exact" in given.columns and results.missing(name, f"exact {one}")]
+        if wanted:
+            for what, row in exact(name, wanted, given.timeout, given.memory):
+                note(name, what, row)
+
+    with ThreadPoolExecutor(given.jobs) as pool:
+        list(pool.map(inside, names))
     for name in names:
-        for what in ("units", *(f"prune {budget:g}" for budget in BUDGETS)):
-            if what.split()[0] in given.columns and results.missing(name, what):
-                results.add(name, what, in_a_process(name, what, given.timeout, given.memory))
-        wanted = [one_pass for one_pass in passes if results.missing(name, f"exact {one_pass}")]
-        if "exact" in given.columns and wanted:
-            for one_pass, row in exact(name, wanted, given.timeout, given.memory):
-                results.add(name, f"exact {one_pass}", row)
         if "peers" in given.columns and results.missing(name, "peers"):
-            results.add(name, "peers", peers(name, given.peers, given.repeats, given.timeout))
-        print(f"{name} done", file=sys.stderr, flush=True)
+            note(name, "peers", peers(name, given.peers, given.repeats, given.timeout))
+
+
+def _in_a_line(row: Row) -> str:
+    shown = {key: f"{value:.3g}" if isinstance(value, float) else value for key, value in row.items() if value != ""}
+    return ", ".join(f"{key} {value}" for key, value in shown.items() if key not in ("model", "pass"))[:240]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -355,8 +356,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--peers", type=Path, help="folder with the commands onnxslim and onnxsim")
     parser.add_argument("--results", type=Path, default=Path("corpus.jsonl"), help="file of what was measured")
     parser.add_argument("--out", type=Path, help="file for the tables; without it they are printed")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each whole command")
-    parser.add_argument("--timeout", type=int, default=600, help="seconds for one measurement")
+    parser.add_argument("--repeats", type=int, default=1, help="runs of each whole command")
+    parser.add_argument("--timeout", type=float, default=60, help="seconds for one measurement")
+    parser.add_argument("--jobs", type=int, default=2, help="models at once, but for column peers")
     parser.add_argument("--memory", type=int, default=12, help="gigabytes of address space for one measurement")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
@@ -369,7 +371,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"not there: {', '.join(missing)}; `make corpus` fetches models")
     if given.one:
         warnings.simplefilter("ignore")
-        print(json.dumps(one(names[0], given.one)))
+        for what in given.one.split(","):
+            row = forked(functools.partial(_MEASURES[what], names[0]), given.timeout)
+            print(json.dumps({"what": what, "row": row}), flush=True)
         return
     results = Results(given.results)
     measure(results, names, given, given.passes)

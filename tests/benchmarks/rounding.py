@@ -59,7 +59,7 @@ class Reference:
                 continue  # some models run only without optimizations
             for place, (_, given) in enumerate(feeds):
                 moved = given if k == 0 else {name: _moved(value, rng) for name, value in given.items()}
-                _widen(rounding[place], outputs[place], runner.run(moved))
+                widen(rounding[place], outputs[place], runner.run(moved))
         for one, found in zip(outputs, rounding, strict=True):
             for key, value in one.items():
                 unit = 2 * _HALF.get(value.dtype.name, 2.0**-24) if is_float(value) else 0.0
@@ -91,7 +91,8 @@ def _moved(array: Array, rng: np.random.Generator) -> Array:
     return np.asarray(array.astype(np.float64) * (1 + rng.uniform(-2 * half, 2 * half, array.shape)), array.dtype)
 
 
-def _widen(rounding: Outputs, expected: Outputs, moved: Outputs) -> None:
+def widen(rounding: Outputs, expected: Outputs, moved: Outputs) -> None:
+    """Let the rounding of each channel cover another run."""
     for key, value in expected.items():
         if value.shape == moved[key].shape:
             rounding[key] = np.maximum(rounding[key], by_channel(np.abs(_wide(moved[key]) - _wide(value))))

@@ -200,6 +200,21 @@ def _voicefilter(k: int) -> Feeds:
     return {"stacked_logmel": stacked.astype(np.float32), "dvec": voice, "h0": zeros, "c0": zeros}
 
 
+def _gtcrn(k: int) -> Feeds:
+    # One frame in the middle of a sentence, with what earlier frames left in the caches.
+    frame = speech(k, 1)[6000:6512] * np.sqrt(np.hanning(512))
+    turned = np.fft.rfft(frame)
+    shapes = {"conv_cache": (2, 1, 16, 16, 33), "tra_cache": (2, 3, 1, 1, 16), "inter_cache": (2, 1, 33, 16)}
+    rng = np.random.default_rng([k, 5])
+    caches = {name: (0.2 * rng.standard_normal(shape)).astype(np.float32) for name, shape in shapes.items()}
+    return {"mix": np.stack([turned.real, turned.imag], -1)[None, :, None].astype(np.float32), **caches}
+
+
+def _dtln(k: int) -> Feeds:
+    states = 0.2 * np.random.default_rng([k, 6]).standard_normal((1, 2, 128, 2))
+    return {"input_4": speech(k, 1)[None, None, 6000:6512], "input_5": states.astype(np.float32)}
+
+
 def _signals(k: int) -> Feeds:
     # Counts of vehicles over a day: two rush hours, and which detector is on.
     rng = np.random.default_rng([k, 3])
@@ -234,6 +249,8 @@ INPUTS: Mapping[str, Callable[[int], Feeds]] = {
     "silero_op15": _silero,
     "silero_v6": _silero_v6,
     "silero_v4": _silero_v4,
+    "gtcrn": _gtcrn,
+    "dtln_wave": _dtln,
     "basic_pitch": lambda k: {"serving_default_input_2:0": speech(k, 43844 / 22050, 22050)[None, :, None]},
     "magika": _magika,
     "aecmos": functools.partial(_aecmos, size=64),
