@@ -29,6 +29,7 @@ from tests.mutations import weights
 
 import cipm_ir
 from cipm_ir.errors import InputError, SymmetryError
+from cipm_ir.passes.verified_run import RolledBack
 from cipm_ir.runtime.inputs import batches
 from cipm_ir.runtime.verify import verify_models
 from cipm_ir.symmetry.program import Program
@@ -40,6 +41,7 @@ SMALLER = ("prune{{macs={}}}",)
 # rule. They may refuse, and say why; no other may.
 MAY_REFUSE = {
     "gtcrn",  # caches between frames fix its channels
+    "ppocr5_rec_fp16",  # once units are gone, float16 overflows on inputs of 0 to 255, which verification tries
     "nakdimon",  # how often its Loops run is not known
     "silero_v4",  # branches of different ranks
     "slanet",
@@ -114,7 +116,9 @@ def test_exact_passes_keep_their_promise(case: Case) -> None:
 def test_what_is_made_smaller_is_valid_and_runs(case: Case, smaller: str, budget: float) -> None:
     try:
         result = cipm_ir.optimize(case.program, [smaller.format(budget)], data=case.data, on_failure="raise")
-    except SymmetryError as error:
+    except (SymmetryError, RolledBack) as error:
+        if isinstance(error, RolledBack):
+            assert "NaN or infinities" in str(error), str(error)
         if case.name not in MAY_REFUSE:
             raise
         pytest.skip(f"refused: {error}")

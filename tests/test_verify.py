@@ -318,3 +318,13 @@ def test_backends_can_be_named_and_failures_are_told_apart() -> None:
     half = network(W1.astype(ml_dtypes.bfloat16), W2.astype(ml_dtypes.bfloat16), TensorProto.BFLOAT16)
     with pytest.raises(UnsupportedError, match="BFLOAT16"):
         Runner(half, backend="onnxruntime")
+
+
+def test_the_reason_tells_of_infinities_first() -> None:
+    """Where nothing is allowed every difference is infinitely too large; one input overflows."""
+    graph = "g (float[N, 2] x) => (float[N, 2] y) <float[2] w = {1, 1}> { y = Mul(x, w) }"
+    first = ir.from_onnx_text(f'<ir_version: 9, opset_import: ["" : 17]> {graph}')
+    second = ir.from_onnx_text(f'<ir_version: 9, opset_import: ["" : 17]> {graph.replace("{1, 1}", "{2, 3}")}')
+    data = [np.full((2, 2), size, np.float32) for size in (1.0, 2e38)]
+    found = verify_models(first, second, data=[{"x": x} for x in data], rtol=0.0, atol=0.0)
+    assert found.ok is False and "NaN or infinities" in found.reason, str(found)

@@ -198,14 +198,15 @@ class Reference:
 
     def _compare(self, actual: Sequence[Outputs], tolerance: Tolerance) -> Verification:
         worst: dict[str, tuple[float, float]] = {}
-        reason, share = "", 0.0
+        reason, share, told = "", 0.0, 0.0
         for label, one, got in zip(self.labels, self.sticks, actual, strict=True):
             for name in (name for name in one if name in got):
                 found = compare(one[name], got[name], tolerance)
                 before = worst.get(name, (0.0, 0.0))
                 worst[name] = (max(before[0], found.max_abs), max(before[1], found.max_rel))
-                if found.why and (not reason or found.share > share):
-                    reason = f"output {name!r}: {found.why} (input: {label})"
+                # Where nothing is allowed every share is infinite; the reason tells of NaN or infinities first.
+                if found.why and (not reason or (found.share, found.max_abs) > (share, told)):
+                    reason, told = f"output {name!r}: {found.why} (input: {label})", found.max_abs
                 share = max(share, found.share)
         max_abs = max((pair[0] for pair in worst.values()), default=0.0)
         max_rel = max((pair[1] for pair in worst.values()), default=0.0)
