@@ -71,7 +71,7 @@ COARSE: dict[str, tuple[str, str]] = {
     "STFT": ("free runs tiled uniform", "the window is from outside, positions are fixed"),
     "ScatterND": ("uniform", "no axis of the result is uniform"),
     "Shape": ("free joint runs tiled", "nothing of it depends on entries"),
-    "Size": ("free joint runs tiled", "nothing of it depends on entries"),
+    "Size": ("free joint", "nothing of it depends on entries"),
     "TopK": ("uniform", "the largest of equal entries along the axis itself"),
     "Upsample": ("uniform", "an interpolation of equal entries"),
     "com.microsoft::Attention": (

@@ -138,8 +138,8 @@ BETWEEN: dict[str, Function] = {
 SYMMETRIC: dict[str, tuple[Callable[[], nn.Module], torch.Tensor, list[int]]] = {
     **{f"heads by {how}": (partial(Attention, how), _TOKENS, HEADS) for how in ("unbind", "index", "chunk", "split")},
     **{f"between: {name}": (partial(Between, f), _IMAGE, [8]) for name, f in BETWEEN.items()},
-    "interleaved heads": (partial(Grouped, True), _TOKENS, [2, 4, 4, 4, 4]),
-    "expanded heads": (partial(Grouped, False), _TOKENS, [2, 4, 4, 4, 4]),
+    "interleaved heads": (partial(Grouped, True), _TOKENS, [2, 2, 2, 4, 4, 4, 4]),
+    "expanded heads": (partial(Grouped, False), _TOKENS, [2, 2, 2, 4, 4, 4, 4]),
     "class token": (Token, _IMAGE, [6]),
     "gate by chunk": (partial(Gated, lambda y: y.chunk(2, -1)), _TOKENS, [8]),
     "gate by split": (partial(Gated, lambda y: y.split(8, -1)), _TOKENS, [8]),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from cipm_ir.errors import InputError
 from cipm_ir.ir.components import connected_components
 from cipm_ir.ir.labels import ZERO, Factor, Labels, mix, occurrence_rank
 
@@ -125,7 +126,15 @@ class Recorder:
 
     # permutation structure
     def unify(self, a: Labels, b: Labels) -> None:
-        """Atoms at equal positions of ``a`` and ``b`` (equal shapes) move together."""
+        """Atoms at equal positions of ``a`` and ``b`` (equal shapes) move together.
+
+        Raises:
+            InputError: their sizes differ.
+        """
+        if a.size != b.size:
+            raise InputError(
+                f"Axes of {a.size} and {b.size} entries meet at node {self.node} of the graph; correct the shapes."
+            )
         if a is b or (a.shape == b.shape and a.size and a.flat[0] == b.flat[0] and np.array_equal(a, b)):
             return
         self.unifications.append(Unification(_flat(a), _flat(b), self.node))

@@ -212,8 +212,8 @@ class Literals:
         resize = NodeResize(self, maker, self.editor.nodes.index(maker))
         target, shape = resize.literal(1), resize.old_out(0)
         place = axis - len(shape) + (0 if target is None else target.size)
-        if name in self.shapes or target is None or place < 0 or target[place] != old:
-            return False
+        if name in self.shapes or target is None or place < 0 or target[place] != old or resize.names[1] in self.now:
+            return False  # a target that has become another by itself is held at what it was
         made = target.copy()
         made[place] = length
         resize.set_literal(1, made)
