@@ -17,7 +17,7 @@ from cipm_ir.backends.to_torch import Emitted, emit_graph, emit_rewritten, emit_
 from cipm_ir.backends.to_torch_runs import as_array, near
 from cipm_ir.errors import CipmError
 from cipm_ir.ir.capture import Capture
-from cipm_ir.runtime.cases import RECIPES, affordable_cases, own_cases, tried
+from cipm_ir.runtime.cases import RECIPES, affordable_cases, own_cases, rows_of_tables, tried
 from cipm_ir.runtime.compare import MEASURED, Array, Case, Outputs, Reference, Tolerance, Variants, Verification
 from cipm_ir.runtime.endings import Ending, common_endings, endings, softmax_units
 from cipm_ir.runtime.inputs import Data, Feeds, batches, random_inputs_like, true_inputs
@@ -204,7 +204,7 @@ class TorchVerifier:
         start = time.perf_counter()
         made = [] if given else [Case("example", examples, run(examples))]
         most = affordable_cases(time.perf_counter() - start) if self._cases is None else self._cases
-        for recipe in RECIPES[: most - len(made)]:
+        for recipe in [*RECIPES, *rows_of_tables(self._inputs, examples)][: max(most - len(made), 0)]:
             made += tried(recipe.name, random_inputs_like(self._inputs, examples, rng, recipe), run)
         return made
 

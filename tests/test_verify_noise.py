@@ -201,6 +201,16 @@ def test_every_row_of_a_table_is_reached(row: int) -> None:
     assert verify_models(embedding(table), embedding(other)).ok is False
 
 
+@pytest.mark.parametrize("row", [0, 1, 431, 499])
+def test_every_row_of_a_table_is_reached_at_a_fixed_size(row: int) -> None:
+    table = RNG.standard_normal((500, 3)).astype(np.float32)
+    other = table.copy()
+    other[row, 1] *= np.float32(1.001)
+    made = [model([("Gather", ["t", "x"], "y")], {"t": t}, x=(INT64, [2, 16]), y=(FLOAT, 3)) for t in (table, other)]
+    assert verify_models(made[0], made[0]).ok
+    assert verify_models(*made).ok is False
+
+
 @pytest.mark.parametrize("epsilon", [0.0, 1e-9])
 def test_silence_is_an_input(epsilon: float) -> None:
     """log(|x| + 1e-10) differs from its neighbours at 0 only."""

@@ -22,12 +22,13 @@ from cipm_ir.runtime.inputs import (
     has_open_batch,
     largest_table,
     overrides,
+    parts_of_tables,
     random_inputs,
     true_inputs,
 )
 from cipm_ir.runtime.noise import DRAWS
 
-__all__ = ["LEAST", "RECIPES", "affordable_cases", "own_cases", "tried"]
+__all__ = ["LEAST", "RECIPES", "affordable_cases", "own_cases", "rows_of_tables", "tried"]
 
 RECIPES = (
     Recipe("random"),
@@ -61,6 +62,7 @@ LEAST = 3
 """So many inputs at least, unless a run takes very long."""
 _PATIENCE = 30.0
 _LONG_COST = 200
+_PARTS = 64
 _AXES = 4
 """With so many open axes, each is tried at the size of the batch."""
 
@@ -100,9 +102,19 @@ def _own_cases(
             if ran := tried(recipe.name, drawn | other, run):  # some models only take the batch that was found
                 made += ran
                 break
-    if len(made) < most and seconds * _LONG_COST < _SECONDS:
-        made += _long(model, run, rng, limit)
+    long = _long(model, run, rng, limit) if len(made) < most and seconds * _LONG_COST < _SECONDS else []
+    if long:
+        return made + long
+    for recipe in rows_of_tables(model, first.feeds)[: max(most - len(made), 0)]:
+        drawn = random_inputs(model, rng, batch, free_size=free_size, index_limit=limit, recipe=recipe)
+        made += tried(recipe.name, drawn, run)
     return made
+
+
+def rows_of_tables(model: ir.Model, feeds: Feeds) -> list[Recipe]:
+    """Return recipes that together reach every row of a table, or many, with inputs of the sizes of one."""
+    parts = parts_of_tables(model, feeds)
+    return [Recipe(f"rows, part {k + 1} of {parts}", part=k) for k in range(min(parts, _PARTS))] if parts > 1 else []
 
 
 def affordable_cases(seconds: float, budget: float = _SECONDS) -> int:

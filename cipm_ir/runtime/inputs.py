@@ -45,12 +45,14 @@ class Recipe:
             "zeros" or "ones".
         factor: floats are multiplied by it.
         integers: "random", or "low" or "high" for the ends of their range; booleans are false and true there.
+        part: random integers are those of this part of their range, of as many as the input holds, in random order.
     """
 
     name: str
     floats: str = "normal"
     factor: float = 1.0
     integers: str = "random"
+    part: int | None = None
 
     @property
     def constant(self) -> bool:
@@ -155,8 +157,17 @@ def _random_input(
     if recipe.integers in ("low", "high"):
         return np.full(shape, low if recipe.integers == "low" else high - 1, dtype.numpy())
     count = math.prod(shape)
+    if recipe.part is not None:
+        made = low + (recipe.part * count + rng.permutation(count)) % (high - low)
+        return np.asarray(made.reshape(shape).astype(dtype.numpy()))
     rounds = [rng.permutation(np.arange(low, high)) for _ in range(-(-count // (high - low)))]
     return np.asarray(np.concatenate([*rounds, np.zeros(0)])[:count].reshape(shape)).astype(dtype.numpy())
+
+
+def parts_of_tables(model: ir.Model, feeds: Feeds) -> int:
+    """Return how many inputs of the sizes of one it takes to reach every row of each table that integers index."""
+    sizes = ((table_size(value) or 0, feeds[value.name or ""].size) for value in true_inputs(model))
+    return max((-(-rows // count) for rows, count in sizes if count), default=0)
 
 
 def largest_table(model: ir.Model) -> int:
