@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tests import zoo
 
 import cipm_ir
-from cipm_ir.ir import varying
+from cipm_ir.ir import stand_ins, varying
 from cipm_ir.ir.constants import evaluate
 from cipm_ir.ir.labels import Array
 from cipm_ir.ir.stand_ins import infer_shapes
@@ -180,6 +180,34 @@ def test_a_batch_that_a_constant_fixes_is_found() -> None:
 
     assert units(net("batch")) == units(net(1))
     assert infer_shapes(ir.from_proto(net("batch"))).only == {"batch": 1}
+
+
+def tries(model: ir.Model, monkeypatch: pytest.MonkeyPatch) -> tuple[int, dict[str, Any]]:
+    """How many sizes are tried for a model, and its shapes."""
+    count = 0
+    once = stand_ins._Search._try
+
+    def counted(search: Any, sizes: Any) -> Any:
+        nonlocal count
+        count += 1
+        return once(search, sizes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stand_ins._Search, "_try", counted)
+        found = infer_shapes(model)
+    return count, {"first": found.first, "second": found.second, "only": found.only}
+
+
+def test_sizes_that_fitted_are_tried_first_in_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ir.from_proto(recognizer("h"))
+    all_of_them, found = tries(model, monkeypatch)
+    few, again = tries(model.clone(), monkeypatch)
+    assert few < all_of_them / 2 and again == found
+    # A copy that they do not fit is searched as if nothing were known.
+    other, fresh = ir.from_proto(recognizer("h")), ir.from_proto(skip_net(("n", 3, "h", "w"), "Add", 2))
+    infer_shapes(other)
+    fresh.graph.meta.update(other.graph.meta)
+    assert infer_shapes(fresh).first == infer_shapes(ir.from_proto(skip_net(("n", 3, "h", "w"), "Add", 2))).first
 
 
 def test_recorded_sizes_of_inner_values_are_not_believed() -> None:

@@ -46,6 +46,7 @@ _SIDES = (48, 224, 32, 64, 256, 96, 128, 28, 16, 8, 4, 384, 320, 640, 512, 299, 
 """Sides of images that a model may be made for."""
 _HINTS = 12
 _EFFORT = 30_000
+_FOUND = "cipm:stand_ins"
 """Nodes to look at in the search for sizes that a model is made for."""
 
 Sizes = Mapping[str, int]
@@ -66,6 +67,16 @@ class _Table:
     shapes: dict[str, Shape]
     wrong: int
     empty: int
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Sizes that fitted a model, which copies of it take along: suggested ones, both choices, and further ones."""
+
+    given: Mapping[str, int | None]
+    first: Sizes
+    second: Sizes
+    others: Sequence[Sizes]
 
 
 def infer_shapes(model: ir.Model) -> Shapes:
@@ -105,6 +116,33 @@ class _Search:
 
     def run(self) -> Shapes:
         dims = self._dims()
+        again = self._known(dims)
+        first, second = again or self._searched(dims)
+        others = [t for t in self.tables if t is not first and t is not second and not t.wrong]
+        given = {key: dim.given for key, dim in dims.items()}
+        self.model.graph.meta[_FOUND] = _Found(given, first.sizes, second.sizes, [t.sizes for t in others])
+        only = {key: n for key, n in first.sizes.items() if second.sizes[key] == n}
+        _forget_single_steps(first, [second, *others])
+        return Shapes(first.shapes, second.shapes, dict(first.sizes), self.types, tuple(t.shapes for t in others), only)
+
+    def _known(self, dims: Mapping[str, _Dim]) -> tuple[_Table, _Table] | None:
+        """The two choices that were found for the model that this one was made of, where they fit here too."""
+        found = self.model.graph.meta.get(_FOUND)
+        if not isinstance(found, _Found) or found.given != {key: dim.given for key, dim in dims.items()}:
+            return None
+        first, second = self._try(found.first), self._try(found.second)
+        if first is None or second is None or first.wrong or second.wrong or first.empty or second.empty:
+            self.tables.clear()
+            return None
+        for sizes in found.others:
+            self._try(sizes)
+        return first, second
+
+    def _searched(self, dims: Mapping[str, _Dim]) -> tuple[_Table, _Table]:
+        """The two choices that fit best, and tables of further ones.
+
+        Raises: `InputError` where ONNX finds the model inconsistent at all sizes.
+        """
         for number, multiples in enumerate(_MULTIPLES):
             made = [self._try(_multiples(dims, which, *multiples)) for which in (0, 1)]
             first, second = made
@@ -117,13 +155,9 @@ class _Search:
             pair = self._fixed(dims) or pair
         if pair is None:
             raise self.error or InputError("The shapes of the model could not be inferred.")
-        first, second = pair
         for control in _CONTROLS:
             self._try(_multiples(dims, *control))
-        others = [t for t in self.tables if t is not first and t is not second and not t.wrong]
-        only = {key: n for key, n in first.sizes.items() if second.sizes[key] == n}
-        _forget_single_steps(first, [second, *others])
-        return Shapes(first.shapes, second.shapes, dict(first.sizes), self.types, tuple(t.shapes for t in others), only)
+        return pair
 
     def _dims(self) -> dict[str, _Dim]:
         """The dynamic dimensions of the inputs by key, each as it stands at its first place."""
