@@ -29,6 +29,8 @@ _OFFSETS = (0.5, 0.3, 0.7)
 _MANY = 5000
 """From so many unknowns on, fewer offsets are tried."""
 _BLUNT = (6.0, 16.0, 48.0)
+_ENOUGH = 3e-5
+"""Of more magnitudes than `IN_MEMORY`, each step has to gain as much per weight: 0.0001 dB. Each takes a reading."""
 IN_MEMORY = 1 << 24
 """Up to so many magnitudes an objective keeps all of them, and their norms, as they are: 256 MB."""
 
@@ -107,7 +109,7 @@ class Objective:
         alpha: between 0, only weights are quantized, and 1, only activations are (one step per tensor), as in
             SmoothQuant; activations count where their magnitudes are known.
         in_memory: up to so many magnitudes (`IN_MEMORY`) are kept as they are; of more, norms are kept rounded
-            (`Coded`).
+            (`Coded`), and steps that gain less than ``least`` end the search.
     """
 
     def __init__(
@@ -124,6 +126,7 @@ class Objective:
             if isinstance(side.size, Grid) and not large:
                 side.size = side.size.size()
             shapes.setdefault((side.shape, side.peak is None, isinstance(side.size, Grid)), []).append(side)
+        self.least = _ENOUGH * len(sides) if large else 0.0
         self.stacks: list[_Stack] = []
         tables, place = [], 0
         for found in shapes.values():
@@ -294,9 +297,12 @@ def _side(term: Term, free: npt.NDArray[np.int64], per: Per) -> _Side | None:
 def solve(objective: Objective, progress: Callable[[float], None] | None = None) -> Floats:
     """Log-scales (natural) that minimize the objective."""
     t = objective.start()
+    options: dict[str, Any] = {"maxiter": _STEPS, "maxcor": 20}
     for k, sharpness in enumerate(SHARPNESS):
         objective.expand(t, sharpness)
-        t = np.asarray(minimize(objective, t, jac=True, method="L-BFGS-B", options={"maxiter": _STEPS, "maxcor": 20}).x)
+        if objective.least:
+            options["ftol"] = objective.least / max(abs(objective(t)[0]), 1.0)
+        t = np.asarray(minimize(objective, t, jac=True, method="L-BFGS-B", options=options).x)
         if progress is not None:
             progress((k + 1) / len(SHARPNESS))
     return t
@@ -305,11 +311,18 @@ def solve(objective: Objective, progress: Callable[[float], None] | None = None)
 def rounded(objective: Objective, t: Floats) -> npt.NDArray[np.int64]:
     """Exponents of two near some log-scales: rounded with several offsets, each improved by steps of one; the best.
 
-    An offset of all units of a space changes no weight's noise, but which of them are rounded up.
+    An offset of all units of a space changes no weight's noise, but which of them are rounded up. Scales of 1 are
+    improved too, unless every step takes a reading of large weights: then they are only compared with.
     """
     offsets = _OFFSETS if objective.count < _MANY else _OFFSETS[:1]
-    starts = [np.zeros(objective.count), *(np.floor(t / _LOG2 + offset) for offset in offsets)]
-    found = [_descended(objective, z) for z in starts]
+    still = np.zeros(objective.count)
+    starts = [np.floor(t / _LOG2 + offset) for offset in offsets]
+    if objective.least:
+        objective.expand(still, _BLUNT[-1])
+        found = [(objective(still)[0], still)]
+    else:
+        found = [_descended(objective, still)]
+    found += [_descended(objective, z) for z in starts]
     return min(found, key=lambda pair: pair[0])[1].astype(np.int64)
 
 
@@ -325,6 +338,7 @@ def _descended(objective: Objective, z: Floats) -> tuple[float, Floats]:
 def _stepped(objective: Objective, z: Floats) -> tuple[float, Floats]:
     """The moves that promise most are made together: fewer where that does not help, more where it does."""
     now = objective.shares(z * _LOG2)
+    least = max(_LEAST, objective.least)
     batch = max(objective.count // 4, 1)
     for _ in range(_ROUNDS):
         both = np.stack([objective.moves(now, _LOG2), objective.moves(now, -_LOG2)])
@@ -336,7 +350,7 @@ def _stepped(objective: Objective, z: Floats) -> tuple[float, Floats]:
             trial = z.copy()
             trial[good[:batch]] += step[good[:batch]]
             found = objective.shares(trial * _LOG2)
-            if found.value < now.value - _LEAST:
+            if found.value < now.value - least:
                 break
             batch //= 2
         if not batch:
