@@ -297,7 +297,7 @@ def _side(term: Term, free: npt.NDArray[np.int64], per: Per) -> _Side | None:
 def solve(objective: Objective, progress: Callable[[float], None] | None = None) -> Floats:
     """Log-scales (natural) that minimize the objective."""
     t = objective.start()
-    options: dict[str, Any] = {"maxiter": _STEPS, "maxcor": 20}
+    options: Any = {"maxiter": _STEPS, "maxcor": 20}
     for k, sharpness in enumerate(SHARPNESS):
         objective.expand(t, sharpness)
         if objective.least:
