@@ -130,8 +130,9 @@ class GraphFacts:
         if attribute(node, "output_shape"):
             return None  # ONNX forgets axes where it is smaller than the input
         if node.op_type not in ("Resize", "Upsample"):
-            plain = attribute(node, "auto_pad", "NOTSET") == "NOTSET" and not attribute(node, "ceil_mode", 0)
-            return dims if plain else (*dims[:2], *(None for _ in dims[2:]))
+            if attribute(node, "auto_pad", "NOTSET") != "NOTSET":
+                return (*dims[:2], *(None for _ in dims[2:]))
+            return self._without_rest(node, dims) if attribute(node, "ceil_mode", 0) else dims
         if node.op_type == "Resize" and attribute(node, "keep_aspect_ratio_policy", "stretch") != "stretch":
             return tuple(None for _ in dims)
         place = 1 if node.op_type == "Upsample" or len(node.inputs) == 2 else 2
@@ -144,6 +145,22 @@ class GraphFacts:
             d if shape is not None and _exact_product(shape[k], scale.get(k, scale.get(k - len(dims), 1.0))) else None
             for k, d in enumerate(dims)
         )
+
+    def _without_rest(self, node: ir.Node, dims: Dims) -> Dims:
+        """Forget the sizes that a pool rounds up: all but those where its windows fill the padded input to the end."""
+        shape, kernel = self.shape(node.inputs[0]), attribute(node, "kernel_shape")
+        count = len(dims) - 2
+        if shape is None or kernel is None or len(kernel) != count or len(shape) != len(dims):
+            return (*dims[:2], *(None for _ in dims[2:]))
+        pads = attribute(node, "pads") or [0] * (2 * count)
+        strides, dilations = (attribute(node, key) or [1] * count for key in ("strides", "dilations"))
+        made = list(dims)
+        for k in range(count):
+            size = shape[k + 2]
+            window = dilations[k] * (kernel[k] - 1) + 1
+            rest = (size + pads[k] + pads[k + count] - window) % strides[k] if isinstance(size, int) else None
+            made[k + 2] = dims[k + 2] if rest == 0 else None
+        return tuple(made)
 
     def _as_data(self, value: ir.Value, dtype: ir.DataType) -> Array | None:
         computed = self.constant_entries(value)

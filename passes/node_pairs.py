@@ -6,6 +6,7 @@
 | two that keep the order of all entries, see `reshapes` | one Reshape | the sizes are proven but for one |
 | Reshape that merges axes, Transpose, Reshape | Transpose, Reshape | see `reshapes.turn_before_merging` |
 | a node that only a Shape consumes | the Shape of its input | all entries that are taken of it are proven the same |
+| Pad, Conv | Conv | zeros, constant amounts that are not negative, of the axes that the Conv slides over |
 | Concat of Concats | one Concat | along the same axis |
 | Unsqueeze, Unsqueeze | one Unsqueeze | the axes are constant, not negative unless the rank is known (opset 13 on) |
 | Gather, Unsqueeze | Gather | a single constant index, and the axis that it took away |
@@ -68,6 +69,8 @@ def join_pair(node: ir.Node, facts: GraphFacts, version: int, name: Callable[[st
         return None
     if pair == ("Unsqueeze", "Unsqueeze") and version >= 13:
         _unsqueezes(before, node, facts, name)
+    elif pair == ("Pad", "Conv"):
+        _padded(before, node, version)
     elif pair == ("Slice", "Slice"):
         _slices(before, node, facts, version, name)
     elif pair == ("Cast", "Cast") and _same_rounding(before, node, facts):
@@ -137,6 +140,31 @@ def _unsqueezes(before: ir.Node, node: ir.Node, facts: GraphFacts, name: Callabl
     old = np.setdiff1d(np.arange(max(*first, *second) + len(first) + len(second) + 1), second)
     axes = np.sort(np.concatenate([second, old[first]])).astype(np.int64)
     node.replace_input_with(1, constant_before(node, axes, name("axes")))
+    node.replace_input_with(0, before.inputs[0])
+
+
+def _padded(before: ir.Node, node: ir.Node, version: int) -> None:
+    """Let a Conv, which pads by zeros too, do what a Pad does before it."""
+    if attribute(before, "mode", "constant") != "constant" or attribute(node, "auto_pad", "NOTSET") != "NOTSET":
+        return
+    if version < 11:
+        amounts, fill = attribute(before, "pads"), attribute(before, "value", 0.0)
+    else:
+        given = [*before.inputs[1:], None, None, None][:3]
+        tensors = [parameter_tensor(value) for value in given]
+        if any(tensor is None and value is not None for tensor, value in zip(tensors, given, strict=True)):
+            return
+        if tensors[0] is None or tensors[2] is not None:  # amounts of some axes only
+            return
+        amounts = np.asarray(tensors[0].numpy()).reshape(-1).tolist()
+        fill = 0.0 if tensors[1] is None else np.asarray(tensors[1].numpy()).reshape(-1)[0]
+    rank = len(amounts or ()) // 2
+    if rank < 3 or fill != 0 or min(amounts) < 0 or any(amounts[k] or amounts[rank + k] for k in (0, 1)):
+        return
+    own = list(attribute(node, "pads") or [0] * (2 * (rank - 2)))
+    node.attributes["pads"] = ir.AttrInt64s(
+        "pads", [a + b for a, b in zip(own, [*amounts[2:rank], *amounts[rank + 2 :]], strict=True)]
+    )
     node.replace_input_with(0, before.inputs[0])
 
 

@@ -277,3 +277,79 @@ def test_sizes_are_taken_of_the_input(before: onnx.NodeProto, index: list[int], 
     nodes = [before, node("Shape", ["a"], ["s"]), node("Gather", ["s", "i"], ["g"])]
     proto = built([*nodes, node("ConstantOfShape", ["g"], ["z"])], {"t": [0, -1], "i": index}, ("N", "M", 4))
     assert left(proto, (2, 3, 4), (5, 1, 4)) == [*ops, "Relu"]
+
+
+# --- a Pad in front of a Conv ---------------------------------------------------------------------
+
+
+def padded(amounts: list[int], fill: float | None = None, own: Any = None, **attributes: Any) -> onnx.ModelProto:
+    nodes = [node("Pad", ["x", "p", *(["v"] if fill is not None else [])], ["a"], **attributes)]
+    nodes.append(node("Conv", ["a", "w"], ["z"], **(own or {})))
+    constants: dict[str, Any] = {"p": amounts, "w": RNG.standard_normal((4, 3, 3, 2)).astype("float32")}
+    return built(nodes, constants | ({} if fill is None else {"v": np.float32(fill)}), (2, 3, 6, 5))
+
+
+@pytest.mark.parametrize(
+    ("amounts", "own", "made"),
+    [
+        ([0, 0, 1, 2, 0, 0, 3, 0], None, [1, 2, 3, 0]),
+        ([0, 0, 0, 1, 0, 0, 1, 1], {"pads": [1, 0, 2, 1], "strides": [2, 1]}, [1, 1, 3, 2]),
+        ([0, 0, 7, 9, 0, 0, 8, 4], {"dilations": [2, 1]}, [7, 9, 8, 4]),  # more than the kernel
+    ],
+)
+def test_a_conv_pads_itself(amounts: list[int], own: Any, made: list[int]) -> None:
+    for fill in (None, 0.0):
+        proto = padded(amounts, fill, own)
+        after = cleaned(proto)
+        assert [op for op in operators(after) if op != "Constant"] == ["Conv", "Relu"]
+        (conv,) = [n for n in after.graph.node if n.op_type == "Conv"]
+        assert {a.name: list(a.ints) for a in conv.attribute}["pads"] == made
+        feeds = {"x": RNG.standard_normal((2, 3, 6, 5)).astype("float32")}
+        for one, other in zip(run(proto, feeds), run(after, feeds), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "proto",
+    [
+        padded([0, 0, 1, 1, 0, 0, 1, 1], 1.0),
+        padded([0, 0, 1, 1, 0, 0, 1, 1], 1e-30),
+        padded([0, 0, 2, 0, 0, 0, -1, 0]),
+        padded([0, 0, 1, 1, 0, 0, 1, 1], mode="reflect"),
+        padded([0, 0, 1, 1, 0, 0, 1, 1], mode="edge"),
+        padded([1, 0, 1, 1, 0, 0, 1, 1]),  # the batch
+        padded([0, 0, 1, 1, 0, 0, 1, 1], own={"auto_pad": "SAME_UPPER"}),
+    ],
+)
+def test_other_pads_stay(proto: onnx.ModelProto) -> None:
+    assert left(proto, (2, 3, 6, 5)) == ["Pad", "Conv", "Relu"]
+
+
+def test_a_pad_that_others_need_stays() -> None:
+    proto = padded([0, 0, 1, 1, 0, 0, 1, 1])
+    proto.graph.node.append(node("Abs", ["a"], ["other"]))
+    proto.graph.output.append(value("other", shape=None))
+    assert "Pad" in left(proto, (2, 3, 6, 5))
+
+
+# --- sizes behind pools that round up --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "attributes", "known"),
+    [
+        (8, {"kernel_shape": [2], "strides": [2]}, True),
+        (9, {"kernel_shape": [2], "strides": [2]}, False),  # rounded up
+        (9, {"kernel_shape": [3], "strides": [2], "pads": [1, 1]}, True),
+        (8, {"kernel_shape": [3], "strides": [2], "pads": [1, 1]}, False),
+        (9, {"kernel_shape": [2], "strides": [3], "dilations": [2]}, True),
+    ],
+)
+def test_sizes_that_a_pool_need_not_round_are_known(size: int, attributes: Any, known: bool) -> None:
+    nodes = [
+        node("MaxPool", ["x"], ["a"], ceil_mode=1, **attributes),
+        node("Shape", ["a"], ["s"]),
+        node("ConstantOfShape", ["s"], ["c"]),
+        node("Add", ["a", "c"], ["z"]),
+    ]
+    assert ("Shape" not in left(built(nodes, {}, (1, 2, size)), (1, 2, size))) == known
