@@ -63,6 +63,12 @@ def join_pair(node: ir.Node, facts: GraphFacts, version: int, name: Callable[[st
     if reshaped is not None or node.inputs[0] is not value:
         return reshaped
     turn_before_merging(node, facts, version, name)
+    turn = node.inputs[0].producer() if node.inputs[0] is not value and node.inputs[0] is not None else None
+    earlier = None if turn is None or turn.inputs[0] is None else turn.inputs[0].producer()
+    if turn is not None and earlier is not None and earlier.op_type == "Transpose" and earlier.graph is turn.graph:
+        same = _transposes(earlier, turn, facts)
+        if same is not None:
+            node.replace_input_with(0, same)
     if pair == ("Gather", "Unsqueeze"):
         return _gathered(before, node, version, name)
     if len(value.uses()) != 1 or value.is_graph_output():

@@ -22,7 +22,7 @@ import onnx_ir as ir
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.parameters import parameter_tensor
 from cipm_ir.passes.graph_facts import Dim, Dims, GraphFacts, permutation
-from cipm_ir.passes.replace_values import constant_before
+from cipm_ir.passes.replace_values import constant_before, remove_if_unused
 
 _STANDARD = ("", "ai.onnx")
 _ALWAYS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
@@ -126,6 +126,8 @@ def turn_before_merging(node: ir.Node, facts: GraphFacts, version: int, name: Ca
     facts.learn(moved, version)
     node.replace_input_with(1, constant_before(node, made, name("target")))
     node.replace_input_with(0, out)
+    for gone in (turn, merge):
+        remove_if_unused(gone)
 
 
 def merged_axes(shape: Dims, merged: Dims) -> list[list[int]] | None:
