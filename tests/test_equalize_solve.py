@@ -10,6 +10,7 @@ import pytest
 from scipy import sparse
 from scipy.optimize import minimize
 
+from cipm_ir.passes import equalize_solve
 from cipm_ir.passes.equalize_grid import Grid
 from cipm_ir.passes.equalize_solve import SHARPNESS, Objective, rounded, solve
 from cipm_ir.passes.equalize_terms import Term
@@ -176,3 +177,16 @@ def test_scales_of_the_network_that_came_in_do_not_matter() -> None:
     plain, other = objective(terms), objective(moved)
     a, b = exact_value(terms, solve(plain), "tensor"), exact_value(moved, solve(other), "tensor")
     assert a == pytest.approx(b, abs=0.02)
+
+
+def test_a_search_that_ends_early_is_nearly_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of large weights each step takes a reading, so steps that gain next to nothing are not made."""
+    terms = network(units=8)
+    free = np.arange(terms[0].rows.shape[1])
+    best = exact_value(terms, solve(objective(terms)), "tensor")
+    gain = exact_value(terms, np.zeros(len(free)), "tensor") - best
+    early = exact_value(terms, solve(Objective(terms, free, "tensor", 0.0, in_memory=0)), "tensor")
+    assert gain > 0.1 and early - best < 0.01 * gain
+    monkeypatch.setattr(equalize_solve, "_ENOUGH", 0.3)  # control: much too early
+    coarse = exact_value(terms, solve(Objective(terms, free, "tensor", 0.0, in_memory=0)), "tensor")
+    assert coarse - best > 0.01 * gain
