@@ -233,7 +233,7 @@ BAD: dict[Callable[[Path], None], str] = {
     missing_external: "w.bin",
     short_external: "w.bin",
     wrong_shapes: "contradict",
-    wrong_shapes_behind_a_reshape: "neither analysed nor run",
+    wrong_shapes_behind_a_reshape: "entries meet at node",
     cyclic: "",
     nan_weights: "NaN",
 }

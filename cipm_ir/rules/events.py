@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from cipm_ir.errors import InputError
 from cipm_ir.ir.components import connected_components
 from cipm_ir.ir.labels import ZERO, Factor, Labels, mix, occurrence_rank
 
@@ -128,10 +129,12 @@ class Recorder:
         """Atoms at equal positions of ``a`` and ``b`` (equal shapes) move together.
 
         Raises:
-            ValueError: their sizes differ, as in a model whose shapes contradict each other.
+            InputError: their sizes differ.
         """
         if a.size != b.size:
-            raise ValueError(f"axes of {a.size} and {b.size} entries meet at node {self.node} of the graph")
+            raise InputError(
+                f"Axes of {a.size} and {b.size} entries meet at node {self.node} of the graph; correct the shapes."
+            )
         if a is b or (a.shape == b.shape and a.size and a.flat[0] == b.flat[0] and np.array_equal(a, b)):
             return
         self.unifications.append(Unification(_flat(a), _flat(b), self.node))
