@@ -12,11 +12,12 @@ from dataclasses import replace
 
 import numpy as np
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.labels import ZERO, Factor, State
 from cipm_ir.ops.context import OpContext, fixed
 from cipm_ir.ops.contraction import contract
 from cipm_ir.ops.elementwise import broadcast
-from cipm_ir.ops.registry import Opaque, operator
+from cipm_ir.ops.registry import operator
 from cipm_ir.ops.resize import Resize
 from cipm_ir.ops.shaping import reshaped
 
@@ -39,7 +40,7 @@ def in_heads(op: OpContext, state: State, count: int | None) -> State:
     if state.rank == 3:
         uniform = frozenset()
         if not count:
-            raise Opaque("the number of heads is not given")
+            raise UnsupportedPattern("the number of heads is not given")
         batch, length, size = state.shape
         state = _swapped(reshaped(op, state, (batch, length, count, size // count)))
     state = op.pin_axes(state, (0, 2), f"batch or position of {op.node.op_type}")
@@ -52,7 +53,7 @@ def _repeated(op: OpContext, state: State, heads: int) -> State:
     if own == heads:
         return state
     if heads % own:
-        raise Opaque(f"{heads} query heads over {own} key heads")
+        raise UnsupportedPattern(f"{heads} query heads over {own} key heads")
     shape = (state.shape[0], heads, *state.shape[2:])
     factors = []
     if own > 1 and state.factor_of(1) is None and 1 not in state.uniform:
@@ -91,7 +92,7 @@ def _resize_attention(r: Resize) -> None:
         for name, inputs in heads.items():
             counts = {r.rows(k, 2, int(r.attr(name))) for k in inputs}
             if len(counts) != 1:
-                raise Opaque("keys and values keep different numbers of heads")
+                raise UnsupportedPattern("keys and values keep different numbers of heads")
             rows[name] = counts.pop()
         before, after = r.old(0)[2] // int(r.attr("q_num_heads")), r.new(0)[2] // rows["q_num_heads"]
         for name, count in rows.items():
@@ -143,7 +144,7 @@ def merged(op: OpContext, y: State, shape: tuple[int, ...]) -> State:
 def attention(op: OpContext) -> None:
     """softmax(Q K' scale + mask) V per head (ONNX Attention 23, 24, 25); a cache of past keys is opaque."""
     if op.optional(4) is not None or op.optional(5) is not None:
-        raise Opaque("Attention with past keys and values")
+        raise UnsupportedPattern("Attention with past keys and values")
     op.pin(op.optional(6), "lengths of the sequences")
     q = in_heads(op, op.state(0), op.attr("q_num_heads"))
     k = in_heads(op, op.state(1), op.attr("kv_num_heads"))
@@ -192,11 +193,11 @@ def rotate(op: OpContext, grid: State, tables: Sequence[int], width: int, *, int
         width: how many positions of a head are rotated.
         interleaved: whether the two positions of a plane are neighbours, or half of ``width`` apart.
 
-    Raises: `Opaque` where positions in a head are fixed or repeat.
+    Raises: `UnsupportedPattern` where positions in a head are fixed or repeat.
     """
     f = grid.factor_of(3)
     if f is None or f.repeats or f.axes not in ((3,), (1, 3)):
-        raise Opaque("planes that are fixed or repeated")
+        raise UnsupportedPattern("planes that are fixed or repeated")
     half = width // 2
     step = np.arange(half)
     first, second = (2 * step, 2 * step + 1) if interleaved else (step, step + half)

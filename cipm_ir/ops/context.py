@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import numpy as np
 import onnx_ir as ir
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import ZERO, Array, Factor, Labels, State, alike, simplified
 from cipm_ir.ops.events import Recorder, Uniform
-from cipm_ir.ops.registry import Opaque
 
 Shape = tuple[int, ...]
 Literal = tuple[Array, Array]
@@ -58,7 +58,7 @@ class OpContext:
         """State of a required input."""
         state = self.inputs[index] if index < len(self.inputs) else None
         if state is None:
-            raise Opaque(f"input {index} is missing or has no known shape")
+            raise UnsupportedPattern(f"input {index} is missing or has no known shape")
         return state
 
     def optional(self, index: int) -> State | None:
@@ -73,7 +73,7 @@ class OpContext:
         """Concrete shape of an output."""
         shape = self.shapes[index]
         if shape is None:
-            raise Opaque("the shape of the output is not known")
+            raise UnsupportedPattern("the shape of the output is not known")
         return shape
 
     def const(self, index: int) -> Array | None:
@@ -204,7 +204,7 @@ class OpContext:
     def unify(self, a: Factor, b: Factor) -> None:
         """Two factors over corresponding axes move together."""
         if a.labels.shape != b.labels.shape:
-            raise Opaque(f"labels of shapes {a.labels.shape} and {b.labels.shape} cannot be tied")
+            raise UnsupportedPattern(f"labels of shapes {a.labels.shape} and {b.labels.shape} cannot be tied")
         self.rec.unify(a.labels, b.labels)
 
     def grouped(self, index: int, axis: int, groups: int) -> Factor | None:

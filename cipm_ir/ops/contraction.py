@@ -10,9 +10,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.labels import Factor, State, alike
 from cipm_ir.ops.context import OpContext
-from cipm_ir.ops.registry import Opaque, operator
+from cipm_ir.ops.registry import operator
 
 Letters = tuple[str | None, ...]
 _CELLS = 1 << 22
@@ -160,7 +161,9 @@ def _crossed(op: OpContext, factors: Sequence[Factor], rank: int) -> Factor:
     sizes = {a: n for f in factors for a, n in zip(f.axes, f.labels.shape, strict=True)}
     axes = tuple(a for a in range(rank) if a in sizes)
     if math.prod(sizes.values()) > _CELLS:
-        raise Opaque("labels of both operands overlap on some output axes only, and are too many for a grid")
+        raise UnsupportedPattern(
+            "labels of both operands overlap on some output axes only, and are too many for a grid"
+        )
     cells = Factor(axes, op.rec.fresh(*(sizes[a] for a in axes)))
     for f in factors:
         op.freeze_factor(f)
@@ -194,7 +197,7 @@ def matmul(op: OpContext) -> None:
         for k in (2, 3):
             zero = op.optional(k)
             if zero is not None and math.prod(zero.shape) > 1:
-                raise Opaque("per-row zero points of MatMulInteger")
+                raise UnsupportedPattern("per-row zero points of MatMulInteger")
     left, right, out = matmul_letters(a, b, len(op.shape()))
     made = contract(op, by_expert(op, [a, b], [left, right], out), [left, right], out)
     op.like(0, made, made.uniform)
@@ -287,7 +290,7 @@ def einsum(op: OpContext) -> None:
     states = [op.state(k) for k in range(len(op.node.inputs))]
     operands, out = einsum_terms(_equation(op), [s.rank for s in states])
     if len(set(out)) < len(out) or any(len(set(o)) < len(o) for o in operands):
-        raise Opaque("Einsum with a repeated index")
+        raise UnsupportedPattern("Einsum with a repeated index")
     sizes: dict[str, int] = {}
     for o, s in zip(operands, states, strict=True):
         for x, n in zip(o, s.shape, strict=True):

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.labels import ZERO, Factor, State
 from cipm_ir.ops.context import OpContext
 from cipm_ir.ops.contraction import add_bias, contract
-from cipm_ir.ops.registry import Opaque, operator
+from cipm_ir.ops.registry import operator
 from cipm_ir.ops.resize import Resize
 
 
@@ -54,7 +55,7 @@ def conv(op: OpContext) -> None:
         op.freeze(op.state(0))
         op.freeze(op.state(1))
         if any(s is not None and math.prod(s.shape) > 1 for s in (op.optional(2), op.optional(3))):
-            raise Opaque("per-channel zero points of ConvInteger")
+            raise UnsupportedPattern("per-channel zero points of ConvInteger")
     convolve(op, op.state(0), op.state(1), 1, None if op.node.op_type == "ConvInteger" else 2)
 
 
@@ -76,7 +77,7 @@ def convolve(op: OpContext, x: State, w: State, weight: int, bias: int | None) -
 def _simple(state: State, axis: int) -> Factor | None:
     f = state.factor_of(axis)
     if f is not None and f.axes != (axis,):
-        raise Opaque("a joint factor over channels of a grouped convolution")
+        raise UnsupportedPattern("a joint factor over channels of a grouped convolution")
     return f
 
 
@@ -133,7 +134,7 @@ def conv_transpose(op: OpContext) -> None:
     fx, fc = _simple(x, 1), _simple(w, 0)
     channels, outs = x.shape[1], op.shape()[1]
     if fx is None or fc is None:
-        raise Opaque("grouped transposed convolution with fixed channels")
+        raise UnsupportedPattern("grouped transposed convolution with fixed channels")
     op.unify(fx, fc)
     if not channels == group == outs:
         rec.contracted(fx.labels, fc.labels)
@@ -148,7 +149,7 @@ def conv_transpose(op: OpContext) -> None:
     block = grid if channels == group else rec.marginal(grid, (0,))
     if joint is None:
         if w.shape[1] > 1 or outs != group:
-            raise Opaque("grouped transposed convolution with a computed weight")
+            raise UnsupportedPattern("grouped transposed convolution with a computed weight")
         rec.zero(fx.labels, fx.scale_var)
         _with_bias(op, State(op.shape()[:2], (Factor((1,), block.labels.ravel(), ZERO),)), 2)
         return
@@ -174,7 +175,7 @@ def pool(op: OpContext) -> None:
         op.freeze(x, scale=False)
     op.set(0, factors, x.uniform)
     if len(op.node.outputs) > 1 and op.node.outputs[1].name:  # indices count positions across the channels
-        raise Opaque("MaxPool with indices")
+        raise UnsupportedPattern("MaxPool with indices")
 
 
 @operator("LRN")

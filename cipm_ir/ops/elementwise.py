@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.labels import ZERO, Array, Factor, State, alike
 from cipm_ir.ops.context import OpContext, fixed
-from cipm_ir.ops.registry import Opaque, operator
+from cipm_ir.ops.registry import operator
 
 
 # ---------------------------------------------------------------- one input
@@ -19,7 +20,7 @@ def linear(op: OpContext) -> None:
     if op.node.op_type == "Dropout" and op.has(2):
         training = op.const(2)
         if training is None or training.any():
-            raise Opaque("Dropout in training mode")
+            raise UnsupportedPattern("Dropout in training mode")
     op.like(0, op.state(0))
     if len(op.node.outputs) > 1:
         op.like(1, State(op.state(0).shape, tuple(fixed(f) for f in op.state(0).factors)))
@@ -208,7 +209,7 @@ def _join(op: OpContext, f: Factor, out: list[Factor]) -> None:
         op.rec.unify(op.rec.marginal(f, common).labels, op.rec.marginal(g, common).labels)
         if common == f.axes:
             return
-        raise Opaque("labels over overlapping axes meet")
+        raise UnsupportedPattern("labels over overlapping axes meet")
     out.append(f)
 
 

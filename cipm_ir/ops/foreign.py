@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ops.context import OpContext
 from cipm_ir.ops.contraction import contract
-from cipm_ir.ops.registry import Opaque, lookup, operator
+from cipm_ir.ops.registry import lookup, operator
 
 
 @operator(domain="pkg.torch")
@@ -23,7 +24,7 @@ def foreign(op: OpContext) -> None:
     if like is not None:
         entry = lookup("", str(like))
         if entry is None:
-            raise Opaque(f"complex numbers in {like}")
+            raise UnsupportedPattern(f"complex numbers in {like}")
         op.elementwise = entry.elementwise
         entry.labels(op)
     elif op.attr("stacked") is not None:
@@ -32,7 +33,7 @@ def foreign(op: OpContext) -> None:
         state = op.pin_axes(op.state(0), [int(a) for a in axes], f"axis that {op.node.op_type} mixes")
         op.set(0, state.factors)
     else:
-        raise Opaque(op.node.metadata_props.get("reason") or "no rule for this operation")
+        raise UnsupportedPattern(op.node.metadata_props.get("reason") or "no rule for this operation")
 
 
 def _stacked(op: OpContext) -> None:

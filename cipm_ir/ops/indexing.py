@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.constants import slice_positions
 from cipm_ir.ir.labels import Array, Factor, Labels, State
 from cipm_ir.ops.context import OpContext
 from cipm_ir.ops.recurrent import on_top, stacked
-from cipm_ir.ops.registry import Opaque, operator
+from cipm_ir.ops.registry import operator
 from cipm_ir.ops.resize import Resize
 
 Attributes = Callable[[str], Any]
@@ -85,10 +86,10 @@ def _resize_slice(r: Resize) -> None:
         new = new[new >= 0]
         steps = np.diff(new)
         if len(new) == 0:
-            raise Opaque("a slice whose elements are all removed")
+            raise UnsupportedPattern("a slice whose elements are all removed")
         if len(new) > 1 and not (steps == step).all():
             if len(bounds) > 1:
-                raise Opaque("a strided slice over several axes whose elements are removed unevenly")
+                raise UnsupportedPattern("a strided slice over several axes whose elements are removed unevenly")
             r.replace("Gather", [r.node.inputs[0], None], {1: new.astype(np.int64)}, {"axis": axis})
             return
         starts[j] = int(new[0])
@@ -137,7 +138,7 @@ def _resize_split(r: Resize) -> None:
         return
     sizes = [r.new_out(k)[axis] for k in range(len(r.node.outputs))]
     if 0 in sizes:
-        raise Opaque("a part of a Split whose elements are all removed")
+        raise UnsupportedPattern("a part of a Split whose elements are all removed")
     if r.version < 13:
         r.set_attr("split", sizes)
     else:
@@ -208,7 +209,7 @@ def joined(op: OpContext, states: Sequence[State], axis: int, shape: tuple[int, 
             g = same[0]
             common = tuple(a for a in f.axes if a in g.axes)
             if len(same) > 1 or len(common) < min(len(f.axes), len(g.axes)):
-                raise Opaque("Concat of parts labelled over overlapping axes")
+                raise UnsupportedPattern("Concat of parts labelled over overlapping axes")
             rec.unify(rec.marginal(f, common).labels, rec.marginal(g, common).labels)
             op.freeze_factor(f)
             op.freeze_factor(g)
@@ -267,7 +268,7 @@ def _resize_gather(r: Resize) -> None:
     if fewer:
         new = new[r.kept_out(0, axis)]
     if (new < 0).any() or not new.size:
-        raise Opaque("a Gather whose elements are removed unevenly")
+        raise UnsupportedPattern("a Gather whose elements are removed unevenly")
     r.set_literal(1, new.astype(index.dtype))
 
 
@@ -367,4 +368,4 @@ def gather_nd(op: OpContext) -> None:
 @operator("Compress", "OneHot", "Unique", "NonMaxSuppression", "ReverseSequence", "Trilu")
 def order_dependent(op: OpContext) -> None:
     """Positions matter."""
-    raise Opaque(f"{op.node.op_type} depends on positions")
+    raise UnsupportedPattern(f"{op.node.op_type} depends on positions")

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.labels import ZERO, Factor, State
 from cipm_ir.ops.context import OpContext, fixed
 from cipm_ir.ops.elementwise import broadcast, shifted, var_on
-from cipm_ir.ops.registry import Opaque, operator
+from cipm_ir.ops.registry import operator
 from cipm_ir.ops.resize import Resize
 from cipm_ir.ops.steps import plain
 
@@ -22,9 +23,9 @@ def batch_normalization(op: OpContext) -> None:
     """
     statistics = [v for v in op.node.outputs[1:] if v.name]  # asked for in training only (opsets 7 to 13, and 14)
     if op.attr("training_mode", 0) or (statistics and op.version >= 7):
-        raise Opaque("BatchNormalization in training mode")
+        raise UnsupportedPattern("BatchNormalization in training mode")
     if not op.attr("spatial", 1):
-        raise Opaque("BatchNormalization per position (opset 8 and before)")
+        raise UnsupportedPattern("BatchNormalization per position (opset 8 and before)")
     x = op.state(0)
     f = x.factor_of(1) or _channels_of_parameters(op, x)
     if f is None or f.axes != (1,):
@@ -139,7 +140,7 @@ def layer_normalization(op: OpContext) -> None:
             op.set(k, [], ())
             for f in x.factors:
                 if not all(a >= axis for a in f.axes):
-                    raise Opaque("statistics of a normalization over labelled axes")
+                    raise UnsupportedPattern("statistics of a normalization over labelled axes")
 
 
 @operator("InstanceNormalization")

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.labels import Array, Factor, State
 from cipm_ir.ops.context import OpContext, fixed
-from cipm_ir.ops.registry import Opaque, operator
+from cipm_ir.ops.registry import operator
 from cipm_ir.ops.resize import Resize
 
 Attributes = Callable[[str], Any]
@@ -83,7 +84,7 @@ def pad(op: OpContext) -> None:
             continue
         if hit:
             if min(pads[hit[0]]) < 0:
-                raise Opaque("Pad by a negative amount")
+                raise UnsupportedPattern("Pad by a negative amount")
             k = g.axes.index(hit[0])
             own = op.rec.fresh(*g.labels.shape[:k], sum(pads[hit[0]]), *g.labels.shape[k + 1 :])
             before, after = np.split(own, [pads[hit[0]][0]], axis=k)

@@ -10,12 +10,13 @@ import math
 import numpy as np
 import onnx_ir as ir
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.labels import ZERO, Factor, State
 from cipm_ir.ir.parameters import parameter_tensor
 from cipm_ir.ops.context import OpContext, fixed
 from cipm_ir.ops.contraction import contract, matmul_letters
 from cipm_ir.ops.convolution import convolve
-from cipm_ir.ops.registry import Opaque, operator
+from cipm_ir.ops.registry import operator
 from cipm_ir.ops.resize import Resize
 
 
@@ -24,7 +25,7 @@ def single_numbers(op: OpContext, *indices: int) -> None:
     for index in indices:
         state = op.optional(index)
         if state is not None and math.prod(state.shape) > 1:
-            raise Opaque(f"input {index} of {op.node.op_type} is not per tensor")
+            raise UnsupportedPattern(f"input {index} of {op.node.op_type} is not per tensor")
 
 
 def per_axis(op: OpContext, x: State, axis: int, *indices: int) -> None:
@@ -35,7 +36,7 @@ def per_axis(op: OpContext, x: State, axis: int, *indices: int) -> None:
         if state is None or math.prod(state.shape) <= 1:
             continue
         if state.rank != 1:
-            raise Opaque("quantization by blocks")
+            raise UnsupportedPattern("quantization by blocks")
         op.freeze(state)
         if f is None:
             op.pin(state, f"{op.node.op_type} of a fixed axis")
@@ -89,7 +90,7 @@ def quantize(op: OpContext) -> None:
     """
     x, scale = op.state(0), op.state(1)
     if op.attr("block_size", 0) or scale.rank > 1:
-        raise Opaque("quantization by blocks")
+        raise UnsupportedPattern("quantization by blocks")
     steps: Factor | None = None
     along: Factor | None = None
     axis = int(op.attr("axis", 1)) % x.rank if math.prod(scale.shape) > 1 else -1

@@ -15,11 +15,12 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import ZERO, Factor, Labels, State
 from cipm_ir.ops.context import OpContext
 from cipm_ir.ops.contraction import contract
-from cipm_ir.ops.registry import Opaque, operator
+from cipm_ir.ops.registry import operator
 from cipm_ir.ops.resize import Resize
 
 _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
@@ -47,10 +48,10 @@ def recurrent(op: OpContext) -> None:
         return
     hidden = _units(op, rows, gates)
     if hidden is None:
-        raise Opaque("gates that are fixed")
+        raise UnsupportedPattern("gates that are fixed")
     back = _units(op, _by_direction(op, 2, 1), gates)
     if back is None or columns is None:
-        raise Opaque("recurrent weights that are fixed or joint")
+        raise UnsupportedPattern("recurrent weights that are fixed or joint")
     op.rec.unify(hidden, back)
     op.rec.unify(hidden, columns.labels)
     op.freeze_factor(columns)
@@ -94,7 +95,7 @@ def _inputs(op: OpContext, x: State, weight: State) -> None:
     columns = tuple(f for f in weight.factors if f.axes == (2,))
     for f in weight.factors:
         if 2 in f.axes and len(f.axes) > 1:
-            raise Opaque("input weights whose columns are joint")
+            raise UnsupportedPattern("input weights whose columns are joint")
     shape = (*x.shape[:2], *weight.shape[:2])
     local = replace(op, shapes=[shape])
     named = [("t", "n", "i"), ("d", "r", "i")]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.labels import ZERO, Factor
 from cipm_ir.ops.context import OpContext, fixed
-from cipm_ir.ops.registry import Opaque, operator
+from cipm_ir.ops.registry import operator
 
 _LINEAR = {"ReduceSum", "ReduceMean"}
 _NORM = {"ReduceL1": 1, "ReduceL2": 1, "ReduceSumSquare": 2}
@@ -18,7 +19,7 @@ def reduced_axes(op: OpContext, rank: int) -> list[int]:
     if axes is None and op.has(1):
         const = op.const(1)
         if const is None:
-            raise Opaque("axes of a reduction that are computed")
+            raise UnsupportedPattern("axes of a reduction that are computed")
         axes = const.ravel().tolist()
     if not axes:
         return [] if op.attr("noop_with_empty_axes", 0) else list(range(rank))
@@ -35,7 +36,7 @@ def reduce(op: OpContext) -> None:
     x, name = op.state(0), op.node.op_type
     gone = reduced_axes(op, x.rank)
     if not gone and name in _NORM:
-        raise Opaque("a norm over no axes")  # the identity, or a norm of each entry
+        raise UnsupportedPattern("a norm over no axes")  # the identity, or a norm of each entry
     keep = bool(op.attr("keepdims", 1))
     place = {a: (a if keep else a - sum(g < a for g in gone)) for a in range(x.rank)}
     factors = []

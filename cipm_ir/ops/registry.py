@@ -37,10 +37,6 @@ class Operator:
     elementwise: bool = False
 
 
-class Opaque(Exception):
-    """Raised by a rule that cannot handle this node: all atoms that reach it are pinned, with this reason."""
-
-
 _REGISTRY: dict[tuple[str, str], Operator] = {}
 _OF_DOMAIN: dict[str, Operator] = {}
 

@@ -12,12 +12,13 @@ from dataclasses import replace
 
 import numpy as np
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.labels import State
 from cipm_ir.ops.attention import attend, in_heads, merged, rotate
 from cipm_ir.ops.context import OpContext
 from cipm_ir.ops.contraction import add_bias, contract
 from cipm_ir.ops.indexing import joined, select
-from cipm_ir.ops.registry import Opaque, operator
+from cipm_ir.ops.registry import operator
 from cipm_ir.ops.resize import Resize
 from cipm_ir.ops.runtime_fused import RUNTIME
 from cipm_ir.ops.steps import plain, summed
@@ -27,7 +28,7 @@ def _cut(op: OpContext, state: State, sizes: Sequence[int]) -> list[State]:
     """Consecutive runs along the last axis."""
     last, ends = state.rank - 1, np.cumsum(sizes)
     if ends[-1] != state.shape[last]:
-        raise Opaque(f"its packed axis has {state.shape[last]} entries, not {ends[-1]}")
+        raise UnsupportedPattern(f"its packed axis has {state.shape[last]} entries, not {ends[-1]}")
     return [
         select(op, state, last, np.arange(end - size, end), (*state.shape[:last], size))
         for end, size in zip(ends.tolist(), sizes, strict=True)
@@ -45,13 +46,13 @@ def _explicit_scale(r: Resize, before: int, after: int) -> None:
 
 
 def _rows(kept: np.ndarray, start: int, size: int, heads: int) -> tuple[int, int]:
-    """Heads, and positions per head, that stay of a run of an axis. Raises: `Opaque` where heads differ."""
+    """Heads, and positions per head, that stay of a run of an axis. Raises: `UnsupportedPattern` where heads differ."""
     flags = np.zeros(start + size, bool)
     flags[kept[kept < start + size]] = True
     width = flags[start:].reshape(heads, -1).sum(axis=1)
     width = width[width > 0]
     if not width.size or (width != width[0]).any():
-        raise Opaque(f"the {heads} heads of a packed axis must keep equally many positions each")
+        raise UnsupportedPattern(f"the {heads} heads of a packed axis must keep equally many positions each")
     return len(width), int(width[0])
 
 
@@ -70,7 +71,7 @@ def resize_packed(r: Resize) -> None:
     starts = [0, sizes[0], sizes[0] + sizes[1]]
     parts = [_rows(kept, start, size, heads) for start, size in zip(starts, sizes, strict=True)]
     if len({count for count, _ in parts}) > 1:
-        raise Opaque("queries, keys and values keep different numbers of heads")
+        raise UnsupportedPattern("queries, keys and values keep different numbers of heads")
     r.set_attr("num_heads", parts[0][0])
     new = [count * width for count, width in parts]
     if len(set(new)) > 1 or r.attr("qkv_hidden_sizes"):
@@ -82,9 +83,9 @@ def resize_packed(r: Resize) -> None:
 def packed_attention(op: OpContext) -> None:
     """One product gives queries, keys and values next to each other; no projection of the output."""
     if op.has(4) or op.has(6) or _has_output(op, 1):
-        raise Opaque("past or present keys and values in one tensor")
+        raise UnsupportedPattern("past or present keys and values in one tensor")
     if op.attr("do_rotary", 0):
-        raise Opaque("rotary positions inside it")
+        raise UnsupportedPattern("rotary positions inside it")
     op.pin(op.optional(3), "mask of Attention")
     x, weight = op.state(0), op.state(1)
     attend_packed(op, _projected(op, x, weight, 2), mask=5)
@@ -113,9 +114,9 @@ def _resize_multi_head(r: Resize) -> None:
     if len(r.old(1)) == 3:
         for k in (1, 2):
             if r.rows(k, 2, heads) != count:
-                raise Opaque("queries, keys and values keep different numbers of heads")
+                raise UnsupportedPattern("queries, keys and values keep different numbers of heads")
     elif r.new(1) != r.new(2):
-        raise Opaque("keys and values in heads of different sizes, which the kernel does not take")
+        raise UnsupportedPattern("keys and values in heads of different sizes, which the kernel does not take")
     r.set_attr("num_heads", count)
     _explicit_scale(r, r.old(0)[2] // heads, r.new(0)[2] // count)
 
@@ -124,9 +125,9 @@ def _resize_multi_head(r: Resize) -> None:
 def multi_head_attention(op: OpContext) -> None:
     """Queries, keys and values of (batch, positions, heads d); keys and values may be (batch, heads, positions, d)."""
     if op.has(8) or op.has(9) or _has_output(op, 3):
-        raise Opaque("a buffer of keys and values, or its scores are asked for")
+        raise UnsupportedPattern("a buffer of keys and values, or its scores are asked for")
     if not op.has(1) or not op.has(2) or op.state(0).rank != 3 or op.state(1).rank > 4:
-        raise Opaque("packed queries, keys and values")
+        raise UnsupportedPattern("packed queries, keys and values")
     op.pin(op.optional(4), "mask of MultiHeadAttention")
     states = [plain(op.state(k)) for k in range(3)]
     if op.has(3):
@@ -173,10 +174,10 @@ def _resize_group_query(r: Resize) -> None:
         parts = [(n := r.rows(k, 2, count), r.new(k)[2] // n) for k, count in ((0, heads), (1, few), (2, few))]
     widths = {width for _, width in parts}
     if parts[1][0] != parts[2][0] or len(widths) > 1:
-        raise Opaque("queries, keys and values keep heads of different sizes")
+        raise UnsupportedPattern("queries, keys and values keep heads of different sizes")
     after = widths.pop()
     if after != before and after % 8:
-        raise Opaque(f"heads of size {after}, which is no multiple of 8")
+        raise UnsupportedPattern(f"heads of size {after}, which is no multiple of 8")
     r.set_attr("num_heads", parts[0][0])
     r.set_attr("kv_num_heads", parts[1][0])
     _explicit_scale(r, before, after)
@@ -186,7 +187,7 @@ def _resize_group_query(r: Resize) -> None:
 def group_query_attention(op: OpContext) -> None:
     """Each key head serves a run of query heads; rotary positions inside; all heads have one size."""
     if any(op.has(k) for k in range(11, 16)) or _has_output(op, 3):
-        raise Opaque("sinks, quantized keys or normalized heads inside it, or its scores are asked for")
+        raise UnsupportedPattern("sinks, quantized keys or normalized heads inside it, or its scores are asked for")
     for index in (5, 6, 9):
         op.pin(op.optional(index), "lengths or positions")
     heads, few = int(op.attr("num_heads")), int(op.attr("kv_num_heads"))

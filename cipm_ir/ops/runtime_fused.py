@@ -5,13 +5,14 @@ Each is the rule of the ONNX operator, followed by those of what was fused behin
 
 from __future__ import annotations
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.labels import State
 from cipm_ir.ops.context import OpContext
 from cipm_ir.ops.contraction import Letters, by_expert, contract, gemm, matmul_letters
 from cipm_ir.ops.convolution import convolve, resize_group
 from cipm_ir.ops.elementwise import broadcast
 from cipm_ir.ops.normalization import normalized
-from cipm_ir.ops.registry import Opaque, operator
+from cipm_ir.ops.registry import operator
 from cipm_ir.ops.resize import Resize
 from cipm_ir.ops.steps import activated, summed
 
@@ -28,7 +29,7 @@ def _made(op: OpContext) -> State:
     """What a rule that ran before has set."""
     state = op.outputs[0]
     if state is None:
-        raise Opaque("the shape of the output is not known")
+        raise UnsupportedPattern("the shape of the output is not known")
     return state
 
 
@@ -135,7 +136,7 @@ def gelus(op: OpContext) -> None:
 def _no_statistics(op: OpContext, *outputs: int) -> None:
     for k in outputs:
         if k < len(op.node.outputs) and op.node.outputs[k].name:
-            raise Opaque("its statistics are asked for")
+            raise UnsupportedPattern("its statistics are asked for")
 
 
 @operator("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", domain=RUNTIME)

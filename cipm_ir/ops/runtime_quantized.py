@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.labels import ZERO, Factor, State
 from cipm_ir.ops.context import OpContext, fixed
 from cipm_ir.ops.contraction import Letters, add_bias, contract, matmul_letters
@@ -17,7 +18,7 @@ from cipm_ir.ops.convolution import convolve
 from cipm_ir.ops.elementwise import broadcast
 from cipm_ir.ops.indexing import joined
 from cipm_ir.ops.quantized import per_axis, resize_quantized_group, single_numbers
-from cipm_ir.ops.registry import Opaque, lookup, operator
+from cipm_ir.ops.registry import lookup, operator
 from cipm_ir.ops.resize import Resize
 from cipm_ir.ops.runtime_attention import attend_packed, resize_packed
 from cipm_ir.ops.runtime_fused import RUNTIME, convolve_last
@@ -184,7 +185,7 @@ def packed_matmul(op: OpContext) -> None:
     a, packed, shape = op.state(0), op.state(1), op.shape()
     count, blocks = packed.shape[:2]
     if op.attr("weight_prepacked", 0):
-        raise Opaque("a weight in the layout of one processor")
+        raise UnsupportedPattern("a weight in the layout of one processor")
     op.freeze(a)
     rest = op.pin_axes(a, [a.rank - 1], "summed with a weight of several units to a byte")
     op.pin(op.optional(4), "which block each entry belongs to")
@@ -211,7 +212,7 @@ def _block_numbers(op: OpContext, index: int, rows: Factor, count: int, blocks: 
     op.freeze(state)
     size = math.prod(state.shape)
     if size % count:
-        raise Opaque("scales that do not belong to rows")
+        raise UnsupportedPattern("scales that do not belong to rows")
     grid = reshaped(op, plain(state), (count, size // count)) if state.rank == 1 else plain(state)
     grid = op.pin_axes(grid, (1,), "scales of the blocks of a row") if state.rank > 1 else grid
     f = grid.factor_of(0)
@@ -228,9 +229,9 @@ def _block_numbers(op: OpContext, index: int, rows: Factor, count: int, blocks: 
 def quantized_attention(op: OpContext) -> None:
     """Attention with a quantized input and weight; its scales may be per column of the weight."""
     if op.has(8) or any(v.name for v in op.node.outputs[1:]):
-        raise Opaque("past or present keys and values in one tensor")
+        raise UnsupportedPattern("past or present keys and values in one tensor")
     if op.attr("do_rotary", 0):
-        raise Opaque("rotary positions inside it")
+        raise UnsupportedPattern("rotary positions inside it")
     op.pin(op.optional(5), "mask of QAttention")
     x, weight = _frozen(op, 0), _frozen(op, 1)
     single_numbers(op, 3, 6)
@@ -254,12 +255,12 @@ def quantized_lstm(op: OpContext) -> None:
     """An LSTM whose quantized weights lie the other way round: the gates are the last axis."""
     entry = lookup("", "LSTM")
     if entry is None:
-        raise Opaque("no rule for LSTM inside it")
+        raise UnsupportedPattern("no rule for LSTM inside it")
     turned = [_turned(_frozen(op, k)) for k in (1, 2)]
     for k in range(8, 12):
         numbers = op.optional(k)
         if numbers is not None and math.prod(numbers.shape) > turned[0].shape[0]:
-            raise Opaque("scales of each gate")
+            raise UnsupportedPattern("scales of each gate")
         op.pin(numbers, "a scale of each direction")
     x = op.state(0)
     op.freeze(x)

@@ -5,11 +5,12 @@ Along all other axes they are linear in the data, so that every scaling passes.
 
 from __future__ import annotations
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.labels import State
 from cipm_ir.ops.context import OpContext, fixed
 from cipm_ir.ops.convolution import convolve, resize_group
 from cipm_ir.ops.elementwise import multiplied
-from cipm_ir.ops.registry import Opaque, operator
+from cipm_ir.ops.registry import operator
 from cipm_ir.ops.shaping import reshaped
 from cipm_ir.ops.steps import plain, step
 
@@ -32,7 +33,7 @@ operator("GridSample", domain=RUNTIME)(grid_sample)
 def deform_conv(op: OpContext) -> None:
     """A convolution whose taps lie where offsets say; groups of offsets are groups of input channels."""
     if int(op.attr("offset_group", 1)) > 1:
-        raise Opaque("groups of channels with offsets of their own")
+        raise UnsupportedPattern("groups of channels with offsets of their own")
     for k in (2, 4):
         op.pin(op.optional(k), "offsets and weights of the taps of DeformConv")
     x = op.pin_axes(op.state(0), [0], "batch of DeformConv")
@@ -46,7 +47,7 @@ def column_to_image(op: OpContext) -> None:
     for k in (1, 2):
         op.pin(op.optional(k), "sizes of Col2Im")
     if block is None:
-        raise Opaque("a block whose size is computed")
+        raise UnsupportedPattern("a block whose size is computed")
     taps = int(block.prod())
     grid = reshaped(op, plain(x), (x.shape[0], x.shape[1] // taps, taps, x.shape[2]))
     grid = op.pin_axes(grid, (2, 3), "position in a block of Col2Im")

@@ -6,9 +6,10 @@ import math
 
 import numpy as np
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.labels import Factor, Labels, State, reshape_groups
 from cipm_ir.ops.context import OpContext, fixed
-from cipm_ir.ops.registry import Opaque, operator
+from cipm_ir.ops.registry import operator
 from cipm_ir.ops.resize import Resize, target_rule
 
 _MOST = 1 << 22
@@ -26,7 +27,7 @@ def reshaped(op: OpContext, state: State, new: tuple[int, ...], index: int | Non
     """
     groups = reshape_groups(state.shape, new)
     if groups is None:
-        raise Opaque(f"shapes {state.shape} and {new} cannot be aligned")
+        raise UnsupportedPattern(f"shapes {state.shape} and {new} cannot be aligned")
     where: dict[int, int] = {}
     for g, (old_axes, _) in enumerate(groups):
         for a in old_axes:
@@ -133,11 +134,11 @@ def reshape(op: OpContext) -> None:
         # A size that is the same at both assignments, but need not be: min(T, 64).
         known = known and not any(v and x == y for v, x, y in zip(target, new, b, strict=False))
     if state.factors and (a, b) != (state.shape, new) and not known:
-        raise Opaque("how axes are grouped depends on a dynamic size")
+        raise UnsupportedPattern("how axes are grouped depends on a dynamic size")
     for k in range(1, len(op.node.inputs)):
         op.pin(op.optional(k), "target shape")
     if state.factors and (a, b) != (state.shape, new) and math.prod(new) > _MOST and _mixes(state, new):
-        raise Opaque("units are mixed with a dynamic axis")
+        raise UnsupportedPattern("units are mixed with a dynamic axis")
     made = reshaped(op, state, new, 0)
     op.like(0, made, made.uniform)
 
@@ -200,7 +201,7 @@ def _resize_blocks(r: Resize) -> None:
     old, new = (r.old(0), r.old_out(0)), (r.new(0), r.new_out(0))
     few, many = new[::-1] if r.node.op_type == "DepthToSpace" else new
     if few[1] * r.attr("blocksize", 1) ** 2 != many[1] or any(a[2:] != b[2:] for a, b in zip(old, new, strict=True)):
-        raise Opaque("blocks of positions that lose some of them")
+        raise UnsupportedPattern("blocks of positions that lose some of them")
 
 
 @operator("DepthToSpace", "SpaceToDepth", resize=_resize_blocks)
@@ -227,7 +228,7 @@ def depth_space(op: OpContext) -> None:
 def shape_only(op: OpContext) -> None:
     """Shapes do not move; what depends on positions pins."""
     if op.node.op_type not in ("Shape", "Size"):
-        raise Opaque(f"{op.node.op_type} depends on positions")
+        raise UnsupportedPattern(f"{op.node.op_type} depends on positions")
     op.set(0)
 
 
@@ -252,7 +253,7 @@ def resize(op: OpContext) -> None:
     """Interpolates over space; an axis whose size stays is passed. Linear along the others."""
     state, out = op.state(0), op.shape()
     if op.attr("coordinate_transformation_mode", "half_pixel") in ("tf_crop_and_resize", b"tf_crop_and_resize"):
-        raise Opaque("Resize with a crop")
+        raise UnsupportedPattern("Resize with a crop")
     changed = _scaled_axes(op, state.rank) | {a for a in range(state.rank) if state.shape[a] != out[a]}
     if (sizes := op.varies(3)) is not None:
         axes = [int(a) % state.rank for a in op.attr("axes") or range(state.rank)]

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.labels import State
 from cipm_ir.ops.context import Literal, OpContext
-from cipm_ir.ops.registry import Opaque, lookup
+from cipm_ir.ops.registry import lookup
 
 _OPSET = 22
 
@@ -42,11 +43,11 @@ def step(
         constants: numbers that follow the inputs as further ones, by their position.
         attributes: of the operator.
 
-    Raises: `Opaque` where there is no rule, or the rule cannot handle the states.
+    Raises: `UnsupportedPattern` where there is no rule, or the rule cannot handle the states.
     """
     entry = lookup("", op_type)
     if entry is None:
-        raise Opaque(f"no rule for {op_type} inside it")
+        raise UnsupportedPattern(f"no rule for {op_type} inside it")
     states: list[State | None] = [plain(s) if len(inputs) > 1 else s for s in inputs]
     literals: list[Literal | None] = [None] * len(states)
     for index, number in sorted((constants or {}).items()):
@@ -60,7 +61,7 @@ def step(
     entry.labels(local)
     made = local.outputs[0]
     if made is None:
-        raise Opaque(f"{op_type} inside it has no state")
+        raise UnsupportedPattern(f"{op_type} inside it has no state")
     return made
 
 
@@ -82,7 +83,7 @@ def activated(op: OpContext, state: State, name: str, numbers: Sequence[float]) 
         return step(op, name, [state], state.shape, bounds)
     if name in _ACTIVATIONS:
         return step(op, name, [state], state.shape)
-    raise Opaque(f"no rule for the activation {name!r} inside it")
+    raise UnsupportedPattern(f"no rule for the activation {name!r} inside it")
 
 
 _ACTIVATIONS = {"Relu", "Tanh", "Sigmoid", "HardSigmoid", "HardSwish", "Softplus", "Softsign", "Selu", "Gelu"}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.bodies import bodies, body_path, is_control_flow, nodes_in_order, qualified
 from cipm_ir.ir.labels import Array, Factor, State
 from cipm_ir.ir.nested import graphs_within, subgraphs
@@ -18,7 +19,7 @@ from cipm_ir.ops import load_rules
 from cipm_ir.ops.context import Literal, OpContext
 from cipm_ir.ops.events import Recorder
 from cipm_ir.ops.no_rule import reason_for
-from cipm_ir.ops.registry import Opaque, lookup
+from cipm_ir.ops.registry import lookup
 from cipm_ir.symmetry.known import FLOATS, QUANTIZED, Known
 from cipm_ir.symmetry.leaves import Leaf, LeafFactor, OpaqueNode, Use
 
@@ -298,14 +299,18 @@ class _Walker(Known):
         op.elementwise = entry is not None and entry.elementwise
         try:
             if entry is None:
-                raise Opaque(node.metadata_props.get("reason") or reason_for(domain, node.op_type))
+                raise UnsupportedPattern(node.metadata_props.get("reason") or reason_for(domain, node.op_type))
             if any(v is not None and s is None for v, s in zip(node.inputs, inputs, strict=True)):
-                raise Opaque("the shape of an input is not known")
+                raise UnsupportedPattern("the shape of an input is not known")
             if entry.elementwise and len(inputs) > 1:
                 op.split_rows()
             entry.labels(op)
-        except (Opaque, ValueError, IndexError) as reason:
-            said = str(reason) if isinstance(reason, Opaque) else f"its shapes do not fit the operator ({reason})"
+        except (UnsupportedPattern, ValueError, IndexError) as reason:
+            said = (
+                str(reason)
+                if isinstance(reason, UnsupportedPattern)
+                else f"its shapes do not fit the operator ({reason})"
+            )
             self._pin_all(op, said)
             op.outputs = [None if s is None else State(s) for s in shapes]
         for value, state in zip(node.outputs, op.outputs, strict=False):

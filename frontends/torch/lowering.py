@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from cipm_ir.errors import UnsupportedError
+from cipm_ir.errors import UnsupportedError, UnsupportedPattern
 from cipm_ir.frontends.torch.call import call_of
 from cipm_ir.frontends.torch.capture import Traced, is_changed
 from cipm_ir.frontends.torch.counts import count_call
@@ -22,7 +22,6 @@ from cipm_ir.frontends.torch.values import (
     OPAQUE,
     Lowering,
     Number,
-    Refused,
     Tensor,
     attribute_of,
     leaves,
@@ -91,7 +90,7 @@ class Lowerer:
             own = self._named(node, made)
             if targets:
                 self.env[targets[0]] = made
-        except Refused as reason:
+        except UnsupportedPattern as reason:
             self._undo()
             made = self._opaque(node, args, kwargs, str(reason), getattr(reason, "attributes", {}))
             own = self._named(node, made)
@@ -109,7 +108,7 @@ class Lowerer:
             return self._inlined(node.name, args[1], args[2:])
         entry = function_entry(node.target)
         if entry is None:
-            raise Refused("no rule for this operation")
+            raise UnsupportedPattern("no rule for this operation")
         bound = bind(entry, args, kwargs)
         return self._call(entry, bound.args, bound.kwargs)
 
@@ -129,17 +128,17 @@ class Lowerer:
                 b.name, b.out = f"{name}/{node.name}", node.meta.get("val")
                 env[node] = self._lowered(node, args, kwargs)
             else:
-                raise Refused(f"a nested graph with {node.op} {node.target}")
-        raise Refused("a nested graph without a result")
+                raise UnsupportedPattern(f"a nested graph with {node.op} {node.target}")
+        raise UnsupportedPattern("a nested graph without a result")
 
     def _call_module(self, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         entry = module_entry(type(module))
         if entry is None:
-            raise Refused("no rule for this module")
+            raise UnsupportedPattern("no rule for this module")
         if is_changed(module):
-            raise Refused("the module has hooks, or a forward of its own")
+            raise UnsupportedPattern("the module has hooks, or a forward of its own")
         if len(args) > entry.inputs:
-            raise Refused("the module is called with more arguments than are known")
+            raise UnsupportedPattern("the module is called with more arguments than are known")
         given = dict(kwargs)
         for name in entry.attributes:
             if name in entry.fixed:
@@ -159,7 +158,7 @@ class Lowerer:
         try:
             return entry.lower(self.lowering, *args, **kwargs)
         except (TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError) as error:
-            raise Refused(f"its rule does not fit this use ({error})") from error
+            raise UnsupportedPattern(f"its rule does not fit this use ({error})") from error
 
     def _undo(self) -> None:
         """Take back what a refused entry had added."""
@@ -186,7 +185,7 @@ class Lowerer:
         fakes = [x for x in pytree.tree_leaves(b.out) if is_tensor(x)]
         try:
             outputs = [b.fresh(name, x.dtype, static_shape(x)) for x in fakes]
-        except Refused:
+        except UnsupportedPattern:
             outputs = [Tensor(ir.Value(name=f"{node.name}/{k}"), x.dtype, static_shape(x)) for k, x in enumerate(fakes)]
         if not outputs:
             return None
@@ -220,7 +219,7 @@ class Lowerer:
         tensors = [made] if isinstance(made, Tensor) else [x for x in leaves(made) if isinstance(x, Tensor)]
         fakes = [out] if is_tensor(out) else [x for x in pytree.tree_leaves(out, is_leaf=is_tensor) if is_tensor(x)]
         if fakes and len(fakes) != len(tensors):
-            raise Refused(f"it has {len(fakes)} results where its rule makes {len(tensors)}")
+            raise UnsupportedPattern(f"it has {len(fakes)} results where its rule makes {len(tensors)}")
         own = []
         for k, x in enumerate(tensors):
             if fakes:
@@ -245,9 +244,9 @@ class Lowerer:
         else:
             differ = x.shape is not None
         if differ:
-            raise Refused(f"its rule makes the shape {x.shape}, torch {shape}")
+            raise UnsupportedPattern(f"its rule makes the shape {x.shape}, torch {shape}")
         if x.dtype != fake.dtype:
-            raise Refused(f"its rule makes {x.dtype}, torch {fake.dtype}")
+            raise UnsupportedPattern(f"its rule makes {x.dtype}, torch {fake.dtype}")
         value, x.shape = x.value, shape
         if value.const_value is None and (value.shape is None or value.shape.dims != shape):
             value.shape = ir.Shape(shape)

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import fx, nn
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.frontends.torch.capture import Traced
 from cipm_ir.frontends.torch.table import Entry, function_entry, module_entry, written
-from cipm_ir.frontends.torch.values import Refused, Tensor
+from cipm_ir.frontends.torch.values import Tensor
 
 
 class Memory:
@@ -32,14 +33,14 @@ class Memory:
         """A write is expressed by a new value for the first argument: only where nobody reads it through a view."""
         target = targets[0]
         if len(targets) > 1 or target is not node.args[0]:
-            raise Refused("it writes into another argument than its first")
+            raise UnsupportedPattern("it writes into another argument than its first")
         if self._counts(node, target):
             return
         if not isinstance(target, fx.Node) or any(self.state(n) for n in self.sharing(target)):
-            raise Refused("it changes a parameter or buffer in place")
+            raise UnsupportedPattern("it changes a parameter or buffer in place")
         for other in self.sharing(target):
             if other is not target and self.read_after(other, node):
-                raise Refused(f"it changes memory in place that {other.name!r} shares")
+                raise UnsupportedPattern(f"it changes memory in place that {other.name!r} shares")
 
     def _counts(self, write: fx.Node, target: Any) -> bool:
         """Whether a batch normalization of a module that is read counts its batches, which nothing else uses."""

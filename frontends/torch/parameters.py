@@ -8,9 +8,9 @@ import onnx_ir as ir
 import torch
 from onnx_ir import tensor_adapters
 
-from cipm_ir.errors import InputError, UnsupportedError
+from cipm_ir.errors import InputError, UnsupportedError, UnsupportedPattern
 from cipm_ir.frontends.torch.capture import Traced
-from cipm_ir.frontends.torch.values import OPAQUE, Refused, Tensor, onnx_dtype, transposed
+from cipm_ir.frontends.torch.values import OPAQUE, Tensor, onnx_dtype, transposed
 
 
 class Parameters:
@@ -109,5 +109,5 @@ def _check_readable(path: str, tensor: torch.Tensor) -> None:
         )
     try:
         onnx_dtype(tensor.dtype)
-    except Refused as error:
+    except UnsupportedPattern as error:
         raise UnsupportedError(f"Parameter {path!r}: {error}.") from error

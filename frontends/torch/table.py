@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from cipm_ir.frontends.torch.values import Refused
+from cipm_ir.errors import UnsupportedPattern
 
 Lower = Callable[..., Any]
 AnyLower = TypeVar("AnyLower", bound=Lower)
@@ -218,4 +218,4 @@ def bind(entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect
     try:
         return entry.signature.bind(*args, **kwargs)
     except TypeError as error:
-        raise Refused(f"it is called in a way that is not known ({error})") from error
+        raise UnsupportedPattern(f"it is called in a way that is not known ({error})") from error

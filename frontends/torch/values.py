@@ -13,6 +13,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir import tensor_adapters
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.labels import Array
 
 OPAQUE = "pkg.torch"
@@ -24,11 +25,7 @@ Dims = tuple[int | None, ...]
 _DTYPES: dict[torch.dtype, ir.DataType] = {}
 
 
-class Refused(Exception):
-    """Raised by an entry for a use that it cannot express: the node becomes opaque, with this reason."""
-
-
-class Transparent(Refused):
+class Transparent(UnsupportedPattern):
     """Raised for an operation without a form in ONNX of which it is known how labels go through.
 
     ``attributes``: for `cipm_ir.ops.foreign`.
@@ -50,7 +47,7 @@ def onnx_dtype(dtype: torch.dtype) -> ir.DataType:
         try:
             found = _DTYPES[dtype] = tensor_adapters.from_torch_dtype(dtype)
         except TypeError as error:
-            raise Refused(f"ONNX has no type for {dtype}") from error
+            raise UnsupportedPattern(f"ONNX has no type for {dtype}") from error
     return found
 
 
@@ -71,7 +68,7 @@ class Tensor:
     def dims(self) -> Dims:
         """The shape, which must be known."""
         if self.shape is None:
-            raise Refused("the shape of an intermediate value is not known")
+            raise UnsupportedPattern("the shape of an intermediate value is not known")
         return self.shape
 
     @property
@@ -100,7 +97,7 @@ class Number:
     def known(self) -> int | float | bool:
         """The number; refused where it is dynamic."""
         if self.hint is None:
-            raise Refused("a number that depends on a dynamic size")
+            raise UnsupportedPattern("a number that depends on a dynamic size")
         return self.hint
 
 
@@ -150,7 +147,7 @@ class Lowering:
         if any(kind.is_complex for kind in types) or (dtype is not None and dtype.is_complex):
             if op_type in _COMPLEX and not self.made and all(isinstance(x, Tensor) for x in inputs):
                 raise Transparent("complex numbers", like=op_type, **attributes)
-            raise Refused("complex numbers")
+            raise UnsupportedPattern("complex numbers")
         values = [self.operand(x, like) for x in inputs]
         while values and values[-1] is None:
             values.pop()
@@ -228,7 +225,7 @@ class Lowering:
         rank = x if isinstance(x, int) else x.rank
         number = int(known(dim))
         if not -max(rank, 1) <= number < max(rank, 1):
-            raise Refused(f"axis {number} of a tensor with {rank} axes")
+            raise UnsupportedPattern(f"axis {number} of a tensor with {rank} axes")
         return number % max(rank, 1)
 
     def axes(self, x: Tensor, dims: Any) -> list[int]:
@@ -262,7 +259,7 @@ class Lowering:
         if isinstance(x, Tensor):
             return x if dtype is None else self.cast(x, dtype)
         if x is None:
-            raise Refused("an operand is missing")
+            raise UnsupportedPattern("an operand is missing")
         return self.const(x, dtype)
 
     def transpose(self, x: Tensor, perm: Sequence[int]) -> Tensor:

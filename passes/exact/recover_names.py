@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.nested import graphs_within
 from cipm_ir.ir.parameters import named
 from cipm_ir.passes.exact.cleanup.fold_constants import FOLDED_FROM, listed
@@ -36,10 +37,6 @@ _NAMED = 3
 
 _OWN = {"MultiheadAttention": ("in_proj_weight", "out_proj.weight")}
 """Modules that multiply with weights of their own, and how these are called; a Linear has ``weight``."""
-
-
-class _Refused(Exception):
-    """Why the name of a weight cannot be told."""
 
 
 @register("recover-names")
@@ -101,7 +98,7 @@ def _find_names(graph: ir.Graph) -> tuple[dict[str, str], dict[str, str]]:
             continue
         try:
             name = _find_name(value)
-        except _Refused as reason:
+        except UnsupportedPattern as reason:
             left[old] = str(reason)
             continue
         if name == old:
@@ -140,35 +137,37 @@ def _multiplies(node: ir.Node, place: int) -> bool:
 
 
 def _find_name(value: ir.Value) -> str:
-    """Rules 2 to 4: the ``state_dict`` name of a candidate; `_Refused` where it cannot be told."""
+    """Rules 2 to 4: the ``state_dict`` name of a candidate; `UnsupportedPattern` where it cannot be told."""
     if value.is_graph_input() or value.is_graph_output():
-        raise _Refused("it is an input or output of the graph")
+        raise UnsupportedPattern("it is an input or output of the graph")
     names = {_name_at(node, place, value) for node, place in value.uses()}
     if len(names) > 1:
-        raise _Refused(f"the nodes that read it stand for different weights: {', '.join(sorted(names))}")
+        raise UnsupportedPattern(f"the nodes that read it stand for different weights: {', '.join(sorted(names))}")
     return names.pop()
 
 
 def _name_at(node: ir.Node, place: int, value: ir.Value) -> str:
     """The name according to one node that reads the value."""
     if not _multiplies(node, place):
-        raise _Refused(f"a {node.op_type} reads it too")
+        raise UnsupportedPattern(f"a {node.op_type} reads it too")
     linear = _LINEAR.search(node.metadata_props.get(_FX_NODE, ""))
     if linear is None:
-        raise _Refused(f"node {node.name!r} has no note that it multiplies with a parameter of the module")
+        raise UnsupportedPattern(f"node {node.name!r} has no note that it multiplies with a parameter of the module")
     spelled = linear[1]
     scoped = _scope_weights(node)
     if FOLDED_FROM not in value.metadata_props:
         fitting = [name for name in scoped if _spelled(name) == spelled]
         if len(fitting) != 1:
-            raise _Refused(f"node {node.name!r} does not tell in which module the parameter {spelled!r} lies")
+            raise UnsupportedPattern(f"node {node.name!r} does not tell in which module the parameter {spelled!r} lies")
         return fitting[0]
     sources = listed(value.metadata_props[FOLDED_FROM])
     if len(sources) != 1:
-        raise _Refused("it was computed from more than one tensor")
+        raise UnsupportedPattern("it was computed from more than one tensor")
     numbered = re.fullmatch(re.escape(_spelled(sources[0])) + r"_\d+", spelled) and sources[0] in scoped
     if _spelled(sources[0]) != spelled and not numbered:
-        raise _Refused(f"it was folded from {sources[0]!r}, but node {node.name!r} multiplies with {spelled!r}")
+        raise UnsupportedPattern(
+            f"it was folded from {sources[0]!r}, but node {node.name!r} multiplies with {spelled!r}"
+        )
     return sources[0]
 
 

@@ -12,11 +12,12 @@ from onnx import TensorProto, helper
 from tests.ops.families import CASES
 from tests.ops.sample import Case, Sample, check, difference, naive
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.labels import State
 from cipm_ir.ops import load_rules, registry
 from cipm_ir.ops.context import OpContext
 from cipm_ir.ops.elementwise import homogeneous, linear, odd, pointwise
-from cipm_ir.ops.registry import Opaque, registered
+from cipm_ir.ops.registry import registered
 from cipm_ir.runtime.session import run
 from cipm_ir.symmetry.program import Program
 
@@ -58,7 +59,7 @@ def rows_forgotten(op: OpContext) -> None:
 
 def never(op: OpContext) -> None:
     """Pins what could move."""
-    raise Opaque("caution")
+    raise UnsupportedPattern("caution")
 
 
 def bias_unscaled(op: OpContext) -> None:

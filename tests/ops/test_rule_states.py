@@ -17,11 +17,12 @@ from tests.ops.families import CASES
 from tests.ops.rule_states import Site
 from tests.ops.rule_states_check import complaints
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.labels import State
 from cipm_ir.ops import load_rules, registry
 from cipm_ir.ops.context import OpContext, fixed
 from cipm_ir.ops.elementwise import homogeneous
-from cipm_ir.ops.registry import Opaque, operator, registered
+from cipm_ir.ops.registry import operator, registered
 from cipm_ir.symmetry.program import Program
 
 load_rules()
@@ -152,7 +153,7 @@ def bias_forgotten(op: OpContext) -> None:
 
 def never(op: OpContext) -> None:
     """Pins what could move."""
-    raise Opaque("caution")
+    raise UnsupportedPattern("caution")
 
 
 WRONG: list[tuple[str, Callable[[OpContext], None], str]] = [

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from cipm_ir.errors import SymmetryError
+from cipm_ir.errors import SymmetryError, UnsupportedPattern
 from cipm_ir.ir.bodies import bodies, is_control_flow
 from cipm_ir.ir.constants import evaluate
 from cipm_ir.ir.labels import Array, Labels
 from cipm_ir.ir.parameters import is_parameter, parameters
 from cipm_ir.ops.context import Literal
 from cipm_ir.ops.events import Uniform
-from cipm_ir.ops.registry import Opaque, lookup
+from cipm_ir.ops.registry import lookup
 from cipm_ir.symmetry.analysis import Analysis
 from cipm_ir.symmetry.leaves import LeafFactor
 from cipm_ir.symmetry.primitives.apply import Editor
@@ -183,7 +183,7 @@ class Literals:
                 resize = NodeResize(self, node, position)
                 try:
                     entry.resize(resize)
-                except Opaque as reason:
+                except UnsupportedPattern as reason:
                     raise SymmetryError(
                         f"{node.op_type} {node.name}: {reason}; keep more of the units that reach it."
                     ) from reason

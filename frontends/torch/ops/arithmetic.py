@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.frontends.torch.table import lowers
-from cipm_ir.frontends.torch.values import Lowering, Number, Operand, Refused, Tensor, known
+from cipm_ir.frontends.torch.values import Lowering, Number, Operand, Tensor, known
 
 _OF_TRUTH = {"Mul": "And", "Add": "Or", "Max": "Or", "Min": "And"}
 
@@ -18,7 +19,7 @@ def arithmetic(b: Lowering, op_type: str, a: Operand, c: Operand) -> Any:
         return numbers(b, op_type, a, c)
     if b.dtype == torch.bool:
         if op_type not in _OF_TRUTH:
-            raise Refused("arithmetic of truth values")
+            raise UnsupportedPattern("arithmetic of truth values")
         op_type = _OF_TRUTH[op_type]
     return b.op(op_type, b.tensor(a, b.dtype), b.tensor(c, b.dtype), shape=b.shape)
 
@@ -55,7 +56,7 @@ def _negative(x: Any) -> bool:
 def _rounded_down(b: Lowering, a: Any, c: Any) -> Any:
     """a // c of a negative a (ONNX rounds towards zero): -((-a + c - 1) // c), as in the common -(-a // c)."""
     if _negative(c) or not _negative(a):
-        raise Refused("an integer division by a negative number")
+        raise UnsupportedPattern("an integer division by a negative number")
     left, right = b.tensor(a, torch.int64), b.tensor(c, torch.int64)
     raised = b.op("Add", b.op("Neg", left, shape=()), b.op("Sub", right, 1, shape=()), shape=())
     return b.op("Neg", b.op("Div", raised, right, shape=()), shape=()).value
@@ -102,7 +103,7 @@ def div(b: Lowering, input: Any, other: Any, rounding_mode: str | None = None) -
     if rounding_mode == "trunc":
         if not b.dtype.is_floating_point:
             return arithmetic(b, "Div", input, other)
-        raise Refused("division of floats that truncates")
+        raise UnsupportedPattern("division of floats that truncates")
     return arithmetic(b, "Div", input, other)
 
 
@@ -120,7 +121,7 @@ def floordiv(b: Lowering, input: Any, other: Any) -> Any:
 @lowers("fmod")
 def fmod(b: Lowering, input: Any, other: Any) -> Any:
     if b.dtype.is_floating_point:
-        raise Refused("a remainder of floats")
+        raise UnsupportedPattern("a remainder of floats")
     return b.op("Mod", b.tensor(input, b.dtype), b.tensor(other, b.dtype), fmod=1, shape=b.shape)
 
 
@@ -129,7 +130,7 @@ def remainder(b: Lowering, input: Any, other: Any) -> Any:
     if not isinstance(input, Tensor) and not isinstance(other, Tensor):
         return numbers(b, "Mod", input, other)
     if b.dtype.is_floating_point:
-        raise Refused("a remainder of floats")
+        raise UnsupportedPattern("a remainder of floats")
     return arithmetic(b, "Mod", input, other)
 
 
@@ -181,7 +182,7 @@ for _op, _names in (
 @lowers("ne", "not_equal")
 def not_equal(b: Lowering, input: Any, other: Any) -> Any:
     if not isinstance(input, Tensor) and not isinstance(other, Tensor):
-        raise Refused("a comparison of numbers")
+        raise UnsupportedPattern("a comparison of numbers")
     return b.op("Not", compared(b, "Equal", input, other), shape=b.shape)
 
 
@@ -196,7 +197,7 @@ def _logical(op_type: str, *names: str) -> None:
     @lowers(*names)
     def entry(b: Lowering, input: Any, other: Any) -> Any:
         if b.dtype != torch.bool:
-            raise Refused("a bitwise operation on integers")
+            raise UnsupportedPattern("a bitwise operation on integers")
         return b.op(op_type, b.tensor(input, torch.bool), b.tensor(other, torch.bool), shape=b.shape)
 
 
@@ -211,7 +212,7 @@ for _op, _words in (
 @lowers("logical_not", "bitwise_not", "invert")
 def logical_not(b: Lowering, input: Tensor) -> Tensor:
     if b.dtype != torch.bool:
-        raise Refused("a bitwise operation on integers")
+        raise UnsupportedPattern("a bitwise operation on integers")
     return b.op("Not", b.cast(input, torch.bool), shape=input.shape)
 
 
@@ -243,7 +244,7 @@ def addcmul(b: Lowering, input: Tensor, tensor1: Tensor, tensor2: Tensor, value:
 
 @lowers("atan2", "logaddexp")
 def pairwise(b: Lowering, input: Tensor, other: Tensor) -> Tensor:
-    raise Refused("no ONNX operator")
+    raise UnsupportedPattern("no ONNX operator")
 
 
 @lowers("diff")

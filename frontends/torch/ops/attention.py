@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.frontends.torch.table import lowers
-from cipm_ir.frontends.torch.values import Dims, Lowering, Number, Refused, Tensor
+from cipm_ir.frontends.torch.values import Dims, Lowering, Number, Tensor
 
 _MERGED = np.array([0, 0, -1], np.int64)
 
@@ -31,13 +32,13 @@ def scaled_dot_product_attention(
     written out. A scale that is not given stays so: it follows the size of the head.
     """
     if attn_mask is not None and not isinstance(attn_mask, Tensor):
-        raise Refused("a mask that is no tensor")
+        raise UnsupportedPattern("a mask that is no tensor")
     if attn_mask is not None and attn_mask.dtype != torch.bool and attn_mask.dtype != query.dtype:
-        raise Refused("a mask of another type than the query")
+        raise UnsupportedPattern("a mask of another type than the query")
     if isinstance(scale, Number):
         query, scale = b.op("Mul", query, b.tensor(scale, query.dtype), shape=query.shape), 1.0
     if scale is not None and not float(scale):
-        raise Refused("attention of scale zero")
+        raise UnsupportedPattern("attention of scale zero")
     if query.rank > 4 or not _fits(query, key, value):
         return _written_out(b, query, key, value, attn_mask, is_causal, scale)
     return _attention(b, query, key, value, attn_mask, bool(is_causal), scale)
@@ -93,7 +94,7 @@ def _written_out(
     b: Lowering, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: Any, scale: Any
 ) -> Tensor:
     if is_causal:
-        raise Refused("causal attention that broadcasts, or on more than four axes")
+        raise UnsupportedPattern("causal attention that broadcasts, or on more than four axes")
     scores = _scores(b, q, k, scale)
     if mask is None:
         weights = b.op("Softmax", scores, axis=-1, shape=scores.shape)
@@ -168,7 +169,7 @@ def multi_head_attention_forward(
     static_v: Any = None, average_attn_weights: bool = True, is_causal: bool = False,
 ) -> Any:  # fmt: skip
     if static_k is not None or static_v is not None:
-        raise Refused("multi-head attention with static keys or values")
+        raise UnsupportedPattern("multi-head attention with static keys or values")
     separate = [q_proj_weight, k_proj_weight, v_proj_weight] if use_separate_proj_weight else None
     heads = _heads(b, num_heads, in_proj_weight, separate, in_proj_bias, out_proj_weight, out_proj_bias,
                    bias_k, bias_v, add_zero_attn)  # fmt: skip
@@ -182,7 +183,7 @@ def _heads(
 ) -> _Heads:  # fmt: skip
     weights = separate or _thirds(b, packed)
     if any(not isinstance(w, Tensor) for w in weights):
-        raise Refused("a projection without a weight")
+        raise UnsupportedPattern("a projection without a weight")
     biases: list[Tensor | None] = [None] * 3 if bias is None else [*_thirds(b, bias)]
     extra = None if bias_k is None or bias_v is None else (bias_k, bias_v)
     return _Heads(count, weights, biases, out_weight, out_bias, extra, bool(zero))
@@ -253,7 +254,7 @@ def _multihead(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The output and the weights (None where they are not asked for)."""
     if any(not isinstance(x, Tensor) or x.rank != 3 for x in inputs):
-        raise Refused("multi-head attention without a batch axis")
+        raise UnsupportedPattern("multi-head attention without a batch axis")
     turn = (0, 1, 2) if batch_first else (1, 0, 2)
     projected = [
         _projected(b, b.transpose(x, turn), w, c)

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.frontends.torch.table import lowers
-from cipm_ir.frontends.torch.values import Lowering, Refused, Tensor, Transparent
+from cipm_ir.frontends.torch.values import Lowering, Tensor, Transparent
 
 
 @lowers("linear", modules=(nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear))
@@ -77,12 +78,12 @@ def chain_matmul(b: Lowering, *matrices: Any) -> Tensor:
 
 def _chain(b: Lowering, parts: list[Tensor]) -> Tensor:
     if len(parts) < 2 or any(p.rank != 2 for p in parts[1:-1]):
-        raise Refused("a chain of products of something else than matrices")
+        raise UnsupportedPattern("a chain of products of something else than matrices")
     ends = parts[0].dims if parts[0].rank == 2 else (1, parts[0].dims[0])
     sizes = [*ends, *(p.dims[1] if p.rank == 2 else 1 for p in parts[1:])]
     known = [s for s in sizes if s is not None]
     if len(known) < len(sizes):
-        raise Refused("a chain of products whose order depends on a dynamic size")
+        raise UnsupportedPattern("a chain of products whose order depends on a dynamic size")
     return _multiplied(b, parts, _best_splits(known), 0, len(parts) - 1)
 
 
@@ -113,7 +114,7 @@ def _multiplied(b: Lowering, parts: list[Tensor], split: Mapping[tuple[int, int]
 def grouped_mm(b: Lowering, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Rows times the matrix of their expert."""
     if input.rank != 2 or weight.rank != 3:
-        raise Refused("a grouped product of other axes than (rows, in) and (experts, in, out)")
+        raise UnsupportedPattern("a grouped product of other axes than (rows, in) and (experts, in, out)")
     raise Transparent("rows of experts that depend on data", stacked=1)
 
 
@@ -126,7 +127,7 @@ def outer(b: Lowering, input: Tensor, vec2: Tensor) -> Tensor:
 def einsum(b: Lowering, equation: str, *operands: Any, path: Any = None) -> Tensor:
     tensors = list(operands[0]) if len(operands) == 1 and isinstance(operands[0], list | tuple) else list(operands)
     if not isinstance(equation, str) or "..." in equation:
-        raise Refused("einsum with an ellipsis or with lists of axes")
+        raise UnsupportedPattern("einsum with an ellipsis or with lists of axes")
     return b.op("Einsum", *tensors, equation=equation.replace(" ", ""), shape=b.shape)
 
 
@@ -134,7 +135,7 @@ def einsum(b: Lowering, equation: str, *operands: Any, path: Any = None) -> Tens
 def bilinear(b: Lowering, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x1' W_k x2 + b_k for each k."""
     if input1.rank != 2:
-        raise Refused("a bilinear layer on more than two axes")
+        raise UnsupportedPattern("a bilinear layer on more than two axes")
     made = b.op("Einsum", input1, weight, input2, equation="bi,kij,bj->bk", shape=b.shape)
     return made if bias is None else b.op("Add", made, bias, shape=b.shape)
 

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.frontends.torch.ops.padding import Pairs, padded
 from cipm_ir.frontends.torch.table import lowers
-from cipm_ir.frontends.torch.values import Lowering, Refused, Tensor, known
+from cipm_ir.frontends.torch.values import Lowering, Tensor, known
 
 _MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
 
@@ -22,7 +23,7 @@ def spatial(value: Any, rank: int) -> list[int]:
     if len(numbers) == 1:
         numbers *= rank
     if len(numbers) != rank:
-        raise Refused(f"{len(numbers)} numbers for {rank} spatial axes")
+        raise UnsupportedPattern(f"{len(numbers)} numbers for {rank} spatial axes")
     return numbers
 
 
@@ -31,7 +32,7 @@ def batched(b: Lowering, x: Tensor, rank: int) -> tuple[Tensor, bool]:
     if x.rank == rank + 2:
         return x, True
     if x.rank != rank + 1:
-        raise Refused(f"an input with {x.rank} axes")
+        raise UnsupportedPattern(f"an input with {x.rank} axes")
     return b.op("Unsqueeze", x, np.zeros(1, np.int64), shape=(1, *x.dims)), False
 
 
@@ -49,7 +50,7 @@ def same_padding(weight: Tensor, dilation: Sequence[int]) -> Pairs:
     """Padding that keeps sizes at stride 1; torch puts the odd entry behind."""
     sizes = weight.dims[2:]
     if None in sizes:
-        raise Refused("padding 'same' with a kernel of dynamic size")
+        raise UnsupportedPattern("padding 'same' with a kernel of dynamic size")
     total = [d * (int(k or 1) - 1) for d, k in zip(dilation, sizes, strict=True)]
     return [(t // 2, t - t // 2) for t in total]
 
@@ -143,7 +144,7 @@ def conv_transpose_module(
     else:
         sizes = (*input.dims[-rank:], *weight.dims[2:], *b.shape[-rank:])
         if None in sizes:
-            raise Refused("an output size where sizes are dynamic")
+            raise UnsupportedPattern("an output size where sizes are dynamic")
         had, taps, gets = np.asarray(sizes, np.int64).reshape(3, rank)
         least = (had - 1) * strides - 2 * np.asarray(pads) + np.asarray(dilations) * (taps - 1) + 1
         extra = (gets - least).tolist()

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.frontends.torch.ops.shaping import flat_sizes, shape_value
 from cipm_ir.frontends.torch.table import lowers
-from cipm_ir.frontends.torch.values import Lowering, Number, Operand, Refused, Tensor
+from cipm_ir.frontends.torch.values import Lowering, Number, Operand, Tensor
 
 LIMIT = 1 << 24
 """Largest constant that is written into the graph."""
@@ -21,9 +22,9 @@ def written(b: Lowering, make: Callable[..., torch.Tensor], *args: Any, **kwargs
     """A constant that torch computes from Python numbers."""
     for x in (*args, *kwargs.values()):
         if isinstance(x, Tensor | Number):
-            raise Refused("a constant that depends on data or on sizes")
+            raise UnsupportedPattern("a constant that depends on data or on sizes")
     if None in b.shape or int(np.prod([d or 0 for d in b.shape])) > LIMIT:
-        raise Refused("a constant of dynamic size, or a very large one")
+        raise UnsupportedPattern("a constant of dynamic size, or a very large one")
     made = make(*args, **kwargs)
     if made.dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
         made = made.float()
@@ -67,7 +68,7 @@ def linspace(b: Lowering, start: Any, end: Any, steps: Any, **options: Any) -> T
     if not any(isinstance(x, Number | Tensor) for x in (start, end, steps)):
         return written(b, torch.linspace, start, end, steps, dtype=b.dtype)
     if b.dtype not in (torch.float32, torch.float64):
-        raise Refused("steps that are rounded")
+        raise UnsupportedPattern("steps that are rounded")
     first, last, count = b.tensor(start, b.dtype), b.tensor(end, b.dtype), b.tensor(steps, torch.int64)
     gaps = b.op("Max", b.op("Sub", count, 1, shape=()), 1, shape=())
     step = b.op("Div", b.op("Sub", last, first, shape=()), b.cast(gaps, b.dtype), shape=())
@@ -102,7 +103,7 @@ def tensor(b: Lowering, *data: Any, **options: Any) -> Tensor:
         return b.cast(b.ints(flat_sizes(source)), b.dtype)
     if isinstance(source, bool | int | float | list | tuple):
         return written(b, torch.tensor, source, dtype=b.dtype)
-    raise Refused(f"a tensor of {type(source).__name__}")
+    raise UnsupportedPattern(f"a tensor of {type(source).__name__}")
 
 
 # ---------------------------------------------------------------- one value everywhere
@@ -196,7 +197,7 @@ def meshgrid(b: Lowering, *tensors: Any, indexing: str | None = "ij") -> tuple[T
 def _refused(reason: str, *names: str) -> None:
     @lowers(*names)
     def entry(b: Lowering, *args: Any, **options: Any) -> Any:
-        raise Refused(reason)
+        raise UnsupportedPattern(reason)
 
 
 _refused(

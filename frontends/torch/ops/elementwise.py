@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.frontends.torch.table import lowers
-from cipm_ir.frontends.torch.values import Lowering, Number, Operand, Refused, Tensor
+from cipm_ir.frontends.torch.values import Lowering, Number, Operand, Tensor
 
 
 # ---------------------------------------------------------------- one input
@@ -136,7 +137,7 @@ def prelu(b: Lowering, input: Tensor, weight: Tensor) -> Tensor:
 @lowers("elu", modules=(nn.ELU,))
 def elu(b: Lowering, input: Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Tensor:
     if (scale, input_scale) != (1.0, 1.0):
-        raise Refused("elu with scales")
+        raise UnsupportedPattern("elu with scales")
     return b.op("Elu", input, alpha=float(alpha), shape=input.shape)
 
 
@@ -157,7 +158,7 @@ def selu(b: Lowering, input: Tensor) -> Tensor:
 def softplus(b: Lowering, input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
     """Above ``threshold`` torch returns the input, which is the same up to e^-threshold."""
     if threshold < 15:
-        raise Refused("a softplus that turns linear where that shows")
+        raise UnsupportedPattern("a softplus that turns linear where that shows")
     if beta == 1:
         return b.op("Softplus", input, shape=input.shape)
     scaled = b.op("Mul", input, float(beta), shape=input.shape)
@@ -243,7 +244,7 @@ def glu(b: Lowering, input: Tensor, dim: int = -1) -> Tensor:
 def dropout(b: Lowering, input: Tensor, p: float = 0.5, training: Any = True) -> Tensor:
     """Evaluation: the identity; a node of its own, so that the emitted program still trains with it."""
     if isinstance(b.out, tuple | list):
-        raise Refused("dropout with its mask")
+        raise UnsupportedPattern("dropout with its mask")
     return b.op("Dropout", input, shape=input.shape)
 
 

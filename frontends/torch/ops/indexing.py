@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.frontends.torch.ops.shaping import END, run_of, shape_value, with_axes, with_size
 from cipm_ir.frontends.torch.table import lowers
-from cipm_ir.frontends.torch.values import Dims, Lowering, Number, Operand, Refused, Tensor, known
+from cipm_ir.frontends.torch.values import Dims, Lowering, Number, Operand, Tensor, known
 
 Bound = int | Number | None
 
@@ -47,7 +48,7 @@ def slice_(b: Lowering, input: Tensor, dim: int = 0, start: Bound = None, end: B
 @lowers("narrow", view=True)
 def narrow(b: Lowering, input: Tensor, dim: int, start: Any, length: Any) -> Tensor:
     if isinstance(start, Tensor):
-        raise Refused("a start that depends on data")
+        raise UnsupportedPattern("a start that depends on data")
     axis = b.axis(input, dim)
     if isinstance(start, Number) or isinstance(length, Number):
         end = b.op("Add", b.ints([start]), b.ints([length]), shape=(1,))
@@ -96,9 +97,9 @@ def picked_positions(b: Lowering, item: Any) -> Tensor:
         if array.dtype == np.int64:
             return b.const(array)
     if not isinstance(item, Tensor):
-        raise Refused(f"an index of type {type(item).__name__}")
+        raise UnsupportedPattern(f"an index of type {type(item).__name__}")
     if item.dtype in (torch.bool, torch.uint8):
-        raise Refused("a mask that selects entries: their number depends on data")
+        raise UnsupportedPattern("a mask that selects entries: their number depends on data")
     return item if item.dtype == torch.int64 else b.cast(item, torch.int64)
 
 
@@ -154,7 +155,7 @@ def index_select(b: Lowering, input: Tensor, dim: int, index: Tensor) -> Tensor:
 @lowers("gather")
 def gather(b: Lowering, input: Tensor, dim: int, index: Tensor, sparse_grad: bool = False) -> Tensor:
     if not input.rank:
-        raise Refused("an index into a single number")
+        raise UnsupportedPattern("an index into a single number")
     return b.op("GatherElements", input, index, axis=b.axis(input, dim), shape=b.shape)
 
 
@@ -166,7 +167,7 @@ def take_along_dim(b: Lowering, input: Tensor, indices: Tensor, dim: int | None 
         return b.op("GatherElements", flat, b.reshape(indices, [-1]), axis=0, shape=b.shape)
     axis = b.axis(input, dim)
     if input.rank != indices.rank or None in input.dims or None in indices.dims:
-        raise Refused("broadcasting of dynamic sizes")
+        raise UnsupportedPattern("broadcasting of dynamic sizes")
     dims = _broadcast([with_size(x.dims, axis, 1) for x in (input, indices)])
     sides = []
     for x in (input, indices):
@@ -188,7 +189,7 @@ def embedding(
     if input.dtype.is_floating_point:
         return b.op("Gather", input, weight, axis=0, shape=b.shape)
     if max_norm is not None:
-        raise Refused("an embedding that changes its table (max_norm)")
+        raise UnsupportedPattern("an embedding that changes its table (max_norm)")
     return b.op("Gather", weight, input, axis=0, shape=b.shape)
 
 
@@ -212,9 +213,9 @@ def embedding_bag(
 ) -> Tensor:
     """Bags of equal length: rows of a table, reduced."""
     if input.dtype.is_floating_point or input.rank != 2 or offsets is not None:
-        raise Refused("bags of different lengths (offsets)")
+        raise UnsupportedPattern("bags of different lengths (offsets)")
     if max_norm is not None or padding_idx is not None:
-        raise Refused("max_norm or padding_idx in bags")
+        raise UnsupportedPattern("max_norm or padding_idx in bags")
     dims = (*input.dims, weight.dims[1])
     rows = b.op("Gather", weight, input, axis=0, shape=dims)
     if per_sample_weights is not None:
@@ -242,7 +243,7 @@ def embedding_bag_module(
 @lowers("one_hot")
 def one_hot(b: Lowering, input: Tensor, num_classes: Any = -1) -> Tensor:
     if known(num_classes) < 0:
-        raise Refused("a number of classes that depends on data")
+        raise UnsupportedPattern("a number of classes that depends on data")
     depth = b.tensor(num_classes, torch.int64)
     return b.op("OneHot", input, depth, np.asarray([0, 1], np.int64), axis=-1, shape=b.shape)
 

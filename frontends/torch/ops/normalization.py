@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.frontends.torch.ops.reduction import axes_input, norm_over, reduced
 from cipm_ir.frontends.torch.table import lowers
-from cipm_ir.frontends.torch.values import Lowering, Number, Refused, Tensor, known, onnx_dtype
+from cipm_ir.frontends.torch.values import Lowering, Number, Tensor, known, onnx_dtype
 
 
 def filled(b: Lowering, sizes: Sequence[int | Number], value: float, dtype: torch.dtype) -> Tensor:
@@ -228,10 +229,10 @@ def instance_norm(
         weight, bias, running_mean, running_var = running_mean, running_var, weight, bias
     if running_mean is not None and running_var is not None:
         if use_input_stats:
-            raise Refused("statistics of the instance beside running ones")
+            raise UnsupportedPattern("statistics of the instance beside running ones")
         return _batch_norm(b, input, (weight, bias), (running_mean, running_var), eps)
     if input.rank < 3:
-        raise Refused("an instance normalization without space")
+        raise UnsupportedPattern("an instance normalization without space")
     scale, shift = _channel_affine(b, input, weight, bias)
     return b.op("InstanceNormalization", input, scale, shift, epsilon=float(eps), shape=input.shape)
 
@@ -262,7 +263,7 @@ def local_response_norm(
 ) -> Tensor:
     """As torch does it: the mean of squares over ``size`` channels, more of them below where ``size`` is even."""
     if input.rank not in (3, 4):
-        raise Refused(f"a local response normalization of {input.rank} axes")
+        raise UnsupportedPattern(f"a local response normalization of {input.rank} axes")
     square = b.op("Mul", input, input, shape=input.shape)
     stacked = b.op("Unsqueeze", square, np.ones(1, np.int64), shape=(input.dims[0], 1, *input.dims[1:]))
     rest = [0] * (input.rank - 2)
@@ -277,7 +278,7 @@ def local_response_norm(
 
 @lowers(modules=(nn.CrossMapLRN2d,))
 def cross_map_lrn(b: Lowering, input: Tensor) -> Tensor:
-    raise Refused("an autograd function of its own; use LocalResponseNorm")
+    raise UnsupportedPattern("an autograd function of its own; use LocalResponseNorm")
 
 
 # ---------------------------------------------------------------- by norms
@@ -312,7 +313,7 @@ def cosine_similarity(b: Lowering, x1: Tensor, x2: Tensor, dim: int = 1, eps: fl
     parts = []
     for x in (x1, x2):
         if x.rank < -back:
-            raise Refused("a cosine along an axis that one side lacks")
+            raise UnsupportedPattern("a cosine along an axis that one side lacks")
         length = norm_over(b, x, 2, [x.rank + back], True)
         parts.append(b.op("Div", x, b.op("Max", length, float(eps), shape=length.shape), shape=x.shape))
     return b.op("ReduceSum", b.op("Mul", *parts), axes_input(b, [back]), keepdims=0, shape=b.shape)
@@ -325,7 +326,7 @@ def pairwise_distance(
     """The norm of x1 - x2 + eps along the last axis."""
     rank = max(x1.rank, x2.rank)
     if not x1.rank or not x2.rank:
-        raise Refused("a distance of single numbers")
+        raise UnsupportedPattern("a distance of single numbers")
     one, other = x1.dims[-1], x2.dims[-1]
     shape = (*b.shape[: rank - 1], None if one is None or other is None else max(one, other))
     gap = b.op("Add", b.op("Sub", x1, x2, shape=shape), float(eps), shape=shape)

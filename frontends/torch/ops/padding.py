@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.frontends.torch.table import lowers
-from cipm_ir.frontends.torch.values import Lowering, Number, Refused, Tensor
+from cipm_ir.frontends.torch.values import Lowering, Number, Tensor
 
 Pairs = list[tuple[int | Number, int | Number]]
 """What comes before and behind, per axis."""
@@ -29,11 +30,11 @@ def _positive(n: int | Number, hint: int | None) -> int | Number:
 def padded(b: Lowering, x: Tensor, pairs: Pairs, mode: str, value: Any) -> Tensor:
     """Pad every axis by its pair; a negative amount cuts entries off first."""
     if mode not in _MODES:
-        raise Refused(f"padding in mode {mode!r}")
+        raise UnsupportedPattern(f"padding in mode {mode!r}")
     hints = [(_hint(p), _hint(q)) for p, q in pairs]
     if any(h is not None and h < 0 for pair in hints for h in pair):
         if mode != "constant":
-            raise Refused(f"padding by a negative amount in mode {mode!r}")
+            raise UnsupportedPattern(f"padding by a negative amount in mode {mode!r}")
         x = _cropped(b, x, hints)
         pairs = [(_positive(p[0], h[0]), _positive(p[1], h[1])) for p, h in zip(pairs, hints, strict=True)]
         hints = [(_hint(p), _hint(q)) for p, q in pairs]
@@ -65,9 +66,9 @@ def pad(b: Lowering, input: Tensor, pad: Any, mode: Any = "constant", value: Any
     amounts = list(pad)
     pairs: Pairs = list(zip(amounts[::2], amounts[1::2], strict=True))[::-1]
     if len(pairs) > input.rank:
-        raise Refused("padding of more axes than there are")
+        raise UnsupportedPattern("padding of more axes than there are")
     if isinstance(value, Tensor | Number):
-        raise Refused("padding with a value that is computed")
+        raise UnsupportedPattern("padding with a value that is computed")
     return padded(b, input, [(0, 0)] * (input.rank - len(pairs)) + pairs, mode, value)
 
 

@@ -11,10 +11,11 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.frontends.torch.ops.convolution import batched, spatial
 from cipm_ir.frontends.torch.ops.reduction import reduced
 from cipm_ir.frontends.torch.table import lowers
-from cipm_ir.frontends.torch.values import Dims, Lowering, Refused, Tensor, known
+from cipm_ir.frontends.torch.values import Dims, Lowering, Tensor, known
 
 
 class Window:
@@ -61,7 +62,7 @@ def _first_shape(b: Lowering) -> Dims:
 # ---------------------------------------------------------------- maxima
 def _max_pool(b: Lowering, input: Tensor, window: Window, ceil: bool, with_indices: bool) -> Any:
     if not input.dtype.is_floating_point:
-        raise Refused("a maximum of integers")
+        raise UnsupportedPattern("a maximum of integers")
     made = _pool(b, "MaxPool", input, window, ceil)
     return (made, _indices(b, input, window, ceil)) if with_indices else made
 
@@ -111,7 +112,7 @@ def _average(b: Lowering, input: Tensor, window: Window, ceil: bool, include: bo
     if divisor is None:
         return _pool(b, "AveragePool", input, window, ceil, count_include_pad=1 if include else None)
     if window.is_ceiled(input.dims[-len(window.kernel) :], ceil):
-        raise Refused("an average with a divisor of its own that rounds sizes up")
+        raise UnsupportedPattern("an average with a divisor of its own that rounds sizes up")
     made = _pool(b, "AveragePool", input, window, False, count_include_pad=1)
     return b.op("Mul", made, math.prod(window.kernel) / int(known(divisor)), shape=made.shape)
 
@@ -134,12 +135,12 @@ def _norm_pools(rank: int, cls: type[nn.Module]) -> None:
         """Torch takes powers of the entries themselves: of an even order that is the norm, of order 1 the sum."""
         window = Window(rank, kernel_size, stride)
         if window.is_ceiled(input.dims[-rank:], bool(ceil_mode)):
-            raise Refused("a pooled norm that rounds sizes up")
+            raise UnsupportedPattern("a pooled norm that rounds sizes up")
         order = known(norm_type)
         if order == 1:
             return _average(b, input, window, False, True, 1)
         if order <= 0 or order % 2:
-            raise Refused(f"a pooled norm of order {order}")
+            raise UnsupportedPattern(f"a pooled norm of order {order}")
         return _pool(b, "LpPool", input, window, False, p=int(order))
 
 
@@ -157,7 +158,7 @@ def _adaptive_window(b: Lowering, input: Tensor, rank: int, output_size: Any) ->
         if count == 1:
             widths.append(None)
         elif size is None or size % count:
-            raise Refused(f"adaptive pooling of {size} entries to {count}, with windows of several widths")
+            raise UnsupportedPattern(f"adaptive pooling of {size} entries to {count}, with windows of several widths")
         else:
             widths.append(size // count)
     return widths

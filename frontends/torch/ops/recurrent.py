@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.frontends.torch.table import lowers
-from cipm_ir.frontends.torch.values import Dims, Lowering, Refused, Tensor, known
+from cipm_ir.frontends.torch.values import Dims, Lowering, Tensor, known
 
 _ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}
 """Place in torch of each gate of ONNX: input, output, forget, cell of torch's i f g o; update, reset, new of r z n."""
@@ -69,10 +70,10 @@ def _module(
     b: Lowering, kind: str, input: Any, hx: Any, module: Any, path: str, nonlinearity: str = "tanh"
 ) -> tuple[Tensor, ...]:
     if not isinstance(input, Tensor):
-        raise Refused("a packed sequence")
+        raise UnsupportedPattern("a packed sequence")
     width = getattr(module, "proj_size", 0) or module.hidden_size
     if any(p.shape[1] != width for k, p in module.named_parameters() if k.startswith("weight_hh")):
-        raise Refused("layers of different hidden sizes, which torch starts from one state")
+        raise UnsupportedPattern("layers of different hidden sizes, which torch starts from one state")
     names = [name for name, _ in module.named_parameters(recurse=False, remove_duplicate=False)]
     params = [b.parameter(f"{path}.{name}") for name in names]
     alone = input.rank == 2
@@ -93,14 +94,16 @@ def _layers(
     if states and all(_is_zero(s) for s in states):
         states = None
     if not isinstance(params, tuple | list) or not isinstance(x, Tensor) or x.rank != 3:
-        raise Refused("a packed sequence")
+        raise UnsupportedPattern("a packed sequence")
     if states is None and kind == "LSTM" and len(params) == 0:
-        raise Refused("no weights")
+        raise UnsupportedPattern("no weights")
     each = len(params) // (layers * directions)
     if each not in (2, 3, 4, 5) or len(params) != each * layers * directions:
-        raise Refused("weights other than two matrices, two biases and a projection per layer and direction")
+        raise UnsupportedPattern("weights other than two matrices, two biases and a projection per layer and direction")
     if each % 2 and states is not None:
-        raise Refused("an LSTM with projections that starts from given states: its product of weights needs zeros")
+        raise UnsupportedPattern(
+            "an LSTM with projections that starts from given states: its product of weights needs zeros"
+        )
     parts = [_per_layer(b, s, layers, directions) for s in states or ()]
     if batch_first:
         x = b.transpose(x, (1, 0, 2))
@@ -129,7 +132,7 @@ def _is_zero(state: Any) -> bool:
 def _per_layer(b: Lowering, state: Tensor, layers: int, directions: int) -> list[Tensor]:
     """Initial state (directions, batch, hidden) of every layer."""
     if not isinstance(state, Tensor) or state.rank != 3:
-        raise Refused("initial states that are no tensors of three axes")
+        raise UnsupportedPattern("initial states that are no tensors of three axes")
     if layers == 1:
         return [state]
     shape = (directions, *state.dims[1:])
@@ -146,7 +149,7 @@ def _layer(
     if any(w[1].dims != (gates * hidden, width) for w in weights) or any(
         p.dims != (width, hidden) for p in projections
     ):
-        raise Refused("recurrent weights of another shape")
+        raise UnsupportedPattern("recurrent weights of another shape")
     first, again = (_stacked(b, [_gates(b, kind, w[k], projections[d : d + k]) for d, w in enumerate(weights)])
                     for k in (0, 1))  # fmt: skip
     bias = None

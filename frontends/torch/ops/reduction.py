@@ -11,8 +11,9 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.frontends.torch.table import lowers
-from cipm_ir.frontends.torch.values import Dims, Lowering, Number, Refused, Tensor, known
+from cipm_ir.frontends.torch.values import Dims, Lowering, Number, Tensor, known
 
 
 class Extrema(NamedTuple):
@@ -57,7 +58,7 @@ def _options(dim: Any, keepdim: Any, names: dict[str, Any]) -> tuple[Any, bool]:
 
 def _check_out(names: dict[str, Any]) -> None:
     if names.get("out") is not None:
-        raise Refused("it writes to a tensor that is given (out=)")
+        raise UnsupportedPattern("it writes to a tensor that is given (out=)")
 
 
 def _reduction(op_type: str, *names: str) -> None:
@@ -68,7 +69,7 @@ def _reduction(op_type: str, *names: str) -> None:
         dim, keepdim = _options(dim, keepdim, other)
         x = b.cast(input, b.dtype)
         if x.dtype == torch.bool:
-            raise Refused("a reduction of truth values")
+            raise UnsupportedPattern("a reduction of truth values")
         return reduced(b, op_type, x, b.axes(x, dim), keepdim)
 
 
@@ -94,7 +95,7 @@ def _position(b: Lowering, op_type: str, x: Tensor, dim: Any, keepdim: Any) -> T
         return made
     axis = b.axis(x, dim)
     if not x.rank:
-        raise Refused("a position in a single number")
+        raise UnsupportedPattern("a position in a single number")
     shape = reduced_shape(x, [axis], keepdim)
     return b.op(op_type, x, axis=axis, keepdims=int(bool(keepdim)), dtype=torch.int64, shape=shape)
 
@@ -113,7 +114,7 @@ def _extremum(kind: str) -> None:
             return b.op(kind, b.cast(input, b.dtype), b.cast(second, b.dtype), shape=b.shape)
         dim, keepdim = _options(dim, keepdim, other)
         if input.dtype == torch.bool:
-            raise Refused("a reduction of truth values")
+            raise UnsupportedPattern("a reduction of truth values")
         if dim is None:
             return reduced(b, f"Reduce{kind}", input, list(range(input.rank)), False)
         values = reduced(b, f"Reduce{kind}", input, [b.axis(input, dim)], keepdim)
@@ -138,13 +139,13 @@ def aminmax(b: Lowering, input: Tensor, dim: Any = None, keepdim: Any = False) -
 @lowers("topk")
 def topk(b: Lowering, input: Tensor, k: Any, dim: Any = -1, largest: Any = True, sorted: Any = True) -> Extrema:
     if not sorted:
-        raise Refused("the largest entries in no order")
+        raise UnsupportedPattern("the largest entries in no order")
     return _ordered(b, input, k, b.axis(input, dim), bool(largest))
 
 
 def _ordered(b: Lowering, x: Tensor, count: Any, axis: int, descending: bool) -> Extrema:
     if not x.rank or x.dtype == torch.bool:
-        raise Refused("sorting of a single number or of truth values")
+        raise UnsupportedPattern("sorting of a single number or of truth values")
     size = count.hint if isinstance(count, Number) else count
     length = None if size is None else int(size)
     shape = [length if a == axis else d for a, d in enumerate(x.dims)]
@@ -262,11 +263,11 @@ def norm_over(b: Lowering, x: Tensor, p: Any, axes: Sequence[int], keepdim: bool
     """The p-norm of the entries along some axes."""
     p = known(p)
     if not x.dtype.is_floating_point or not axes:
-        raise Refused("a norm of integers, or over no axis")
+        raise UnsupportedPattern("a norm of integers, or over no axis")
     if p in ("fro", None, 2):
         return reduced(b, "ReduceL2", x, axes, keepdim)
     if isinstance(p, str):
-        raise Refused(f"the norm {p!r}")
+        raise UnsupportedPattern(f"the norm {p!r}")
     if p == 1:
         return reduced(b, "ReduceL1", x, axes, keepdim)
     if p == 0:
@@ -301,7 +302,7 @@ def linalg_norm(
     x = b.cast(input, b.dtype)
     over = b.axes(x, dim)
     if ord not in (None, "fro") and len(over) > 1:
-        raise Refused("a norm of matrices")
+        raise UnsupportedPattern("a norm of matrices")
     return norm_over(b, x, ord, over, bool(keepdim))
 
 
@@ -310,7 +311,7 @@ def matrix_norm(
     b: Lowering, input: Tensor, ord: Any = "fro", dim: Any = (-2, -1), keepdim: Any = False, *, dtype: Any = None
 ) -> Tensor:
     if ord != "fro":
-        raise Refused("a norm of matrices")
+        raise UnsupportedPattern("a norm of matrices")
     return linalg_norm(b, input, "fro", dim, keepdim)
 
 
@@ -324,7 +325,7 @@ def _soft(b: Lowering, op_type: str, input: Tensor, dim: Any, names: dict[str, A
     _check_out(names or {})
     x = b.cast(input, b.dtype)
     if not x.rank:
-        raise Refused("softmax of a single number")
+        raise UnsupportedPattern("softmax of a single number")
     axis = b.axis(x, _implicit_axis(x) if dim is None else dim)
     return b.op(op_type, x, axis=axis, shape=x.shape)
 

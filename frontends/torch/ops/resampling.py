@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.frontends.torch.ops.pooling import adaptive
 from cipm_ir.frontends.torch.table import lowers
-from cipm_ir.frontends.torch.values import Lowering, Number, Refused, Tensor, known
+from cipm_ir.frontends.torch.values import Lowering, Number, Tensor, known
 from cipm_ir.ir.labels import Array
 
 _LINEAR = ("linear", "bilinear", "trilinear")
@@ -30,7 +31,7 @@ class Target:
 def _listed(value: Any, rank: int) -> list[Any]:
     given = list(value) if isinstance(value, list | tuple) else [value] * rank
     if len(given) != rank:
-        raise Refused(f"{len(given)} sizes or scales for {rank} spatial axes")
+        raise UnsupportedPattern(f"{len(given)} sizes or scales for {rank} spatial axes")
     return given
 
 
@@ -38,7 +39,7 @@ def _target(rank: int, size: Any, scale_factor: Any) -> Target:
     if size is not None:
         return Target(_listed(size, rank), None)
     if scale_factor is None:
-        raise Refused("neither a size nor a scale")
+        raise UnsupportedPattern("neither a size nor a scale")
     return Target(None, [float(known(s)) for s in _listed(scale_factor, rank)])
 
 
@@ -58,7 +59,7 @@ def _check_floor(x: Tensor, target: Target) -> None:
     """A scale that float32 does not hold must give the same size in it."""
     for n, s in zip(x.dims[2:], target.scales or (), strict=True):
         if n is None or int(n * s) != int(np.float32(n) * np.float32(s)):
-            raise Refused(f"scale {s}, which float32 does not hold")
+            raise UnsupportedPattern(f"scale {s}, which float32 does not hold")
 
 
 def _check_nearest(b: Lowering, x: Tensor, target: Target, half: float) -> None:
@@ -68,7 +69,7 @@ def _check_nearest(b: Lowering, x: Tensor, target: Target, half: float) -> None:
         if target.scales is not None:
             scale, step = np.float32(target.scales[k]), np.float32(1 / target.scales[k])
         elif before is None or after is None:
-            raise Refused("the nearest neighbours of a size that is dynamic")
+            raise UnsupportedPattern("the nearest neighbours of a size that is dynamic")
         else:
             scale, step = np.float32(after) / np.float32(before), np.float32(before) / np.float32(after)
         where: Array = np.arange(after or _FAR, dtype=np.float32)
@@ -77,7 +78,7 @@ def _check_nearest(b: Lowering, x: Tensor, target: Target, half: float) -> None:
         if before is not None:
             ours, theirs = np.minimum(ours, before - 1), np.minimum(theirs, before - 1)
         if not np.array_equal(ours, theirs):
-            raise Refused("nearest neighbours that rounding decides")
+            raise UnsupportedPattern("nearest neighbours that rounding decides")
 
 
 def _interpolated(b: Lowering, x: Tensor, mode: str, target: Target, align_corners: Any) -> Tensor:
@@ -94,7 +95,7 @@ def _interpolated(b: Lowering, x: Tensor, mode: str, target: Target, align_corne
         return _linear(b, x, target, where)
     if mode == "bicubic":
         return _resized(b, x, target, mode="cubic", coordinate_transformation_mode=where, cubic_coeff_a=-0.75)
-    raise Refused(f"interpolation in mode {mode!r}")
+    raise UnsupportedPattern(f"interpolation in mode {mode!r}")
 
 
 def _linear(b: Lowering, x: Tensor, target: Target, where: str) -> Tensor:
@@ -107,11 +108,11 @@ def interpolate(
     align_corners: Any = None, recompute_scale_factor: Any = None, antialias: Any = False,
 ) -> Tensor:  # fmt: skip
     if antialias:
-        raise Refused("interpolation with antialiasing")
+        raise UnsupportedPattern("interpolation with antialiasing")
     rank = input.rank - 2
     if size is None and recompute_scale_factor:
         if None in b.shape:
-            raise Refused("a scale that is recomputed from dynamic sizes")
+            raise UnsupportedPattern("a scale that is recomputed from dynamic sizes")
         size = b.shape[2:]
     if mode == "area":
         return adaptive(b, input, rank, b.shape[2:] if size is None else size, "Mean")
@@ -127,7 +128,7 @@ def _upsample(name: str, mode: str, rank: int, corners: bool) -> None:
         align = given.pop(0) if corners and given else other.get("align_corners")
         scales = other.get("scale_factors", given[0] if given and isinstance(given[0], list | tuple) else None)
         if output_size is not None and any(s is not None for s in (*given, *other.values()) if s is not align):
-            raise Refused("sizes and scales at once")
+            raise UnsupportedPattern("sizes and scales at once")
         return _interpolated(b, input, mode, _target(rank, output_size, scales), align)
 
 
@@ -146,7 +147,7 @@ def _reshape(b: Lowering, x: Tensor, sizes: Sequence[int | Number], shape: Seque
 
 def _image(b: Lowering, x: Tensor) -> Tensor:
     if x.rank not in (3, 4):
-        raise Refused(f"a shuffle of {x.rank} axes")
+        raise UnsupportedPattern(f"a shuffle of {x.rank} axes")
     return x if x.rank == 4 else b.op("Unsqueeze", x, np.zeros(1, np.int64), shape=(1, *x.dims))
 
 
@@ -168,7 +169,7 @@ def pixel_unshuffle(b: Lowering, input: Tensor, downscale_factor: int) -> Tensor
     n, c, *_ = x.dims
     height, width = b.shape[-2:]
     if height is None or width is None:
-        raise Refused("pixel_unshuffle of dynamic sizes")
+        raise UnsupportedPattern("pixel_unshuffle of dynamic sizes")
     wide = _reshape(b, x, [0, -1, height, r, width, r], (n, c, height, r, width, r))
     made = _reshape(b, b.transpose(wide, (0, 1, 3, 5, 2, 4)), [0, -1, height, width], (n, *b.shape[-3:]))
     return _like(b, made, input)
@@ -186,4 +187,4 @@ def channel_shuffle(b: Lowering, input: Tensor, groups: int) -> Tensor:
 
 @lowers("im2col", "col2im", "fold", modules=(nn.Unfold, nn.Fold))
 def columns(b: Lowering, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    raise Refused("patches as columns")
+    raise UnsupportedPattern("patches as columns")

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.frontends.torch.ops.indexing import picked_positions, together
 from cipm_ir.frontends.torch.ops.shaping import run_of, shape_value, with_axes, with_size
 from cipm_ir.frontends.torch.table import lowers
-from cipm_ir.frontends.torch.values import Dims, Lowering, Number, Operand, Refused, Tensor
+from cipm_ir.frontends.torch.values import Dims, Lowering, Number, Operand, Tensor
 
 _REDUCTIONS = {"add": "add", "sum": "add", "multiply": "mul", "prod": "mul", "amax": "max", "amin": "min"}
 
@@ -19,7 +20,7 @@ _REDUCTIONS = {"add": "add", "sum": "add", "multiply": "mul", "prod": "mul", "am
 def broadcast(b: Lowering, x: Tensor, dims: Dims, like: Tensor) -> Tensor:
     """A tensor expanded to the shape of another."""
     if x.rank > len(dims):
-        raise Refused("a value with more axes than where it goes")
+        raise UnsupportedPattern("a value with more axes than where it goes")
     if x.shape == dims and None not in dims:
         return x
     return b.op("Expand", x, shape_value(b, like), shape=dims)
@@ -29,13 +30,13 @@ def broadcast(b: Lowering, x: Tensor, dims: Dims, like: Tensor) -> Tensor:
 def scattered(b: Lowering, x: Tensor, dim: int, index: Tensor, src: Operand, reduction: str | None = None) -> Tensor:
     """Entries of ``src`` at positions along an axis; of a larger ``src`` its leading part, as torch has it."""
     if not x.rank:
-        raise Refused("a write into a single number")
+        raise UnsupportedPattern("a write into a single number")
     source = b.tensor(src, x.dtype)
     if not source.rank:
         source = b.op("Expand", source, shape_value(b, index), shape=index.dims)
     elif source.dims != index.dims:
         if None in index.dims:
-            raise Refused("a write of dynamic size")
+            raise UnsupportedPattern("a write of dynamic size")
         for axis, (size, whole) in enumerate(zip(index.dims, source.dims, strict=True)):
             if size != whole:
                 source = run_of(b, source, axis, 0, size or 0, shape=with_size(source.dims, axis, size))
@@ -60,7 +61,7 @@ def scatter_reduce(
     b: Lowering, input: Tensor, dim: int, index: Tensor, src: Operand, reduce: str, include_self: bool = True
 ) -> Tensor:
     if not include_self or reduce not in _REDUCTIONS:
-        raise Refused("a mean of scattered entries, or one without the entries that are there")
+        raise UnsupportedPattern("a mean of scattered entries, or one without the entries that are there")
     return scattered(b, input, dim, index, src, _REDUCTIONS[reduce])
 
 
@@ -99,7 +100,7 @@ def assigned(b: Lowering, x: Tensor, items: Sequence[Any], value: Operand) -> Te
     given = b.tensor(value, x.dtype)
     kept = [a for a, i in enumerate(items) if type(i) is int]
     if given.rank > x.rank - len(kept):
-        raise Refused("a value with more axes than where it goes")
+        raise UnsupportedPattern("a value with more axes than where it goes")
     missing = [a for a in kept if x.rank - a <= given.rank + sum(1 for c in kept if c > a)]
     given = with_axes(b, given, [a - (x.rank - given.rank - len(missing)) for a in missing])
     return _assigned(b, x, list(items), 0, given)
@@ -128,14 +129,14 @@ def _cut(item: Any, size: int | None) -> tuple[int, Any, int | None]:
     if item == slice(None):
         return 0, size, size
     if size is None:
-        raise Refused("a write into part of an axis of dynamic size")
+        raise UnsupportedPattern("a write into part of an axis of dynamic size")
     if type(item) is int:
         return item % size, item % size + 1, size
     if any(isinstance(x, Number | Tensor) for x in (item.start, item.stop, item.step)):
-        raise Refused("a write into a part with computed bounds")
+        raise UnsupportedPattern("a write into a part with computed bounds")
     start, end, step = item.indices(size)
     if step != 1:
-        raise Refused("a write into every other entry")
+        raise UnsupportedPattern("a write into every other entry")
     return start, end, size
 
 
@@ -149,7 +150,7 @@ def slice_scatter(
 @lowers("select_scatter")
 def select_scatter(b: Lowering, input: Tensor, src: Tensor, dim: int, index: Any) -> Tensor:
     if type(index) is not int:
-        raise Refused("a write at a computed place")
+        raise UnsupportedPattern("a write at a computed place")
     return assigned(b, input, [slice(None)] * b.axis(input, dim) + [index], src)
 
 
@@ -159,14 +160,14 @@ def setitem(b: Lowering, input: Tensor, index: Any, value: Operand) -> Tensor:
     """The tensor after the write."""
     items = list(index) if isinstance(index, tuple) else [index]
     if None in [i for i in items if not isinstance(i, Tensor)]:
-        raise Refused("a write through a new axis")
+        raise UnsupportedPattern("a write through a new axis")
     at = next((k for k, i in enumerate(items) if i is Ellipsis), len(items))
     fill = [slice(None)] * (input.rank - sum(1 for i in items if i is not Ellipsis))
     items[at : at + 1] = fill
     if all(isinstance(i, slice) or type(i) is int for i in items):
         return assigned(b, input, items, value)
     if any(not isinstance(i, Tensor) and i != slice(None) for i in items):
-        raise Refused("a write at positions and slices together")
+        raise UnsupportedPattern("a write at positions and slices together")
     made: Tensor = index_put(b, input, [i if isinstance(i, Tensor) else None for i in items], value)
     return made
 
@@ -184,7 +185,7 @@ def index_put(
     if len(places) == 1 and places[0].rank == 1 and indices[0] is None:
         return _along(b, input, len(indices) - 1, picked_positions(b, indices[-1]), values, accumulate)
     if any(i is None for i in indices[: len(places)]):
-        raise Refused("a write at positions along an inner axis")
+        raise UnsupportedPattern("a write at positions along an inner axis")
     where = together(b, [picked_positions(b, i) for i in places])
     dims = (*where.dims[:-1], *input.dims[len(places) :])
     taken = b.op("GatherND", input, where, shape=dims)
@@ -201,7 +202,7 @@ def _along(b: Lowering, x: Tensor, axis: int, index: Tensor, values: Operand, ac
 def _masked(b: Lowering, x: Tensor, indices: list[Any], values: Operand, accumulate: bool) -> Tensor:
     mask, value = next(i for i in indices if i is not None), b.tensor(values, x.dtype)
     if accumulate or int(np.prod([d or 2 for d in value.dims])) != 1:
-        raise Refused("different values where a mask holds")
+        raise UnsupportedPattern("different values where a mask holds")
     before = next(k for k, i in enumerate(indices) if i is not None)
     mask = with_axes(b, b.cast(mask, torch.bool), [mask.rank + k for k in range(x.rank - before - mask.rank)])
     value = b.reshape(value, []) if value.rank else value

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.frontends.torch.table import lowers
-from cipm_ir.frontends.torch.values import Dims, Lowering, Number, Refused, Tensor, known, static_shape
+from cipm_ir.frontends.torch.values import Dims, Lowering, Number, Tensor, known, static_shape
 
 END = 2**63 - 1
 """Bound of a slice that goes to the end."""
@@ -21,7 +22,7 @@ def flat_sizes(sizes: Sequence[Any]) -> list[int | Number]:
     if len(sizes) == 1 and isinstance(sizes[0], list | tuple):
         sizes = sizes[0]
     if any(not isinstance(n, Number) and type(n) is not int for n in sizes):
-        raise Refused("sizes that are not numbers")
+        raise UnsupportedPattern("sizes that are not numbers")
     return list(sizes)
 
 
@@ -50,7 +51,7 @@ def resized(
     One of ``sizes`` may be -1.
     """
     if 0 in sizes and (copied or tail is not None):
-        raise Refused("an axis without entries")
+        raise UnsupportedPattern("an axis without entries")
     target = b.ints([*[0] * copied, *sizes])
     if tail is not None:
         target = b.op("Concat", target, tail, axis=0, shape=(len(b.shape),))
@@ -69,7 +70,7 @@ def view(b: Lowering, input: Tensor, *sizes: Any, shape: Any = None, size: Any =
     """Sizes that the program writes stay as written, -1 too; computed ones stay computed."""
     given = sizes or (shape if shape is not None else size,)
     if given[0] is None or isinstance(given[0], torch.dtype):
-        raise Refused("a view as another type")
+        raise UnsupportedPattern("a view as another type")
     return resized(b, input, flat_sizes(given))
 
 
@@ -94,7 +95,7 @@ def flatten(b: Lowering, input: Tensor, start_dim: int = 0, end_dim: int = -1) -
 @lowers("unflatten", view=True)
 def unflatten(b: Lowering, input: Tensor, dim: int, sizes: Any) -> Tensor:
     if any(isinstance(n, str | tuple | list) for n in sizes):
-        raise Refused("named axes")
+        raise UnsupportedPattern("named axes")
     axis = b.axis(input, dim)
     return resized(b, input, flat_sizes(sizes), axis, shape_from(b, input, axis + 1))
 
@@ -138,7 +139,7 @@ def with_axes(b: Lowering, x: Tensor, axes: Sequence[int]) -> Tensor:
 @lowers("atleast_1d", "atleast_2d", "atleast_3d", view=True)
 def atleast(b: Lowering, *tensors: Any) -> Any:
     if len(tensors) != 1 or not isinstance(tensors[0], Tensor):
-        raise Refused("several tensors")
+        raise UnsupportedPattern("several tensors")
     return _atleast(b, tensors[0], len(b.shape))
 
 
@@ -169,7 +170,7 @@ def matrix_transpose(b: Lowering, input: Tensor) -> Tensor:
     if input.rank < 2:
         return input
     if input.dtype.is_complex:
-        raise Refused("complex numbers")
+        raise UnsupportedPattern("complex numbers")
     return b.transpose(input, [*range(input.rank - 2), input.rank - 1, input.rank - 2])
 
 
@@ -234,7 +235,7 @@ def repeat_interleave(
 ) -> Tensor:
     """Each entry along an axis several times in a row: a new axis, expanded and merged."""
     if isinstance(repeats, Tensor):
-        raise Refused("a count for each entry")
+        raise UnsupportedPattern("a count for each entry")
     if dim is None:
         input, dim = b.reshape(input, [-1]), 0
     axis = b.axis(input, dim)
@@ -252,7 +253,7 @@ def roll(b: Lowering, input: Tensor, shifts: Any, dims: Any = None) -> Tensor:
     axes = [] if dims is None else _listed(b, input, dims)
     if not axes:
         if len(steps) != 1:
-            raise Refused("several shifts of one axis")
+            raise UnsupportedPattern("several shifts of one axis")
         flat = _rolled(b, b.reshape(input, [-1]), 0, steps[0])
         return b.op("Reshape", flat, shape_value(b, input), shape=b.shape)
     x = input
@@ -264,12 +265,12 @@ def roll(b: Lowering, input: Tensor, shifts: Any, dims: Any = None) -> Tensor:
 def _rolled(b: Lowering, x: Tensor, axis: int, step: int | Number) -> Tensor:
     size = x.dims[axis]
     if size is None:
-        raise Refused("a roll along an axis of dynamic size")
+        raise UnsupportedPattern("a roll along an axis of dynamic size")
     length = int(known(step)) % size if size else 0
     cut: Any = -length
     if isinstance(step, Number):
         if length != step.hint:
-            raise Refused("a computed shift by more than the size")
+            raise UnsupportedPattern("a computed shift by more than the size")
         cut = Number(lambda: b.op("Neg", step, shape=(), dtype=torch.int64).value, -length)
     if length == 0:
         return x
@@ -347,7 +348,7 @@ def _part_sizes(b: Lowering, x: Tensor, axis: int) -> list[int]:
     sizes = [static_shape(o)[axis] for o in b.out]
     found = [n for n in sizes if n is not None]
     if len(found) < len(sizes) or sum(found) != x.dims[axis]:
-        raise Refused("parts of dynamic sizes, or parts that overlap")
+        raise UnsupportedPattern("parts of dynamic sizes, or parts that overlap")
     return found
 
 
@@ -367,7 +368,7 @@ def split(
     if isinstance(given, Number):
         sizes = _part_sizes(b, tensor, axis)
         if len(set(sizes)) > 1:
-            raise Refused("parts of a computed size that leave a remainder")
+            raise UnsupportedPattern("parts of a computed size that leave a remainder")
         return parts_of(b, tensor, axis, [given] * len(sizes))
     return parts_of(b, tensor, axis, _part_sizes(b, tensor, axis))
 
@@ -385,7 +386,7 @@ def tensor_split(
 ) -> tuple[Tensor, ...]:
     given = next(g for g in (indices_or_sections, sections, indices) if g is not None)
     if isinstance(given, Tensor):
-        raise Refused("places that are computed")
+        raise UnsupportedPattern("places that are computed")
     axis = b.axis(input, dim)
     sizes = _part_sizes(b, input, axis)
     return parts_of(b, input, axis, None if isinstance(given, int) and len(set(sizes)) == 1 else sizes)

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.frontends.torch.ops.arithmetic import numbers
 from cipm_ir.frontends.torch.ops.fourier import part
 from cipm_ir.frontends.torch.table import lowers
-from cipm_ir.frontends.torch.values import Lowering, Number, Refused, Tensor, known
+from cipm_ir.frontends.torch.values import Lowering, Number, Tensor, known
 
 
 def shape_of(b: Lowering, x: Tensor) -> tuple[Number, ...]:
@@ -45,7 +46,7 @@ def attribute(b: Lowering, input: Any, name: str) -> Any:
             return b.op("Identity", input, shape=input.shape)
     elif isinstance(b.out, bool | int | float | str | torch.dtype | torch.device | type(None)):
         return b.out
-    raise Refused(f"attribute {name!r}")
+    raise UnsupportedPattern(f"attribute {name!r}")
 
 
 @lowers("numel", "sym_numel", "nelement")
@@ -60,7 +61,7 @@ def numel(b: Lowering, input: Tensor) -> Number:
 def described(b: Lowering, input: Any, *args: Any) -> Any:
     """Facts of a tensor that tracing has answered."""
     if isinstance(b.out, torch.SymInt):
-        raise Refused("a dynamic stride")
+        raise UnsupportedPattern("a dynamic stride")
     return b.out
 
 
@@ -119,14 +120,14 @@ def ignored(b: Lowering, *args: Any, **kwargs: Any) -> None:
 
 @lowers("item")
 def item(b: Lowering, input: Tensor) -> Any:
-    raise Refused("a Python number that depends on data")
+    raise UnsupportedPattern("a Python number that depends on data")
 
 
 @lowers("is_", "is_not", "not_", "contains", "index", "isinstance")
 def python(b: Lowering, *args: Any) -> Any:
     """Questions about Python values, which tracing has answered."""
     if any(isinstance(a, Tensor) and not isinstance(b.out, bool) for a in args):
-        raise Refused("a Python operation on a tensor")
+        raise UnsupportedPattern("a Python operation on a tensor")
     return b.out
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Labels
 from cipm_ir.ir.parameters import is_parameter, parameter_tensor
@@ -55,14 +56,10 @@ def find_places(program: Program) -> tuple[list[Place], dict[str, str]]:
         for space in search.spaces_of(node.outputs[0].name or ""):
             try:
                 found.append(search.place(node, space))
-            except _Refusal as reason:
+            except UnsupportedPattern as reason:
                 refused[program.spaces[space].name] = str(reason)
     done = {program.spaces[p.space].name for p in found}
     return found, {name: why for name, why in refused.items() if name not in done}
-
-
-class _Refusal(Exception):
-    """Why a constant cannot be moved here."""
 
 
 def _is_relu(node: ir.Node) -> bool:
@@ -99,7 +96,7 @@ class _Search:
         before = relu.inputs[0]
         assert before is not None
         if before.is_graph_output() or len(before.uses()) != 1:
-            raise _Refusal("what enters the Relu is read elsewhere, too")
+            raise UnsupportedPattern("what enters the Relu is read elsewhere, too")
         leaf, classes = self._bias(before)
         inside = np.zeros(self.analysis.classes.count, bool)
         inside[self.analysis.spaces[space].table[:, 0]] = True
@@ -107,13 +104,13 @@ class _Search:
         of = self.analysis.classes.of
         every = {c.node for c in self.analysis.walk.rec.contractions if inside[of[c.a]].any()}
         if not read or read != every:
-            raise _Refusal("its units are read in other places, too, which this Relu does not feed")
+            raise UnsupportedPattern("its units are read in other places, too, which this Relu does not feed")
         unit = np.full(self.analysis.classes.count, -1, np.int64)
         unit[self.analysis.spaces[space].table[:, 0]] = np.arange(len(self.analysis.spaces[space].table))
         owner = unit[classes]
         count = np.bincount(owner[owner >= 0], minlength=int(inside.sum()))
         if not count.all() or (count != count[0]).any():
-            raise _Refusal("the bias does not hold every unit alike")
+            raise UnsupportedPattern("the bias does not hold every unit alike")
         order = np.argsort(owner, kind="stable")[int((owner < 0).sum()) :]
         return Place(space, before.name or "", leaf.name, order.reshape(len(count), -1))
 
@@ -121,23 +118,23 @@ class _Search:
         """The parameter that is added last, and the class of each of its entries."""
         node = before.producer()
         if node is None or node not in self.position:
-            raise _Refusal("no bias is added before the Relu")
+            raise UnsupportedPattern("no bias is added before the Relu")
         walk, here = self.analysis.walk, self.position[node]
         if node.op_type == "Add":
             given = [walk.use_leaf[here, k] for k in range(2) if (here, k) in walk.use_leaf]
         else:
             given = [walk.use_leaf[here, k] for k in [_BIAS_INPUT.get(node.op_type, -1)] if (here, k) in walk.use_leaf]
         if len(given) != 1 or attribute(node, "beta", 1.0) != 1.0:
-            raise _Refusal("no bias is added before the Relu")
+            raise UnsupportedPattern("no bias is added before the Relu")
         leaf = walk.leaves[given[0]]
         factors = [f for f in leaf.factors if f.active]
         if len(factors) != 1 or factors[0].size != int(np.prod(leaf.shape)):
-            raise _Refusal(f"{leaf.name} is no vector over the units")
+            raise UnsupportedPattern(f"{leaf.name} is no vector over the units")
         value = self.program.model.graph.initializers.get(leaf.name)
         if value is None or not is_parameter(value):
-            raise _Refusal(f"{leaf.name} is computed, or may be overridden by the caller")
+            raise UnsupportedPattern(f"{leaf.name} is computed, or may be overridden by the caller")
         if len(value.uses()) != 1:
-            raise _Refusal(f"{leaf.name} is shared with other layers; untie it first")
+            raise UnsupportedPattern(f"{leaf.name} is shared with other layers; untie it first")
         return leaf, self.analysis.classes.of[factors[0].base : factors[0].base + factors[0].size]
 
     def _readers(self, value: ir.Value, inside: np.ndarray) -> set[int]:
@@ -147,19 +144,21 @@ class _Search:
         while todo:
             here = todo.pop()
             if here.is_graph_output():
-                raise _Refusal("an output of the graph shows its units")
+                raise UnsupportedPattern("an output of the graph shows its units")
             for node, index in here.uses():
                 if node.op_type in _SIZES and not node.domain:
                     continue
                 if node.domain or node not in self.position:
-                    raise _Refusal(f"{node.op_type} {node.name} reads its units")
+                    raise UnsupportedPattern(f"{node.op_type} {node.name} reads its units")
                 if node.op_type in _PRODUCTS and index == 0:
                     found.add(self.position[node])
                 elif node.op_type in _MOVES and self._only(node, here, inside):
                     todo += [v for v in node.outputs if v.name not in seen]
                     seen |= {v.name or "" for v in node.outputs}
                 else:
-                    raise _Refusal(f"{node.op_type} {node.name} reads its units, and is no product with a weight")
+                    raise UnsupportedPattern(
+                        f"{node.op_type} {node.name} reads its units, and is no product with a weight"
+                    )
         return found
 
     def _only(self, node: ir.Node, value: ir.Value, inside: np.ndarray) -> bool:

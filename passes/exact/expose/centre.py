@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Array
 from cipm_ir.passes.exact.expose.forms import Norm, find_norms
 from cipm_ir.passes.exact.expose.gain import free_parameters
-from cipm_ir.passes.exact.expose.rewriter import GraphRewriter, RewriteRejected, Weight, Write
+from cipm_ir.passes.exact.expose.rewriter import GraphRewriter, Weight, Write
 from cipm_ir.passes.exact.expose.stream import Stream, stream_of
 from cipm_ir.symmetry.program import Program
 
@@ -72,7 +73,7 @@ def _streams(draft: GraphRewriter, kept: Counter[str]) -> list[tuple[Stream, lis
             stream = stream_of(draft, norm, norms)
             writers = stream.writers.values()
             found.append((stream, [_centring(draft, weight, axis) for weight, axis in writers]))
-        except RewriteRejected as reason:
+        except UnsupportedPattern as reason:
             kept[str(reason)] += 1
     return found
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Array
-from cipm_ir.passes.exact.expose.rewriter import STANDARD, GraphRewriter, RewriteRejected, Weight, Write
+from cipm_ir.passes.exact.expose.rewriter import STANDARD, GraphRewriter, Weight, Write
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,13 @@ def carry_out(draft: GraphRewriter, steps: list[Step]) -> None:
 def absorb_input(draft: GraphRewriter, node: ir.Node, index: int, axis: int, scale: Array, shift: Array) -> list[Step]:
     """What makes ``node`` compute from x what it computed from ``scale * x + shift`` along the axis of its input.
 
-    Refuses (`RewriteRejected`) anything but a MatMul, Gemm or Conv that sums over the axis with a weight of its own.
+    Refuses (`UnsupportedPattern`) anything but a MatMul, Gemm or Conv that sums over the axis with a weight of its own.
     """
     weight = draft.weight(node, 1) if node.domain in STANDARD and index == 0 else None
     summed = None if weight is None else _summed_axis(draft, node, weight, axis)
     if weight is None or summed is None or weight.shape[summed] != len(scale):
         product = node.domain in STANDARD and node.op_type in ("MatMul", "Gemm", "Conv")
-        raise RewriteRejected(f"{node.op_type} reads it" + (" without a float weight of its own" if product else ""))
+        raise UnsupportedPattern(f"{node.op_type} reads it" + (" without a float weight of its own" if product else ""))
     factor = scale.reshape([-1 if k == summed else 1 for k in range(len(weight.shape))])
     steps: list[Step] = [draft.change(weight, lambda array: array * factor)]
     if shift.any():
@@ -80,18 +81,18 @@ def _shifted(draft: GraphRewriter, node: ir.Node, weight: Weight, vector: Array)
     if node.op_type == "Conv" and (
         any(attribute(node, "pads", ())) or attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID")
     ):
-        raise RewriteRejected("a Conv that pads with zeros cannot take up beta")
+        raise UnsupportedPattern("a Conv that pads with zeros cannot take up beta")
     if node.op_type == "Gemm":
         share = float(attribute(node, "beta", 1.0))
         if not share:
-            raise RewriteRejected("a Gemm that ignores its bias cannot take up beta")
+            raise UnsupportedPattern("a Gemm that ignores its bias cannot take up beta")
         vector = vector * float(attribute(node, "alpha", 1.0)) / share
     bias = bias_of(draft, node, len(vector))
     if isinstance(bias, Weight):
         added = vector if node.op_type != "Conv" else vector.reshape(bias.shape)
         return draft.change(bias, lambda array: array + added)
     if bias is not None:
-        raise RewriteRejected(f"the bias of {node.op_type} {node.name or node.outputs[0].name} is computed")
+        raise UnsupportedPattern(f"the bias of {node.op_type} {node.name or node.outputs[0].name} is computed")
     return NewBias(node, draft.rounded(vector, weight.tensor.dtype, "a new bias"), weight)
 
 

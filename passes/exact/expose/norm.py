@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.labels import Array
 from cipm_ir.passes.exact.expose.forms import Norm, find_norms
 from cipm_ir.passes.exact.expose.linear import Step, absorb_input, carry_out
 from cipm_ir.passes.exact.expose.moves import moved_axis, moved_outputs
-from cipm_ir.passes.exact.expose.rewriter import STANDARD, GraphRewriter, RewriteRejected
+from cipm_ir.passes.exact.expose.rewriter import STANDARD, GraphRewriter
 
 
 @dataclass
@@ -38,7 +39,7 @@ def fold_norms(draft: GraphRewriter) -> Folded:
         try:
             done.products += _fold(draft, norm, scale, shift)
             done.norms += 1
-        except RewriteRejected as reason:
+        except UnsupportedPattern as reason:
             done.kept[str(reason)] += 1
     return done
 
@@ -56,10 +57,10 @@ def _fold(draft: GraphRewriter, norm: Norm, scale: Array, shift: Array) -> int:
     """Decide on all readers, then write; gives the number of products."""
     readers = axis_readers(draft, norm.output, norm.axis)
     if not readers:
-        raise RewriteRejected("nothing reads it")
+        raise UnsupportedPattern("nothing reads it")
     for weight in (norm.gamma, norm.beta):
         if weight is not None and not weight.alone and not draft.may_split(weight.tensor):
-            raise RewriteRejected(f"{weight.name} is read in several places (shared=vectors splits it)")
+            raise UnsupportedPattern(f"{weight.name} is read in several places (shared=vectors splits it)")
     steps: list[Step] = []
     for node, index, axis in readers:
         steps += absorb_input(draft, node, index, axis, scale, shift)
@@ -83,11 +84,11 @@ def axis_readers(draft: GraphRewriter, value: ir.Value, axis: int) -> list[tuple
     while todo:
         value, axis = todo.pop()
         if value.is_graph_output():
-            raise RewriteRejected("a graph output shows it")
+            raise UnsupportedPattern("a graph output shows it")
         for use in value.uses():
             node = use.node
             if node.graph is not draft.graph:
-                raise RewriteRejected("a subgraph reads it")
+                raise UnsupportedPattern("a subgraph reads it")
             if node.op_type in ("Shape", "Size") and node.domain in STANDARD:
                 continue
             place = moved_axis(draft, node, use.idx, axis)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Array
 from cipm_ir.ir.nested import nodes_within
@@ -20,10 +21,6 @@ from cipm_ir.runtime.graphs import all_values
 STANDARD = ("", "ai.onnx")
 REAL = {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 _HALF = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
-
-
-class RewriteRejected(Exception):
-    """Why a rewrite does not apply, as one clause; nothing has been changed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,7 +205,7 @@ class GraphRewriter:
         """Refuse a weight that others read too, unless it may be split."""
         if weight.alone or self.may_split(weight.tensor):
             return
-        raise RewriteRejected(f"{weight.name} is read in several places (shared=all splits it)")
+        raise UnsupportedPattern(f"{weight.name} is read in several places (shared=all splits it)")
 
     def may_split(self, tensor: ir.TensorProtocol) -> bool:
         """Whether a shared constant of this size may become several."""
@@ -229,9 +226,9 @@ class GraphRewriter:
         with np.errstate(over="ignore"):
             rounded: Array = array.astype(dtype.numpy())
         if not np.isfinite(rounded if rounded.dtype.kind == "f" else rounded.astype(np.float32)).all():
-            raise RewriteRejected(f"{name} would not stay finite")
+            raise UnsupportedPattern(f"{name} would not stay finite")
         if dtype in _HALF and not np.array_equal(rounded.astype(np.float64), array):
-            raise RewriteRejected(f"{name} would round in {dtype.name.lower()}")
+            raise UnsupportedPattern(f"{name} would round in {dtype.name.lower()}")
         return rounded
 
     # ------------------------------------------------------------ writing

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Array
 from cipm_ir.passes.exact.expose.forms import aligned
-from cipm_ir.passes.exact.expose.rewriter import STANDARD, GraphRewriter, RewriteRejected, Weight, Write
+from cipm_ir.passes.exact.expose.rewriter import STANDARD, GraphRewriter, Weight, Write
 
 _PRODUCTS = ("MatMul", "Gemm", "Conv")
 
@@ -36,7 +37,7 @@ def fold_scales(draft: GraphRewriter) -> Scaled:
         weight, parts, vector = found
         try:
             changes = [_multiplied(draft, part, axis, vector) for part, axis in parts]
-        except RewriteRejected as reason:
+        except UnsupportedPattern as reason:
             done.kept[str(reason)] += 1
             continue
         for change in changes:

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.constants import attribute
 from cipm_ir.passes.exact.expose.forms import Norm
 from cipm_ir.passes.exact.expose.linear import bias_of
 from cipm_ir.passes.exact.expose.moves import moved_axis, moved_outputs, source_axis
-from cipm_ir.passes.exact.expose.rewriter import STANDARD, GraphRewriter, RewriteRejected, Weight
+from cipm_ir.passes.exact.expose.rewriter import STANDARD, GraphRewriter, Weight
 
 _SUMS = ("Add", "Sub", "Sum")
 Writer = tuple[Weight, int]
@@ -30,8 +31,8 @@ class Stream:
 def stream_of(draft: GraphRewriter, norm: Norm, norms: list[Norm]) -> Stream:
     """Everything that is added to what a normalization reads, back to its writers and on to all other readers.
 
-    Refuses (`RewriteRejected`) a stream that something reads otherwise than through a layer normalization, and one that
-    is written by anything but products with a weight, biases and tables.
+    Refuses (`UnsupportedPattern`) a stream that something reads otherwise than through a layer normalization, and one
+    that is written by anything but products with a weight, biases and tables.
     """
     return _Search(draft, norms).run(norm)
 
@@ -54,7 +55,7 @@ class _Search:
             value = self.todo.pop()
             axis = self.stream.axes[value]
             if value.is_graph_output():
-                raise RewriteRejected("a graph output shows the stream")
+                raise UnsupportedPattern("a graph output shows the stream")
             self._writers(value, axis)
             for use in value.uses():
                 self._reader(use.node, use.idx, value, axis)
@@ -66,15 +67,15 @@ class _Search:
             self.stream.axes[value] = axis
             self.todo.append(value)
         elif known != axis:
-            raise RewriteRejected("the stream meets itself along another axis")
+            raise UnsupportedPattern("the stream meets itself along another axis")
 
     # ------------------------------------------------------------ behind a value
     def _writers(self, value: ir.Value, axis: int) -> None:
         node = value.producer()
         if node is None:
-            raise RewriteRejected("a graph input writes the stream")
+            raise UnsupportedPattern("a graph input writes the stream")
         if node.domain not in STANDARD or node.graph is not self.draft.graph:
-            raise RewriteRejected(f"{node.op_type} writes the stream")
+            raise UnsupportedPattern(f"{node.op_type} writes the stream")
         if node.op_type in ("MatMul", "Gemm", "Conv"):
             self._product(node, axis)
             return
@@ -99,12 +100,12 @@ class _Search:
         elif node.op_type == "Concat":
             rank = self.draft.rank(node.outputs[0])
             if rank is None or int(attribute(node, "axis", 0)) % rank == axis:
-                raise RewriteRejected("Concat writes the stream")
+                raise UnsupportedPattern("Concat writes the stream")
             yield from ((k, axis) for k in range(len(node.inputs)))
         else:
             place = source_axis(self.draft, node, axis)
             if place is None:
-                raise RewriteRejected(f"{node.op_type} writes the stream")
+                raise UnsupportedPattern(f"{node.op_type} writes the stream")
             yield 0, place
 
     def _aligned(self, node: ir.Node, index: int, axis: int) -> int:
@@ -112,7 +113,7 @@ class _Search:
         sizes, total = self.draft.sizes(node.inputs[index]), self.draft.rank(node.outputs[0])
         place = -1 if sizes is None or total is None else axis - total + len(sizes[0])
         if sizes is None or place < 0 or sizes[0][place] != self.size:
-            raise RewriteRejected("something without the axis is added to the stream")
+            raise UnsupportedPattern("something without the axis is added to the stream")
         return place
 
     def _scaled(self, node: ir.Node, axis: int) -> tuple[int, int]:
@@ -122,28 +123,28 @@ class _Search:
         for index in range(2):
             sizes = self.draft.sizes(node.inputs[index])
             if sizes is None or total is None:
-                raise RewriteRejected(f"{node.op_type} writes the stream")
+                raise UnsupportedPattern(f"{node.op_type} writes the stream")
             place = axis - total + len(sizes[0])
             if place >= 0 and sizes[0][place] != 1:
                 found.append((index, place))
         if len(found) != 1 or (node.op_type == "Div" and found[0][0]):
-            raise RewriteRejected(f"{node.op_type} scales the units of the stream one by one")
+            raise UnsupportedPattern(f"{node.op_type} scales the units of the stream one by one")
         return found[0]
 
     def _product(self, node: ir.Node, axis: int) -> None:
         weight, rank = self.draft.weight(node, 1), self.draft.rank(node.outputs[0])
         if weight is None or rank is None or len(weight.shape) < 2:
-            raise RewriteRejected(f"{node.op_type} writes the stream without a float weight of its own")
+            raise UnsupportedPattern(f"{node.op_type} writes the stream without a float weight of its own")
         if node.op_type == "Conv" and attribute(node, "group", 1) != 1:
             # Its outputs are sums over different inputs, so that their mean is no product with a mean of weights.
-            raise RewriteRejected("a grouped Conv writes the stream")
+            raise UnsupportedPattern("a grouped Conv writes the stream")
         out = {
             "MatMul": len(weight.shape) - 1,
             "Gemm": int(not attribute(node, "transB", 0)),
             "Conv": 0,
         }[node.op_type]
         if axis != (1 if node.op_type == "Conv" else rank - 1) or weight.shape[out] != self.size:
-            raise RewriteRejected(f"{node.op_type} writes the stream along another axis")
+            raise UnsupportedPattern(f"{node.op_type} writes the stream along another axis")
         self.stream.writers[node, 1] = (weight, out)
         if node.op_type == "MatMul":
             return  # an Add behind it is part of the stream
@@ -151,22 +152,22 @@ class _Search:
         if bias is None:
             return
         if not isinstance(bias, Weight) or not bias.shape or bias.shape[-1] != self.size:
-            raise RewriteRejected(f"{node.op_type} adds a bias without the axis to the stream")
+            raise UnsupportedPattern(f"{node.op_type} adds a bias without the axis to the stream")
         self.stream.writers[node, 2] = (bias, len(bias.shape) - 1)
 
     # ------------------------------------------------------------ in front of a value
     def _reader(self, node: ir.Node, index: int, value: ir.Value, axis: int) -> None:
         if node.graph is not self.draft.graph:
-            raise RewriteRejected("a subgraph reads the stream")
+            raise UnsupportedPattern("a subgraph reads the stream")
         norm = self.entry.get(node)
         if norm is not None and index == 0 and norm.source in (value, self.draft.through(value)):
             if norm.axis != axis:
-                raise RewriteRejected("a normalization runs over another axis of the stream")
+                raise UnsupportedPattern("a normalization runs over another axis of the stream")
             if norm not in self.stream.norms:
                 self.stream.norms.append(norm)
             return
         if node.domain not in STANDARD:
-            raise RewriteRejected(f"{node.op_type} reads the stream")
+            raise UnsupportedPattern(f"{node.op_type} reads the stream")
         if node.op_type in ("Shape", "Size"):
             return
         for out, place in self._results(node, index, axis):
@@ -177,10 +178,10 @@ class _Search:
         if node.op_type in (*_SUMS, "Mul", "Div", "Concat"):
             rank, total = self.draft.rank(node.inputs[index]), self.draft.rank(node.outputs[0])
             if rank is None or total is None:
-                raise RewriteRejected(f"{node.op_type} reads the stream")
+                raise UnsupportedPattern(f"{node.op_type} reads the stream")
             yield node.outputs[0], axis if node.op_type == "Concat" else axis + total - rank
             return
         place = moved_axis(self.draft, node, index, axis)
         if place is None:
-            raise RewriteRejected(f"{node.op_type} reads the stream")
+            raise UnsupportedPattern(f"{node.op_type} reads the stream")
         yield from ((out, place) for out in moved_outputs(node))
