@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from cipm_ir import passes
     from cipm_ir.algebra import Element, Group
     from cipm_ir.api import Result, apply_plan, fingerprint, load, optimize, to_torch, torch_backend, verify
-    from cipm_ir.symmetry.program import Program, Space
+    from cipm_ir.symmetry.program import Program
+    from cipm_ir.symmetry.space import Space
 
 __all__ = [
     "CipmError",
@@ -62,7 +63,7 @@ _HOMES = {
     "Group": "cipm_ir.algebra",
     "Program": "cipm_ir.symmetry.program",
     "Result": "cipm_ir.api",
-    "Space": "cipm_ir.symmetry.program",
+    "Space": "cipm_ir.symmetry.space",
     "apply_plan": "cipm_ir.api",
     "fingerprint": "cipm_ir.api",
     "load": "cipm_ir.api",

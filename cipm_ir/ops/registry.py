@@ -10,15 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from cipm_ir.ops.context import OpContext
-    from cipm_ir.ops.resize import Resize
+from cipm_ir.ops.context import OpContext
+from cipm_ir.ops.resize import Resize
 
 Shape = tuple[int, ...]
-LabelRule = Callable[["OpContext"], None]
-ResizeRule = Callable[["Resize"], None]
+LabelRule = Callable[[OpContext], None]
+ResizeRule = Callable[[Resize], None]
 
 
 @dataclass(frozen=True)

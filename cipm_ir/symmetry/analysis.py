@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -19,12 +18,9 @@ from cipm_ir.symmetry.counting import Count
 from cipm_ir.symmetry.leaves import LeafFactor
 from cipm_ir.symmetry.parts import with_parts
 from cipm_ir.symmetry.scales import Directions, solve_scales
-from cipm_ir.symmetry.spaces import RawSpace, find_spaces
+from cipm_ir.symmetry.spaces import Linearity, RawSpace, find_spaces
 from cipm_ir.symmetry.walk import Walk, walk
 from cipm_ir.symmetry.whole_axes import classes_of
-
-if TYPE_CHECKING:
-    from cipm_ir.symmetry.dense import Linearity
 
 
 @contextmanager

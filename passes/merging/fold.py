@@ -32,7 +32,8 @@ from cipm_ir.passes.pruning.budget.search import (
     make_choice,
 )
 from cipm_ir.passes.pruning.importance.criteria import Magnitude
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 _WORDS = {"macs": "multiply-accumulates", "params": "parameters", "ratio": "units"}
 _BUDGETS = tuple(_WORDS)

@@ -18,7 +18,8 @@ from cipm_ir.passes.pruning.budget.search import Choice, Found, Scores, Search, 
 from cipm_ir.passes.pruning.compress.candidates import kept_elements, kept_numbers, wanted_spaces
 from cipm_ir.passes.pruning.importance.criteria import Importance, ScoreFunction, make_importance
 from cipm_ir.passes.pruning.refit.compensation import Compensation
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 _BUDGETS = {"macs": "multiply-accumulates", "params": "parameters", "ratio": "units"}
 _TIE = 1e-9

@@ -22,7 +22,8 @@ from cipm_ir.runtime.inputs.generate import batches
 from cipm_ir.runtime.intervals.arithmetic import Interval
 from cipm_ir.runtime.intervals.bounds import Intervals, along, find_intervals
 from cipm_ir.runtime.session import Runner
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 _SAME = 1e-9
 """Bounds in real arithmetic this close, relative to their size, are one number."""

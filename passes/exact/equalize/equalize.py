@@ -20,7 +20,8 @@ from cipm_ir.passes.framework.registry import register
 from cipm_ir.passes.pruning.budget.blockers import idle, listed, rounding
 from cipm_ir.runtime.activations.observe import observe
 from cipm_ir.runtime.inputs.generate import Data
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 _LOG2 = float(np.log(2.0))
 _FARTHEST = 24

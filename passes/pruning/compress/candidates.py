@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import ceil
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -17,14 +16,13 @@ from cipm_ir.ir.labels import Labels
 from cipm_ir.passes.exact.dead.contributions import find_sums
 from cipm_ir.passes.exact.dead.liveness import Liveness
 from cipm_ir.passes.pruning.budget.search import Mask, allowed_levels, even, grids_of, link_spaces
+from cipm_ir.passes.pruning.refit.layers import Layer
 from cipm_ir.runtime.intervals.bounds import find_intervals
 from cipm_ir.symmetry.analysis import Analysis
 from cipm_ir.symmetry.primitives.restrict import closed_keep
-from cipm_ir.symmetry.program import Program, Space
-from cipm_ir.symmetry.readers import WeightConsumer, readers
-
-if TYPE_CHECKING:
-    from cipm_ir.passes.pruning.refit.bilinear import Pair
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.readers import WeightConsumer, readers, weight_uses
+from cipm_ir.symmetry.space import Space
 
 
 def wanted_spaces(
@@ -72,6 +70,30 @@ def kept_numbers(spaces: Sequence[Space], min_keep: float, round_to: int) -> Lab
 
 _FINE = 33
 """About so many levels of a candidate are told apart in the end."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A space with one weight that makes its units and another that reads them, or two that make the factors of a sum;
+    both factors may come from one weight.
+
+    Attributes:
+        space: its index.
+        first: the product that makes the units; of two factors the one whose mean counts.
+        second: what reads them, or makes the other factor.
+        left: (units,) their places among the outputs of ``first``.
+        right: (units,) their places among the inputs of ``second``, or its outputs.
+        chain: whether ``second`` reads the units.
+        centred: whether the mean of ``second`` makes no difference.
+    """
+
+    space: int
+    first: Layer
+    second: Layer
+    left: Labels
+    right: Labels
+    chain: bool
+    centred: bool = False
 
 
 @dataclass
@@ -251,18 +273,6 @@ def _recurrent(analysis: Analysis, tables: Sequence[Labels]) -> ir.Node | None:
             if any(np.isin(t, analysis.classes.of[f.labels]).any() for t in tables):
                 return node
     return None
-
-
-def weight_uses(program: Program) -> dict[str, int]:
-    """How many things read each parameter; through a Transpose, everything that reads that."""
-    walk = program.analysis.walk
-    uses: dict[str, int] = {}
-    for leaf in walk.leaves:
-        nodes = [walk.nodes[position] for position, _ in leaf.uses]
-        turned = [node.outputs[0] for node in nodes if node.op_type == "Transpose"]
-        more = sum(len(value.uses()) + value.is_graph_output() - 1 for value in turned)
-        uses[leaf.name] = uses.get(leaf.name, 0) + len(nodes) + more
-    return uses
 
 
 def mask_of(program: Program, kept: Iterable[tuple[int, Labels]]) -> Mask:
