@@ -8,34 +8,42 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from cipm_ir.backends.to_onnx import emit_proto
+from cipm_ir.backends.onnx.save import emit_proto
 from cipm_ir.errors import InputError, OptionError, UnsupportedError
-from cipm_ir.frontends.from_onnx import check_finite
+from cipm_ir.frontends.onnx.load import check_finite
 from cipm_ir.ir.input_shapes import InputShapes
-from cipm_ir.passes.base import Kind, Pass, Progress, ignore_progress
-from cipm_ir.passes.pipeline import OnFailure, Outcome, Verify, Witness, check_analysis, check_properties, run_passes
-from cipm_ir.passes.report import Report
-from cipm_ir.passes.text import parse_passes
-from cipm_ir.runtime.batch_size import fit_batch, share_batch
-from cipm_ir.runtime.data import Data
-from cipm_ir.runtime.verify import Verification, verify_models
+from cipm_ir.passes.framework.base import Kind, Pass, Progress, ignore_progress
+from cipm_ir.passes.framework.parser import parse_passes
+from cipm_ir.passes.framework.pipeline import (
+    OnFailure,
+    Outcome,
+    Verify,
+    Witness,
+    check_analysis,
+    check_properties,
+    run_passes,
+)
+from cipm_ir.passes.framework.report import Report
+from cipm_ir.runtime.inputs.batch_size import fit_batch, share_batch
+from cipm_ir.runtime.inputs.data import Data
+from cipm_ir.runtime.verification.verify import Verification, verify_models
 from cipm_ir.sources import (
     Examples,
     OnnxOrigin,
     Sizes,
     Source,
     check_output,
+    load_program,
+    load_validated,
+    normalize_data,
     origin_of,
-    read,
-    read_checked,
-    read_data,
     torch_module,
 )
 from cipm_ir.symmetry.program import Program
 
 if TYPE_CHECKING:
-    from cipm_ir.backends.to_torch import Emitted
-    from cipm_ir.runtime.statistics_store import Statistics
+    from cipm_ir.backends.torch.emit import Emitted
+    from cipm_ir.runtime.statistics.store import Statistics
 
 DEFAULT_PASSES = ("clean-up", "fold-affine", "remove-dead")
 """What `optimize` runs on an ONNX model when it is not told: every exact pass that makes it smaller."""
@@ -97,9 +105,11 @@ class Result:
         """
         origin = origin_of(self.program)
         if self.emitted is not None:
-            torch_module("backends.to_torch_files").write(origin.capture, self.emitted, os.fspath(path))
+            torch_module("backends.torch.files").write(origin.capture, self.emitted, os.fspath(path))
         else:
-            origin.write(self.program.emit(annotate=True) if self.annotate else self.program.written, os.fspath(path))
+            origin.write(
+                self.program.emit(annotate=True) if self.annotate else self.program.source_model, os.fspath(path)
+            )
 
 
 def load(
@@ -128,7 +138,7 @@ def load(
         `UnsupportedError`.
     """
     examples = Examples(example_inputs, example_kwargs, dynamic_shapes, method)
-    program = read_checked(source, examples, Sizes(input_shapes, fix_shapes))
+    program = load_validated(source, examples, Sizes(input_shapes, fix_shapes))
     check_analysis(program)
     return program
 
@@ -163,7 +173,7 @@ def optimize(
         data: calibration and verification input, first axes samples: a dict of arrays or tensors by input name, an
             array for a model of one input, a tuple of one for each input, an iterable of such batches (a DataLoader, a
             list; labels behind the inputs are left out), an .npz or .npy file, a list or folder of them; see
-            `cipm_ir.runtime.data`.
+            `cipm_ir.runtime.inputs.data`.
         output: where to write the result, beside first and then renamed; it may be the source.
         verify: run the model before and after each pass; "strict": leave out what could not be run, too.
         annotate: write the groups of every axis into the metadata of the result.
@@ -185,13 +195,13 @@ def optimize(
     if output is not None:
         check_output(output, source)
     examples = Examples(example_inputs, example_kwargs, dynamic_shapes, method)
-    program = read(source, examples, Sizes(input_shapes, fix_shapes))
+    program = load_program(source, examples, Sizes(input_shapes, fix_shapes))
     if todo is None:
         todo = parse_passes(DEFAULT_PASSES if isinstance(origin_of(program), OnnxOrigin) else DEFAULT_TORCH_PASSES)
     outcome: Outcome = run_passes(
         program,
         todo,
-        data=read_data(data, program),
+        data=normalize_data(data, program),
         seed=seed,
         verify=verify,
         on_failure=on_failure,
@@ -227,7 +237,7 @@ def verify(
         data: samples, as for `optimize`.
         seed: of the random inputs.
         rtol, atol: where either is given, an output may move by rtol times the largest value of its channel, plus atol;
-            otherwise the rounding noise of ``a`` decides, see `cipm_ir.runtime.noise`.
+            otherwise the rounding noise of ``a`` decides, see `cipm_ir.runtime.verification.noise`.
         cases: at most so many inputs of our own, and batches of data; None: what time allows.
         example_inputs, example_kwargs: for an `nn.Module`, see `load`. A torch program runs in torch, in evaluation
             mode; it may be compared with an ONNX model, inputs and outputs by position.
@@ -236,12 +246,12 @@ def verify(
     Errors: `InputError`, `OptionError`, `UnsupportedError`.
     """
     examples, sizes = Examples(example_inputs, example_kwargs), Sizes(input_shapes)
-    first, second = read_checked(a, examples, sizes), read_checked(b, examples, sizes)
-    data = read_data(data, first)
+    first, second = load_validated(a, examples, sizes), load_validated(b, examples, sizes)
+    data = normalize_data(data, first)
     fit_batch(first.model, data)
-    share_batch(first.model, first.written)
+    share_batch(first.model, first.source_model)
     if not isinstance(origin_of(first), OnnxOrigin) or not isinstance(origin_of(second), OnnxOrigin):
-        across = torch_module("backends.to_torch_origin").compare_programs
+        across = torch_module("backends.torch.origin").compare_programs
         found: Verification = across(first, second, data=data, seed=seed, rtol=rtol, atol=atol, cases=cases)
         return found
     return verify_models(first.emit(), second.emit(), data=data, seed=seed, rtol=rtol, atol=atol, cases=cases)
@@ -252,7 +262,7 @@ def fingerprint(model: Source, *, example_inputs: Any = None, example_kwargs: Ma
 
     Errors: `InputError`, `UnsupportedError`.
     """
-    from cipm_ir.passes.fingerprint import fingerprint_program
+    from cipm_ir.passes.exact.canonicalize.fingerprint import fingerprint_program
 
     program = load(model, example_inputs, example_kwargs)
     check_finite(program.model)
@@ -274,16 +284,18 @@ def statistics(
         source: see `Source`.
         data: samples, as for `optimize`; they are streamed.
         engine: None collects in this process; "ray", "processes": several workers, the same numbers; see
-            `cipm_ir.runtime.distributed.collect`.
+            `cipm_ir.runtime.statistics.distributed.collect`.
         example_inputs, example_kwargs: for an `nn.Module`, see `load`.
-        options: of `cipm_ir.runtime.statistics.collect`: ``spaces``, ``gram``, ``pairs``, ``lags``, ``measures``, ...
+        options: of `cipm_ir.runtime.statistics.collect.collect`: ``spaces``, ``gram``, ``pairs``, ``lags``,
+            ``measures``, ...
 
     Errors: `InputError`, `OptionError`, `SymmetryError`, `UnsupportedError`.
     """
-    from cipm_ir.runtime import distributed, statistics
+    from cipm_ir.runtime.statistics import collect as statistics
+    from cipm_ir.runtime.statistics import distributed
 
     program = load(source, example_inputs, example_kwargs)
-    samples = read_data(data, program)
+    samples = normalize_data(data, program)
     if samples is None:
         raise InputError("Statistics need data: give inputs, as for optimize.")
     fit_batch(program.model, samples)
@@ -301,7 +313,7 @@ def to_torch(source: Source, *, example_inputs: Any = None, example_kwargs: Mapp
     Errors: `InputError`, `UnsupportedError` naming the operator that has no counterpart in torch, or without torch.
     """
     program = load(source, example_inputs, example_kwargs)
-    graph_module = torch_module("backends.to_torch_emitter").graph_module
+    graph_module = torch_module("backends.torch.emitter").graph_module
     origin, model = origin_of(program), program.emit()
     return graph_module(model) if isinstance(origin, OnnxOrigin) else origin.graph(model)
 
@@ -311,7 +323,7 @@ def apply_plan(module: Any, path: str | os.PathLike[str]) -> Any:
 
     Errors: `InputError` where there is no plan, or where it is one for another model; `UnsupportedError` without torch.
     """
-    return torch_module("backends.to_torch_files").apply_plan(module, path)
+    return torch_module("backends.torch.files").apply_plan(module, path)
 
 
 def torch_backend(
@@ -349,14 +361,14 @@ def torch_backend(
                 raise UnsupportedError(f"Pass '{step.name}' did not keep the function exactly.")
         return outcome.program
 
-    load_torch = torch_module("frontends.from_torch").load_torch
-    made: Callable[..., Any] = torch_module("backends.to_torch_compile").backend(rewrite, then, load_torch, verify)
+    load_torch = torch_module("frontends.torch.load").load_torch
+    made: Callable[..., Any] = torch_module("backends.torch.compile").backend(rewrite, then, load_torch, verify)
     return made
 
 
 def _gradients(*args: Any, **kwargs: Any) -> Any:
     """Gradients for criteria that ask for them; see `cipm_ir.runtime.gradients`."""
-    return torch_module("backends.to_torch_gradients").products(*args, **kwargs)
+    return torch_module("backends.torch.gradients").products(*args, **kwargs)
 
 
 def _noted(result: Result) -> Result:

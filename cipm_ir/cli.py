@@ -59,7 +59,7 @@ _ATOL = "Allow this in addition, or alone."
 
 
 class OnFailure(enum.Enum):
-    """What to do with a pass that broke its promise; see `cipm_ir.passes.pipeline.OnFailure`."""
+    """What to do with a pass that broke its promise; see `cipm_ir.passes.framework.pipeline.OnFailure`."""
 
     skip = "skip"
     # Not a name that Python allows.
@@ -98,7 +98,7 @@ def inspect(
 ) -> None:
     """Show the annotated graph: which axes move with which space of hidden units, and by which group."""
     from cipm_ir.api import load
-    from cipm_ir.passes.report import Totals
+    from cipm_ir.passes.framework.report import Totals
     from cipm_ir.sources import check_annotated, save_annotated
     from cipm_ir.symmetry.pinned import opaque_summary
 
@@ -165,7 +165,7 @@ def optimize(
     Exit code 1 where a pass was left out.
     """
     from cipm_ir import api
-    from cipm_ir.passes.keeping import check_kept
+    from cipm_ir.passes.framework.keeping import check_kept
     from cipm_ir.sources import check_output
 
     check_kept(passes or None, output=output is not None, dry=dry_run, report=(report or html) is not None)
@@ -177,7 +177,7 @@ def optimize(
         if place is not None:
             check_output(place)
     if html is not None:
-        from cipm_ir.passes.html import check_matplotlib, render
+        from cipm_ir.passes.framework.html import check_matplotlib, render
 
         check_matplotlib()
     with progress_bar(quiet) as progress:
@@ -244,7 +244,7 @@ app.command("sweep")(sweep_command)
 @app.command("passes")
 def list_passes() -> None:
     """List the passes with their options."""
-    from cipm_ir.passes.registry import listing
+    from cipm_ir.passes.framework.registry import listing
 
     for entry in listing():
         origin = "" if entry.package in ("", "cipm_ir") else f", {entry.package}"
@@ -267,7 +267,7 @@ def _plain(value: Any) -> str:
 
 
 def _described(program: Program) -> dict[str, Any]:
-    from cipm_ir.passes.report import Totals, as_plain
+    from cipm_ir.passes.framework.report import Totals, as_plain
     from cipm_ir.symmetry.pinned import costs_of_opaque, pinned_by_opaque
 
     def one(space: Space) -> dict[str, Any]:

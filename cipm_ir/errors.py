@@ -33,3 +33,10 @@ class VerificationError(CipmError):
 
 class OutputError(CipmError):
     """The result could not be written; nothing was left behind."""
+
+
+class UnsupportedPattern(Exception):
+    """Raised where a rule, a rewrite or a lowering does not apply, with the reason as one clause.
+
+    It is caught inside the package, where the node is left as it is and the reason goes into a report.
+    """

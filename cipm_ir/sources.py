@@ -12,16 +12,16 @@ from typing import Any, Literal, TypeAlias
 
 import onnx_ir as ir
 
+from cipm_ir.backends.onnx.save import save_onnx
 from cipm_ir.backends.targets import check_target, onnx_form, torch_form
-from cipm_ir.backends.to_onnx import save_onnx
 from cipm_ir.errors import OptionError, OutputError, UnsupportedError
-from cipm_ir.frontends.from_onnx import load_onnx
+from cipm_ir.frontends.onnx.load import load_onnx
 from cipm_ir.ir.input_shapes import InputShapes
 from cipm_ir.runtime.checks import check_shapes, correct_shapes
-from cipm_ir.runtime.data import Data, normalized
-from cipm_ir.runtime.inputs import true_inputs
+from cipm_ir.runtime.inputs.data import Data, normalized
+from cipm_ir.runtime.inputs.generate import true_inputs
 from cipm_ir.runtime.quiet import quiet
-from cipm_ir.symmetry.analysis import uncollected
+from cipm_ir.symmetry.analysis import gc_paused
 from cipm_ir.symmetry.program import Program
 
 Source: TypeAlias = Any
@@ -43,7 +43,7 @@ class OnnxOrigin:
         A ``.pt2`` is written through torch.
         """
         if onnx_form(path) == "exported":
-            torch_module("backends.to_torch_files").write_exported(model, path)
+            torch_module("backends.torch.files").write_exported(model, path)
         else:
             save_onnx(model, path, source_external=self.external)
 
@@ -70,7 +70,7 @@ class Sizes:
             raise OptionError("fix_shapes fixes the sizes of input_shapes; give those, too.")
 
 
-def read(source: Source, examples: Examples = Examples(), sizes: Sizes = Sizes()) -> Program:
+def load_program(source: Source, examples: Examples = Examples(), sizes: Sizes = Sizes()) -> Program:
     """A program of whatever holds a model; the shapes of an ONNX model are checked, and wrong notes corrected.
 
     Errors: `InputError` (no such file, not a model, damaged, contradictory shapes, input shapes that do not fit),
@@ -84,9 +84,9 @@ def read(source: Source, examples: Examples = Examples(), sizes: Sizes = Sizes()
     if isinstance(source, Program):
         if sizes.input_shapes is None:
             return source
-        return Program.of(source.written, origin=source.origin, **vars(sizes))
+        return Program.of(source.source_model, origin=source.origin, **vars(sizes))
     if _names_torch(source):
-        files, path = torch_module("frontends.from_torch_files"), os.fspath(source)
+        files, path = torch_module("frontends.torch.files"), os.fspath(source)
         if path.endswith(".pt2"):
             source = files.read_exported(path)
         else:
@@ -94,12 +94,12 @@ def read(source: Source, examples: Examples = Examples(), sizes: Sizes = Sizes()
             if examples.inputs is None and not examples.kwargs:
                 examples = replace(examples, inputs=args, kwargs=kwargs)
     if _is_torch(source):
-        load_torch = torch_module("frontends.from_torch").load_torch
-        checks = torch_module("frontends.from_torch_checks")
+        load_torch = torch_module("frontends.torch.load").load_torch
+        checks = torch_module("frontends.torch.checks")
         checks.check_readable(source, examples.inputs, examples.kwargs)
-        with quiet(), torch_module("runtime.torch_modes").unchanged(source), uncollected():
+        with quiet(), torch_module("runtime.torch_modes").unchanged(source), gc_paused():
             capture = load_torch(source, examples.inputs, examples.kwargs, examples.dynamic_shapes, examples.method)
-        return Program(capture.model, origin=torch_module("backends.to_torch_origin").TorchOrigin(capture))
+        return Program(capture.model, origin=torch_module("backends.torch.origin").TorchOrigin(capture))
     loaded = load_onnx(source)
     correct_shapes(loaded.model)
     origin = OnnxOrigin(loaded.kind, loaded.path, loaded.external)
@@ -108,12 +108,12 @@ def read(source: Source, examples: Examples = Examples(), sizes: Sizes = Sizes()
     return program
 
 
-def read_checked(source: Source, examples: Examples = Examples(), sizes: Sizes = Sizes()) -> Program:
+def load_validated(source: Source, examples: Examples = Examples(), sizes: Sizes = Sizes()) -> Program:
     """The same, the shapes of a torch graph checked, too.
 
-    Errors: as `read`.
+    Errors: as `load_program`.
     """
-    program = read(source, examples, sizes)
+    program = load_program(source, examples, sizes)
     capture = getattr(program.origin, "capture", None)
     if program is not source and capture is not None and capture.kind == "graph":  # torch has checked what it traced
         check_shapes(program.model)
@@ -160,8 +160,8 @@ def origin_of(program: Program) -> Any:
     return program.origin if program.origin is not None else OnnxOrigin("ir", None, False)
 
 
-def read_data(data: Data | None, program: Program) -> Data | None:
-    """Samples by input name, whatever holds them; see `cipm_ir.runtime.data`.
+def normalize_data(data: Data | None, program: Program) -> Data | None:
+    """Samples by input name, whatever holds them; see `cipm_ir.runtime.inputs.data`.
 
     Errors: `InputError`: no such file, a folder without arrays, one array for a model of several inputs.
     """

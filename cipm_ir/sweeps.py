@@ -22,20 +22,20 @@ import numpy as np
 
 from cipm_ir import api
 from cipm_ir.errors import InputError, OptionError, OutputError, SymmetryError, UnsupportedError, VerificationError
-from cipm_ir.passes.base import Progress, ignore_progress
-from cipm_ir.passes.compress_search import Evaluate, Run
-from cipm_ir.passes.report import Totals
-from cipm_ir.passes.sweep_report import Point, SweepReport, read_record, write_files, write_picture
-from cipm_ir.passes.text import parse_passes
-from cipm_ir.runtime.batch_size import fit_batch
-from cipm_ir.runtime.closeness import Closeness, closeness
+from cipm_ir.passes.framework.base import Progress, ignore_progress
+from cipm_ir.passes.framework.parser import parse_passes
+from cipm_ir.passes.framework.report import Totals
+from cipm_ir.passes.framework.sweep_report import Point, SweepReport, read_record, write_files, write_picture
+from cipm_ir.passes.pruning.compress.search import Evaluate, Run
 from cipm_ir.runtime.content import data_hash, model_hash
-from cipm_ir.runtime.data_sizes import data_sizes
 from cipm_ir.runtime.files import write_text
-from cipm_ir.runtime.inputs import Data, Feeds, batches
+from cipm_ir.runtime.inputs.batch_size import fit_batch
+from cipm_ir.runtime.inputs.data_sizes import data_sizes
+from cipm_ir.runtime.inputs.generate import Data, Feeds, batches
 from cipm_ir.runtime.session import Runner
 from cipm_ir.runtime.timing import compare_latency, timing_feeds
-from cipm_ir.sources import OnnxOrigin, Source, origin_of, read_data
+from cipm_ir.runtime.verification.closeness import Closeness, closeness
+from cipm_ir.sources import OnnxOrigin, Source, normalize_data, origin_of
 from cipm_ir.symmetry.program import Program
 from cipm_ir.version import __version__
 
@@ -97,14 +97,14 @@ def sweep(
         raise OptionError("A sweep over latency measures it: give a number of threads.")
     texts = {value: passes_for(passes_template, budget, value) for value in values}
     program = api.load(source, example_inputs, example_kwargs)
-    data, held_out = read_data(data, program), read_data(held_out, program)
+    data, held_out = normalize_data(data, program), normalize_data(held_out, program)
     hashes = data_hash(data), data_hash(held_out)
     fit_batch(program.model, data if data is not None else held_out)
     folder = Path(os.path.abspath(output_folder))
     _prepare(folder)
     earlier = read_record(folder / "sweep.json")
     settings = {
-        "cipm": __version__, "model": model_hash(program.written), "data": hashes[0], "held_out": hashes[1],
+        "cipm": __version__, "model": model_hash(program.source_model), "data": hashes[0], "held_out": hashes[1],
         "evaluate": _identity(evaluate), "passes": passes_template, "budget": budget,
         "threads": threads, "batch": batch, "seed": seed, "verify": verify,
     }  # fmt: skip

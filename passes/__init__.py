@@ -10,26 +10,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cipm_ir.passes.absorb_bias import AbsorbBias
-    from cipm_ir.passes.base import Context, Kind, Pass, PassResult, Progress, option
-    from cipm_ir.passes.canonicalize import Canonicalize
-    from cipm_ir.passes.canonicalize_signs import CanonicalizeSigns
-    from cipm_ir.passes.cleanup import CleanUp, FoldBatchNorm
-    from cipm_ir.passes.cluster import Cluster
-    from cipm_ir.passes.compress import Compress
-    from cipm_ir.passes.equalize import Equalize
-    from cipm_ir.passes.expose import Expose
-    from cipm_ir.passes.figures import Bars, Curves, Figure, HeatMap, Rows
-    from cipm_ir.passes.fold import Fold
-    from cipm_ir.passes.fold_affine import FoldAffine
-    from cipm_ir.passes.pipeline import Outcome, RolledBack, Witness, run_passes
-    from cipm_ir.passes.prune import Prune
-    from cipm_ir.passes.recover_names import RecoverNames
-    from cipm_ir.passes.registry import Listing, listing, lookup, names, register
-    from cipm_ir.passes.remove_dead import RemoveDead
-    from cipm_ir.passes.report import Report, Step, Totals
-    from cipm_ir.passes.rotate import Rotate
-    from cipm_ir.passes.text import parse_passes, print_passes
+    from cipm_ir.passes.clustering.cluster import Cluster
+    from cipm_ir.passes.exact.absorb_bias.absorb_bias import AbsorbBias
+    from cipm_ir.passes.exact.affine.fold_affine import FoldAffine
+    from cipm_ir.passes.exact.canonicalize.canonicalize import Canonicalize
+    from cipm_ir.passes.exact.canonicalize.canonicalize_signs import CanonicalizeSigns
+    from cipm_ir.passes.exact.cleanup.clean_up import CleanUp, FoldBatchNorm
+    from cipm_ir.passes.exact.dead.remove_dead import RemoveDead
+    from cipm_ir.passes.exact.equalize.equalize import Equalize
+    from cipm_ir.passes.exact.expose.expose import Expose
+    from cipm_ir.passes.exact.recover_names import RecoverNames
+    from cipm_ir.passes.exact.rotate.rotate import Rotate
+    from cipm_ir.passes.framework.base import Context, Kind, Pass, PassResult, Progress, option
+    from cipm_ir.passes.framework.figures import Bars, Curves, Figure, HeatMap, Rows
+    from cipm_ir.passes.framework.parser import parse_passes, print_passes
+    from cipm_ir.passes.framework.pipeline import Outcome, RolledBack, Witness, run_passes
+    from cipm_ir.passes.framework.registry import Listing, listing, lookup, names, register
+    from cipm_ir.passes.framework.report import Report, Step, Totals
+    from cipm_ir.passes.merging.fold import Fold
+    from cipm_ir.passes.pruning.compress.compress import Compress
+    from cipm_ir.passes.pruning.prune import Prune
 
 __all__ = [
     "AbsorbBias",
@@ -75,46 +75,46 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AbsorbBias": "absorb_bias",
-    "Bars": "figures",
-    "Canonicalize": "canonicalize",
-    "CanonicalizeSigns": "canonicalize_signs",
-    "CleanUp": "cleanup",
-    "Cluster": "cluster",
-    "Compress": "compress",
-    "Context": "base",
-    "Curves": "figures",
-    "Equalize": "equalize",
-    "Expose": "expose",
-    "Figure": "figures",
-    "Fold": "fold",
-    "FoldAffine": "fold_affine",
-    "FoldBatchNorm": "cleanup",
-    "HeatMap": "figures",
-    "Kind": "base",
-    "Listing": "registry",
-    "Outcome": "pipeline",
-    "Pass": "base",
-    "PassResult": "base",
-    "Progress": "base",
-    "Prune": "prune",
-    "RecoverNames": "recover_names",
-    "RemoveDead": "remove_dead",
-    "Report": "report",
-    "RolledBack": "pipeline",
-    "Rotate": "rotate",
-    "Rows": "figures",
-    "Step": "report",
-    "Totals": "report",
-    "Witness": "pipeline",
-    "listing": "registry",
-    "lookup": "registry",
-    "names": "registry",
-    "option": "base",
-    "parse_passes": "text",
-    "print_passes": "text",
-    "register": "registry",
-    "run_passes": "pipeline",
+    "AbsorbBias": "exact.absorb_bias.absorb_bias",
+    "Bars": "framework.figures",
+    "Canonicalize": "exact.canonicalize.canonicalize",
+    "CanonicalizeSigns": "exact.canonicalize.canonicalize_signs",
+    "CleanUp": "exact.cleanup.clean_up",
+    "Cluster": "clustering.cluster",
+    "Compress": "pruning.compress.compress",
+    "Context": "framework.base",
+    "Curves": "framework.figures",
+    "Equalize": "exact.equalize.equalize",
+    "Expose": "exact.expose.expose",
+    "Figure": "framework.figures",
+    "Fold": "merging.fold",
+    "FoldAffine": "exact.affine.fold_affine",
+    "FoldBatchNorm": "exact.cleanup.clean_up",
+    "HeatMap": "framework.figures",
+    "Kind": "framework.base",
+    "Listing": "framework.registry",
+    "Outcome": "framework.pipeline",
+    "Pass": "framework.base",
+    "PassResult": "framework.base",
+    "Progress": "framework.base",
+    "Prune": "pruning.prune",
+    "RecoverNames": "exact.recover_names",
+    "RemoveDead": "exact.dead.remove_dead",
+    "Report": "framework.report",
+    "RolledBack": "framework.pipeline",
+    "Rotate": "exact.rotate.rotate",
+    "Rows": "framework.figures",
+    "Step": "framework.report",
+    "Totals": "framework.report",
+    "Witness": "framework.pipeline",
+    "listing": "framework.registry",
+    "lookup": "framework.registry",
+    "names": "framework.registry",
+    "option": "framework.base",
+    "parse_passes": "framework.parser",
+    "print_passes": "framework.parser",
+    "register": "framework.registry",
+    "run_passes": "framework.pipeline",
 }
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from hypothesis import settings
-from tests.tiers import pytest_addoption, pytest_collection_modifyitems, pytest_runtest_protocol
+from tests.tiers import id_without_folders, pytest_addoption, pytest_collection_modifyitems, pytest_runtest_protocol
 
 __all__ = ["pytest_addoption", "pytest_collection_modifyitems", "pytest_runtest_protocol"]
 
@@ -41,7 +41,7 @@ def own_numbers(request: pytest.FixtureRequest) -> None:
     """A test that draws from the generator of its module draws the same numbers whatever ran before it."""
     generator = getattr(request.module, "RNG", None)
     if isinstance(generator, np.random.Generator):
-        seed = zlib.crc32(request.node.nodeid.encode())
+        seed = zlib.crc32(id_without_folders(request.node.nodeid).encode())
         generator.bit_generator.state = np.random.default_rng(seed).bit_generator.state
 
 

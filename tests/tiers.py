@@ -31,6 +31,12 @@ def function_of(nodeid: str) -> str:
     return nodeid.partition("[")[0].rpartition("/")[2]
 
 
+def id_without_folders(nodeid: str) -> str:
+    """Return the id of a test without the folders its file lies in: random numbers stay the same when it moves."""
+    path, _, rest = nodeid.partition("::")
+    return f"tests/{Path(path).name}::{rest}"
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fast", action="store_true", help="one case of every test function that is not slow")
     parser.addoption("--cpu-times", metavar="FILE", help="append the CPU seconds of every test to a file")

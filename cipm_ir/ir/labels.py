@@ -26,14 +26,14 @@ ZERO = 0
 class Factor:
     """Labels over some axes of a value. Never changed; not frozen, which would make it slow to create.
 
-    ``axes`` ascend; ``labels`` has one dimension per axis, with the sizes of those axes. ``var`` is the variable of
-    the scale system: the log-scale (and the sign) of a position is a function of its atom, ``l_var(atom)``, and the
+    ``axes`` ascend; ``labels`` has one dimension per axis, with the sizes of those axes. ``scale_var`` is the variable
+    of the scale system: the log-scale (and the sign) of a position is a function of its atom, ``l_var(atom)``, and the
     log-scales of a value's factors add up. ``repeats`` says that an atom may occur more than once.
     """
 
     axes: tuple[int, ...]
     labels: Labels
-    var: int = ZERO
+    scale_var: int = ZERO
     repeats: bool = False
 
     def moved(self, axis_map: Sequence[int] | dict[int, int]) -> Factor:

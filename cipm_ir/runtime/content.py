@@ -11,8 +11,8 @@ import numpy as np
 import onnx_ir as ir
 
 from cipm_ir.errors import InputError
-from cipm_ir.runtime.data import Data, Named
-from cipm_ir.runtime.npz import Files
+from cipm_ir.runtime.inputs.data import Data, Named
+from cipm_ir.runtime.inputs.npz import Files
 
 _CHUNK = 1 << 20
 
@@ -32,7 +32,7 @@ def data_hash(data: Data | None) -> str:
     """A hash over the bytes of a file, or over names, types, shapes and entries of arrays; "none" without data.
 
     Args:
-        data: as `cipm_ir.runtime.data.normalized` gives it.
+        data: as `cipm_ir.runtime.inputs.data.normalized` gives it.
 
     Raises:
         InputError: no such file; something else than samples; or samples that can be read only once.

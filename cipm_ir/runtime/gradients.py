@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 
 import onnx_ir as ir
 
-from cipm_ir.runtime.inputs import Array, Data
+from cipm_ir.runtime.inputs.generate import Array, Data
 
 Loss = Literal["prediction", "output"]
 """What is derived, without labels; z stands for anything that the outputs depend on.
@@ -73,7 +73,7 @@ class Gradients(Protocol):
         Args:
             model: not changed; its functions are inlined.
             reads: where; several may look at the same value.
-            data: as for `cipm_ir.runtime.inputs.batches`.
+            data: as for `cipm_ir.runtime.inputs.generate.batches`.
             loss: see `Loss`.
             draws: how often labels or signs are drawn for each batch.
             size: samples per batch, where the model does not fix it.

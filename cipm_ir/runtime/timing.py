@@ -15,7 +15,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from cipm_ir.errors import InputError, OptionError, UnsupportedError
-from cipm_ir.runtime.inputs import Data, Feeds, batches, random_inputs, true_inputs
+from cipm_ir.runtime.inputs.generate import Data, Feeds, batches, random_inputs, true_inputs
 from cipm_ir.runtime.session import Array, Runner
 
 _MODES = {
@@ -185,7 +185,7 @@ def timing_feeds(model: ir.Model, data: Data | None = None, *, batch: int = 1, s
 
     Args:
         model: the model.
-        data: samples as for `cipm_ir.runtime.inputs.batches`; None draws random ones.
+        data: samples as for `cipm_ir.runtime.inputs.generate.batches`; None draws random ones.
         batch: samples in it, where the model does not fix this.
         seed: of the random ones.
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """No garbage collection meanwhile: what is allocated stays, and scanning it again and again takes time."""
     enabled = gc.isenabled()
     gc.disable()
@@ -56,7 +56,7 @@ class Analysis:
     @classmethod
     def of(cls, model: ir.Model) -> Analysis:
         """Analyse a model without model-local functions."""
-        with uncollected():
+        with gc_paused():
             walked = walk(model)
             classes = classes_of(walked)
             classes, spaces = with_parts(walked, classes, find_spaces(classes))
@@ -144,7 +144,7 @@ class Analysis:
         """Scale variable of each atom of a parameter; 0 elsewhere."""
         out = np.zeros(len(self.classes.of), np.int64)
         for f in self.walk.leaf_factors:
-            out[f.base : f.base + f.size] = f.var
+            out[f.base : f.base + f.size] = f.scale_var
         return out
 
     def atom_scale(self, elements: dict[int, Element]) -> Array:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from cipm_ir.ir.components import connected_components
 from cipm_ir.ir.labels import Labels, mix
-from cipm_ir.rules.events import Link
+from cipm_ir.ops.events import Link
 from cipm_ir.symmetry.walk import Walk
 
 Hashes = npt.NDArray[np.uint64]

@@ -19,8 +19,8 @@ from cipm_ir.errors import InputError
 from cipm_ir.ir.nested import subgraphs
 from cipm_ir.ir.places import Place, place_nodes
 from cipm_ir.ir.shapes import dynamic_sizes
-from cipm_ir.rules import load_rules
-from cipm_ir.rules.costs import Site, Uncounted, is_free, macs_of
+from cipm_ir.ops import load_rules
+from cipm_ir.ops.costs import Site, Uncounted, is_free, macs_of
 
 STAND_INS = ((128, 224), (512, 256), (1024, 512), (16384, 1024))
 """Sizes for dynamic axes in general and for those of images, in the order in which they are tried."""

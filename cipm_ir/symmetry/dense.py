@@ -18,9 +18,9 @@ from cipm_ir.ir.bodies import nodes_in_order
 from cipm_ir.ir.labels import Array
 from cipm_ir.ir.parameters import parameter_tensor
 from cipm_ir.symmetry.analysis import Analysis
-from cipm_ir.symmetry.dense_walk import GAMMA, REAL, VECTOR, Survey
-from cipm_ir.symmetry.edits import Edit
 from cipm_ir.symmetry.leaves import LeafFactor
+from cipm_ir.symmetry.linearity import GAMMA, REAL, VECTOR, LinearityAnalysis
+from cipm_ir.symmetry.primitives.edits import Edit
 from cipm_ir.symmetry.scales import Directions
 from cipm_ir.symmetry.spaces import RawSpace
 
@@ -49,7 +49,7 @@ def linearities(analysis: Analysis) -> list[Linearity]:
     return analysis.linear
 
 
-class Levels:
+class LinearityTable:
     """What each space admits in a model with these weights, found when first asked for."""
 
     def __init__(self, analysis: Analysis, model: ir.Model) -> None:
@@ -113,7 +113,7 @@ def _surveyed(analysis: Analysis) -> list[Linearity]:
     notes = [Linearity(reason="its units admit no signs")] * len(analysis.spaces)
     if not candidates:
         return notes
-    survey = Survey(analysis, candidates)
+    survey = LinearityAnalysis(analysis, candidates)
     survey.run()
     members = _members(analysis, survey)
     for k in candidates:
@@ -127,7 +127,7 @@ def _surveyed(analysis: Analysis) -> list[Linearity]:
     return notes
 
 
-def _members(analysis: Analysis, survey: Survey) -> dict[int, list[LeafFactor]]:
+def _members(analysis: Analysis, survey: LinearityAnalysis) -> dict[int, list[LeafFactor]]:
     """Factors of parameters by space; ends spaces with a parameter whose part in it is not known."""
     found: dict[int, list[LeafFactor]] = {k: [] for k in (*survey.alive, *survey.reasons)}
     walk = analysis.walk
@@ -152,7 +152,7 @@ def _in_rows(analysis: Analysis, f: LeafFactor, space: int) -> bool:
 
 def _paired(free: Directions, factors: list[LeafFactor]) -> bool:
     """Whether one scale direction tells vectors from covectors: every parameter takes it once, or by its inverse."""
-    return free.scales == 1 and all(free.scale.get(f.var) in ((1,), (-1,)) for f in factors)
+    return free.scales == 1 and all(free.scale.get(f.scale_var) in ((1,), (-1,)) for f in factors)
 
 
 # ---------------------------------------------------------------- action
@@ -174,7 +174,7 @@ def add_dense_edits(analysis: Analysis, edits: dict[int, Edit], elements: Mappin
             inside = (owner == number) & (atoms[0] < f.base + f.size)
             if f.leaf in note.gammas or not inside.any():
                 continue
-            matrix = back if note.level == "GL" and free.scale[f.var] == (-1,) else forth
+            matrix = back if note.level == "GL" and free.scale[f.scale_var] == (-1,) else forth
             edit = edits.setdefault(f.leaf, Edit(epsilon=f.epsilon))
             places = atoms[:, inside] - f.base
             if not f.groups:

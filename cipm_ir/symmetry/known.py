@@ -16,7 +16,7 @@ from cipm_ir.ir.parameters import overridable_inputs
 from cipm_ir.ir.shapes import Shape, implied_shape
 from cipm_ir.ir.stand_ins import infer_shapes
 from cipm_ir.ir.varying import note_varying
-from cipm_ir.rules.context import Literal
+from cipm_ir.ops.context import Literal
 
 LITERAL_SIZE = 4096
 FLOAT_LITERAL_SIZE = 64

@@ -26,7 +26,7 @@ class LeafFactor:
     axes: tuple[int, ...]
     base: int
     shape: tuple[int, ...]
-    var: int
+    scale_var: int
     groups: int = 0
     epsilon: float | None = None
     active: bool = True
@@ -58,7 +58,7 @@ class Leaf:
         rows = [f for f in self.factors if f.active and f.groups == self.shape[0]]
         if not rows:
             return self.state
-        made = [Factor(f.axes, np.arange(f.base, f.base + f.size).reshape(f.shape), f.var) for f in rows]
+        made = [Factor(f.axes, np.arange(f.base, f.base + f.size).reshape(f.shape), f.scale_var) for f in rows]
         taken = {a for f in made for a in f.axes}
         return State(self.shape, (*made, *(f for f in self.state.factors if not taken & set(f.axes))))
 

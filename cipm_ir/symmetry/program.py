@@ -25,16 +25,16 @@ from cipm_ir.ir.lifted import held_weights, lift_weights, put_back
 from cipm_ir.ir.parameters import is_parameter, note_ir_version, overridable_inputs
 from cipm_ir.ir.shapes import forget_impossible_sizes
 from cipm_ir.ir.strided import has_detours, remove_detours
-from cipm_ir.symmetry.absorb import absorb_edits
-from cipm_ir.symmetry.action import act_edits
-from cipm_ir.symmetry.analysis import Analysis, uncollected
-from cipm_ir.symmetry.apply import Editor
+from cipm_ir.symmetry.analysis import Analysis, gc_paused
 from cipm_ir.symmetry.counting import Count, count_macs
-from cipm_ir.symmetry.dense import Levels, Linearity
-from cipm_ir.symmetry.edits import Edit
+from cipm_ir.symmetry.dense import Linearity, LinearityTable
 from cipm_ir.symmetry.leaves import OpaqueNode
 from cipm_ir.symmetry.naming import describe_spaces
-from cipm_ir.symmetry.restrict import closed_keep, restrict
+from cipm_ir.symmetry.primitives.absorb import absorb_edits
+from cipm_ir.symmetry.primitives.act import act_edits
+from cipm_ir.symmetry.primitives.apply import Editor
+from cipm_ir.symmetry.primitives.edits import Edit
+from cipm_ir.symmetry.primitives.restrict import closed_keep, restrict
 
 
 class Origin(Protocol):
@@ -64,7 +64,7 @@ class Space:
     members: tuple[str, ...] = field(compare=False)
     exact: tuple[bool, ...] = field(compare=False, default=())
     parent: tuple[Space, int] | None = field(compare=False, default=None, repr=False)
-    levels: Levels | None = field(compare=False, default=None, repr=False)
+    levels: LinearityTable | None = field(compare=False, default=None, repr=False)
     """Dense groups of the program's spaces, found when first asked for."""
     number: int = field(compare=False, default=-1, repr=False)
     """Position among them."""
@@ -178,7 +178,7 @@ class Program:
         return self._model
 
     @property
-    def written(self) -> ir.Model:
+    def source_model(self) -> ir.Model:
         """The model as `emit` gives it, functions kept, without the copy. Not to be changed."""
         return self._source or self._model
 
@@ -198,7 +198,7 @@ class Program:
     def spaces(self) -> tuple[Space, ...]:
         """All spaces, in graph order; blocks after the units."""
         analysis = self.analysis
-        notes, levels = describe_spaces(analysis), Levels(analysis, self._model)
+        notes, levels = describe_spaces(analysis), LinearityTable(analysis, self._model)
         blocks: dict[int, tuple[int, int]] = {}
         for k, raw in enumerate(analysis.spaces):
             if raw.kind == "blocks" or raw.table.shape[1] > 1:
@@ -320,7 +320,7 @@ class Program:
         Errors: `SymmetryError` where blocks would become uneven or a space empty.
         """
         stays = self.kept_classes(keep)
-        with uncollected():
+        with gc_paused():
             clone = self._model.clone()
             restrict(clone, self.analysis, stays)
         return Program(clone, origin=self._origin)
@@ -413,7 +413,7 @@ class Program:
     # ------------------------------------------------------------ writing
     def emit(self, *, annotate: bool = False) -> ir.Model:
         """The model, as a fresh `onnx_ir.Model`; with ``annotate``, groups are written into ``metadata_props``."""
-        model = self.written.clone()
+        model = self.source_model.clone()
         if annotate:
             from cipm_ir.symmetry.text import annotate_model
 

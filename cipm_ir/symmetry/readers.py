@@ -16,7 +16,7 @@ from cipm_ir.symmetry.program import Program, Space
 
 
 @dataclass(frozen=True, eq=False)
-class Reader:
+class WeightConsumer:
     """A Conv (group 1), Gemm or MatMul that sums products of a space's units with a weight of its own.
 
     Attributes:
@@ -42,7 +42,7 @@ class Reader:
     bias: str | None
 
 
-def readers(program: Program, space: Space) -> list[Reader]:
+def readers(program: Program, space: Space) -> list[WeightConsumer]:
     """Everything that sums products over the units of a space, in graph order.
 
     Of a space of blocks, products of activations with activations do not count: they go with their block.
@@ -53,7 +53,7 @@ def readers(program: Program, space: Space) -> list[Reader]:
     raw = analysis.spaces[program.index(space)]
     whole = raw.kind == "blocks" or raw.table.shape[1] > 1
     element = analysis.elements_of(program.index(space))
-    found: dict[int, Reader] = {}
+    found: dict[int, WeightConsumer] = {}
     for c in analysis.consumers.contractions(np.flatnonzero(element >= 0), refined=True):
         if c.node in found:
             continue
@@ -70,14 +70,14 @@ def readers(program: Program, space: Space) -> list[Reader]:
     return [found[k] for k in sorted(found)]
 
 
-def products(program: Program) -> list[Reader]:
+def products(program: Program) -> list[WeightConsumer]:
     """Every Conv (group 1), Gemm and MatMul of a value with a weight, in graph order; ``columns`` are empty."""
     analysis = program.analysis
     found = (_product(analysis, k) for k in range(len(analysis.walk.nodes)))
     return [one for one in found if one is not None]
 
 
-def summed_classes(program: Program, reader: Reader) -> Labels:
+def summed_classes(program: Program, reader: WeightConsumer) -> Labels:
     """The class of each place along the axis of the weight that a reader sums."""
     factor = _summed(program.analysis, reader.leaf, reader.axis)
     if factor is None:  # the axis is fixed
@@ -90,7 +90,7 @@ def _summed(analysis: Analysis, leaf: int, axis: int) -> LeafFactor | None:
     return next((f for f in factors if f.active and f.axes == (axis,) and not f.groups), None)
 
 
-def _reader(analysis: Analysis, position: int, element: Labels, count: int) -> Reader | None:
+def _reader(analysis: Analysis, position: int, element: Labels, count: int) -> WeightConsumer | None:
     made = _product(analysis, position)
     factor = None if made is None else _summed(analysis, made.leaf, made.axis)
     if made is None or factor is None:
@@ -102,14 +102,14 @@ def _reader(analysis: Analysis, position: int, element: Labels, count: int) -> R
     return replace(made, columns=columns.reshape(count, -1))
 
 
-def _product(analysis: Analysis, position: int) -> Reader | None:
+def _product(analysis: Analysis, position: int) -> WeightConsumer | None:
     node = analysis.walk.nodes[position]
     where = _weight(analysis, position, node)
     if where is None or node.inputs[0] is None or (position, 0) in analysis.walk.use_leaf:
         return None
     leaf, axis = where
     bias = node.inputs[2] if node.op_type != "MatMul" and len(node.inputs) > 2 else None
-    return Reader(
+    return WeightConsumer(
         position,
         node.op_type,
         node.inputs[0].name or "",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cipm_ir.ir.labels import Labels
-from cipm_ir.rules.events import Equation
+from cipm_ir.ops.events import Equation
 from cipm_ir.symmetry.classes import Classes, Flags, components, unique_pairs
 from cipm_ir.symmetry.known import FLOATS
 from cipm_ir.symmetry.linear import Term, collect, nullspace, nullspace_f2
@@ -212,7 +212,7 @@ def _leaf_variables(walk: Walk, atom_space: Labels) -> tuple[Labels, Labels]:
     base = np.asarray([f.base for f in factors], np.int64)  # ascending: in order of allocation
     end = base + np.asarray([f.size for f in factors], np.int64)
     used = np.asarray([f.active and walk.leaves[f.leaf].dtype in FLOATS for f in factors], bool)
-    variable = np.asarray([f.var for f in factors], np.int64)
+    variable = np.asarray([f.scale_var for f in factors], np.int64)
     atoms = np.flatnonzero(atom_space >= 0)
     owner = np.maximum(np.searchsorted(base, atoms, side="right") - 1, 0)
     inside = (atoms >= base[owner]) & (atoms < end[owner]) & used[owner]

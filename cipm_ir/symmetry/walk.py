@@ -8,17 +8,18 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.bodies import bodies, body_path, is_control_flow, nodes_in_order, qualified
 from cipm_ir.ir.labels import Array, Factor, State
 from cipm_ir.ir.nested import graphs_within, subgraphs
 from cipm_ir.ir.parameters import parameters
 from cipm_ir.ir.places import Place, place_body
 from cipm_ir.ir.shapes import Shape, Shapes
-from cipm_ir.rules import load_rules
-from cipm_ir.rules.context import Literal, OpContext
-from cipm_ir.rules.events import Recorder
-from cipm_ir.rules.no_rule import reason_for
-from cipm_ir.rules.registry import Opaque, lookup
+from cipm_ir.ops import load_rules
+from cipm_ir.ops.context import Literal, OpContext
+from cipm_ir.ops.events import Recorder
+from cipm_ir.ops.no_rule import reason_for
+from cipm_ir.ops.registry import lookup
 from cipm_ir.symmetry.known import FLOATS, QUANTIZED, Known
 from cipm_ir.symmetry.leaves import Leaf, LeafFactor, OpaqueNode, Use
 
@@ -119,7 +120,7 @@ class _Walker(Known):
             state = None if name in self.params else self.states.get(name)
             for f in state.factors if state else ():
                 self.rec.pin(f.labels, reason)
-                self.rec.zero(f.labels, f.var)
+                self.rec.zero(f.labels, f.scale_var)
             if state is not None and state.factors:
                 names.append(name)
         return names
@@ -159,7 +160,7 @@ class _Walker(Known):
             if value is not None and value.name in self.params:
                 for f in self._parameter(value, (self.here, k)).factors:
                     self.rec.pin(f.labels, reason)
-                    self.rec.zero(f.labels, f.var)
+                    self.rec.zero(f.labels, f.scale_var)
         names = self._pin_values(node.inputs, reason)
         ends = [list(body.outputs) for _, body in bodies(node)]
         for k, value in enumerate(node.outputs):
@@ -195,10 +196,10 @@ class _Walker(Known):
                 found.append(f)
                 for g in twins:
                     self.rec.unify(f.labels, g.labels)
-                    self.rec.same(f.labels, f.var, g.var)
+                    self.rec.same(f.labels, f.scale_var, g.scale_var)
         for f in [f for factors in given for f in factors if found and not any(_alike(f, g) for g in found)]:
             self.rec.pin(f.labels, "If: not all branches have units on this axis")
-            self.rec.zero(f.labels, f.var)
+            self.rec.zero(f.labels, f.scale_var)
         return tuple(found)
 
     def _result(self, node: ir.Node, index: int, starts: list[Place]) -> list[Shape | None]:
@@ -298,14 +299,18 @@ class _Walker(Known):
         op.elementwise = entry is not None and entry.elementwise
         try:
             if entry is None:
-                raise Opaque(node.metadata_props.get("reason") or reason_for(domain, node.op_type))
+                raise UnsupportedPattern(node.metadata_props.get("reason") or reason_for(domain, node.op_type))
             if any(v is not None and s is None for v, s in zip(node.inputs, inputs, strict=True)):
-                raise Opaque("the shape of an input is not known")
+                raise UnsupportedPattern("the shape of an input is not known")
             if entry.elementwise and len(inputs) > 1:
                 op.split_rows()
             entry.labels(op)
-        except (Opaque, ValueError, IndexError) as reason:
-            said = str(reason) if isinstance(reason, Opaque) else f"its shapes do not fit the operator ({reason})"
+        except (UnsupportedPattern, ValueError, IndexError) as reason:
+            said = (
+                str(reason)
+                if isinstance(reason, UnsupportedPattern)
+                else f"its shapes do not fit the operator ({reason})"
+            )
             self._pin_all(op, said)
             op.outputs = [None if s is None else State(s) for s in shapes]
         for value, state in zip(node.outputs, op.outputs, strict=False):
@@ -327,7 +332,7 @@ class _Walker(Known):
                 if f.groups:
                     labels = np.arange(f.base, f.base + f.size)
                     self.rec.pin(labels, f"{node.op_type}: {reason}")
-                    self.rec.zero(labels, f.var)
+                    self.rec.zero(labels, f.scale_var)
         for value in captured_values(node):
             name = value.name or ""
             if name in self.states and self.states[name].factors and name not in names:

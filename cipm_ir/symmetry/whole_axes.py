@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cipm_ir.ir.labels import Labels
-from cipm_ir.rules.events import Equation, Link, Pin, Recorder, Unification
+from cipm_ir.ops.events import Equation, Link, Pin, Recorder, Unification
 from cipm_ir.symmetry.classes import Classes, find_classes
 from cipm_ir.symmetry.leaves import LeafFactor
 from cipm_ir.symmetry.walk import Walk

@@ -39,11 +39,11 @@ from tests.benchmarks.exact_table import apart, exact_passes
 from tests.benchmarks.forked import Row, forked, lines_of
 from tests.corpus import corpus, path_of
 from tests.corpus.inputs import Feeds, samples
-from tests.double_precision import Single
+from tests.oracles.double_precision import Single
 
 import cipm_ir
 from cipm_ir.errors import InputError
-from cipm_ir.runtime.inputs import batches
+from cipm_ir.runtime.inputs.generate import batches
 
 COLUMNS = "units", "exact", "prune", "peers"
 BUDGETS = 0.8, 0.5

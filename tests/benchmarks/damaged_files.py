@@ -64,7 +64,7 @@ class File:
 def sources() -> list[tuple[str, Callable[[], onnx.ModelProto]]]:
     """The small models of the zoo, and random graphs."""
     from tests import zoo
-    from tests.fuzz_graphs import random_model
+    from tests.fuzz.fuzz_graphs import random_model
 
     names = zoo.names("synthetic", without=("large", "torch", "data", "reference"))
     made: list[tuple[str, Callable[[], onnx.ModelProto]]] = [(n, lambda n=n: zoo.build(n)) for n in names]  # type: ignore[misc]

@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 from tests.benchmarks import detection_nets
-from tests.double_precision import HIDDEN, effect, probes
-from tests.mutations import mutate, weights
+from tests.oracles.double_precision import HIDDEN, effect, probes
+from tests.oracles.mutations import mutate, weights
 
 import cipm_ir
 from cipm_ir.errors import CipmError
-from cipm_ir.runtime.verify import verify_models
+from cipm_ir.runtime.verification.verify import verify_models
 from cipm_ir.symmetry.program import Program
 
 _WRONG = "no false alarm, the copy is wrong:"

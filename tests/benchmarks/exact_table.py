@@ -28,13 +28,13 @@ import numpy as np
 import onnx_ir as ir
 from tests.benchmarks.forked import Row, forked, growth, lines_of
 from tests.benchmarks.rounding import Reference, nudged, widen
-from tests.double_precision import NEAR, Double, Feeds, NoDoubleError, by_channel, probes
+from tests.oracles.double_precision import NEAR, Double, Feeds, NoDoubleError, by_channel, probes
 
 import cipm_ir
 from cipm_ir.api import DEFAULT_PASSES
-from cipm_ir.passes import registry
-from cipm_ir.runtime.inputs import batches
-from cipm_ir.runtime.verify import Verifier
+from cipm_ir.passes.framework import registry
+from cipm_ir.runtime.inputs.generate import batches
+from cipm_ir.runtime.verification.verify import Verifier
 from cipm_ir.symmetry.program import Program
 
 _MEASURED = "model", "pass", "changed", "pass s", "verification s", "max abs", "relative", "verdict"

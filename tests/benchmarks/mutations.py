@@ -20,11 +20,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 from tests import zoo
-from tests.double_precision import HIDDEN, Effect, Feeds, Single, effect, probes
-from tests.mutations import KINDS, STRUCTURAL, Mutant, mutate
+from tests.oracles.double_precision import HIDDEN, Effect, Feeds, Single, effect, probes
+from tests.oracles.mutations import KINDS, STRUCTURAL, Mutant, mutate
 
 import cipm_ir
-from cipm_ir.runtime.verify import Verification, verify_models
+from cipm_ir.runtime.verification.verify import Verification, verify_models
 from cipm_ir.symmetry.program import Program
 
 _GAUGES = 3

@@ -13,7 +13,7 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import numpy_helper
-from tests import quantized_models
+from tests.models import quantized_models
 
 Array = NDArray[Any]
 Feeds = Mapping[str, Array]

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
-from tests.double_precision import Array, Double, Feeds, Outputs, Single, by_channel
-from tests.mutations import is_float, weights
+from tests.oracles.double_precision import Array, Double, Feeds, Outputs, Single, by_channel
+from tests.oracles.mutations import is_float, weights
 
 _HALF = {"float16": 2.0**-12, "bfloat16": 2.0**-9, "float64": 2.0**-54}
 

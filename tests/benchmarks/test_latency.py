@@ -13,10 +13,10 @@ import pytest
 from scipy.stats import spearmanr
 
 from cipm_ir import api
-from cipm_ir.passes.budget import Choice, Search, allowed_levels, link_spaces, make_choice
-from cipm_ir.passes.cost import CostModel
-from cipm_ir.passes.latency import BLOCK, LatencyTable
-from cipm_ir.passes.latency_bench import kept
+from cipm_ir.passes.pruning.budget.cost import CostModel
+from cipm_ir.passes.pruning.budget.latency import BLOCK, LatencyTable
+from cipm_ir.passes.pruning.budget.latency_bench import kept
+from cipm_ir.passes.pruning.budget.search import Choice, Search, allowed_levels, link_spaces, make_choice
 from cipm_ir.runtime.timing import compare_latency, timing_feeds
 from cipm_ir.symmetry.program import Program
 

@@ -15,7 +15,7 @@ import pytest
 from tests.zoo.net import Net
 
 import cipm_ir
-from cipm_ir.runtime.statistics import collect
+from cipm_ir.runtime.statistics.collect import collect
 from cipm_ir.symmetry.program import Program
 
 WIDTHS = (256, 512, 1024, 2048, 4096, 8192)

@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 
 import cipm_ir
-from cipm_ir.passes.pipeline import run_passes
-from cipm_ir.passes.text import parse_passes
+from cipm_ir.passes.framework.parser import parse_passes
+from cipm_ir.passes.framework.pipeline import run_passes
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 tp = pytest.importorskip("torch_pruning", reason="Torch-Pruning, the peer, is not installed: pip install torch-pruning")

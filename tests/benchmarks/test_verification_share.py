@@ -11,11 +11,11 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 from tests import zoo
-from tests.double_precision import Single, probes
+from tests.oracles.double_precision import Single, probes
 
 import cipm_ir
 from cipm_ir.runtime.session import Runner
-from cipm_ir.runtime.verify import verify_models
+from cipm_ir.runtime.verification.verify import verify_models
 
 GOAL = 5
 SMALL = ["mlp_relu", "conv_pool", "residual_blocks", "attention_gqa", "layer_norm", "lstm", "bert", "resnet20"]

@@ -1,0 +1,1 @@
+"""ONNX out: the graph IR as a file or a ModelProto."""

@@ -1,0 +1,1 @@
+"""torch out: a changed program as the kind of torch object that came in."""

@@ -1,0 +1,1 @@
+"""ONNX operators as torch calls, one entry per operator, by family."""

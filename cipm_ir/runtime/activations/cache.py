@@ -1,0 +1,199 @@
+"""A model run over data in steps: the values that the rest of the graph needs are kept, so nothing is run twice."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from cipm_ir.errors import InputError
+from cipm_ir.ir.bodies import nodes_in_order
+from cipm_ir.runtime.activations.observe import check_values, extract_subgraph, samples
+from cipm_ir.runtime.inputs.generate import Data, Feeds, batches
+from cipm_ir.runtime.session import Array, Runner, cores
+
+_IN_MEMORY = 1 << 30
+"""Bytes of kept values above which they go to a temporary file."""
+
+
+class ActivationCache:
+    """Values of a model over data, up to a position in its graph.
+
+    ``position``: the nodes before it have been run, in the order of the walk (`cipm_ir.ir.bodies.nodes_in_order`).
+    ``values[k]``: for batch k, all values that nodes from there on, or the outputs, read. What depends on no input is
+    never kept: it is computed again where it is needed, from the weights of the model that runs then. Use it as a
+    context manager, or call `close`.
+    """
+
+    def __init__(self, model: ir.Model, data: Data, *, size: int = 64, limit: int | None = None) -> None:
+        self.position = 0
+        self.values: list[Feeds] = []
+        self.samples: list[int] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._written = 0
+        names = {v.name for v in model.graph.inputs}
+        for feeds in batches(data, model, size, limit=limit):
+            self.samples.append(samples(feeds))
+            self.values.append({k: v for k, v in feeds.items() if k in names})
+        if not self.values:
+            raise InputError("The data holds no samples.")
+
+    def advance(self, model: ir.Model, to: int, keep: Sequence[str] = ()) -> None:
+        """Run the nodes from `position` to ``to`` (excluded); ``keep``: values that stay even if nothing reads them.
+
+        Raises:
+            InputError: a value is NaN or infinite.
+        """
+        live = list(dict.fromkeys([*_live(model, to), *keep]))
+        have = set(self.values[0])
+        fresh = [name for name in live if name not in have]
+        if fresh:
+            with self._runner(model, fresh) as runner:
+                self.values = self._each(lambda k: self._stepped(model, runner, k, fresh, live))
+        else:
+            self.values = [{k: v for k, v in known.items() if k in live} for known in self.values]
+        self.position = max(to, self.position)
+        self._spill()
+
+    def _stepped(self, model: ir.Model, runner: Runner, k: int, fresh: Sequence[str], live: Sequence[str]) -> Feeds:
+        known = self.values[k]
+        out = runner.run({name: v for name, v in known.items() if name in runner.inputs}, fresh)
+        check_values(model, out, sum(self.samples[:k]))
+        return {**{name: v for name, v in known.items() if name in live}, **out}
+
+    def tail(self, model: ir.Model, names: Sequence[str]) -> Iterator[dict[str, Array]]:
+        """Values of these names for each batch, from here on with the weights of ``model``."""
+        with SuffixRunner(self, model, names) as rest:
+            yield from rest.run()
+
+    def _each(self, job: Callable[[int], Feeds]) -> list[Feeds]:
+        """What a job gives for each batch; several run at once."""
+        with ThreadPoolExecutor(max(1, min(cores(), len(self.values)))) as pool:
+            return list(pool.map(job, range(len(self.values))))
+
+    def fork(self) -> ActivationCache:
+        """Another one at the same place, which shares what is kept."""
+        twin = object.__new__(ActivationCache)
+        twin.position, twin.values, twin.samples = self.position, list(self.values), self.samples
+        twin._folder, twin._written = None, 0
+        return twin
+
+    def _runner(self, model: ir.Model, names: Sequence[str], loose: Sequence[str] = ()) -> Runner:
+        # a batch per core leaves less waiting than a product spread over the cores
+        threads = 1 if len(self.values) >= cores() else None
+        return Runner(extract_subgraph(model, self.values[0], names, loose), fast=True, threads=threads)
+
+    def _spill(self) -> None:
+        """Move arrays to files once there is too much of them; files that nothing here needs any more go."""
+        held = [(known, name) for known in self.values for name, a in known.items() if not isinstance(a, np.memmap)]
+        if sum(known[name].nbytes for known, name in held) > _IN_MEMORY:
+            self._folder = self._folder or tempfile.TemporaryDirectory(prefix="cipm-ir-")
+            for known, name in held:
+                if known[name].nbytes > 1 << 16:
+                    path = Path(self._folder.name, f"{self._written}.npy")
+                    np.save(path, known[name])
+                    known[name] = np.load(path, mmap_mode="r")
+                    self._written += 1
+        if self._folder is not None:
+            used = {
+                Path(str(a.filename)).name for known in self.values for a in known.values() if isinstance(a, np.memmap)
+            }
+            for path in Path(self._folder.name).iterdir():
+                if path.name not in used:
+                    with suppress(PermissionError):  # on Windows, where a fork still reads it
+                        path.unlink()
+
+    def close(self) -> None:
+        """Forget everything, temporary files included."""
+        self.values = []
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def __enter__(self) -> ActivationCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class SuffixRunner:
+    """The rest of a graph, ready to run from where a frontier is; some weights may differ from run to run.
+
+    ``loose``: names of these weights. Use it as a context manager, or call `close`.
+    """
+
+    def __init__(
+        self, frontier: ActivationCache, model: ir.Model, names: Sequence[str], loose: Sequence[str] = ()
+    ) -> None:
+        self._frontier, self._names = frontier, list(names)
+        self._missing = [name for name in names if name not in frontier.values[0]]
+        self._own = {name: _array(model, name) for name in loose}
+        self._runner = frontier._runner(model, self._missing, loose) if self._missing else None
+
+    def run(self, weights: Mapping[str, Array] | None = None) -> list[dict[str, Array]]:
+        """The values for each batch. ``weights``: of the loose ones those that differ from the model's, any float."""
+        given = {k: np.asarray((weights or {}).get(k, own)).astype(own.dtype) for k, own in self._own.items()}
+        return self._frontier._each(lambda k: self._run(k, given))
+
+    def _run(self, k: int, given: Feeds) -> Feeds:
+        known, runner = self._frontier.values[k], self._runner
+        out: Feeds = {}
+        if runner is not None:
+            out = runner.run({n: v for n, v in {**known, **given}.items() if n in runner.inputs}, self._missing)
+        return {name: out[name] if name in out else known[name] for name in self._names}
+
+    def close(self) -> None:
+        """Free the session."""
+        if self._runner is not None:
+            self._runner.close()
+
+    def __enter__(self) -> SuffixRunner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _array(model: ir.Model, name: str) -> Array:
+    tensor = model.graph.initializers[name].const_value
+    assert tensor is not None
+    return np.asarray(tensor.numpy())
+
+
+def moving(model: ir.Model) -> set[str]:
+    """Names of the values that depend on an input of the graph."""
+    found = {v.name or "" for v in model.graph.inputs if v.name not in model.graph.initializers}
+    for node in model.graph:
+        inner = any(not v.is_initializer() for v in _captured(node))
+        if inner or any(v is not None and v.name in found for v in node.inputs):
+            found.update(v.name for v in node.outputs if v.name)
+    return found
+
+
+def _captured(node: ir.Node) -> Iterator[ir.Value]:
+    """Values of the graph around that the subgraphs of a node read."""
+    for attribute in node.attributes.values():
+        if not attribute.is_ref() and attribute.type == ir.AttributeType.GRAPH:
+            for inner in attribute.as_graph().all_nodes():
+                yield from (v for v in inner.inputs if v is not None and v.graph is node.graph)
+
+
+def _live(model: ir.Model, position: int) -> list[str]:
+    """Values made before a position, and read from there on or given out; in the order of the graph."""
+    known = moving(model)
+    before = {v.name for v in model.graph.inputs}
+    needed: set[str] = {v.name or "" for v in model.graph.outputs}
+    for k, node in enumerate(nodes_in_order(model.graph)):
+        if node.graph is not model.graph:
+            continue  # values inside bodies are never kept
+        if k < position:
+            before.update(v.name for v in node.outputs)
+        else:
+            needed.update(v.name or "" for v in (*node.inputs, *_captured(node)) if v is not None)
+    return [name for name in known if name in before and name in needed]

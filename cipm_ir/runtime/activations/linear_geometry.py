@@ -1,0 +1,202 @@
+"""A product with a weight as a matrix problem: rows of inputs times a matrix gives rows of outputs.
+
+A convolution's rows are its unfolded patches, zeros of the padding included, one for each output position.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cipm_ir.errors import UnsupportedError
+from cipm_ir.ir.constants import attribute
+from cipm_ir.ir.labels import Labels
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.readers import WeightConsumer
+
+Array = npt.NDArray[Any]
+FloatArray = npt.NDArray[np.float64]
+_ROWS_AT_ONCE = 1 << 13
+
+
+@dataclass(frozen=True)
+class LinearOpGeometry:
+    """The geometry of a `WeightConsumer`; of a Conv also ``kernel``, ``strides``, ``pads`` (begins, ends), dilations.
+
+    ``axis``: which axis of the weight is summed. The matrix has shape (K, outputs), K = summed channels times taps.
+    """
+
+    shape: tuple[int, ...]
+    axis: int
+    kernel: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()
+    pads: tuple[int, ...] = ()
+    dilations: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, program: Program, reader: WeightConsumer) -> LinearOpGeometry:
+        """The geometry of a reader. Errors: `UnsupportedError` for a Conv with auto_pad."""
+        analysis = program.analysis
+        shape, node = analysis.walk.leaves[reader.leaf].shape, analysis.walk.nodes[reader.node]
+        if reader.op != "Conv":
+            return cls(shape, reader.axis)
+        auto = attribute(node, "auto_pad", "NOTSET")
+        if auto not in ("NOTSET", "VALID"):
+            raise UnsupportedError(f"Conv {node.name} has auto_pad {auto}; give it pads.")
+        d = len(shape) - 2
+        pads = (0,) * (2 * d) if auto == "VALID" else tuple(attribute(node, "pads", (0,) * (2 * d)))
+        strides, dilations = attribute(node, "strides", (1,) * d), attribute(node, "dilations", (1,) * d)
+        return cls(shape, reader.axis, shape[2:], tuple(strides), pads, tuple(dilations))
+
+    @property
+    def size(self) -> int:
+        """K, the number of rows of the matrix."""
+        return self.shape[self.axis] * math.prod(self.kernel)
+
+    @property
+    def width(self) -> int:
+        """The number of outputs."""
+        return self.shape[1 - self.axis]
+
+    # ------------------------------------------------------------ rows
+    def positions(self, u: Array) -> int:
+        """How many rows a batch gives for each of its samples (of a MatMul: rows in all)."""
+        if not self.kernel:
+            return int(u.size // u.shape[-1])
+        return math.prod(self.grid(u))
+
+    def inputs(self, u: Array, places: Labels | None = None) -> Array:
+        """(rows, K): of the values that are read. ``places``: only these positions, the same ones in every sample."""
+        if not self.kernel:
+            flat = u.reshape(-1, u.shape[-1])
+            return flat if places is None else flat[places]
+        d = len(self.kernel)
+        if any(self.pads):
+            u = np.pad(u, [(0, 0), (0, 0), *zip(self.pads[:d], self.pads[d:], strict=True)])
+        grid = self.grid(u, padded=True)
+        where = np.unravel_index(np.arange(math.prod(grid)) if places is None else places, grid)
+        index = []
+        for k in range(d):
+            tap = np.arange(self.kernel[k]) * self.dilations[k]
+            tap = tap.reshape([-1 if j == k else 1 for j in range(d)])
+            index.append(where[k].reshape(-1, *(1,) * d) * self.strides[k] + tap)
+        where_all: Any = (slice(None), slice(None), *index)
+        patches = np.moveaxis(u[where_all], 1, 2)  # N, rows, C, *kernel
+        return np.ascontiguousarray(patches).reshape(-1, self.size)
+
+    def outputs(self, y: Array, places: Labels | None = None) -> Array:
+        """(rows, outputs): of the product, or anything of its shape."""
+        if not self.kernel:
+            flat = y.reshape(-1, y.shape[-1])
+            return flat if places is None else flat[places]
+        flat = y.reshape(*y.shape[:2], -1)
+        if places is not None:
+            flat = flat[:, :, places]
+        return np.ascontiguousarray(np.moveaxis(flat, 1, 2)).reshape(-1, y.shape[1])
+
+    def grid(self, u: Array, padded: bool = False) -> tuple[int, ...]:
+        """Positions of a convolution along each axis. ``padded``: of values that the padding is there already."""
+        d = len(self.kernel)
+        extra = [0] * d if padded else [self.pads[k] + self.pads[d + k] for k in range(d)]
+        sizes = zip(u.shape[2:], extra, self.kernel, self.dilations, self.strides, strict=True)
+        return tuple((n + more - step * (k - 1) - 1) // stride + 1 for n, more, k, step, stride in sizes)
+
+    # ------------------------------------------------------------ weights
+    def matrix(self, weight: Array) -> Array:
+        """(K, outputs) of the weight in its own shape."""
+        moved = np.moveaxis(np.asarray(weight), self.axis, 0)  # summed, outputs, *kernel
+        return np.ascontiguousarray(np.moveaxis(moved, 1, -1)).reshape(self.size, self.width)
+
+    def weight(self, matrix: Array) -> Array:
+        """The weight in its own shape, of a matrix."""
+        full = matrix.reshape(self.shape[self.axis], *self.kernel, self.width)
+        return np.ascontiguousarray(np.moveaxis(np.moveaxis(full, -1, 1), 0, self.axis))
+
+    def rows_of(self, columns: Labels) -> Labels:
+        """(elements, k times taps): the rows of the matrix that belong to each element."""
+        taps = math.prod(self.kernel)
+        return (columns[:, :, None] * taps + np.arange(taps)).reshape(len(columns), columns.shape[1] * taps)
+
+
+class NormalEquations:
+    """Sums for ``min |Y - X W - b|²``, batch by batch.
+
+    Rows are taken relative to the mean of the first batch, so that large means cost no digits; products of a few
+    thousand rows are in the rows' own precision, everything else is in float64. ``x`` and ``y``: sums of the rows.
+    """
+
+    def __init__(self, size: int, width: int) -> None:
+        self.rows = 0
+        self.x, self.y = np.zeros(size), np.zeros(width)
+        self._xx, self._xy = np.zeros((size, size)), np.zeros((size, width))
+        self._origin: tuple[Array, Array] | None = None
+
+    def add(self, x: Array, y: Array | None) -> None:
+        """Rows of inputs (rows, K) and targets (rows, outputs); without targets only the inputs are counted."""
+        if not len(x):
+            return
+        x = x if x.dtype == np.float64 else x.astype(np.float32, copy=False)
+        if self._origin is None:
+            about = self.y if y is None else y.mean(axis=0, dtype=np.float64)
+            # as the rows' own type holds them, so that what is subtracted is what is added again
+            self._origin = x.mean(axis=0, dtype=np.float64).astype(x.dtype), about.astype(x.dtype)
+        self.rows += len(x)
+        self.x += x.sum(axis=0, dtype=np.float64)
+        if y is not None:
+            y = y.astype(x.dtype, copy=False)
+            self.y += y.sum(axis=0, dtype=np.float64)
+            self._xy += self._products(x, y)
+        for part in self._parts(x, self._origin[0]):
+            self._xx += part.T @ part
+
+    def retarget(self, x: Array, y: Array) -> None:
+        """Other targets for the same rows, all of them at once."""
+        assert self._origin is not None
+        self.y = y.astype(x.dtype, copy=False).sum(axis=0, dtype=np.float64)
+        self._origin = self._origin[0], (self.y / self.rows).astype(x.dtype)
+        self._xy = self._products(x, y)
+
+    def gram(self, *, centred: bool) -> FloatArray:
+        """Mean of x xᵀ."""
+        mean, (off, _) = self.x / max(self.rows, 1), self._offsets()
+        inner = self._xx / max(self.rows, 1) - np.outer(off, off)
+        return np.asarray(inner if centred else inner + np.outer(mean, mean))
+
+    def cross(self, *, centred: bool) -> FloatArray:
+        """Mean of x yᵀ."""
+        inner = self._xy / max(self.rows, 1) - np.outer(*self._offsets())
+        return np.asarray(inner if centred else inner + np.outer(self.x, self.y) / max(self.rows, 1) ** 2)
+
+    def _offsets(self) -> tuple[Array, Array]:
+        """Means relative to the origin."""
+        if self._origin is None:
+            return self.x, self.y
+        a, b = self._origin
+        return self.x / self.rows - a, self.y / self.rows - b
+
+    def _products(self, x: Array, y: Array) -> FloatArray:
+        assert self._origin is not None
+        total = np.zeros_like(self._xy)
+        y = y.astype(x.dtype, copy=False)
+        for a, b in zip(self._parts(x, self._origin[0]), self._parts(y, self._origin[1]), strict=True):
+            total += a.T @ b
+        return total
+
+    @staticmethod
+    def _parts(rows: Array, origin: Array) -> Iterator[Array]:
+        """A few rows at a time, relative to the origin."""
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            part = rows[start : start + _ROWS_AT_ONCE]
+            yield part - origin
+
+
+def sample_places(count: int, wanted: int | None, rng: np.random.Generator) -> Labels | None:
+    """At most ``wanted`` of ``count`` positions, sorted; None takes all."""
+    if wanted is None or wanted >= count:
+        return None
+    return np.sort(rng.choice(count, wanted, replace=False))

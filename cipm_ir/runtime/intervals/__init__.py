@@ -1,0 +1,1 @@
+"""Interval analysis: bounds of every value of a graph, without data."""

@@ -1,0 +1,1 @@
+"""Statistics of hidden units over calibration data: sums that shards can add up, in one pass."""

@@ -1,0 +1,1 @@
+"""ONNX in: files and objects of ONNX become the graph IR."""

@@ -1,0 +1,1 @@
+"""torch in: modules, FX graphs and exported programs become the graph IR."""

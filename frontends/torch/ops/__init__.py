@@ -1,0 +1,1 @@
+"""Lowering of torch operations to ONNX nodes, one entry per operation, by family."""

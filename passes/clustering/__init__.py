@@ -1,0 +1,1 @@
+"""The pass `cluster`: related units become neighbours, and modules are named."""

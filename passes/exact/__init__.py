@@ -1,0 +1,1 @@
+"""Exact passes: the model computes the same before and after."""

@@ -1,0 +1,1 @@
+"""Constant scales and shifts, folded into the products before or after them."""

@@ -1,0 +1,101 @@
+"""The pass `canonicalize-signs`: which of its two signs each hidden unit gets, where it is odd or linear."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from cipm_ir.algebra import Element
+from cipm_ir.passes.exact.canonicalize.gauge import Gauge
+from cipm_ir.passes.exact.canonicalize.members import Floats, Member, Members
+from cipm_ir.passes.exact.canonicalize.sign_ranges import Ranges
+from cipm_ir.passes.framework.base import Context, Kind, Pass, PassResult, option
+from cipm_ir.passes.framework.registry import register
+from cipm_ir.passes.pruning.budget.blockers import idle
+from cipm_ir.symmetry.program import Program, Space
+
+
+@register("canonicalize-signs")
+@dataclass(frozen=True)
+class CanonicalizeSigns(Pass):
+    """Choose the sign of every hidden unit that has one: Tanh and other odd functions, and where all is linear.
+
+    1. ``by=bias``: the entry of largest magnitude of the first vector that carries a unit's sign (its bias) becomes
+       positive; where all vectors are zero, that of the first row that does (its weights).
+    2. ``by=range``: as above, and then units are flipped, the best one first, as long as the range of the weights for
+       asymmetric quantization shrinks: the sum over all matrices of log(max(0, largest) - min(0, smallest)), so that
+       a decibel of one tensor counts as much as of another. Signs that came in and are better than that stay.
+
+    Only signs change, so the result is the same bit by bit, also behind an epsilon. Models that differ by signs become
+    equal. The witness holds the flipped units of each space, a list per direction.
+    """
+
+    by: str = option("bias", "what decides: the entry of largest magnitude, or ranges", choices=("bias", "range"))
+    kind: ClassVar[Kind] = Kind.EXACT
+
+    def run(self, program: Program, ctx: Context) -> PassResult:
+        """Find the signs, and act with them."""
+        ctx.progress("signs", None)
+        signs = Signs(Members(program, exact=True))
+        signs.fix()
+        metrics: dict[str, Any] = {}
+        if self.by == "range":
+            before, after = signs.shrink_ranges()
+            metrics = {"range_before": before, "range_after": after}
+        elements = sign_elements(program, signs)
+        flipped = {space.name: [np.flatnonzero(row < 0) for row in e.sign] for space, e in elements.items()}
+        units = sum(len(rows) for space in flipped.values() for rows in space)
+        metrics = {"flipped": units, "spaces": len(elements), **metrics}
+        if not elements:
+            signed = any(space.group.signs for space in program.spaces)
+            what = "no sign to change" if signed else "no space admits signs"
+            return PassResult(program, False, idle(program, what), metrics=metrics)
+        summary = f"{units} signs of units in {len(elements)} spaces changed"
+        if self.by == "range" and metrics["range_after"] < metrics["range_before"]:
+            share = 1 - np.exp(metrics["range_after"] - metrics["range_before"])
+            summary += f"; ranges of weights {100 * share:.1f}% smaller on average"
+        witness = {name: [rows.tolist() for rows in table] for name, table in flipped.items()}
+        return PassResult(program.act(elements), True, summary, witness, metrics, bit_exact=True)
+
+
+def sign_elements(program: Program, signs: Gauge) -> dict[Space, Element]:
+    """The element per space that multiplies every class by its sign in a table; spaces that stay are left out."""
+    found = {}
+    for space, raw in zip(program.spaces, program.analysis.spaces, strict=True):
+        if raw.kind == "blocks" or raw.table.shape[1] > 1 or not space.group.signs:
+            continue
+        table = signs.sign[raw.table[:, 0], : space.group.signs].T
+        if (table < 0).any():
+            found[space] = Element(np.arange(space.size), space.identity().scale, table)
+    return found
+
+
+class Signs(Gauge):
+    """The sign part of a gauge at the scales that came in."""
+
+    def fix(self) -> None:
+        """Make the entry of largest magnitude of the first row of each unit positive; vectors come before matrices."""
+        self.scaled[:] = True
+        self._sweep(signs=True)
+        self.signed[:] = True
+
+    def extremes(self, m: Member) -> tuple[Floats, Floats]:
+        """Largest and smallest entry of every position of a member, with the signs of the other axes."""
+        weights = self._weights(m, signs=True)
+        return self._reduce(m, weights, np.maximum, "value"), self._reduce(m, weights, np.minimum, "value")
+
+    def shrink_ranges(self) -> tuple[float, float]:
+        """Flip signs so that ranges shrink; the mean log range with the signs that came in, and with those chosen."""
+        ranges = Ranges(self)
+        chosen = self.sign.copy()
+        self.sign[:] = 1
+        given = ranges.total()
+        self.sign[:] = chosen
+        ranges.reset()
+        ranges.descend()
+        found = ranges.total()
+        if found > given + 1e-9:
+            self.sign[:] = 1
+        return given, min(found, given)

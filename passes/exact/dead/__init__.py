@@ -1,0 +1,1 @@
+"""The pass `remove-dead`, and the analysis of units that cannot contribute."""

@@ -1,0 +1,1 @@
+"""The pass `equalize`: scales that make weights easy to quantize."""

@@ -1,0 +1,1 @@
+"""The pass `expose`: rewrites of a graph that enlarge its symmetry group."""

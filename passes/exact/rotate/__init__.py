@@ -1,0 +1,1 @@
+"""The pass `rotate`: orthogonal changes of basis that remove outliers."""

@@ -1,0 +1,1 @@
+"""The pass `fold`: hidden units that compute the same are merged."""

@@ -1,0 +1,1 @@
+"""Structured pruning: what to remove, how to stay within a budget, and how to make up for it."""

@@ -1,0 +1,174 @@
+"""Prune and make up for it: half the cost from a trained model and some inputs, without training and without labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal
+
+from threadpoolctl import threadpool_limits
+
+from cipm_ir.errors import OptionError, SymmetryError, VerificationError
+from cipm_ir.passes.framework.base import Context, Kind, Pass, PassResult, option
+from cipm_ir.passes.framework.registry import register
+from cipm_ir.passes.pruning.budget.blockers import check_counted, pins
+from cipm_ir.passes.pruning.budget.latency import BLOCK
+from cipm_ir.passes.pruning.compress.candidates import find_candidates, kept_elements, wanted_spaces
+from cipm_ir.passes.pruning.compress.cost import BUDGETS
+from cipm_ir.passes.pruning.compress.plan import BATCH, Plan, Settings, make_plan
+from cipm_ir.passes.pruning.compress.report import figures_of, metrics_of
+from cipm_ir.passes.pruning.compress.search import Evaluate, smallest_within
+from cipm_ir.passes.pruning.refit.bilinear import diagonalize_bases
+from cipm_ir.runtime.verification.verify import verify_models
+from cipm_ir.symmetry.program import Program
+
+_SAME = 1e-3
+"""The model in which units only lost their readers, and the one without them, differ by rounding: at most this much."""
+
+
+@register("compress")
+@dataclass(frozen=True)
+class Compress(Pass):
+    """Drop units, heads and channels where the outputs notice least, and refit what reads them.
+
+    Rules: (1) candidates are spaces whose units only weights read; linked ones keep equal numbers. (2) Which units stay
+    at each of some levels: backward elimination by the optimal brain surgeon's cost on the readers' Gram matrices, then
+    swaps. (3) Each candidate alone is brought to each level, its readers refitted, the rest of the model run: the
+    divergence of the outputs. (4) Levels that minimize the sum of the divergences within the budget (Lagrange
+    multipliers). (5) Every product behind the first change is refitted in graph order by least squares: inputs from the
+    model as it is by then, targets from the original one, drift of shortcuts taken up; two with a Relu between them
+    first together, if that helps on samples left out. (6) What nothing reads any more is removed, which changes
+    nothing: checked on real runs.
+    Refused, and said in the summary: units under a normalization, softmax or sum over them, and such as something else
+    than a Conv (group 1), Gemm or MatMul with a weight of its own reads. Sources: He et al. 2017; Hassibi & Stork 1993.
+
+    Errors: `OptionError` without data or for contradictory options; `InputError` for data that does not fit;
+        `SymmetryError` where the budget is out of reach.
+    """
+
+    kind: ClassVar[Kind] = Kind.APPROXIMATE
+
+    macs: float | None = option(None, "fraction of the original multiply-accumulates that may remain", above=0, high=1)
+    params: float | None = option(None, "fraction of the original parameters that may remain", above=0, high=1)
+    bytes: float | None = option(None, "fraction of the original bytes of weights that may remain", above=0, high=1)
+    latency: float | None = option(
+        None, "fraction of the seconds of a run in onnxruntime, on this machine, that may remain", above=0, high=1
+    )
+    max_drop: float | None = option(
+        None, "instead of a budget: the smallest model whose divergence (or drop of evaluate) is at most this", above=0
+    )
+    evaluate: Evaluate | None = option(None, "function of run(feeds) -> outputs that gives a score, for max_drop")  # noqa: RUF009 — a field
+    divergence: Literal["auto", "kl", "error"] = option("auto", "of outputs: KL of logits, or relative squared error")
+    samples: int = option(4096, "calibration samples used at most", low=1)
+    probes: int = option(512, "samples on which sensitivity is measured", low=1)
+    rounds: int = option(1, "how often sensitivity is measured again around what was chosen", low=0)
+    steps: int = option(8, "levels measured per candidate", low=1)
+    joint: bool = option(True, "fit what makes units and what reads them together, where only a Relu is between")
+    damping: float = option(1e-4, "pull of a refitted weight towards its old value", above=0)
+    threads: int = option(1, "threads for latency", low=1)
+    round_to: int | None = option(
+        None, "widths of shrunken spaces are multiples of this; default: 8 for latency, else 1", low=1
+    )
+    include: tuple[str, ...] = option(
+        (), "only spaces whose names match; a pattern that matches none stands for tensors that move with them"
+    )
+    exclude: tuple[str, ...] = option((), "no spaces whose names match; patterns as for include")
+    blocks: bool = option(True, "also drop whole heads and groups")
+    min_keep: float = option(0.1, "what every space keeps: a fraction below 1, or a number of units", low=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [name for name in (*BUDGETS, "max_drop") if getattr(self, name) is not None]
+        if len(given) != 1:
+            what = f"got {' and '.join(given)}" if given else "got none"
+            raise OptionError(f"Pass 'compress' takes exactly one of {', '.join((*BUDGETS, 'max_drop'))}; {what}.")
+        if self.evaluate is not None and self.max_drop is None:
+            raise OptionError("Pass 'compress': evaluate is asked for a drop; give max_drop too.")
+
+    def run(self, program: Program, ctx: Context) -> PassResult:
+        """Look at the data, measure, allocate, compensate, restrict."""
+        if ctx.data is None:
+            raise OptionError("Pass 'compress' looks at activations; give it calibration inputs with data=.")
+        # the threads of BLAS would wait for work on the cores that onnxruntime computes on: three times as slow
+        with threadpool_limits(1, user_api="blas"):
+            return self._compressed(program, ctx)
+
+    def _compressed(self, program: Program, ctx: Context) -> PassResult:
+        plan = self._plan(program, ctx)
+        if self.max_drop is not None:
+            made = smallest_within(plan, self.max_drop, self.evaluate, ctx)
+        else:
+            made = plan.at(float(getattr(self, self._kind())) * plan.budget.original, ctx)
+        keep = kept_elements(program, plan.kept(made.levels))
+        if not keep:
+            return PassResult(
+                program, False, "; ".join(["nothing to remove: the model is within the budget", *plan.notes])
+            )
+        ctx.progress("restrict", 0.95)
+        full = made.compensated.program
+        after = full.restrict({full.space(s.name): kept for s, kept in keep.items()})
+        _check(full, after, ctx)
+        metrics = metrics_of(program, plan, made)
+        units = metrics["units"]
+        summary = (
+            f"{units[0] - units[1]} of {units[0]} units in {len(keep)} space{'s' * (len(keep) > 1)} removed; "
+            f"{metrics['macs'][1] / max(metrics['macs'][0], 1):.1%} of the multiply-accumulates and "
+            f"{metrics['params'][1] / max(metrics['params'][0], 1):.1%} of the parameters remain"
+        )
+        witness = {"kept": {space.name: kept for space, kept in keep.items()}}
+        figures = figures_of(program, plan, made)
+        return PassResult(
+            after, True, "; ".join([summary, *plan.notes, *made.notes]), witness, metrics, figures=figures
+        )
+
+    def _plan(self, program: Program, ctx: Context) -> Plan:
+        """What is measured before the budget matters: taken from an earlier run of a sweep, where there is one.
+
+        ``ctx.options["plans"]``: a dictionary that the runs share.
+        """
+        if self.macs is not None:
+            check_counted("compress", program.count(ctx.sizes_of(program)), "params=, bytes= or latency=")
+        plans = ctx.options.get("plans", {})
+        other = (f.name for f in fields(self) if f.name not in (*BUDGETS, "max_drop", "evaluate"))
+        objects = (id(program), id(ctx.original), id(ctx.data))
+        key = (objects, ctx.seed, self._kind(), *(getattr(self, name) for name in other))
+        if key not in plans:
+            assert ctx.data is not None
+            wanted = wanted_spaces(program, "compress", self.include, self.exclude, self.blocks)
+            program, pairs = diagonalize_bases(program, wanted, ctx.data, size=BATCH, limit=self.samples, seed=ctx.seed)
+            candidates, notes = find_candidates(program, wanted, self.min_keep, self._multiple(), self.steps, pairs)
+            if not candidates:
+                why = [*(notes or [self._no_choice(wanted)]), *pins(program)]
+                raise SymmetryError(f"compress finds no units that it may drop: {'; '.join(why)}.")
+            settings = Settings(
+                self.samples, self.probes, self.rounds, self.damping, self.divergence, self.threads, self.joint
+            )
+            plans[key] = make_plan(program, candidates, pairs, notes, settings, self._kind(), ctx)
+        plan: Plan = plans[key]
+        return plan
+
+    def _no_choice(self, wanted: set[int]) -> str:
+        if wanted:
+            return "min_keep and round_to leave no choice"
+        if self.include or self.exclude or not self.blocks:
+            return "include, exclude and blocks leave no free space"
+        return "no free spaces"
+
+    def _multiple(self) -> int:
+        return self.round_to or (BLOCK if self.latency is not None else 1)
+
+    def _kind(self) -> str:
+        return next((name for name in BUDGETS if getattr(self, name) is not None), "macs")
+
+
+def _check(before: Program, after: Program, ctx: Context) -> None:
+    """What nothing reads may go: the outputs say so, or something is wrong with this program."""
+    if not ctx.verify:
+        return
+    found = verify_models(
+        before.source_model, after.source_model, data=ctx.data, seed=ctx.seed, rtol=_SAME, atol=1e-6, cases=1
+    )
+    if found.verified and not found:
+        raise VerificationError(
+            f"Removing units that nothing reads changed the outputs: {found.reason.rstrip('.')}. This is a defect of "
+            "compress; leave out the space with exclude, and please report it."
+        )

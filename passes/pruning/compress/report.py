@@ -1,0 +1,75 @@
+"""Numbers and pictures of what `compress` chose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cipm_ir.passes.framework.figures import Bars, Curves, Figure
+from cipm_ir.symmetry.program import Program
+
+if TYPE_CHECKING:
+    from cipm_ir.passes.pruning.compress.candidates import Candidate
+    from cipm_ir.passes.pruning.compress.plan import Made, Plan
+
+_LINES = 12
+"""So many curves in one picture are still told apart."""
+
+
+def metrics_of(program: Program, plan: Plan, made: Made) -> dict[str, Any]:
+    """Costs before and after, widths, predicted divergence, and the measured curves."""
+    whole = np.ones(program.analysis.classes.count, bool)
+    stays = plan.stays(made.levels)
+    costs = plan.costs
+    names = names_of(program, plan.candidates)
+    metrics: dict[str, Any] = {
+        kind: [getattr(costs, kind)(whole), getattr(costs, kind)(stays)]
+        for kind in ("macs", "params", "bytes", "units")
+    }
+    metrics["divergence"] = {"measure": str(plan.probe.divergence), "measured": made.divergence}
+    metrics["widths"] = {
+        name: [int(c.levels[-1]), int(c.levels[level])]
+        for name, c, level in zip(names, plan.candidates, made.levels, strict=True)
+    }
+    metrics["sensitivity"] = {
+        name: {"kept": c.levels.tolist(), "divergence": curve.tolist()}
+        for name, c, curve in zip(names, plan.candidates, plan.curves, strict=True)
+    }
+    return metrics
+
+
+def figures_of(program: Program, plan: Plan, made: Made) -> tuple[Figure, ...]:
+    """Widths before and after, and how the divergence grows with what goes."""
+    names = names_of(program, plan.candidates)
+    before = [int(c.levels[-1]) for c in plan.candidates]
+    after = [int(c.levels[level]) for c, level in zip(plan.candidates, made.levels, strict=True)]
+    steepest = sorted(range(len(names)), key=lambda k: -float(plan.curves[k][0]))[:_LINES]
+    lines = {
+        names[k]: (
+            (1 - plan.candidates[k].levels / plan.candidates[k].levels[-1]).tolist(),
+            plan.curves[k].tolist(),
+        )
+        for k in sorted(steepest)
+    }
+    note = "" if len(names) <= _LINES else f"the {_LINES} most sensitive of {len(names)}"
+    return (
+        Bars("Units kept per space", names, {"before": before, "after": after}, "units"),
+        Curves(
+            "Sensitivity: one space shrunk and compensated alone",
+            "fraction of units removed",
+            str(plan.probe.divergence),
+            lines,
+            note,
+        ),
+    )
+
+
+def names_of(program: Program, candidates: Sequence[Candidate]) -> list[str]:
+    """A name for each candidate: its first space, and how many others are linked to it."""
+    made = []
+    for candidate in candidates:
+        more = len(candidate.spaces) - 1
+        made.append(program.spaces[candidate.spaces[0]].name + (f" (+{more})" if more else ""))
+    return made

@@ -1,0 +1,1 @@
+"""Importance of hidden units: the criteria by which `prune` ranks them."""

@@ -1,0 +1,352 @@
+"""Criteria from activations on calibration data: variance, Wanda, and the optimal brain surgeon's cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from cipm_ir.errors import SymmetryError
+from cipm_ir.passes.framework.base import Context
+from cipm_ir.passes.pruning.importance.criteria import Scores, parameter_array, register_importance
+from cipm_ir.passes.pruning.importance.gradient import needed_data
+from cipm_ir.passes.pruning.importance.reads import Places, Reads, find_reads
+from cipm_ir.runtime.activations.linear_geometry import LinearOpGeometry, sample_places
+from cipm_ir.runtime.activations.observe import observe, samples
+from cipm_ir.runtime.inputs.generate import Array
+from cipm_ir.runtime.statistics.moments import check_squares
+from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.readers import WeightConsumer, readers
+
+Floats = npt.NDArray[np.float64]
+DAMPING = 1e-4
+"""Added to the diagonal of a Gram matrix, scaled to 1, before it is inverted."""
+_BYTES = 1 << 28
+"""Gram matrices that are held at once."""
+
+
+# ---------------------------------------------------------------- moments
+@dataclass
+class _Moments:
+    """Count, mean and sum of squared deviations along some axes, merged batch by batch (Chan et al. 1979)."""
+
+    count: int = 0
+    mean: Floats = field(default_factory=lambda: np.zeros(1))
+    spread: Floats = field(default_factory=lambda: np.zeros(1))
+
+    def add(self, value: Array, axes: Sequence[int]) -> None:
+        """Take in a batch: every axis that is not in ``axes`` counts."""
+        others = [a for a in range(value.ndim) if a not in axes]
+        flat = value.transpose(*others, *axes).reshape(-1, int(np.prod([value.shape[a] for a in axes])))
+        new = len(flat)
+        mean = flat.mean(axis=0, dtype=np.float64)
+        spread = np.square(flat - mean).sum(axis=0)
+        shift, whole = mean - self.mean, self.count + new
+        self.spread = self.spread + spread + np.square(shift) * (self.count * new / whole)
+        self.mean = self.mean + shift * (new / whole)
+        self.count = whole
+
+    @property
+    def variance(self) -> Floats:
+        """Mean squared deviation."""
+        return self.spread / max(self.count, 1)
+
+    @property
+    def energy(self) -> Floats:
+        """Mean square."""
+        return self.variance + np.square(self.mean)
+
+
+Place = tuple[str, tuple[int, ...]]
+"""Name of a value, and the axes to tell apart."""
+
+
+@dataclass
+class _Observed:
+    """The moments of every read of a program, and of other values that were asked for."""
+
+    reads: Reads
+    moments: dict[Place, _Moments]
+
+    @classmethod
+    def of(cls, program: Program, ctx: Context, name: str, limit: int, more: Sequence[Place] = ()) -> _Observed:
+        """Run the model once over the data. Errors: `InputError` without data."""
+        data, found = needed_data(ctx, name), find_reads(program)
+        moments = {place: _Moments() for place in [*((r.value, r.axes) for r in found.reads), *more]}
+        names = list(dict.fromkeys(value for value, _ in moments))
+        if names:
+            for _, values in observe(program.model, names, data, limit=limit, progress=ctx.progress, what=name):
+                for (value, axes), one in moments.items():
+                    one.add(values[value], axes)
+        return cls(found, moments)
+
+    def at(self, p: Places) -> _Moments:
+        """The moments of what is read there."""
+        read = self.reads.reads[p.read]
+        return self.moments[read.value, read.axes]
+
+    def variance(self, space: Space) -> Scores:
+        """For each element the mean variance of all places where it is read."""
+        total, count = np.zeros(self.reads.total), np.zeros(self.reads.total)
+        for p in self.reads.places:
+            if not p.turn:
+                inside = p.elements >= 0
+                np.add.at(total, p.elements[inside], self.at(p).variance[inside])
+                np.add.at(count, p.elements[inside], 1.0)
+        self.reads.require(space)
+        mine = self.reads.of(space)
+        return np.asarray(total[mine] / np.maximum(count[mine], 1.0))
+
+    def partners(self, space: Space) -> Scores:
+        """Energy of a unit times that of what it is multiplied with, added up over the nodes that read it."""
+        product: dict[int, Floats] = {}
+        for p in self.reads.places:
+            inside = p.elements >= 0
+            energy = np.zeros(self.reads.total)
+            np.add.at(energy, p.elements[inside], self.at(p).energy[inside])
+            node = self.reads.reads[p.read].node
+            if not p.turn:
+                product[node] = product.get(node, 0.0) + energy
+            elif node in product:
+                mine = np.unique(p.elements[inside])
+                product[node][mine] *= energy[mine]
+        self.reads.require(space)
+        total = sum(product.values(), np.zeros(self.reads.total))
+        return np.asarray(total[self.reads.of(space)])
+
+
+# ---------------------------------------------------------------- criteria
+@dataclass
+class ActivationVariance:
+    """Variance of a unit's activation where it is read; the mean over the places where it is, and over a head's units.
+
+    A unit that never changes can be replaced by a bias. Attributes: ``limit``: at most this many samples.
+    """
+
+    observes: ClassVar[bool] = True
+    limit: int = 1024
+    _known: tuple[Program, _Observed] | None = field(default=None, repr=False, compare=False)
+
+    def score(self, program: Program, space: Space, ctx: Context) -> Scores:
+        """A variance per element. Errors: `InputError` without data, or where it makes a value NaN or infinite."""
+        if self._known is None or self._known[0] is not program:
+            self._known = program, _Observed.of(program, ctx, "activation-variance", self.limit)
+        return self._known[1].variance(space)
+
+
+@dataclass
+class Wanda:
+    """Σ |w| · rms(x) over all weights that read a unit, x being what the weight is multiplied with.
+
+    Units that no weight reads (queries and keys) score by the mean squares of the two that are multiplied.
+    Source: Sun et al. 2024, summed over whole columns. Attributes: ``limit``: at most this many samples.
+    """
+
+    observes: ClassVar[bool] = True
+    limit: int = 1024
+    _known: tuple[Program, _Observed] | None = field(default=None, repr=False, compare=False)
+
+    def score(self, program: Program, space: Space, ctx: Context) -> Scores:
+        """A number per element. Errors: `InputError` without data, or where it makes a value NaN or infinite."""
+        if self._known is None or self._known[0] is not program:
+            sources = [_source(program, reader) for _, reader in _all_readers(program)]
+            self._known = program, _Observed.of(program, ctx, "wanda", self.limit, sources)
+        observed = self._known[1]
+        total = np.zeros(space.size)
+        try:
+            found = readers(program, space)
+        except SymmetryError:
+            return observed.partners(space)
+        for reader in found:
+            moments = observed.moments[_source(program, reader)]
+            weight = np.abs(parameter_array(program, reader.weight)).astype(np.float64)
+            size = np.moveaxis(weight, reader.axis, 0).reshape(weight.shape[reader.axis], -1).sum(axis=1)
+            total += (np.sqrt(moments.energy) * size)[reader.columns].sum(axis=1)
+        return total
+
+
+def _source(program: Program, reader: WeightConsumer) -> Place:
+    """What a reader reads, along the axis that it sums."""
+    state = program.analysis.walk.states[reader.source]
+    return reader.source, (1 if reader.op == "Conv" else state.rank - 1,)
+
+
+def _all_readers(program: Program) -> list[tuple[Space, WeightConsumer]]:
+    """Every product with a weight that reads a space, of all spaces that such products alone sum over."""
+    found = []
+    for space in program.spaces:
+        if program.unseen(space):
+            continue
+        try:
+            found += [(space, reader) for reader in readers(program, space)]
+        except SymmetryError:
+            continue  # scored otherwise
+    return found
+
+
+@dataclass
+class BrainSurgeon:
+    """½ Σ tr(W_u [(G⁻¹)_uu]⁻¹ W_uᵀ) over the products that read a unit: their squared change after the best refit.
+
+    G is the Gram matrix of a product's inputs (of a convolution: its unfolded patches), a 1 appended for the bias, over
+    samples and positions; W_u are the rows of the weight that the unit owns. Costs are per sample. Units that no weight
+    reads (queries and keys) score by the mean squares of the two that are multiplied.
+
+    Source: Hassibi and Stork 1993; for structures Kurtic et al. 2023, ZipLM.
+
+    Attributes:
+        limit: at most this many samples.
+        positions: at most this many output positions of a convolution, drawn once for all samples.
+        damping: of the diagonal of G, added to it.
+    """
+
+    observes: ClassVar[bool] = True
+    limit: int = 1024
+    positions: int = 64
+    damping: float = DAMPING
+    warnings: list[str] = field(default_factory=list, repr=False, compare=False)
+    """What there was too little data for, after `score`."""
+    _known: tuple[Program, dict[str, Scores]] | None = field(default=None, repr=False, compare=False)
+
+    def score(self, program: Program, space: Space, ctx: Context) -> Scores:
+        """A cost per element; the first call computes those of all spaces.
+
+        Errors: `InputError` without data, or where it makes a value NaN or infinite; `UnsupportedError` for a Conv with
+        auto_pad.
+        """
+        if self._known is None or self._known[0] is not program:
+            self._known = program, self._measured(program, ctx)
+        known = self._known[1]
+        if space.name not in known:
+            known[space.name] = _Observed.of(program, ctx, "obs", self.limit).partners(space)
+        return known[space.name]
+
+    def _measured(self, program: Program, ctx: Context) -> dict[str, Scores]:
+        """Costs by name of the spaces that weights read."""
+        needed_data(ctx, "obs")
+        todo = _all_readers(program)
+        costs = {space.name: np.zeros(space.size) for space, _ in todo}
+        short: list[tuple[_Gram, bool]] = []
+        grams = {reader.node: _Gram(LinearOpGeometry.of(program, reader), reader) for _, reader in todo}
+        for group in _groups(list(grams.values())):
+            self._observe(program, ctx, group)
+            inverse = {g.reader.node: g.inverse(self.damping) for g in group}
+            short += [(g, g.constant) for g in group if g.rows <= g.linear.size or g.constant]
+            for space, reader in todo:
+                if reader.node in inverse:
+                    gram, (inside, size) = grams[reader.node], inverse[reader.node]
+                    matrix = (
+                        gram.linear.matrix(parameter_array(program, reader.weight)).astype(np.float64) * size[:-1, None]
+                    )
+                    rows = gram.linear.rows_of(reader.columns)
+                    costs[space.name] += gram.places * _block_costs(inside, matrix, rows)
+            for gram in group:
+                gram.total = None
+        self.warnings = _too_few(short)
+        return costs
+
+    def _observe(self, program: Program, ctx: Context, group: Sequence[_Gram]) -> None:
+        names = list(dict.fromkeys(g.reader.source for g in group))
+        data = needed_data(ctx, "obs")
+        for feeds, values in observe(program.model, names, data, limit=self.limit, progress=ctx.progress, what="obs"):
+            for gram in group:
+                gram.add(values[gram.reader.source], samples(feeds), self.positions, ctx.seed)
+
+
+@dataclass(eq=False)
+class _Gram:
+    """Σ u uᵀ over the inputs of one product, the constant 1 last."""
+
+    linear: LinearOpGeometry
+    reader: WeightConsumer
+    total: Floats | None = None
+    rows: int = 0
+    places: float = 1.0
+    """Rows for each sample."""
+
+    def add(self, value: Array, count: int, positions: int, seed: int) -> None:
+        """Take in a batch."""
+        conv = bool(self.linear.kernel)
+        each = self.linear.positions(value)
+        rng = np.random.default_rng([seed, self.reader.node])
+        u = self.linear.inputs(value, sample_places(each, positions, rng) if conv else None).astype(np.float32)
+        u = np.concatenate([u, np.ones((len(u), 1), np.float32)], axis=1)
+        made = _squared(u)
+        self.total = made if self.total is None else self.total + made
+        self.rows += len(u)
+        self.places = float(each) if conv else each / max(count, 1)
+
+    @property
+    def constant(self) -> bool:
+        """Whether all rows were the same, up to float32 rounding."""
+        assert self.total is not None
+        mean = self.total / self.rows
+        squares = np.diagonal(mean)
+        return bool((squares - np.square(mean[-1]) <= 1e-5 * squares).all())
+
+    def inverse(self, damping: float) -> tuple[Floats, Floats]:
+        """Of the mean after its diagonal was scaled to 1, damped; and the root of that diagonal.
+
+        Scaled this way the damping means the same for weak and strong inputs, and costs do not depend on the gauge.
+        """
+        assert self.total is not None
+        mean = self.total / self.rows
+        size = np.sqrt(np.diagonal(mean))
+        divisor = np.where(size > 0, size, 1.0)
+        mean = mean / divisor[:, None] / divisor
+        mean[np.diag_indices_from(mean)] = 1.0 + damping
+        return np.asarray(np.linalg.inv(mean)), size
+
+
+def _squared(u: Array) -> Floats:
+    """uᵀ u, in float32 where that holds it. Errors: `InputError` where float64 does not, either."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        made = (u.T @ u).astype(np.float64)
+        if not np.isfinite(np.diagonal(made)).all():
+            wide = u.astype(np.float64)
+            made = wide.T @ wide
+    check_squares(np.diagonal(made))
+    return np.asarray(made)
+
+
+def _too_few(short: Sequence[tuple[_Gram, bool]]) -> list[str]:
+    """``short``: Gram matrices without full rank, and whether all their rows are the same."""
+    if not short:
+        return []
+    worst, constant = min(short, key=lambda s: s[0].rows / s[0].linear.size)
+    more = f" (and so for {len(short) - 1} more)" if len(short) > 1 else ""
+    reads, rank = f"the {worst.linear.size} inputs of {worst.reader.output!r}{more}", min(worst.rows, worst.linear.size)
+    if constant and worst.rows > 1:
+        said, rank = f"{reads} are the same in every row of the data", 1
+    else:
+        said = f"too few data: {worst.rows} rows for {reads}"
+    return [f"{said}, so their Gram matrix has rank {rank} at most and the rest is damping; give more samples"]
+
+
+def _groups(grams: Sequence[_Gram]) -> list[list[_Gram]]:
+    """Runs of Gram matrices that fit into memory together."""
+    groups: list[list[_Gram]] = []
+    room = 0
+    for gram in grams:
+        need = 8 * (gram.linear.size + 1) ** 2
+        if not groups or need > room:
+            groups.append([])
+            room = _BYTES
+        groups[-1].append(gram)
+        room -= need
+    return groups
+
+
+def _block_costs(inverse: Floats, matrix: Floats, rows: npt.NDArray[np.int64]) -> Scores:
+    """½ tr(W_u [(G⁻¹)_uu]⁻¹ W_uᵀ) for each row of ``rows``, which lists the rows of the matrix that a unit owns."""
+    block = inverse[rows[:, :, None], rows[:, None, :]]
+    own = matrix[rows]
+    return np.asarray(0.5 * (own * np.linalg.solve(block, own)).sum(axis=(1, 2)))
+
+
+register_importance("activation-variance", lambda _norm: ActivationVariance())
+register_importance("wanda", lambda _norm: Wanda())
+register_importance("obs", lambda _norm: BrainSurgeon())

@@ -1,0 +1,1 @@
+"""Least-squares refitting of weights after units were removed."""
