@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from cipm_ir.ir.labels import Labels, State
-from cipm_ir.rules.events import Contraction
+from cipm_ir.ops.events import Contraction
 from cipm_ir.symmetry.classes import Classes
 from cipm_ir.symmetry.leaves import LeafFactor
 from cipm_ir.symmetry.walk import Walk

@@ -30,7 +30,7 @@ from cipm_ir.symmetry.counting import Count, count_macs
 from cipm_ir.symmetry.dense import Linearity, LinearityTable
 from cipm_ir.symmetry.leaves import OpaqueNode
 from cipm_ir.symmetry.naming import describe_spaces
-from cipm_ir.symmetry.primitives.absorb import absorb_edits
+from cipm_ir.symmetry.primitives.absorb import absorb_edits, merged_edits
 from cipm_ir.symmetry.primitives.act import act_edits
 from cipm_ir.symmetry.primitives.apply import Editor
 from cipm_ir.symmetry.primitives.edits import Edit
@@ -365,6 +365,25 @@ class Program:
         if twin is None:
             raise SymmetryError(f"Space @{space.name} did not survive the mixing of its consumers.")
         return mixed.restrict({twin: index})
+
+    def mix(self, mixings: Mapping[Space, Array]) -> Program:
+        """Replace the hidden vector h of each of some spaces by ``mixing @ h``, at unchanged sizes.
+
+        The same as `absorb` for one space after the other with all units kept, with one copy of the graph in all.
+
+        Args:
+            mixings: (size, size) for each space; uint8 where it only selects and adds up.
+
+        Raises:
+            SymmetryError: a consumer of a space is no product with a weight of its own.
+        """
+        parts = []
+        for space, matrix in mixings.items():
+            exact = matrix if matrix.dtype == np.uint8 else matrix.astype(np.float64)
+            parts.append(
+                absorb_edits(self.analysis, self._model, self.index(space), np.arange(space.size), exact, None)[0]
+            )
+        return self._edited(merged_edits(parts))
 
     def refit(self, weights: Mapping[str, Array]) -> Program:
         """Set the values, not the shapes, of named parameters. For approximate passes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,6 +91,16 @@ def absorb_edits(
         if shifted:
             shifts.append(_shift(analysis, nodes, c, factor, positions, np.asarray(shift, np.float64)))
     return edits, shifts
+
+
+def merged_edits(parts: Iterable[dict[int, Edit]]) -> dict[int, Edit]:
+    """Return the mixings of several spaces as one edit per leaf: they act on other axes or other places."""
+    out: dict[int, Edit] = {}
+    for leaf, edit in (pair for part in parts for pair in part.items()):
+        mix = out.setdefault(leaf, Edit()).mix
+        for axis, mixings in edit.mix.items():
+            mix.setdefault(axis, []).extend(mixings)
+    return out
 
 
 def consumers(analysis: Analysis, members: Labels) -> list[Contraction]:
