@@ -388,18 +388,7 @@ class Program:
     def refit(self, weights: Mapping[str, Array]) -> Program:
         """Set the values, not the shapes, of named parameters. For approximate passes."""
         clone = self._model.clone()
-        for name, array in weights.items():
-            value = clone.graph.initializers.get(name)
-            if value is None or value.const_value is None or not is_parameter(value):
-                also = " (it is an input with a default, which a caller may replace)" if value is not None else ""
-                raise SymmetryError(f"There is no parameter named {name!r} to refit{also}.")
-            old = tuple(value.const_value.shape.numpy())
-            if tuple(array.shape) != old:
-                raise SymmetryError(
-                    f"refit of {name!r}: shape {tuple(array.shape)} is not {old}; use restrict to change shapes."
-                )
-            dtype = value.const_value.dtype
-            value.const_value = ir.Tensor(np.asarray(array).astype(dtype.numpy()), dtype=dtype, name=name)
+        set_values(clone, weights)
         return Program(clone, origin=self._origin, analysis=self._analysis, source=self._with_values(clone))
 
     def _edited(self, edits: dict[int, Edit]) -> Program:
@@ -444,3 +433,23 @@ class Program:
         if self._origin is None:
             raise CipmError("This program was made from an object in memory; load it with cipm_ir.load to save it.")
         self._origin.write(self.emit(annotate=annotate), path)
+
+
+def set_values(model: ir.Model, weights: Mapping[str, Array]) -> None:
+    """Set the values of named parameters of a model that nothing else holds.
+
+    Raises:
+        SymmetryError: there is no such parameter, or its shape is another one.
+    """
+    for name, array in weights.items():
+        value = model.graph.initializers.get(name)
+        if value is None or value.const_value is None or not is_parameter(value):
+            also = " (it is an input with a default, which a caller may replace)" if value is not None else ""
+            raise SymmetryError(f"There is no parameter named {name!r} to refit{also}.")
+        old = tuple(value.const_value.shape.numpy())
+        if tuple(array.shape) != old:
+            raise SymmetryError(
+                f"refit of {name!r}: shape {tuple(array.shape)} is not {old}; use restrict to change shapes."
+            )
+        dtype = value.const_value.dtype
+        value.const_value = ir.Tensor(np.asarray(array).astype(dtype.numpy()), dtype=dtype, name=name)

@@ -1,7 +1,7 @@
 """Carrying out merges: what makes the units is averaged, what reads them absorbs the mixing, then all shrink at once.
 
-Everything goes through the primitives. Sizes stay as they are until all spaces are mixed, so that linked spaces (sibling
-heads) shrink together and the graph is copied and analysed once, however many spaces are merged.
+Everything goes through the primitives. Sizes stay as they are until all spaces are mixed, so that linked spaces
+(sibling heads) shrink together and the graph is copied and analysed once, however many spaces are merged.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from cipm_ir.errors import SymmetryError, UnsupportedPattern
 from cipm_ir.ir.bodies import bodies, is_control_flow
 from cipm_ir.ir.constants import evaluate
 from cipm_ir.ir.labels import Array, Labels
+from cipm_ir.ir.nested import captured_values
 from cipm_ir.ir.parameters import is_parameter, parameters
 from cipm_ir.ops.context import Literal
 from cipm_ir.ops.events import Uniform
@@ -20,7 +21,7 @@ from cipm_ir.symmetry.primitives.arrival_order import arrival_order, interleaved
 from cipm_ir.symmetry.primitives.edits import Edit
 from cipm_ir.symmetry.primitives.node_resize import NodeResize
 from cipm_ir.symmetry.primitives.sizes import Sizes
-from cipm_ir.symmetry.walk import captured_values, node_graphs
+from cipm_ir.symmetry.walk import node_graphs
 
 Shape = tuple[int, ...]
 
