@@ -37,3 +37,15 @@ def nodes_within(graph: ir.Graph) -> Iterator[ir.Node]:
         yield node
         for inner in subgraphs(node):
             yield from nodes_within(inner)
+
+
+def captured_values(node: ir.Node) -> list[ir.Value]:
+    """Values of outer graphs that the subgraphs of a node use."""
+    found: list[ir.Value] = []
+    for graph in subgraphs(node):
+        inside = {v for n in graph for v in n.outputs} | set(graph.inputs) | set(graph.initializers.values())
+        for inner in graph:
+            found.extend(v for v in inner.inputs if v is not None and v not in inside)
+            found.extend(v for v in captured_values(inner) if v not in inside)
+        found.extend(v for v in graph.outputs if v not in inside)
+    return found

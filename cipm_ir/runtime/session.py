@@ -59,6 +59,7 @@ class Runner:
         backend: None takes onnxruntime, and the reference evaluator where onnxruntime lacks a kernel.
         fast: with onnxruntime's graph optimizations, where speed counts and not every bit.
         threads: of onnxruntime; None leaves the number to it.
+        own: the model was made for this runner, which may change it instead of a copy.
 
     Raises:
         UnsupportedError: the backend (or each of them) lacks an operator or a type that the model uses.
@@ -73,12 +74,13 @@ class Runner:
         backend: Backend | None = None,
         fast: bool = False,
         threads: int | None = None,
+        own: bool = False,
     ) -> None:
         self._fast, self._parallel, self._runs = fast, threads, 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._lent: dict[str, ort.OrtValue] = {}
         """Weights that the session uses where they are."""
-        self._model = _with_outputs(model, extra_outputs)
+        self._model = _with_outputs(model if own else model.clone(), extra_outputs)
         self.outputs: tuple[str, ...] = tuple(value.name or "" for value in self._model.graph.outputs)
         self.inputs: frozenset[str] = frozenset(value.name or "" for value in self._model.graph.inputs)
         self._session: ort.InferenceSession | ReferenceEvaluator
@@ -226,8 +228,7 @@ def run(model: ir.Model, feeds: Mapping[str, Array], outputs: Sequence[str] | No
         return runner.run(feeds, outputs)
 
 
-def _with_outputs(model: ir.Model, extra: Sequence[str]) -> ir.Model:
-    copy = model.clone()
+def _with_outputs(copy: ir.Model, extra: Sequence[str]) -> ir.Model:
     for graph in all_graphs(copy):
         for value in graph.initializers.values():
             if value.const_value is not None:

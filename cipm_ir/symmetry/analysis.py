@@ -14,6 +14,7 @@ import onnx_ir as ir
 from cipm_ir.algebra import Element
 from cipm_ir.ir.labels import Array, Labels
 from cipm_ir.symmetry.classes import Classes, atoms_by_class
+from cipm_ir.symmetry.consumers import Consumers
 from cipm_ir.symmetry.counting import Count
 from cipm_ir.symmetry.leaves import LeafFactor
 from cipm_ir.symmetry.parts import with_parts
@@ -58,6 +59,11 @@ class Analysis:
             directions = solve_scales(walked, classes, spaces)
             kept = [k for k, s in enumerate(spaces) if s.kind != "cells" or directions[k].scales or directions[k].signs]
             return cls(walked, classes, [spaces[k] for k in kept], [directions[k] for k in kept])
+
+    @cached_property
+    def consumers(self) -> Consumers:
+        """What uses the classes, looked up by class."""
+        return Consumers(self.walk, self.classes)
 
     @cached_property
     def _order(self) -> tuple[Labels, Labels]:

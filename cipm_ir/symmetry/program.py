@@ -29,7 +29,7 @@ from cipm_ir.symmetry.counting import Count, count_macs
 from cipm_ir.symmetry.dense import LinearityTable
 from cipm_ir.symmetry.leaves import OpaqueNode
 from cipm_ir.symmetry.naming import describe_spaces
-from cipm_ir.symmetry.primitives.absorb import absorb_edits
+from cipm_ir.symmetry.primitives.absorb import absorb_edits, merged_edits
 from cipm_ir.symmetry.primitives.act import act_edits
 from cipm_ir.symmetry.primitives.apply import Editor
 from cipm_ir.symmetry.primitives.edits import Edit
@@ -301,21 +301,29 @@ class Program:
             raise SymmetryError(f"Space @{space.name} did not survive the mixing of its consumers.")
         return mixed.restrict({twin: index})
 
+    def mix(self, mixings: Mapping[Space, Array]) -> Program:
+        """Replace the hidden vector h of each of some spaces by ``mixing @ h``, at unchanged sizes.
+
+        The same as `absorb` for one space after the other with all units kept, with one copy of the graph in all.
+
+        Args:
+            mixings: (size, size) for each space; uint8 where it only selects and adds up.
+
+        Raises:
+            SymmetryError: a consumer of a space is no product with a weight of its own.
+        """
+        parts = []
+        for space, matrix in mixings.items():
+            exact = matrix if matrix.dtype == np.uint8 else matrix.astype(np.float64)
+            parts.append(
+                absorb_edits(self.analysis, self._model, self.index(space), np.arange(space.size), exact, None)[0]
+            )
+        return self._edited(merged_edits(parts))
+
     def refit(self, weights: Mapping[str, Array]) -> Program:
         """Set the values, not the shapes, of named parameters. For approximate passes."""
         clone = self._model.clone()
-        for name, array in weights.items():
-            value = clone.graph.initializers.get(name)
-            if value is None or value.const_value is None or not is_parameter(value):
-                also = " (it is an input with a default, which a caller may replace)" if value is not None else ""
-                raise SymmetryError(f"There is no parameter named {name!r} to refit{also}.")
-            old = tuple(value.const_value.shape.numpy())
-            if tuple(array.shape) != old:
-                raise SymmetryError(
-                    f"refit of {name!r}: shape {tuple(array.shape)} is not {old}; use restrict to change shapes."
-                )
-            dtype = value.const_value.dtype
-            value.const_value = ir.Tensor(np.asarray(array).astype(dtype.numpy()), dtype=dtype, name=name)
+        set_values(clone, weights)
         return Program(clone, origin=self._origin, analysis=self._analysis, source=self._with_values(clone))
 
     def _edited(self, edits: dict[int, Edit]) -> Program:
@@ -360,3 +368,23 @@ class Program:
         if self._origin is None:
             raise CipmError("This program was made from an object in memory; load it with cipm_ir.load to save it.")
         self._origin.write(self.emit(annotate=annotate), path)
+
+
+def set_values(model: ir.Model, weights: Mapping[str, Array]) -> None:
+    """Set the values of named parameters of a model that nothing else holds.
+
+    Raises:
+        SymmetryError: there is no such parameter, or its shape is another one.
+    """
+    for name, array in weights.items():
+        value = model.graph.initializers.get(name)
+        if value is None or value.const_value is None or not is_parameter(value):
+            also = " (it is an input with a default, which a caller may replace)" if value is not None else ""
+            raise SymmetryError(f"There is no parameter named {name!r} to refit{also}.")
+        old = tuple(value.const_value.shape.numpy())
+        if tuple(array.shape) != old:
+            raise SymmetryError(
+                f"refit of {name!r}: shape {tuple(array.shape)} is not {old}; use restrict to change shapes."
+            )
+        dtype = value.const_value.dtype
+        value.const_value = ir.Tensor(np.asarray(array).astype(dtype.numpy()), dtype=dtype, name=name)

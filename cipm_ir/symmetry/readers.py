@@ -55,8 +55,8 @@ def readers(program: Program, space: Space) -> list[WeightConsumer]:
     whole = raw.kind == "blocks" or raw.table.shape[1] > 1
     element = analysis.elements_of(program.index(space))
     found: dict[int, WeightConsumer] = {}
-    for c in analysis.walk.rec.contractions:
-        if c.node in found or not (element[analysis.classes.refined(c.a)] >= 0).any():
+    for c in analysis.consumers.contractions(np.flatnonzero(element >= 0), refined=True):
+        if c.node in found:
             continue
         made = _reader(analysis, c.node, element, len(raw.table))
         if made is not None:

@@ -14,11 +14,11 @@ import onnx_ir as ir
 
 from cipm_ir.ir.bodies import bodies, body_graphs, body_path, names_twice, nodes_in_order, qualified
 from cipm_ir.ir.labels import Factor, Labels, State
+from cipm_ir.ir.nested import captured_values
 from cipm_ir.ir.parameters import free_inputs, is_overridable, parameters
 from cipm_ir.symmetry.analysis import Analysis
 from cipm_ir.symmetry.leaves import Leaf, OpaqueNode
 from cipm_ir.symmetry.space import Space
-from cipm_ir.symmetry.walk import captured_values
 
 if TYPE_CHECKING:
     import networkx as nx

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.bodies import bodies, body_path, is_control_flow, nodes_in_order, qualified
 from cipm_ir.ir.labels import Array, Factor, State
-from cipm_ir.ir.nested import graphs_within, subgraphs
+from cipm_ir.ir.nested import captured_values, graphs_within, subgraphs
 from cipm_ir.ir.parameters import parameters
 from cipm_ir.ir.places import Place, place_body
 from cipm_ir.ir.shapes import Shape, Shapes
@@ -390,19 +390,3 @@ def node_graphs(node: ir.Node) -> Iterator[ir.Graph]:
     """Yield the graphs that a node holds, and the graphs that their nodes hold."""
     for graph in subgraphs(node):
         yield from graphs_within(graph)
-
-
-def captured_values(node: ir.Node) -> list[ir.Value]:
-    """Values of outer graphs that the subgraphs of a node use."""
-    found: list[ir.Value] = []
-    for attr in node.attributes.values():
-        graphs = [attr.as_graph()] if attr.type == ir.AttributeType.GRAPH else []
-        if attr.type == ir.AttributeType.GRAPHS:
-            graphs = list(attr.as_graphs())
-        for graph in graphs:
-            inside = {v for n in graph for v in n.outputs} | set(graph.inputs) | set(graph.initializers.values())
-            for inner in graph:
-                found.extend(v for v in inner.inputs if v is not None and v not in inside)
-                found.extend(v for v in captured_values(inner) if v not in inside)
-            found.extend(v for v in graph.outputs if v not in inside)
-    return found

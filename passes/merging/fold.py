@@ -32,6 +32,8 @@ from cipm_ir.passes.pruning.budget.search import (
     make_choice,
 )
 from cipm_ir.passes.pruning.importance.criteria import Magnitude
+from cipm_ir.symmetry.consumers import Incidence
+from cipm_ir.symmetry.primitives.restrict import closed_keep
 from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.space import Space
 
@@ -266,22 +268,28 @@ def _as_merge(found: Duplicates) -> Merge:
 
 def _equally_many(program: Program, found: Mapping[int, Duplicates]) -> dict[int, Duplicates]:
     """Of linked spaces as many duplicates as all of them have; only what keeps rows equally long."""
-    links, grids = link_spaces(program.analysis), grids_of(program.analysis)
+    analysis = program.analysis
+    links, grids, classes = link_spaces(analysis), grids_of(analysis), analysis.classes
+    crossed = Incidence.of(classes.refined(labels) for labels in grids)
+    stays = np.ones(classes.count, bool)
     out: dict[int, Duplicates] = {}
     for group in links.groups:
         if not links.frozen.isdisjoint(group):
             continue
         extra = {k: found[k].extra if k in found else np.zeros(0, np.int64) for k in group}
         number = min(len(e) for e in extra.values())
-        part = {k: found[k].only(e[len(e) - number :]) for k, e in extra.items()} if number else {}
-        if not part or even(program.analysis, grids, _stays(program, {**out, **part})):
+        if not number:
+            continue
+        part = {k: found[k].only(e[len(e) - number :]) for k, e in extra.items()}
+        trial = stays.copy()
+        for k, one in part.items():
+            trial[analysis.spaces[k].table[one.extra]] = False
+        trial = closed_keep(analysis, trial)
+        changed = np.flatnonzero(classes.stays(stays) != classes.stays(trial))
+        if even(analysis, [grids[k] for k in crossed.holding(changed)], trial):
+            stays = trial
             out.update(part)
     return out
-
-
-def _stays(program: Program, found: Mapping[int, Duplicates]) -> Mask:
-    keep = {program.spaces[k]: np.setdiff1d(np.arange(len(d.leader)), d.extra) for k, d in found.items()}
-    return np.asarray(program.kept_classes(keep), bool)
 
 
 # ---------------------------------------------------------------- what was done

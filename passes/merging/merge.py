@@ -1,7 +1,7 @@
 """Carrying out merges: what makes the units is averaged, what reads them absorbs the mixing, then all shrink at once.
 
-Everything goes through the primitives. Sizes stay as they are until the end, so that linked spaces (sibling heads) can
-be merged one after the other.
+Everything goes through the primitives. Sizes stay as they are until all spaces are mixed, so that linked spaces
+(sibling heads) shrink together and the graph is copied and analysed once, however many spaces are merged.
 """
 
 from __future__ import annotations
@@ -37,46 +37,50 @@ class Merge:
 
 
 def merge_spaces(program: Program, merges: Mapping[int, Merge]) -> Program:
-    """The program with the units of some spaces (by index) merged.
+    """Return the program with the units of some spaces (by index) merged.
 
-    Errors: `SymmetryError` where a space refuses.
+    Raises:
+        SymmetryError: a space refuses.
     """
-    keep = {k: merge.kept for k, merge in merges.items()}
-    for k in sorted(merges):
-        program = mix_units(program, k, merges[k])
-    return program.restrict({program.spaces[k]: kept for k, kept in keep.items()})
+    program = _averaged(program, merges)
+    mixings = {}
+    for k, merge in merges.items():
+        size = program.spaces[k].size
+        mixings[program.spaces[k]] = full = np.zeros((size, size), merge.mixing.dtype)
+        full[:, merge.kept] = merge.mixing
+    made = program.mix(mixings)
+    if [space.size for space in made.spaces] != [space.size for space in program.spaces]:
+        names = ", ".join(f"@{program.spaces[k].name}" for k in merges)
+        raise SymmetryError(f"The spaces did not survive the mixing of the consumers of {names}.")
+    return made.restrict({made.spaces[k]: merge.kept for k, merge in merges.items()})
 
 
-def mix_units(program: Program, index: int, merge: Merge) -> Program:
-    """The program of the same shapes in which nothing reads the units of a space that are not kept."""
-    space = program.spaces[index]
-    if merge.cluster is not None:
-        program = _averaged(program, index, merge)
-    full = np.zeros((space.size, space.size), merge.mixing.dtype)
-    full[:, merge.kept] = merge.mixing
-    made = program.absorb(program.spaces[index], np.arange(space.size), full)
-    if len(made.spaces) != len(program.spaces) or made.spaces[index].size != space.size:
-        raise SymmetryError(f"Space @{space.name} did not survive the mixing of its consumers.")
-    return made
-
-
-def _averaged(program: Program, index: int, merge: Merge) -> Program:
+def _averaged(program: Program, merges: Mapping[int, Merge]) -> Program:
     """Each tensor that makes the units of a space holds the mean over the cluster at each kept unit."""
-    assert merge.cluster is not None
+    merges = {k: merge for k, merge in merges.items() if merge.cluster is not None}
+    if not merges:
+        return program
     members = Members(program, exact=False)
-    rows = unit_rows(members, index)
-    weight = np.zeros((len(merge.kept), len(merge.cluster)))
-    weight[merge.cluster, np.arange(len(merge.cluster))] = 1.0
-    weight /= weight.sum(axis=1, keepdims=True)
     new: dict[int, Array] = {}
-    for row in rows.producers:
-        gain = merge.gain if is_norm_scale(program, row.member) else None
-        old = new.get(row.leaf, members.array(row.leaf))
-        new[row.leaf] = _mean(old, row.member, row.places, weight, merge.kept, gain)
+    for k in sorted(merges):
+        _average_rows(members, k, merges[k], new)
     changed = {leaf: array for leaf, array in new.items() if not np.array_equal(array, members.array(leaf))}
     for leaf in changed:
         _check_sole(program, leaf)
     return program.refit({program.analysis.walk.leaves[leaf].name: array for leaf, array in changed.items()})
+
+
+def _average_rows(members: Members, index: int, merge: Merge, new: dict[int, Array]) -> None:
+    """Set the producers' rows of one space to means, in ``new`` by leaf."""
+    assert merge.cluster is not None
+    rows = unit_rows(members, index)
+    weight = np.zeros((len(merge.kept), len(merge.cluster)))
+    weight[merge.cluster, np.arange(len(merge.cluster))] = 1.0
+    weight /= weight.sum(axis=1, keepdims=True)
+    for row in rows.producers:
+        gain = merge.gain if is_norm_scale(members.program, row.member) else None
+        old = new.get(row.leaf, members.array(row.leaf))
+        new[row.leaf] = _mean(old, row.member, row.places, weight, merge.kept, gain)
 
 
 def _mean(array: Array, m: Member, places: Labels, weight: Floats, kept: Labels, gain: Floats | None) -> Array:

@@ -93,12 +93,9 @@ def unit_rows(members: Members, index: int) -> UnitRows:
     reading = {(leaf, axis) for leaf, edit in edits.items() for axis in edit.mix}
     producers: list[Row] = []
     consumers: list[Row] = []
-    inside = np.zeros(analysis.classes.count, bool)
-    inside[classes] = True
-    for m in members.all:
-        if inside[m.classes].any():
-            row = _row(members, m, classes, space)
-            (consumers if (row.leaf, m.axis) in reading and not m.groups else producers).append(row)
+    for m in members.holding(classes):
+        row = _row(members, m, classes, space)
+        (consumers if (row.leaf, m.axis) in reading and not m.groups else producers).append(row)
     if not any(not row.member.line for row in producers):
         raise SymmetryError(f"No weight makes the units of @{space.name}.")
     return UnitRows(index, space, tuple(producers), tuple(consumers))

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ import onnx_ir as ir
 
 from cipm_ir.errors import InputError
 from cipm_ir.ir.bodies import nodes_in_order
+from cipm_ir.ir.labels import Labels
+from cipm_ir.ir.nested import captured_values
 from cipm_ir.runtime.activations.observe import check_values, extract_subgraph, samples
 from cipm_ir.runtime.inputs.generate import Data, Feeds, batches
 from cipm_ir.runtime.session import Array, Runner, cores
@@ -36,6 +39,7 @@ class ActivationCache:
         self.samples: list[int] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._written = 0
+        self._lifetimes = _Lifetimes.of(model)
         names = {v.name for v in model.graph.inputs}
         for feeds in batches(data, model, size, limit=limit):
             self.samples.append(samples(feeds))
@@ -49,7 +53,7 @@ class ActivationCache:
         Raises:
             InputError: a value is NaN or infinite.
         """
-        live = list(dict.fromkeys([*_live(model, to), *keep]))
+        live = list(dict.fromkeys([*self._lifetimes.across(to), *keep]))
         have = set(self.values[0])
         fresh = [name for name in live if name not in have]
         if fresh:
@@ -80,13 +84,13 @@ class ActivationCache:
         """Another one at the same place, which shares what is kept."""
         twin = object.__new__(ActivationCache)
         twin.position, twin.values, twin.samples = self.position, list(self.values), self.samples
-        twin._folder, twin._written = None, 0
+        twin._folder, twin._written, twin._lifetimes = None, 0, self._lifetimes
         return twin
 
     def _runner(self, model: ir.Model, names: Sequence[str], loose: Sequence[str] = ()) -> Runner:
         # a batch per core leaves less waiting than a product spread over the cores
         threads = 1 if len(self.values) >= cores() else None
-        return Runner(extract_subgraph(model, self.values[0], names, loose), fast=True, threads=threads)
+        return Runner(extract_subgraph(model, self.values[0], names, loose), fast=True, threads=threads, own=True)
 
     def _spill(self) -> None:
         """Move arrays to files once there is too much of them; files that nothing here needs any more go."""
@@ -170,30 +174,41 @@ def moving(model: ir.Model) -> set[str]:
     """Names of the values that depend on an input of the graph."""
     found = {v.name or "" for v in model.graph.inputs if v.name not in model.graph.initializers}
     for node in model.graph:
-        inner = any(not v.is_initializer() for v in _captured(node))
+        inner = any(not v.is_initializer() for v in captured_values(node))
         if inner or any(v is not None and v.name in found for v in node.inputs):
             found.update(v.name for v in node.outputs if v.name)
     return found
 
 
-def _captured(node: ir.Node) -> Iterator[ir.Value]:
-    """Values of the graph around that the subgraphs of a node read."""
-    for attribute in node.attributes.values():
-        if not attribute.is_ref() and attribute.type == ir.AttributeType.GRAPH:
-            for inner in attribute.as_graph().all_nodes():
-                yield from (v for v in inner.inputs if v is not None and v.graph is node.graph)
+@dataclass(frozen=True, eq=False)
+class _Lifetimes:
+    """Where the values of a graph that depend on its inputs are computed, and where they are used last.
 
+    Attributes:
+        names: of the values, in the order of the graph.
+        made: position of the producer of each; -1 for inputs of the graph.
+        last: the last position that uses each; outputs of the graph are used behind all nodes.
+    """
 
-def _live(model: ir.Model, position: int) -> list[str]:
-    """Values made before a position, and read from there on or given out; in the order of the graph."""
-    known = moving(model)
-    before = {v.name for v in model.graph.inputs}
-    needed: set[str] = {v.name or "" for v in model.graph.outputs}
-    for k, node in enumerate(nodes_in_order(model.graph)):
-        if node.graph is not model.graph:
-            continue  # values inside bodies are never kept
-        if k < position:
-            before.update(v.name for v in node.outputs)
-        else:
-            needed.update(v.name or "" for v in (*node.inputs, *_captured(node)) if v is not None)
-    return [name for name in known if name in before and name in needed]
+    names: list[str]
+    made: Labels
+    last: Labels
+
+    @classmethod
+    def of(cls, model: ir.Model) -> _Lifetimes:
+        """Look at the main graph: values inside bodies are never kept."""
+        known, graph = moving(model), model.graph
+        made: dict[str, int] = {v.name or "": -1 for v in graph.inputs if v.name in known}
+        last: dict[str, int] = {}
+        nodes = nodes_in_order(graph)
+        for k, node in enumerate(nodes):
+            if node.graph is graph:
+                last.update((v.name or "", k) for v in (*node.inputs, *captured_values(node)) if v is not None)
+                made.update((v.name or "", k) for v in node.outputs if v.name in known)
+        last.update((v.name or "", len(nodes)) for v in graph.outputs)
+        names = list(made)
+        return cls(names, np.asarray([made[x] for x in names]), np.asarray([last.get(x, -1) for x in names]))
+
+    def across(self, position: int) -> list[str]:
+        """Return the values computed before a position, and used from there on or given out, in graph order."""
+        return [self.names[k] for k in np.flatnonzero((self.made < position) & (self.last >= position))]

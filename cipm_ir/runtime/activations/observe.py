@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
 
 from cipm_ir.errors import InputError
+from cipm_ir.ir.nested import captured_values
 from cipm_ir.runtime.inputs.generate import Data, Feeds, batches, sample_count
 from cipm_ir.runtime.session import Array, Runner
 
@@ -41,7 +43,7 @@ def observe(
     seen = 0
     known = None if progress is None else sample_count(data, model, limit=limit)
     total = limit if known is None else known
-    with Runner(extract_subgraph(model, None, names), fast=True) as runner:
+    with Runner(extract_subgraph(model, None, names), fast=True, own=True) as runner:
         for feeds in batches(data, model, size, limit=limit):
             values = runner.run({k: v for k, v in feeds.items() if k in runner.inputs}, names)
             check_values(model, values, start + seen, feeds)
@@ -56,64 +58,89 @@ def observe(
 def extract_subgraph(
     model: ir.Model, inputs: Mapping[str, Array] | None, outputs: Sequence[str], loose: Sequence[str] = ()
 ) -> ir.Model:
-    """A copy of the nodes between some values; ``inputs`` None starts at the inputs of the model.
+    """Return a copy of the nodes between some values; nothing else of the model is copied.
 
-    Of ``inputs`` only those that are read are kept; their arrays tell the types. ``loose``: initializers that become
-    inputs too.
+    Args:
+        model: not changed; its weights are shared.
+        inputs: values to start at, with arrays that have their types; those that are not needed are left out. None
+            starts at the inputs of the model.
+        outputs: names of values of the main graph.
+        loose: initializers that become inputs too.
 
     Raises:
         InputError: there is no value of this name.
     """
-    copy = model.clone()
-    known = ir.convenience.create_value_mapping(copy.graph, include_subgraphs=False)
-    missing = [name for name in outputs if name not in known]
+    graph, arrays = model.graph, dict(inputs or {})
+    found = _Extract(set(outputs), set(arrays))
+    for node in reversed(graph):
+        if not found.left:
+            break
+        found.visit(node)
+    found.finish(graph)
+    missing = [name for name in outputs if name not in found.values]
     if missing:
         raise InputError(f"The graph has no value {missing[0]!r} to look at.")
-    copy.graph.outputs.clear()  # a slice deletion would leave the values marked as outputs
-    starts = list(copy.graph.inputs)
+    needed = found.values
+    starts = [v for v in graph.inputs if v.name in needed and v.name not in arrays]
     if inputs is not None:
         starts = [v for v in starts if v.is_initializer()]
-        for name, array in inputs.items():
-            old = known[name]
-            dims = [None if old.shape is None else old.shape[k] for k in range(array.ndim)]
-            fresh = ir.Value(name=name, shape=ir.Shape(dims), type=ir.TensorType(ir.DataType.from_numpy(array.dtype)))
-            old.name = f"{name}.before"
-            old.replace_all_uses_with(fresh)
-            starts.append(fresh)
-    for name in loose:
-        value = copy.graph.initializers.pop(name)
-        assert value.const_value is not None
-        value.shape, value.dtype, value.const_value = (
-            ir.Shape(value.const_value.shape.numpy()),
-            value.const_value.dtype,
-            None,
-        )
-        starts = [*(v for v in starts if v is not value), value]
-    copy.graph.outputs.extend(known[name] for name in outputs)
-    _prune(copy.graph)
-    copy.graph.inputs.clear()
-    copy.graph.inputs.extend(v for v in starts if v.uses() or v.is_graph_output())
-    return copy
+    starts = [v for v in starts if v.name not in loose]
+    starts += [needed[name] for name in (*arrays, *loose) if name in needed]
+    held = [v for v in graph.initializers.values() if v.name in needed and v.name not in (*arrays, *loose)]
+    copy = ir.GraphView(
+        starts, [needed[name] for name in outputs], nodes=found.nodes[::-1], initializers=held,
+        opset_imports=dict(graph.opset_imports), name=graph.name,
+    ).clone()  # fmt: skip
+    for value in copy.inputs:
+        if value.name in arrays:
+            array = arrays[value.name]
+            dims = [None if value.shape is None else value.shape[k] for k in range(array.ndim)]
+            value.shape, value.type = ir.Shape(dims), ir.TensorType(ir.DataType.from_numpy(array.dtype))
+            value.const_value = None
+        elif value.name in loose:
+            assert value.const_value is not None
+            value.shape, value.dtype = ir.Shape(value.const_value.shape.numpy()), value.const_value.dtype
+            value.const_value = None
+    functions = [function.clone() for function in model.functions.values()]
+    return ir.Model(copy, ir_version=model.ir_version, functions=functions)
 
 
-def _prune(graph: ir.Graph) -> None:
-    """Drop nodes and initializers that no output needs."""
-    for node in reversed(list(graph)):
-        if all(not v.uses() and not v.is_graph_output() for v in node.outputs):
-            _let_go(node)
-            graph.remove(node, safe=True)
-    for name, value in list(graph.initializers.items()):
-        if not value.uses() and not value.is_graph_output():
-            del graph.initializers[name]
+@dataclass
+class _Extract:
+    """The nodes and values that some values need, collected from the end of a graph on.
 
+    Attributes:
+        left: names of values whose producer is still to come.
+        cut: names of values behind which nothing is needed.
+        values: what is needed, by name.
+        nodes: in reverse order.
+    """
 
-def _let_go(node: ir.Node) -> None:
-    """Make the subgraphs of a node read nothing: removing it would leave the values around marked as read there."""
-    for attribute in node.attributes.values():
-        if not attribute.is_ref() and attribute.type == ir.AttributeType.GRAPH:
-            for inner in attribute.as_graph().all_nodes():
-                for k in range(len(inner.inputs)):
-                    inner.replace_input_with(k, None)
+    left: set[str]
+    cut: set[str]
+    values: dict[str, ir.Value] = field(default_factory=dict)
+    nodes: list[ir.Node] = field(default_factory=list)
+
+    def visit(self, node: ir.Node) -> None:
+        """Take a node if one of its outputs is needed."""
+        made = [value for value in node.outputs if value.name in self.left]
+        self.values.update((value.name or "", value) for value in made)
+        self.left.difference_update(value.name or "" for value in made)
+        if all(value.name in self.cut for value in made):
+            return
+        self.nodes.append(node)
+        for value in (*node.inputs, *captured_values(node)):
+            if value is None or value.name in self.values:
+                continue
+            if value.producer() is None or value.name in self.cut:
+                self.values[value.name or ""] = value
+            else:
+                self.left.add(value.name or "")
+
+    def finish(self, graph: ir.Graph) -> None:
+        """Find outputs that no node computes."""
+        others = (*graph.inputs, *graph.initializers.values()) if self.left else ()
+        self.values.update((v.name or "", v) for v in others if v.name in self.left)
 
 
 def check_values(model: ir.Model, values: dict[str, Array], start: int, feeds: Feeds | None = None) -> None:

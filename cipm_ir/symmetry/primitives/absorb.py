@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,48 +75,51 @@ def absorb_edits(
         raise SymmetryError("mixing has entries that are not finite.")
     full = np.zeros((n, n), mixing.dtype)
     full[:, keep] = mixing
-    inside = np.zeros(analysis.classes.count, bool)
-    inside[members] = True
-    nodes = nodes_in_order(model.graph)
-    if shift is not None and np.any(shift):
-        _refuse_borders(analysis, inside)
+    shifted = shift is not None and bool(np.any(shift))
+    if shifted:
+        _refuse_borders(analysis, members)
+    nodes = nodes_in_order(model.graph) if shifted else analysis.walk.nodes
     edits: dict[int, Edit] = {}
     shifts: list[BiasShift] = []
-    for c in consumers(analysis, inside):
-        factor = _weight_factor(analysis, c, inside, nodes)
+    for c in consumers(analysis, members):
+        factor = _weight_factor(analysis, c)
         leaf = analysis.walk.leaves[factor.leaf]
         if len({node for node, _ in leaf.uses}) > 1:
             raise SymmetryError(f"{leaf.name} is read in several places; untie it before absorbing.")
         positions = analysis.factor_positions(factor, members)
         edits.setdefault(factor.leaf, Edit()).mix.setdefault(factor.axes[0], []).append((positions, full))
-        if shift is not None and np.any(shift):
+        if shifted:
             shifts.append(_shift(analysis, nodes, c, factor, positions, np.asarray(shift, np.float64)))
     return edits, shifts
 
 
-def consumers(analysis: Analysis, inside: np.ndarray) -> list[Contraction]:
+def merged_edits(parts: Iterable[dict[int, Edit]]) -> dict[int, Edit]:
+    """Return the mixings of several spaces as one edit per leaf: they act on other axes or other places."""
+    out: dict[int, Edit] = {}
+    for leaf, edit in (pair for part in parts for pair in part.items()):
+        mix = out.setdefault(leaf, Edit()).mix
+        for axis, mixings in edit.mix.items():
+            mix.setdefault(axis, []).extend(mixings)
+    return out
+
+
+def consumers(analysis: Analysis, members: Labels) -> list[Contraction]:
     """Contractions over these classes; an error where something else reads them in a way that is not linear in them."""
-    walk, of = analysis.walk, analysis.classes.of
-    if any(inside[of[labels]].any() for labels in walk.rec.normalized):
+    walk, inside = analysis.walk, np.zeros(analysis.classes.count, bool)
+    inside[members] = True
+    if analysis.consumers.normalized[members].any():
         raise SymmetryError(
             "A normalization, softmax or mean runs over this space, so its units cannot be merged; restrict drops them."
         )
-    for position, node in enumerate(walk.nodes):
+    for node in (walk.nodes[position] for position in analysis.consumers.nodes(members)):
         entry = lookup(node.domain, node.op_type)
         module = "" if entry is None else entry.labels.__module__.rpartition(".")[2]
         if module in _LINEAR_MODULES or node.op_type == "BatchNormalization":
             continue
         if _keeps_units(analysis, node, inside):
             continue
-        states = [walk.states.get(v.name or "") for v in node.inputs if v is not None]
-        states += [
-            walk.leaves[walk.use_leaf[position, k]].state
-            for k in range(len(node.inputs))
-            if (position, k) in walk.use_leaf
-        ]
-        if any(inside[of[f.labels]].any() for s in states if s is not None for f in s.factors):
-            raise SymmetryError(f"{node.op_type} {node.name} reads this space, and its weights cannot absorb a mixing.")
-    found = [c for c in walk.rec.contractions if inside[of[c.a]].any()]
+        raise SymmetryError(f"{node.op_type} {node.name} reads this space, and its weights cannot absorb a mixing.")
+    found = analysis.consumers.contractions(members)
     if not found:
         raise SymmetryError("No weight contracts this space, so nothing can absorb a mixing.")
     return found
@@ -139,10 +143,12 @@ def _keeps_units(analysis: Analysis, node: ir.Node, inside: np.ndarray) -> bool:
     return np.array_equal(before, after)
 
 
-def _refuse_borders(analysis: Analysis, inside: np.ndarray) -> None:
+def _refuse_borders(analysis: Analysis, members: Labels) -> None:
     """A constant that passes an operator which pads with zeros is no constant any more."""
     walk, of = analysis.walk, analysis.classes.of
-    for node in walk.nodes:
+    inside = np.zeros(analysis.classes.count, bool)
+    inside[members] = True
+    for node in (walk.nodes[position] for position in analysis.consumers.nodes(members)):
         averages = node.op_type == "AveragePool" and attribute(node, "count_include_pad", 0)
         state = walk.states.get(node.inputs[0].name or "") if node.inputs and node.inputs[0] is not None else None
         if (
@@ -156,12 +162,12 @@ def _refuse_borders(analysis: Analysis, inside: np.ndarray) -> None:
             )
 
 
-def _weight_factor(analysis: Analysis, c: Contraction, inside: np.ndarray, nodes: list[ir.Node]) -> LeafFactor:
-    owners = [_owner(analysis, labels) for labels in (c.a, c.b)]
+def _weight_factor(analysis: Analysis, c: Contraction) -> LeafFactor:
+    owners = [analysis.consumers.owner(labels) for labels in (c.a, c.b)]
     direct = [
         f for f in owners if f is not None and any(node == c.node for node, _ in analysis.walk.leaves[f.leaf].uses)
     ]
-    node = nodes[c.node]
+    node = analysis.walk.nodes[c.node]
     if len(direct) != 1:
         raise SymmetryError(
             f"{node.op_type} {node.name} does not contract this space with a weight of its own, "
@@ -170,13 +176,6 @@ def _weight_factor(analysis: Analysis, c: Contraction, inside: np.ndarray, nodes
     if direct[0].groups:
         raise SymmetryError(f"{node.op_type} {node.name} is grouped; a mixing across its groups cannot be absorbed.")
     return direct[0]
-
-
-def _owner(analysis: Analysis, labels: Labels) -> LeafFactor | None:
-    for f in analysis.walk.leaf_factors:
-        if f.active and labels.size == f.size and f.base <= int(labels.min()) and int(labels.max()) < f.base + f.size:
-            return f
-    return None
 
 
 def _shift(

@@ -11,6 +11,7 @@ from cipm_ir.errors import SymmetryError, UnsupportedPattern
 from cipm_ir.ir.bodies import bodies, is_control_flow
 from cipm_ir.ir.constants import attribute, evaluate
 from cipm_ir.ir.labels import Array, Labels, State
+from cipm_ir.ir.nested import captured_values
 from cipm_ir.ops.context import Literal
 from cipm_ir.ops.events import Uniform
 from cipm_ir.ops.registry import lookup
@@ -19,7 +20,7 @@ from cipm_ir.symmetry.analysis import Analysis
 from cipm_ir.symmetry.primitives.apply import Editor
 from cipm_ir.symmetry.primitives.edits import Edit
 from cipm_ir.symmetry.primitives.sizes import Sizes
-from cipm_ir.symmetry.walk import captured_values, node_graphs
+from cipm_ir.symmetry.walk import node_graphs
 
 Shape = tuple[int, ...]
 _SCATTER_ELEMENTS = 11

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from cipm_ir.ir.constants import constant_tensor
 from cipm_ir.ir.labels import Array, Labels
 from cipm_ir.symmetry.analysis import Analysis
 from cipm_ir.symmetry.classes import kinds_of_atoms
+from cipm_ir.symmetry.consumers import Incidence
 from cipm_ir.symmetry.leaves import Leaf, LeafFactor
 from cipm_ir.symmetry.program import Program
 
@@ -112,6 +114,14 @@ class Members:
         self.on_leaf: dict[int, list[Member]] = {}
         for m in self.all:
             self.on_leaf.setdefault(m.factor.leaf, []).append(m)
+
+    @cached_property
+    def _by_class(self) -> Incidence:
+        return Incidence.of(m.classes for m in self.all)
+
+    def holding(self, classes: Labels) -> list[Member]:
+        """Return the members with a position of any of these classes, in graph order."""
+        return [self.all[k] for k in self._by_class.holding(classes)]
 
     def _ranks(self) -> Labels:
         classes = self.analysis.classes

@@ -35,6 +35,7 @@ from cipm_ir.passes.pruning.refit.refit_logits import refit_logits
 from cipm_ir.runtime.activations.cache import ActivationCache
 from cipm_ir.runtime.activations.linear_geometry import Array, LinearOpGeometry, NormalEquations
 from cipm_ir.runtime.inputs.generate import Data
+from cipm_ir.symmetry.primitives.working_copy import WorkingCopy
 from cipm_ir.symmetry.program import Program
 
 Matrix = npt.NDArray[np.float64]
@@ -80,6 +81,8 @@ class Compensation:
         made = Compensated(program, program, {}, left_out(program, layers, stays))
         if first is None:
             return made
+        working = made.working = WorkingCopy(program)
+        made.program = working.program
         groups = grouped(program, layers[first:])
         norms = [n for n in norms_of(program, layers) if n.node > groups[0][0].reader.node]
         pairs = find_pairs(program, layers[first:]) if self.joint else {}
@@ -104,6 +107,7 @@ class Compensation:
                     self._group(made, group, now, dense, gone, quiet)
                 for norm in norms:
                     self._norm(made, norm, now, dense)
+        made.program, made.working = working.result(), None
         return made
 
     def _together(
@@ -132,7 +136,7 @@ class Compensation:
             self.seed,
         )
         if weights:
-            made.program = made.program.refit(weights)
+            made.refit(weights)
             now.values, now.position = held.values, held.position
         return bool(weights)
 
@@ -141,7 +145,7 @@ class Compensation:
         now.advance(made.program.model, norm.node)
         dense.advance(made.dense.model, norm.node)
         if norm.source in dense.values[0]:  # else it lies between products of one group
-            made.program = made.program.refit(re_estimated(made.program, norm, now, dense))
+            made.refit(re_estimated(made.program, norm, now, dense))
 
     def _group(
         self,
@@ -178,7 +182,7 @@ class Compensation:
         for layer in group:
             if layer.reader.node in quiet:
                 zero_outputs(made.program, layer, quiet[layer.reader.node], weights)
-        made.program = made.program.refit(weights)
+        made.refit(weights)
 
     def _sharpen(
         self, program: Program, layer: Layer, fitted: dict[str, Array], gone: Labels, x: Array, target: Array
@@ -215,12 +219,21 @@ class _Duos:
 
 @dataclass
 class Compensated:
-    """A program that reads nothing of what goes, the one it was made of, the sums behind its weights by node, notes."""
+    """A program that reads nothing of what goes, the one it was made of, the sums behind its weights by node, notes.
+
+    ``working``: what holds the program while products are refitted.
+    """
 
     program: Program
     dense: Program
     sums: dict[int, tuple[Layer, NormalEquations]]
     notes: list[str]
+    working: WorkingCopy | None = None
+
+    def refit(self, weights: dict[str, Array]) -> None:
+        """Set weights of the program."""
+        assert self.working is not None
+        self.working.refit(weights)
 
 
 @dataclass

@@ -1,0 +1,122 @@
+"""Which nodes, contractions and weights use the units of a space: one index per analysis, looked up by class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from cipm_ir.ir.labels import Labels, State
+from cipm_ir.ops.events import Contraction
+from cipm_ir.symmetry.classes import Classes
+from cipm_ir.symmetry.leaves import LeafFactor
+from cipm_ir.symmetry.walk import Walk
+
+
+@dataclass(frozen=True, eq=False)
+class Incidence:
+    """Which of some label arrays hold which classes, stored by class (a sparse matrix by rows)."""
+
+    start: Labels
+    holders: Labels
+
+    @classmethod
+    def of(cls, arrays: Iterable[Labels]) -> Incidence:
+        """Index the classes in each of some arrays; the position of an array is its number."""
+        flat = [np.asarray(array, np.int64).ravel() for array in arrays]
+        classes = np.concatenate([np.zeros(0, np.int64), *flat])
+        order = np.argsort(classes, kind="stable")
+        owner = np.repeat(np.arange(len(flat)), [len(array) for array in flat])
+        start = np.searchsorted(classes[order], np.arange(int(classes.max(initial=-1)) + 2))
+        return cls(start, owner[order])
+
+    def holding(self, classes: Labels) -> Labels:
+        """Return the numbers of the arrays that hold any of these classes, sorted, each once."""
+        known = classes[classes < len(self.start) - 1]
+        first, width = self.start[known], self.start[known + 1] - self.start[known]
+        offset = np.arange(int(width.sum())) - np.repeat(np.cumsum(width) - width, width)
+        return np.unique(self.holders[np.repeat(first, width) + offset])
+
+
+class Consumers:
+    """The consumers of every class of an analysis. Each index is built when it is first needed.
+
+    Args:
+        walk: the graph with the labels of its values.
+        classes: the classes of these labels.
+    """
+
+    def __init__(self, walk: Walk, classes: Classes) -> None:
+        self._walk, self._classes = walk, classes
+
+    # ------------------------------------------------------------ nodes
+    @cached_property
+    def _nodes(self) -> Incidence:
+        walk, known = self._walk, dict[int, Labels]()
+
+        def classes_in(state: State) -> Labels:
+            if id(state) not in known:
+                labels = [self._classes.of[f.labels].ravel() for f in state.factors]
+                known[id(state)] = np.unique(np.concatenate([np.zeros(0, np.int64), *labels]))
+            return known[id(state)]
+
+        def read(position: int) -> Labels:
+            found = [np.zeros(0, np.int64)]
+            for k, value in enumerate(walk.nodes[position].inputs):
+                leaf = walk.use_leaf.get((position, k))
+                state = None if value is None else walk.states.get(value.name or "")
+                found += [] if state is None else [classes_in(state)]
+                found += [] if leaf is None else [classes_in(walk.leaves[leaf].state)]
+            return np.unique(np.concatenate(found))
+
+        return Incidence.of(read(position) for position in range(len(walk.nodes)))
+
+    def nodes(self, classes: Labels) -> list[int]:
+        """Return the positions of the nodes with an input that holds any of these classes, in graph order."""
+        return [int(k) for k in self._nodes.holding(classes)]
+
+    @cached_property
+    def normalized(self) -> np.ndarray:
+        """Per class, whether a normalization, softmax or mean runs over it."""
+        found = np.zeros(self._classes.count, bool)
+        for labels in self._walk.rec.normalized:
+            found[self._classes.of[labels]] = True
+        return found
+
+    # ------------------------------------------------------------ contractions
+    @cached_property
+    def _contractions(self) -> Incidence:
+        return Incidence.of(self._classes.of[c.a] for c in self._walk.rec.contractions)
+
+    @cached_property
+    def _refined_contractions(self) -> Incidence:
+        if self._classes.parts.cell is None:
+            return self._contractions
+        return Incidence.of(self._classes.refined(c.a) for c in self._walk.rec.contractions)
+
+    def contractions(self, classes: Labels, *, refined: bool = False) -> list[Contraction]:
+        """Return the contractions that sum over any of these classes, in graph order.
+
+        Args:
+            classes: numbers of classes.
+            refined: the numbers are of classes and cells (`Classes.refined`).
+        """
+        index = self._refined_contractions if refined else self._contractions
+        return [self._walk.rec.contractions[int(k)] for k in index.holding(classes)]
+
+    # ------------------------------------------------------------ weights
+    @cached_property
+    def _owners(self) -> tuple[Labels, list[LeafFactor]]:
+        found = sorted((f for f in self._walk.leaf_factors if f.active and f.size), key=lambda f: f.base)
+        return np.asarray([f.base for f in found], np.int64), found
+
+    def owner(self, labels: Labels) -> LeafFactor | None:
+        """Return the axis of a parameter whose labels these are; None where they are not those of one axis."""
+        base, factors = self._owners
+        if not labels.size or not factors:
+            return None
+        f = factors[max(int(np.searchsorted(base, int(labels.min()), side="right")) - 1, 0)]
+        inside = f.base <= int(labels.min()) and int(labels.max()) < f.base + f.size
+        return f if inside and labels.size == f.size else None
