@@ -13,6 +13,7 @@ from tests.models.fold_planted import planted
 
 from cipm_ir.errors import SymmetryError
 from cipm_ir.ops import load_rules, registry
+from cipm_ir.ops.context import OpContext
 from cipm_ir.passes import Context, Fold, RemoveDead
 from cipm_ir.passes.exact.dead.liveness import Liveness
 from cipm_ir.symmetry.primitives.absorb import consumers
@@ -95,3 +96,16 @@ def test_control_without_traits_less_is_found_and_nothing_breaks(monkeypatch: py
 def test_elementwise_implies_the_other_traits(trait: str) -> None:
     load_rules()
     assert all(getattr(entry, trait) for entry in registry.registered() if entry.elementwise)
+
+
+def test_a_rule_that_looks_up_an_axis_that_is_not_there_pins_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(op: OpContext) -> None:
+        raise KeyError(2)  # as from a look-up of an axis, where attributes contradict shapes
+
+    def broken(entry: registry.Operator) -> registry.Operator:
+        return dataclasses.replace(entry, labels=wrong) if entry.name == "Relu" else entry
+
+    model = program_of("mlp_relu").emit()
+    reregister(monkeypatch, broken)
+    program = Program.of(model)
+    assert {node.op for node in program.opaque} == {"Relu"} and "do not fit" in program.opaque[0].reason
