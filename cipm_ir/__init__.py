@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from cipm_ir import moved
 from cipm_ir.errors import (
     CipmError,
     InputError,
@@ -24,6 +25,7 @@ from cipm_ir.ir import deferred_imports
 from cipm_ir.version import __version__
 
 deferred_imports.install()
+moved.install()
 
 if TYPE_CHECKING:
     from cipm_ir import passes

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -59,6 +59,15 @@ class Analysis:
             directions = solve_scales(walked, classes, spaces)
             kept = [k for k, s in enumerate(spaces) if s.kind != "cells" or directions[k].scales or directions[k].signs]
             return cls(walked, classes, [spaces[k] for k in kept], [directions[k] for k in kept])
+
+    def without_statistics(self, inner: Sequence[Labels]) -> Analysis:
+        """Return the same without some statistics: those of a group do not change when the whole group is removed."""
+        across = list(self.walk.rec.normalized)
+        for labels in inner:
+            same = next((k for k, one in enumerate(across) if np.array_equal(one, labels.ravel())), None)
+            if same is not None:
+                del across[same]
+        return replace(self, walk=replace(self.walk, rec=replace(self.walk.rec, normalized=across)))
 
     @cached_property
     def consumers(self) -> Consumers:

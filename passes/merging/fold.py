@@ -15,12 +15,12 @@ from cipm_ir.errors import OptionError, SymmetryError
 from cipm_ir.ir.labels import Labels
 from cipm_ir.passes.exact.canonicalize.members import Floats, Members
 from cipm_ir.passes.framework.base import Context, Kind, Pass, PassResult, option
+from cipm_ir.passes.framework.reasons import check_counted, left_alone, pins, within
 from cipm_ir.passes.framework.registry import register
 from cipm_ir.passes.merging.equal_units import Duplicates, find_duplicates
 from cipm_ir.passes.merging.merge import Merge, merge_spaces
 from cipm_ir.passes.merging.plan import METHODS, Method, Planner
 from cipm_ir.passes.merging.rows import UnitRows, unit_rows
-from cipm_ir.passes.pruning.budget.blockers import check_counted, left_alone, pins, within
 from cipm_ir.passes.pruning.budget.cost import CostModel, Mask
 from cipm_ir.passes.pruning.budget.search import (
     Choice,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from math import ceil
 
@@ -164,7 +164,7 @@ def find_candidates(
     liveness = apart = Liveness(analysis)
     liveness.read(found, sums)
     if inner:
-        apart = Liveness(between_blocks(analysis, inner))
+        apart = Liveness(analysis.without_statistics(inner))
         apart.read(found, sums)
     candidates: list[Candidate] = []
     notes: list[str] = []
@@ -202,17 +202,6 @@ def group_statistics(analysis: Analysis) -> list[Labels]:
             rows = attribute(node, "num_groups", 1) if node.op_type == "GroupNormalization" else rows
             found.append(f.labels.reshape(rows, -1))
     return found
-
-
-def between_blocks(analysis: Analysis, inner: Sequence[Labels]) -> Analysis:
-    """The same without the statistics of groups: these stay what they are where a group goes as a whole."""
-    across = list(analysis.walk.rec.normalized)
-    for labels in inner:
-        same = next((k for k, one in enumerate(across) if np.array_equal(one, labels.ravel())), None)
-        if same is not None:
-            del across[same]
-    walk = analysis.walk
-    return replace(analysis, walk=replace(walk, rec=replace(walk.rec, normalized=across)))
 
 
 def _mixed(analysis: Analysis, table: Labels, inner: Sequence[Labels]) -> bool:
