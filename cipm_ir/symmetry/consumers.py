@@ -10,7 +10,7 @@ import numpy as np
 
 from cipm_ir.ir.labels import Labels, State
 from cipm_ir.ops.events import Contraction
-from cipm_ir.symmetry.classes import Classes
+from cipm_ir.symmetry.classes import Classes, unique_pairs
 from cipm_ir.symmetry.leaves import LeafFactor
 from cipm_ir.symmetry.walk import Walk
 
@@ -27,17 +27,20 @@ class Incidence:
         """Index the classes in each of some arrays; the position of an array is its number."""
         flat = [np.asarray(array, np.int64).ravel() for array in arrays]
         classes = np.concatenate([np.zeros(0, np.int64), *flat])
-        order = np.argsort(classes, kind="stable")
         owner = np.repeat(np.arange(len(flat)), [len(array) for array in flat])
-        start = np.searchsorted(classes[order], np.arange(int(classes.max(initial=-1)) + 2))
-        return cls(start, owner[order])
+        pairs = unique_pairs(classes, owner)
+        start = np.searchsorted(pairs[:, 0], np.arange(int(classes.max(initial=-1)) + 2))
+        return cls(start, pairs[:, 1])
 
     def holding(self, classes: Labels) -> Labels:
         """Return the numbers of the arrays that hold any of these classes, sorted, each once."""
         known = classes[classes < len(self.start) - 1]
+        if len(known) == 1:
+            return self.holders[self.start[known[0]] : self.start[known[0] + 1]]
         first, width = self.start[known], self.start[known + 1] - self.start[known]
         offset = np.arange(int(width.sum())) - np.repeat(np.cumsum(width) - width, width)
-        return np.unique(self.holders[np.repeat(first, width) + offset])
+        found = np.sort(self.holders[np.repeat(first, width) + offset])
+        return found[np.r_[True, found[1:] != found[:-1]][: len(found)]]
 
 
 class Consumers:

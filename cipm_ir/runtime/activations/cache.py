@@ -77,6 +77,8 @@ class ActivationCache:
 
     def _each(self, job: Callable[[int], Feeds]) -> list[Feeds]:
         """What a job gives for each batch; several run at once."""
+        if len(self.values) == 1:
+            return [job(0)]
         with ThreadPoolExecutor(max(1, min(cores(), len(self.values)))) as pool:
             return list(pool.map(job, range(len(self.values))))
 

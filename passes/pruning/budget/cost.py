@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import builtins
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -20,6 +20,7 @@ from cipm_ir.ir.bodies import is_control_flow
 from cipm_ir.ir.labels import Labels
 from cipm_ir.ir.places import Place
 from cipm_ir.ops.costs import Site, Uncounted, macs_of
+from cipm_ir.symmetry.consumers import Incidence
 from cipm_ir.symmetry.counting import node_macs, site_of
 from cipm_ir.symmetry.leaves import Leaf
 from cipm_ir.symmetry.primitives.sizes import grid_shape, outer_first
@@ -47,6 +48,36 @@ class _Node:
         self.follows = np.unique(np.asarray([slot for _, slots in pairs for _, slot in slots], np.int64))
 
 
+class _Sum:
+    """A sum of costs that follow sizes: only those whose sizes changed since the last call are counted again.
+
+    Args:
+        follows: of each cost, the slots of the sizes that it follows.
+        cost: the cost of a number, at sizes.
+    """
+
+    def __init__(self, follows: Sequence[Labels], cost: Callable[[int, Labels], int]) -> None:
+        self._users = Incidence.of(follows)
+        self._cost = cost
+        self._costs = [0] * len(follows)
+        self._sizes: Labels | None = None
+        self._total = 0
+
+    def at(self, sizes: Labels) -> int:
+        """Return the sum at some sizes."""
+        if self._sizes is None:
+            changed: Sequence[int] = range(len(self._costs))
+        else:
+            changed = self._users.holding(np.flatnonzero(sizes != self._sizes)).tolist()
+        self._sizes = None  # where a cost cannot be counted, all are counted again next time
+        for k in changed:
+            cost = self._cost(k, sizes)
+            self._total += cost - self._costs[k]
+            self._costs[k] = cost
+        self._sizes = sizes
+        return self._total
+
+
 @dataclass
 class _Part:
     """What a graph costs: a number, the nodes that follow what is kept, and parts that bodies are."""
@@ -57,6 +88,8 @@ class _Part:
     """Of each If, its branches, of which the dearest counts."""
     repeated: list[tuple[int, _Part]] = field(default_factory=list)
     """Of each Loop and Scan, how often its body runs."""
+    sum: _Sum | None = None
+    """Of the nodes, once all are known."""
 
 
 @dataclass
@@ -133,7 +166,9 @@ class CostModel:
         self._leaves: dict[int, Sized] = {}
         self._position = {_first_output(node): k for k, node in enumerate(walk.nodes)}
         self._part = self._part_of(self.counted.places)
-        self._tensors = self._group_tensors(walk.leaves)
+        tensors = self._group_tensors(walk.leaves)
+        self._shared = [tensor for tensor in tensors if len(tensor.leaves) > 1]
+        self._sums = {u: self._sum_of(u, [t for t in tensors if len(t.leaves) == 1]) for u in ("params", "bytes")}
         self._units = [s.table[:, 0] for s in program.analysis.spaces if s.kind == "units"]
         self._counter.close()
 
@@ -146,28 +181,36 @@ class CostModel:
         return self.program.analysis.classes.stays(stays)
 
     def _part_macs(self, part: _Part, sizes: Labels) -> int:
-        total = part.fixed + sum(self._node_macs(node, sizes) for node in part.nodes)
+        if part.sum is None:
+            part.sum = _Sum([n.follows for n in part.nodes], lambda k, now: self._node_macs(part.nodes[k], now))
+        total = part.fixed + part.sum.at(sizes)
         total += sum(max(self._part_macs(one, sizes) for one in branches) for branches in part.branches)
         return total + sum(trips * self._part_macs(one, sizes) for trips, one in part.repeated)
 
     def params(self, stays: Mask) -> int:
         """Entries of floating-point parameters."""
-        return sum(count for _, count in self._entries(stays))
+        return self._weights("params", stays)
 
     def bytes(self, stays: Mask) -> int:
         """Bytes of floating-point parameters."""
-        return sum(int(tensor.leaves[0].dtype.itemsize * count) for tensor, count in self._entries(stays))
+        return self._weights("bytes", stays)
 
-    def _entries(self, stays: Mask) -> Iterator[tuple[_Tensor, int]]:
+    def _weights(self, unit: str, stays: Mask) -> int:
         refined = self._refined(stays)
         sizes = self._counter.sizes(refined)
-        for tensor in self._tensors:
-            shapes = [self._shape((base, slots), sizes) for base, slots in tensor.shapes]
-            if len(shapes) == 1:
-                yield tensor, math.prod(shapes[0])
-            else:
-                slices = {self._slice(leaf, refined): shape for leaf, shape in zip(tensor.leaves, shapes, strict=True)}
-                yield tensor, sum(math.prod(shape) for shape in slices.values())
+        total = self._sums[unit].at(sizes)
+        for tensor in self._shared:
+            shapes = [self._shape(sized, sizes) for sized in tensor.shapes]
+            slices = {self._slice(leaf, refined): shape for leaf, shape in zip(tensor.leaves, shapes, strict=True)}
+            total += _in_unit(unit, tensor, sum(math.prod(shape) for shape in slices.values()))
+        return total
+
+    def _sum_of(self, unit: str, tensors: list[_Tensor]) -> _Sum:
+        """The sum over tensors with one leaf, in a unit."""
+        follows = [np.asarray([slot for _, slot in tensor.shapes[0][1]], np.int64) for tensor in tensors]
+        return _Sum(
+            follows, lambda k, sizes: _in_unit(unit, tensors[k], math.prod(self._shape(tensors[k].shapes[0], sizes)))
+        )
 
     def units(self, stays: Mask) -> int:
         """Hidden units that stay."""
@@ -267,6 +310,10 @@ class CostModel:
                 which = f"{node.site.node.op_type} {node.site.node.name!r}"
                 raise SymmetryError(f"What {which} costs with fewer units cannot be predicted: {reason}.") from reason
         return node.known[key]
+
+
+def _in_unit(unit: str, tensor: _Tensor, count: int) -> int:
+    return count if unit == "params" else int(tensor.leaves[0].dtype.itemsize * count)
 
 
 def _first_output(node: ir.Node) -> str:

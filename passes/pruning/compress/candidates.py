@@ -274,6 +274,41 @@ def mask_of(program: Program, kept: Iterable[tuple[int, Labels]]) -> Mask:
     return closed_keep(analysis, stays)
 
 
+class LevelMask:
+    """The classes that stay with each candidate at a level: updated where levels change, not built again.
+
+    Args:
+        program: the program before anything goes.
+        candidates: with the elements that they keep at each level.
+    """
+
+    def __init__(self, program: Program, candidates: Sequence[Candidate]) -> None:
+        self._analysis, self._candidates = program.analysis, candidates
+        self._levels = [len(c.levels) - 1 for c in candidates]
+        self._times = np.zeros(program.analysis.classes.count, np.int64)
+        """How many candidates drop each class."""
+        self._dropped: dict[tuple[int, int], Labels] = {}
+
+    def at(self, levels: Sequence[int]) -> Mask:
+        """Return the classes that stay at some levels, as `mask_of` does."""
+        for k, (old, new) in enumerate(zip(self._levels, levels, strict=True)):
+            if old != new:
+                self._times[self._drops(k, old)] -= 1
+                self._times[self._drops(k, new)] += 1
+                self._levels[k] = new
+        return closed_keep(self._analysis, self._times == 0)
+
+    def _drops(self, k: int, level: int) -> Labels:
+        """The classes that a candidate drops at a level; none at the last."""
+        if (k, level) not in self._dropped:
+            one = self._candidates[k]
+            kept = zip(one.spaces, one.kept[level], strict=True) if level + 1 < len(one.levels) else ()
+            tables = ((self._analysis.spaces[space].table, elements) for space, elements in kept)
+            gone = [np.delete(table[:, 0], elements) for table, elements in tables]
+            self._dropped[k, level] = np.unique(np.concatenate([np.zeros(0, np.int64), *gone]))
+        return self._dropped[k, level]
+
+
 def kept_elements(program: Program, kept: Iterable[tuple[int, Labels]]) -> dict[Space, Labels]:
     """Kept elements of each space that shrinks, in graph order, for pairs (space, kept elements)."""
     found = {k: elements for k, elements in kept if len(elements) < program.spaces[k].size}

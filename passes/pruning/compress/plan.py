@@ -14,7 +14,7 @@ from cipm_ir.passes.framework.base import Context, Progress
 from cipm_ir.passes.pruning.budget.cost import CostModel
 from cipm_ir.passes.pruning.budget.search import Mask
 from cipm_ir.passes.pruning.compress.allocation import Allocation, Levels, allocate, fill
-from cipm_ir.passes.pruning.compress.candidates import Candidate, Pair, mask_of
+from cipm_ir.passes.pruning.compress.candidates import Candidate, LevelMask, Pair
 from cipm_ir.passes.pruning.compress.cost import Budget, make_budget
 from cipm_ir.passes.pruning.compress.sensitivity import Curve, Probe, choose_units, gather
 from cipm_ir.passes.pruning.refit.bilinear import outputs_to_zero
@@ -62,7 +62,11 @@ class Plan:
     compensation: Compensation
     settings: Settings
     notes: list[str]
+    _mask: LevelMask = field(init=False, repr=False)
     _prices: dict[tuple[int, ...], float] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self._mask = LevelMask(self.program, self.candidates)
 
     def price(self, levels: Levels) -> float:
         """Cost of levels, in the units of the budget."""
@@ -73,7 +77,7 @@ class Plan:
 
     def stays(self, levels: Sequence[int]) -> Mask:
         """Classes that stay."""
-        return mask_of(self.program, self.kept(levels))
+        return self._mask.at(levels)
 
     def kept(self, levels: Sequence[int]) -> Iterator[tuple[int, Labels]]:
         """Spaces that shrink, and their elements that are kept."""
@@ -84,10 +88,10 @@ class Plan:
     def allocation(self, target: float, curves: Sequence[Curve] | None = None) -> Allocation:
         """Levels for a budget. Errors: `SymmetryError` where it is out of reach."""
         fine = curves or self.curves
-        places = [c.measured for c in self.candidates]
+        places = [c.measured.tolist() for c in self.candidates]
         found = allocate(
             [curve[at] for curve, at in zip(fine, places, strict=True)],
-            lambda levels: self.price([int(at[k]) for at, k in zip(places, levels, strict=True)]),
+            lambda levels: self.price([at[k] for at, k in zip(places, levels, strict=True)]),
             target,
         )
         if found is None:
@@ -98,7 +102,7 @@ class Plan:
                 f"spaces that it may touch at their minimum, {least:.3g} remain{why}; allow more, or lower min_keep, "
                 "round_to or exclude."
             )
-        levels = [int(at[k]) for at, k in zip(places, found.levels, strict=True)]
+        levels = [at[k] for at, k in zip(places, found.levels, strict=True)]
         return fill(fine, self.price, target, levels)
 
     def at(self, target: float, ctx: Context) -> Made:
