@@ -40,7 +40,7 @@ class Incidence:
         first, width = self.start[known], self.start[known + 1] - self.start[known]
         offset = np.arange(int(width.sum())) - np.repeat(np.cumsum(width) - width, width)
         found = np.sort(self.holders[np.repeat(first, width) + offset])
-        return found[np.r_[True, found[1:] != found[:-1]][: len(found)]]
+        return np.asarray(found[np.r_[True, found[1:] != found[:-1]][: len(found)]])
 
 
 class Consumers:
