@@ -41,7 +41,7 @@ Tensors: TypeAlias = list[torch.Tensor]
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says."""
+    """Return the first line of what an error says."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".")
 
 
@@ -151,7 +151,7 @@ def _without_onednn() -> Iterator[None]:
 
 
 def as_array(x: torch.Tensor) -> Array:
-    """The tensor as an array; types that numpy lacks are those of ml_dtypes."""
+    """Return the tensor as an array; types that numpy lacks are those of ml_dtypes."""
     return np.asarray(tensor_adapters.TorchTensor(x.detach().cpu().contiguous()).numpy())
 
 

@@ -72,7 +72,7 @@ def _repeated(op: OpContext, state: State, heads: int) -> State:
 
 
 def _masked(op: OpContext, scores: State, index: int) -> State:
-    """Scores plus a mask, which may tell heads apart."""
+    """Return scores plus a mask, which may tell heads apart."""
     mask = op.optional(index)
     if mask is None:
         return scores

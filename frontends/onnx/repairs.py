@@ -115,7 +115,7 @@ def _repair_weights(graph: onnx.GraphProto) -> None:
 
 
 def _held(node: onnx.NodeProto) -> onnx.TensorProto | None:
-    """The tensor of a Constant node; None for its other forms."""
+    """Return the tensor of a Constant node; None for its other forms."""
     return next((attribute.t for attribute in node.attribute if attribute.HasField("t")), None)
 
 
@@ -130,7 +130,10 @@ def _densify_constants(nodes: Iterable[onnx.NodeProto]) -> None:
 
 
 def _dense(sparse: onnx.SparseTensorProto, label: str) -> onnx.TensorProto:
-    """The tensor with its zeros; indices are places in the flat tensor, or one row of coordinates for each value."""
+    """Return the tensor with its zeros.
+
+    Indices are places in the flat tensor, or one row of coordinates for each value.
+    """
     shape = tuple(sparse.dims)
     try:
         values, indices = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)

@@ -130,7 +130,7 @@ class _Done:
 
 
 def _plain_copy(program: Program) -> ir.Model:
-    """The model without functions, and with initializers that are no inputs (ir_version 3 had them be both)."""
+    """Return the model without functions, and with initializers that are no inputs (ir_version 3 had them be both)."""
     model = program.emit()
     if model.functions:
         model = InlinePass()(model).model

@@ -41,8 +41,10 @@ class Compress(Pass):
     Refused, and said in the summary: units under a normalization, softmax or sum over them, and such as something else
     than a Conv (group 1), Gemm or MatMul with a weight of its own reads. Sources: He et al. 2017; Hassibi & Stork 1993.
 
-    Errors: `OptionError` without data or for contradictory options; `InputError` for data that does not fit;
-        `SymmetryError` where the budget is out of reach.
+    Raises:
+        OptionError: there is no data or for contradictory options.
+        InputError: data that does not fit.
+        SymmetryError: the budget is out of reach.
     """
 
     kind: ClassVar[Kind] = Kind.APPROXIMATE
@@ -121,7 +123,7 @@ class Compress(Pass):
         )
 
     def _plan(self, program: Program, ctx: Context) -> Plan:
-        """What is measured before the budget matters: taken from an earlier run of a sweep, where there is one.
+        """Return what is measured before the budget matters: taken from an earlier run of a sweep, where there is one.
 
         ``ctx.options["plans"]``: a dictionary that the runs share.
         """

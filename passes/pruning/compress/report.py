@@ -67,7 +67,7 @@ def figures_of(program: Program, plan: Plan, made: Made) -> tuple[Figure, ...]:
 
 
 def names_of(program: Program, candidates: Sequence[Candidate]) -> list[str]:
-    """A name for each candidate: its first space, and how many others are linked to it."""
+    """Return a name for each candidate: its first space, and how many others are linked to it."""
     made = []
     for candidate in candidates:
         more = len(candidate.spaces) - 1

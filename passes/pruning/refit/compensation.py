@@ -267,7 +267,7 @@ class _Rows:
         return self.at(layer, self._known[_geometry(layer.linear)][1])
 
     def at(self, layer: Layer, places: Sequence[Labels | None]) -> tuple[Array, Array | None]:
-        """The same at places that are given for each batch."""
+        """Return the same at places that are given for each batch."""
         ys, zs = [], []
         way, linear = layer.way, layer.linear
         for a, b, where in zip(self.now.values, self.dense.values, places, strict=True):
@@ -304,7 +304,10 @@ def _geometry(linear: LinearOpGeometry) -> tuple[object, ...]:
 
 
 def refitted(program: Program, layer: Layer, sums: NormalEquations, gone: Labels, damping: float) -> dict[str, Array]:
-    """The best weight and bias without some places of the summed axis: ridge regression around the old weight."""
+    """Return the best weight and bias without some places of the summed axis.
+
+    Ridge regression around the old weight.
+    """
     old = layer.linear.matrix(parameter_array(program, layer.reader.weight)).astype(np.float64)
     out = np.zeros_like(old)
     mask = np.ones(len(old), bool)
@@ -328,7 +331,7 @@ def refitted(program: Program, layer: Layer, sums: NormalEquations, gone: Labels
 
 
 def _shifted(program: Program, layer: Layer, sums: NormalEquations, weight: Matrix) -> Array:
-    """The bias that gives the mean of the target."""
+    """Return the bias that gives the mean of the target."""
     assert layer.bias is not None
     mean = (sums.y - sums.x @ weight) / max(sums.rows, 1)
     if layer.reader.bias == layer.bias.name:
@@ -340,7 +343,7 @@ def _shifted(program: Program, layer: Layer, sums: NormalEquations, weight: Matr
 
 
 def zero_input_rows(program: Program, layer: Layer, gone: Labels) -> dict[str, Array]:
-    """The weight with zeros in some places of the summed axis."""
+    """Return the weight with zeros in some places of the summed axis."""
     matrix = layer.linear.matrix(parameter_array(program, layer.reader.weight)).copy()
     matrix[layer.linear.rows_of(gone[:, None]).ravel()] = 0.0
     return {layer.reader.weight: layer.linear.weight(matrix)}
