@@ -358,7 +358,7 @@ def torch_backend(
     with one warning per reason, where it cannot be read or rewritten, where it changes its own buffers, or where a pass
     turns out not to be exact. **Weights are frozen** when a graph is compiled. Each call checks that they are the same
     objects, in the same memory, not written to since; where they are not, that call runs the graph uncompiled with the
-    weights of now, and a warning says so: `torch.compiler.reset()` compiles anew. Torch does not count writes through
+    weights of now, and a warning says so: `torch.compiler.reset()` compiles again. Torch does not count writes through
     ``weight.data`` or numpy: reset after these.
 
     Args:

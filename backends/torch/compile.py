@@ -33,7 +33,7 @@ _SEVERAL = 4.0
 """So many times as far as the rounding of the first may the result of several exact passes be away."""
 _UNCHANGED = "a graph is left as it is: "
 _STALE = (
-    "weights changed after compilation, so that the graph runs uncompiled; torch.compiler.reset() compiles it anew."
+    "weights changed after compilation, so that the graph runs uncompiled; torch.compiler.reset() compiles it again."
 )
 
 

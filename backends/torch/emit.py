@@ -345,7 +345,7 @@ def _exported(capture: Capture, module: fx.GraphModule) -> Any:
     program = capture.exported
     if capture.args is None:
         raise UnsupportedError(
-            "The ExportedProgram has no example inputs, which writing it anew needs; give example_inputs=(x,)."
+            "The ExportedProgram has no example inputs, which writing it again needs; give example_inputs=(x,)."
         )
     args, kwargs = capture.args
     flat, spec = pytree.tree_flatten((args, kwargs))

@@ -289,7 +289,7 @@ def needed_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
 
 
 def _drop_unused(graph: fx.Graph) -> None:
-    """Erase what nothing reads; no call that is written here has a side effect."""
+    """Erase nodes without users; no call that is written here has a side effect."""
     for node in reversed(graph.nodes):
         if node.op not in ("placeholder", "output") and not node.users:
             graph.erase_node(node)

@@ -1,8 +1,8 @@
 """A torch graph for a changed IR model: every torch node that the change does not touch is kept as it was.
 
 A node whose slice of the IR differs (another target of a reshape, other pieces of a split, heads that are gone) is
-written anew from the IR, in its place, by the ONNX table. Kept nodes with an argument that no longer fits are found by
-computing shapes, and written anew too.
+written again from the IR, in its place, by the ONNX table. Kept nodes with an argument that no longer fits are found by
+computing shapes, and written again too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NONE = Results(None, ())
 
 @dataclass
 class Rewritten:
-    """The new graph, over ``root``, and the torch nodes that were written anew with what differed.
+    """The new graph, over ``root``, and the torch nodes that were written again with what differed.
 
     Attributes:
         module: the graph.

@@ -47,7 +47,7 @@ def first_line(error: BaseException) -> str:
 
 # ---------------------------------------------------------------- inputs
 def inputs_like(example: Sequence[torch.Tensor], seed: int = 0) -> Iterator[tuple[str, Tensors]]:
-    """Yield the example, then inputs of its shapes and types that nobody chose for it, each with what it is.
+    """Yield the example, then inputs of its shapes and types that were generated, each with what it is.
 
     Zeros; ones; random floats of several magnitudes, with integers from among those of the example. Masks keep their
     entries: where one masks everything, what comes out is up to the kernel.

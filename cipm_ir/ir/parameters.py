@@ -19,7 +19,7 @@ from cipm_ir.ir.constants import constant_tensor
 _LISTS_ALL = "cipm_ir.lists_all_initializers"
 _FIRST_OVERRIDABLE = 4
 _LARGE = 1 << 20
-"""Tensors of more bytes are made anew whenever they are read."""
+"""Tensors of more bytes are made again whenever they are read."""
 
 
 def note_ir_version(model: ir.Model) -> None:

@@ -29,7 +29,7 @@ def remove_detours(model: ir.Model) -> int:
     """Let the readers of such a Gather read the value itself, where it has the same entries; gives their number.
 
     "The same": the positions are 0, 1, 2, ... in the shape of the value, under two assignments of numbers to the
-    dynamic sizes (see `cipm_ir.ir.shapes`). The model is changed; what nothing reads any more goes.
+    dynamic sizes (see `cipm_ir.ir.shapes`). The model is changed; values without uses are removed.
     """
     shapes = infer_shapes(model)
     removed = 0

@@ -34,7 +34,8 @@ def _swapped(state: State) -> State:
 def in_heads(op: OpContext, state: State, count: int | None) -> State:
     """(batch, heads, sequence, d); batch and sequence fixed.
 
-    Heads that lie after each other in one uniform axis count as fixed: it could not follow heads or positions that go.
+    Heads that lie after each other in one uniform axis count as fixed: it cannot follow heads or positions that are
+    removed.
     """
     uniform = state.uniform & {1, 3}
     if state.rank == 3:

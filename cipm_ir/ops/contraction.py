@@ -325,6 +325,6 @@ def _from_the_left(
         local = replace(op, shapes=[tuple(sizes[x] for x in ends)])
         here = contract(local, [here, states[k]], [names, letters[k]], ends, (0 if source == 0 else None, k))
         if k + 1 < len(states):
-            here = State(here.shape, here.factors)  # a uniform axis in between could not follow what goes
+            here = State(here.shape, here.factors)  # a uniform axis in between cannot follow what is removed
         names, source = ends, -1
     return here

@@ -129,7 +129,7 @@ def _along(op: OpContext, index: int, place: int, hidden: Labels, count: int) ->
     op.pin(rest, f"batch or direction of {op.node.op_type}")
     if table is not None:
         op.rec.unify(hidden, table)
-    elif not state.broadcasts(last) or count > 1:  # gates of a uniform axis could not follow units that go
+    elif not state.broadcasts(last) or count > 1:  # gates of a uniform axis cannot follow units that are removed
         op.rec.pin(hidden, f"input {index} of {op.node.op_type} is fixed along the hidden axis")
         op.pin(state, "mixed axes")
     else:

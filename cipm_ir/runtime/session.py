@@ -197,7 +197,7 @@ class Runner:
         """Run once; gives the outputs by name, in the model's order or in that of `outputs`.
 
         Random numbers that are drawn from a seed are the same in every run: onnxruntime goes on in its stream from run
-        to run, so that such a model is opened anew.
+        to run, so that such a model is opened again.
 
         Raises:
             InputError: the run failed, as it does for feeds of the wrong shape.

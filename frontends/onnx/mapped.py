@@ -1,6 +1,6 @@
 """External weights, mapped once per file.
 
-`onnx_ir.ExternalTensor` opens its file anew, by name, each time it is written. A model saved over its own file would
+`onnx_ir.ExternalTensor` opens its file again, by name, each time it is written. A model saved over its own file would
 then read the new bytes through the old offsets. Here a tensor holds a view of one shared mapping: the mapping keeps
 the old file alive, so a model that was loaded stays what it was whatever happens to the name.
 """

@@ -1,6 +1,6 @@
 """Make of a file what onnxruntime makes of it: weights defined twice, weights without a name, sparse weights, names.
 
-Files that need nothing are handed on as they are. Otherwise a copy is changed, or the message itself where nobody else
+Files that need nothing are handed on as they are. Otherwise a copy is changed, or the message itself where no one else
 holds it.
 """
 
@@ -30,7 +30,7 @@ def repaired(proto: onnx.ModelProto, *, own: bool) -> onnx.ModelProto:
 
     Args:
         proto: the model.
-        own: nobody else holds `proto`, so that it may be changed.
+        own: no one else holds `proto`, so it may be changed.
 
     Raises:
         InputError: two definitions of one name differ in shape or type; a sparse tensor is damaged.

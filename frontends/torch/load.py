@@ -74,7 +74,7 @@ def _load(source: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_sh
 
 
 def _functional(traced: Traced, source: Any, kind: Any, given: Any, dynamic: Any, method: str) -> Capture | None:
-    """Read a program anew whose writes in place cannot be expressed: as an exported one without any.
+    """Read a program again whose writes in place cannot be expressed: as an exported one without any.
 
     None where the caller asked for tracing, or where torch cannot do that.
     """

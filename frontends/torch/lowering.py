@@ -252,7 +252,7 @@ class Lowerer:
             value.shape = ir.Shape(shape)
 
     def _overwritten(self, node: fx.Node, target: Any, operands: Any) -> tuple[str, ...]:
-        """Return a write that cannot be expressed: nobody knows what holds afterwards in all that shares the memory."""
+        """Return a write that cannot be expressed: the memory that shares it has unknown contents afterwards."""
         self.refused_writes = True
         if not isinstance(target, fx.Node):
             raise UnsupportedError(f"Node {node.name!r} ({node.target}) changes something in place that is not known.")

@@ -30,7 +30,7 @@ class Memory:
         return written(node.target, node.args, node.kwargs) if node.op in ("call_function", "call_method") else []
 
     def check(self, node: fx.Node, targets: list[Any]) -> None:
-        """A write is expressed by a new value for the first argument: only where nobody reads it through a view."""
+        """A write is expressed by a new value for the first argument: only where it is not read through a view."""
         target = targets[0]
         if len(targets) > 1 or target is not node.args[0]:
             raise UnsupportedPattern("it writes into another argument than its first")

@@ -45,7 +45,7 @@ class Row:
 
     @property
     def values(self) -> Floats:
-        """(units, entries) float64; of a variance, with epsilon added. Read anew each time."""
+        """(units, entries) float64; of a variance, with epsilon added. Read again each time."""
         return self.of(np.arange(len(self.places)))
 
     def of(self, units: Labels) -> Floats:

@@ -34,7 +34,7 @@ class Prune(Pass):
     Rules: (1) every free space of units and of blocks may shrink, to the elements with the largest `importance`;
     (2) under ``global`` ranking scores are divided by the mean of their space and compared across spaces, under
     ``local`` every space keeps the same fraction; (3) unit spaces of sibling blocks keep equal numbers, each its own
-    best; (4) the largest model within the budget is taken; (5) with ``compensate`` what reads the units that go is
+    best; (4) the largest model within the budget is taken; (5) with ``compensate`` what reads the removed units is
     refitted first (`compress` also lets the outputs decide how much goes where). Refused: spaces whose rows would be
     uneven are left as they are, and the summary says so. Source: Fang et al. 2023, DepGraph (group magnitude).
 
@@ -58,7 +58,7 @@ class Prune(Pass):
     blocks: bool = option(True, "also drop whole heads and groups")
     min_keep: float = option(0.1, "what every space keeps: a fraction below 1, or a number of units", low=0)
     importance: str | Importance | ScoreFunction = option("magnitude", "criterion: a name, or an object with score()")  # noqa: RUF009 — a field
-    compensate: bool = option(False, "refit what reads the units that go by least squares on the data")
+    compensate: bool = option(False, "refit what reads the removed units by least squares on the data")
 
     def __post_init__(self) -> None:
         super().__post_init__()

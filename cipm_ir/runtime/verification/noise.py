@@ -167,7 +167,7 @@ def _shuffle_sums(model: ir.Model, rng: np.random.Generator) -> None:
 
 
 def _is_weight_of_one(value: ir.Value) -> bool:
-    """Return whether a value is an initializer that one node reads, and nobody else."""
+    """Return whether a value is an initializer that exactly one node reads."""
     return is_parameter(value) and len(value.uses()) == 1 and not value.is_graph_output()
 
 

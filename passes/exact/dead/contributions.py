@@ -1,4 +1,4 @@
-"""Where hidden units end: the sums over their positions, and which entries of the operands are zero there."""
+"""Where hidden units are summed: the sums over their positions, and which entries of the operands are zero there."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def to_rms(draft: GraphRewriter, norm: Norm) -> None:
 
     From opset 23 on by RMSNormalization; before, spelled out in the way that onnxruntime fuses into one kernel.
     """
-    # read anew: folding may have changed it
+    # read again: folding may have changed it
     beta = None if norm.beta is None else draft.weight(norm.beta.node, norm.beta.index)
     if norm.centre is not None:
         norm.centre.outputs[0].replace_all_uses_with(norm.source)

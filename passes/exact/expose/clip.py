@@ -20,7 +20,7 @@ MIN_OPSET = 8
 
 @dataclass
 class Unclipped:
-    """How many clips were written anew, and why others stayed."""
+    """How many clips were written again, and why others stayed."""
 
     clips: int = 0
     kept: Counter[str] = field(default_factory=Counter)

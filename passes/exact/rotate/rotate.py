@@ -165,7 +165,7 @@ def obstacles(program: Program) -> str:
         what = f"{means} LayerNormalizations subtract a mean"
     else:
         return "no residual stream admits a rotation: none is linear but for normalizations by its length"
-    cure = "run expose right before, which takes out what it can (equalize scales gains anew)"
+    cure = "run expose right before, which takes out what it can (equalize scales gains again)"
     return f"the residual stream stays, as {what}; {cure}"
 
 

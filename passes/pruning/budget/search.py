@@ -151,8 +151,8 @@ def _union(root: list[int], a: int, b: int) -> None:
 class Choice:
     """One number to choose: how many elements each of some linked spaces keeps.
 
-    ``ranked[i]``: the classes of space i that go with each element, best element first. ``curve``: what the next
-    element is worth, not increasing. ``levels``: the numbers allowed, ascending; the last keeps everything.
+    ``ranked[i]``: the classes of space i that are removed with each element, best element first. ``curve``: what the
+    next element is worth, not increasing. ``levels``: the numbers allowed, ascending; the last keeps everything.
     """
 
     spaces: list[int]

@@ -153,7 +153,7 @@ def find_candidates(
     steps: int,
     pairs: Mapping[int, Pair] | None = None,
 ) -> tuple[list[Candidate], list[str]]:
-    """Return spaces that only weights read, so that what goes can be made up for; and why others are left alone.
+    """Return spaces that only weights read, so that a removal can be compensated; and why others are left alone.
 
     ``pairs``: spaces that activations may read too: their units are in the order of what they matter.
     """

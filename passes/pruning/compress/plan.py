@@ -208,7 +208,10 @@ def make_plan(
 
 
 def between(levels: Labels, measured: Labels, curve: Curve) -> Curve:
-    """Divergences at levels between those measured: they grow by factors, and about with the square of what goes."""
+    """Divergences at levels between those measured.
+
+    They grow by factors, and about with the square of what is removed.
+    """
     safe = np.log(np.maximum(curve[:-1], max(float(curve[0]) * _TINY, 1e-300)))
     made = np.exp(np.interp(levels, measured[:-1], safe))
     last, all_of = int(measured[-2]), int(measured[-1])

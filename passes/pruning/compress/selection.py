@@ -203,7 +203,7 @@ class _State:
 
 @dataclass
 class Swaps:
-    """Finds better sets of kept elements by exchanging one for another, from set to set without factorizing anew."""
+    """Finds better sets of kept elements by exchanging one for another, from set to set without factorizing again."""
 
     problems: Sequence[Problem]
     count: int

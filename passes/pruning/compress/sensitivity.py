@@ -265,7 +265,10 @@ def shrunk(
     grams: Mapping[int, tuple[Layer, NormalEquations]],
     damping: float,
 ) -> Iterator[tuple[int, dict[str, Array]]]:
-    """For each level the weights and biases of the readers of one candidate, which do without what goes then."""
+    """For each level the weights and biases of the readers of one candidate.
+
+    Refitted without the units removed at that level.
+    """
     nodes = sorted({reader.node for found in candidate.readers for reader in found} & set(grams))
     problems = {node: problem_of(program, *grams[node], np.zeros((0, 1), np.int64), damping) for node in nodes}
     for level in levels:

@@ -28,7 +28,7 @@ from cipm_ir.symmetry.program import Program
 
 Matrix = npt.NDArray[np.float64]
 Weights = Callable[[str], Matrix]
-"""Gives a parameter by name, as it is by then; it may be written to."""
+"""Gives a parameter by name, as refitted so far; it may be written to."""
 LARGEST = 1024
 """Spaces of more units than this keep their basis: it costs a decomposition of a matrix of that size."""
 _FLOOR = 1e-6
@@ -184,7 +184,7 @@ def _softmax_follows(node: ir.Node) -> bool:
 def outputs_to_zero(program: Program, pairs: Mapping[int, Pair], stays: Mask) -> dict[int, Labels]:
     """Return outputs of products that must be zero for units to be without effect, by node.
 
-    Not those of blocks that go.
+    Not those of removed blocks.
     """
     found: defaultdict[int, list[Labels]] = defaultdict(list)
     for pair in pairs.values():

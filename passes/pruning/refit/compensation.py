@@ -1,6 +1,7 @@
-"""Least-squares compensation: weights learn to do without what goes, one product after the other.
+"""Least-squares compensation: each product is refitted without the removed units, in graph order.
 
-Inputs come from the network as it is by then, targets from the dense one (He et al. 2017; sequential as in GPTQ). Where
+Inputs come from the network as refitted so far, targets from the dense one (He et al. 2017; sequential as in GPTQ).
+Where
 the product is added to a shortcut, the target takes up the shortcut's drift: ``y = W u + (shortcut_dense - shortcut)``.
 """
 
@@ -187,7 +188,7 @@ class Compensation:
     def _sharpen(
         self, program: Program, layer: Layer, fitted: dict[str, Array], gone: Labels, x: Array, target: Array
     ) -> None:
-        """Refit a product that gives logits by the divergence of the classes; it still does without what goes."""
+        """Refit a product that gives logits by the divergence of the classes; the removed units stay unused."""
         assert layer.bias is not None
         logits = target
         if layer.reader.bias != layer.bias.name:  # what is added behind the product; a bias of its own stays
@@ -219,7 +220,8 @@ class _Duos:
 
 @dataclass
 class Compensated:
-    """A program that reads nothing of what goes, the one it was made of, the sums behind its weights by node, notes.
+    """A program that reads none of the removed units, the one it was made of, the sums behind its weights by node,
+    notes.
 
     ``working``: what holds the program while products are refitted.
     """

@@ -1,4 +1,4 @@
-"""Two products with a Relu between them, fitted together: the units that stay learn to stand in for those that go.
+"""Two products with a Relu between them, fitted together: the kept units take over from the removed ones.
 
 Least squares, one product after the other, asks each unit that stays to do what it did. Here only what the second
 product gives counts: ``min E |R (relu(t) - relu(t_dense))|²`` over both weights, where t is the sum that the second one
