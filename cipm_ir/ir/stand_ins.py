@@ -94,6 +94,12 @@ def infer_shapes(model: ir.Model) -> Shapes:
     return _Search(model, stripped(model, replaceable, recorded=False), types).run()
 
 
+def share_sizes(found: ir.Model, other: ir.Model) -> None:
+    """Let the search for the sizes of another form of a model, and of its copies, begin with those that fitted here."""
+    if _FOUND in found.graph.meta:
+        other.graph.meta[_FOUND] = found.graph.meta[_FOUND]
+
+
 @dataclass
 class _Search:
     """The search for sizes.

@@ -23,6 +23,7 @@ from cipm_ir.ir.labels import Array
 from cipm_ir.ir.lifted import held_weights, lift_weights, put_back
 from cipm_ir.ir.parameters import is_parameter, note_ir_version, overridable_inputs
 from cipm_ir.ir.shapes import forget_impossible_sizes
+from cipm_ir.ir.stand_ins import share_sizes
 from cipm_ir.ir.strided import has_detours, remove_detours
 from cipm_ir.symmetry.analysis import Analysis, gc_paused
 from cipm_ir.symmetry.counting import Count, count_macs
@@ -127,6 +128,8 @@ class Program:
         """The symmetry analysis, made when first needed."""
         if self._analysis is None:
             self._analysis = Analysis.of(self._model)
+            if self._source is not None:  # what is made of it need not search for sizes again
+                share_sizes(self._model, self._source)
         return self._analysis
 
     @cached_property
