@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from cipm_ir import passes
     from cipm_ir.algebra import Element, Group
     from cipm_ir.api import Result, apply_plan, fingerprint, load, optimize, to_torch, torch_backend, verify
+    from cipm_ir.ir_passes import IrPass
     from cipm_ir.symmetry.program import Program
     from cipm_ir.symmetry.space import Space
 
@@ -39,6 +40,7 @@ __all__ = [
     "Element",
     "Group",
     "InputError",
+    "IrPass",
     "OptionError",
     "OutputError",
     "Program",
@@ -63,6 +65,7 @@ __all__ = [
 _HOMES = {
     "Element": "cipm_ir.algebra",
     "Group": "cipm_ir.algebra",
+    "IrPass": "cipm_ir.ir_passes",
     "Program": "cipm_ir.symmetry.program",
     "Result": "cipm_ir.api",
     "Space": "cipm_ir.symmetry.space",
