@@ -9,6 +9,7 @@ Names are imported when they are first used, so that `import cipm_ir` is fast.
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from cipm_ir import moved
@@ -26,6 +27,7 @@ from cipm_ir.version import __version__
 
 deferred_imports.install()
 moved.install()
+logging.getLogger("cipm_ir").addHandler(logging.NullHandler())
 
 if TYPE_CHECKING:
     from cipm_ir import passes

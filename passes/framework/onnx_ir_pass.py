@@ -24,6 +24,7 @@ class OnnxIrPass(Pass):
         exact: whether it keeps the function; False for one that may change it, such as a conversion to another type.
     """
 
+    name: ClassVar[str] = "onnx-ir"
     kind: ClassVar[Kind] = Kind.EXACT
     wrapped: ir.passes.PassBase
     exact: bool = True
