@@ -14,16 +14,9 @@ from cipm_ir.frontends.onnx.load import check_finite
 from cipm_ir.ir.input_shapes import InputShapes
 from cipm_ir.passes.framework.base import Kind, Progress, ignore_progress
 from cipm_ir.passes.framework.parser import Passes, parse_passes
-from cipm_ir.passes.framework.pipeline import (
-    OnFailure,
-    Outcome,
-    Verify,
-    Witness,
-    check_analysis,
-    check_properties,
-    run_passes,
-)
+from cipm_ir.passes.framework.pipeline import OnFailure, Outcome, Verify, check_analysis, check_properties, run_passes
 from cipm_ir.passes.framework.report import Report
+from cipm_ir.passes.framework.witness import Witness, undo_all
 from cipm_ir.runtime.inputs.batch_size import fit_batch, share_batch
 from cipm_ir.runtime.inputs.data import Data
 from cipm_ir.runtime.verification.verify import Verification, verify_models
@@ -75,6 +68,16 @@ class Result:
     def __repr__(self) -> str:
         """Return the report as a table: what a notebook or a print shows."""
         return str(self.report)
+
+    def undo(self) -> Program:
+        """Return the program with every unit where it was in the model that came in: exact passes are undone.
+
+        Bit for bit where they permuted, flipped signs or scaled by powers of two. Rewrites of the graph stay.
+
+        Raises:
+            SymmetryError: a pass cannot be undone: it removed, merged or changed units, or does not say how.
+        """
+        return undo_all(self.program, self.witness)
 
     @cached_property
     def model(self) -> Any:

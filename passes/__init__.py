@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from cipm_ir.passes.framework.figures import Bars, Curves, Figure, HeatMap, Rows
     from cipm_ir.passes.framework.onnx_ir_pass import OnnxIrPass
     from cipm_ir.passes.framework.parser import parse_passes, print_passes
-    from cipm_ir.passes.framework.pipeline import Outcome, RolledBack, Witness, run_passes
+    from cipm_ir.passes.framework.pipeline import Outcome, RolledBack, run_passes
     from cipm_ir.passes.framework.registry import Listing, listing, lookup, names, register
     from cipm_ir.passes.framework.report import Report, Step, Totals
+    from cipm_ir.passes.framework.witness import Witness
     from cipm_ir.passes.merging.fold import Fold
     from cipm_ir.passes.pruning.compress.compress import Compress
     from cipm_ir.passes.pruning.prune import Prune
@@ -109,7 +110,7 @@ _HOMES = {
     "Rows": "framework.figures",
     "Step": "framework.report",
     "Totals": "framework.report",
-    "Witness": "framework.pipeline",
+    "Witness": "framework.witness",
     "listing": "framework.registry",
     "lookup": "framework.registry",
     "names": "framework.registry",

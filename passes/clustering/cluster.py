@@ -92,7 +92,10 @@ class Cluster(Pass):
         elements = _elements(found.spaces, made)
         summary = summary_of(shown, metrics, len(elements))
         after = program.act(elements) if elements else program
-        return PassResult(after, bool(elements), summary, witness, metrics, figures=figures_of(shown, metrics))
+        moved = {space.name: element for space, element in elements.items()}
+        return PassResult(
+            after, bool(elements), summary, witness, metrics, figures=figures_of(shown, metrics), elements=moved
+        )
 
     def _affinities(self, program: Program, spaces: Sequence[Space], ctx: Context) -> Affinities:
         by = self.by if self.by != "auto" else ("weights" if ctx.data is None else "activations")

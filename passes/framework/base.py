@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from cipm_ir.algebra import DenseElement, Element
 from cipm_ir.passes.framework.figures import Figure
 from cipm_ir.passes.framework.options import check_options, print_options
 from cipm_ir.runtime.inputs.data_sizes import data_sizes
@@ -49,6 +50,8 @@ class PassResult:
         kind: what the result promises, where that depends on options or data; None: what the pass's class promises.
         figures: pictures for the HTML report.
         bit_exact: every output keeps every bit, as under scales that are powers of two; the pipeline demands it then.
+        elements: where the pass did nothing but `Program.act`: the elements, by name of the space, so that it can be
+            undone.
     """
 
     program: Program
@@ -59,6 +62,7 @@ class PassResult:
     kind: Kind | None = None
     figures: tuple[Figure, ...] = ()
     bit_exact: bool = False
+    elements: Mapping[str, Element | DenseElement] = field(default_factory=dict)
 
 
 @dataclass
@@ -110,6 +114,7 @@ class Pass(ABC):
         requires: properties that some earlier pass must ensure; the pipeline checks them.
         ensures: properties that hold afterwards, until a pass that changes the program does not preserve them.
         preserves: properties of earlier passes that this one does not destroy.
+        keeps_units: every unit of the result is where it was: the pass rewrites the graph around them.
     """
 
     name: ClassVar[str] = ""
@@ -117,6 +122,7 @@ class Pass(ABC):
     requires: ClassVar[frozenset[str]] = frozenset()
     ensures: ClassVar[frozenset[str]] = frozenset()
     preserves: ClassVar[frozenset[str]] = frozenset()
+    keeps_units: ClassVar[bool] = False
 
     @property
     def approximates(self) -> bool:

@@ -9,7 +9,8 @@ from typing import Any
 from cipm_ir.errors import CipmError, OptionError
 from cipm_ir.passes.framework.base import Kind, Pass, Progress, ignore_progress
 from cipm_ir.passes.framework.parser import parse_passes
-from cipm_ir.passes.framework.verified_run import OnFailure, Outcome, RolledBack, Run, Verify, Witness, refuse_damaged
+from cipm_ir.passes.framework.verified_run import OnFailure, Outcome, RolledBack, Run, Verify, refuse_damaged
+from cipm_ir.passes.framework.witness import Witness
 from cipm_ir.runtime.checks import check_finite, check_shapes
 from cipm_ir.runtime.inputs.batch_size import fit_batch, share_batch
 from cipm_ir.runtime.inputs.generate import Data

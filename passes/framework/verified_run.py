@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 from cipm_ir.errors import CipmError, InputError, OptionError, VerificationError
 from cipm_ir.passes.framework.base import Context, Kind, Pass, PassResult, Progress
 from cipm_ir.passes.framework.report import TOGETHER, Report, Step, Totals, opaque_lines, space_lines
+from cipm_ir.passes.framework.witness import Witness
 from cipm_ir.runtime.checks import check_shapes
 from cipm_ir.runtime.inputs.batch_size import batch_note, share_batch
 from cipm_ir.runtime.inputs.data_sizes import data_sizes
@@ -27,15 +28,6 @@ Verify: TypeAlias = bool | Literal["strict"]
 
 
 _LOG = logging.getLogger("cipm_ir")
-
-
-@dataclass(frozen=True)
-class Witness:
-    """What one pass did, in the labels of the program that it got."""
-
-    name: str
-    kind: Kind
-    data: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -250,7 +242,7 @@ class Run:
         if changed and kind is not Kind.EXACT:
             self.base, self._verifier = result.program, None
         if changed or result.witness:
-            self.witness.append(Witness(str(one), kind, result.witness))
+            self.witness.append(Witness(str(one), kind, result.witness, result.elements, one.keeps_units))
 
     def _wait(self, index: int) -> None:
         """Let the step that comes next be verified later."""

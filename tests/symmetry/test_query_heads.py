@@ -15,9 +15,10 @@ from tests.symmetry.test_soundness import largest_change, program_of
 from tests.zoo.net import Net
 
 from cipm_ir.errors import SymmetryError
-from cipm_ir.passes.exact.canonicalize.canonicalize import Canonicalize, undo
+from cipm_ir.passes.exact.canonicalize.canonicalize import Canonicalize
 from cipm_ir.passes.exact.canonicalize.fingerprint import fingerprint_program
 from cipm_ir.passes.framework.base import Context
+from cipm_ir.passes.framework.witness import undo
 from cipm_ir.passes.pruning.budget.cost import CostModel
 from cipm_ir.passes.pruning.prune import Prune
 from cipm_ir.symmetry.program import Program
@@ -188,7 +189,7 @@ def test_one_canonical_form(program: Program) -> None:
         assert fingerprint_program(moved) == name
         made = Canonicalize().run(moved, Context())
         assert not Canonicalize().run(made.program, Context()).changed
-        back = weights(undo(made.program, made.witness))
+        back = weights(undo(made.program, made.elements))
         assert all(np.array_equal(array, back[key]) for key, array in weights(moved).items())
 
 

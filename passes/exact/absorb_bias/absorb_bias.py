@@ -40,6 +40,7 @@ class AbsorbBias(Pass):
     """
 
     kind: ClassVar[Kind] = Kind.EXACT
+    keeps_units: ClassVar[bool] = True
 
     observed: bool = option(False, "take what is seen on the data for a bound (approximate)")
     quantile: float = option(0.0, "with observed: the fraction of values that may be cut off", low=0.0, high=0.5)

@@ -52,6 +52,7 @@ class FoldAffine(Pass):
     """
 
     kind: ClassVar[Kind] = Kind.EXACT
+    keeps_units: ClassVar[bool] = True
     ensures: ClassVar[frozenset[str]] = frozenset({"batch-norm-folded"})
 
     def run(self, program: Program, ctx: Context) -> PassResult:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
 from cipm_ir.algebra import Element
-from cipm_ir.errors import SymmetryError
 from cipm_ir.ir.labels import Labels
 from cipm_ir.passes.exact.canonicalize.gauge import Gauge
 from cipm_ir.passes.exact.canonicalize.members import Members
@@ -50,7 +48,14 @@ class Canonicalize(Pass):
         witness = {space.name: as_lists(element) for space, element in elements.items()}
         summary = f"{len(elements)} of {len(program.spaces)} spaces brought into canonical form ({moved} classes)"
         metrics = {"spaces": len(elements), "classes": moved}
-        return PassResult(program.act(elements), True, "; ".join([summary, *notes]), witness, metrics)
+        return PassResult(
+            program.act(elements),
+            True,
+            "; ".join([summary, *notes]),
+            witness,
+            metrics,
+            elements={s.name: g for s, g in elements.items()},
+        )
 
 
 def canonical_elements(program: Program, *, exact: bool = True) -> dict[Space, Element]:
@@ -78,36 +83,6 @@ def _element(space: Space, classes: Labels, colour: Labels, gauge: Gauge) -> Ele
     return Element(perm, scale, gauge.sign[new, : group.signs].T)
 
 
-def undo(program: Program, witness: Mapping[str, Mapping[str, Any]]) -> Program:
-    """Take a canonicalized program back to the labels and the gauge of the model that the witness was made for.
-
-    Exact where the scales are powers of two.
-
-    Raises:
-        SymmetryError: the program lacks a space of the witness.
-    """
-    unknown = set(witness) - {space.name for space in program.spaces}
-    if unknown:
-        raise SymmetryError(f"The witness names space {min(unknown)!r}, which this program does not have.")
-    spaces = program.analysis.spaces
-    units: list[str] = []
-    # An element on all spaces moves units first, then blocks from inner to outer: go back the other way.
-    for space, raw in reversed(list(zip(program.spaces, spaces, strict=True))):
-        if space.name not in witness:
-            continue
-        if raw.kind != "blocks" and raw.table.shape[1] == 1:
-            units.append(space.name)
-        else:
-            program = program.act({program.space(space.name): _from_lists(witness[space.name]).inverse()})
-    return program.act({program.space(name): _from_lists(witness[name]).inverse() for name in units})
-
-
 def as_lists(element: Element) -> dict[str, Any]:
     """Return an element as a witness holds it."""
     return {"perm": element.perm.tolist(), "scale": element.scale.tolist(), "sign": element.sign.tolist()}
-
-
-def _from_lists(entry: Mapping[str, Any]) -> Element:
-    perm = np.asarray(entry["perm"], np.int64)
-    scale = np.asarray(entry["scale"], np.float64).reshape(-1, len(perm))
-    return Element(perm, scale, np.asarray(entry["sign"], np.int8).reshape(-1, len(perm)))

@@ -58,7 +58,15 @@ class CanonicalizeSigns(Pass):
             share = 1 - np.exp(metrics["range_after"] - metrics["range_before"])
             summary += f"; ranges of weights {100 * share:.1f}% smaller on average"
         witness = {name: [rows.tolist() for rows in table] for name, table in flipped.items()}
-        return PassResult(program.act(elements), True, summary, witness, metrics, bit_exact=True)
+        return PassResult(
+            program.act(elements),
+            True,
+            summary,
+            witness,
+            metrics,
+            bit_exact=True,
+            elements={s.name: g for s, g in elements.items()},
+        )
 
 
 def sign_elements(program: Program, signs: Gauge) -> dict[Space, Element]:

@@ -51,6 +51,7 @@ class FoldBatchNorm(Pass):
     """
 
     kind: ClassVar[Kind] = Kind.EXACT
+    keeps_units: ClassVar[bool] = True
     ensures: ClassVar[frozenset[str]] = frozenset({"batch-norm-folded"})
 
     def run(self, program: Program, ctx: Context) -> PassResult:
@@ -92,6 +93,7 @@ class CleanUp(Pass):
     """
 
     kind: ClassVar[Kind] = Kind.EXACT
+    keeps_units: ClassVar[bool] = True
     input_size_limit: int = option(8192, "constants with more entries are not folded", low=1)
     output_size_limit: int = option(
         262144, "results with more entries are not stored, unless they replace larger constants", low=1

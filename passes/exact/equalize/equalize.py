@@ -84,7 +84,16 @@ class Equalize(Pass):
         witness = {space.name: as_lists(element) for space, element in elements.items()}
         summary = "; ".join([summary_of(metrics, len(elements), lost), *notes])
         acted, pictures = program.act(elements), figures_of(metrics)
-        return PassResult(acted, True, summary, witness, metrics, figures=pictures, bit_exact=self.exact)
+        return PassResult(
+            acted,
+            True,
+            summary,
+            witness,
+            metrics,
+            figures=pictures,
+            bit_exact=self.exact,
+            elements={s.name: g for s, g in elements.items()},
+        )
 
 
 def _elements(program: Program, scale: Floats) -> dict[Space, Element]:

@@ -48,6 +48,7 @@ class Expose(Pass):
     """
 
     kind: ClassVar[Kind] = Kind.EXACT
+    keeps_units: ClassVar[bool] = True
     ensures: ClassVar[frozenset[str]] = frozenset({"exposed"})
 
     batch_norm: bool = option(True, "fold batch normalizations into the products before them")

@@ -93,7 +93,15 @@ class Rotate(Pass):
         metrics = {"spaces": len(elements), "method": self.method, **found.metrics()}
         witness = {space.name: {"matrix": element.matrix} for space, element in elements.items()}
         summary = f"{_counted(elements, roles)} rotated; {_effect(metrics)}" + (f"; {left}" if left else "")
-        return PassResult(program.act(elements), True, summary, witness, metrics, figures=found.figures())
+        return PassResult(
+            program.act(elements),
+            True,
+            summary,
+            witness,
+            metrics,
+            figures=found.figures(),
+            elements={s.name: g for s, g in elements.items()},
+        )
 
     def _given(self, program: Program) -> dict[Space, DenseElement]:
         made: dict[Space, DenseElement] = {}
@@ -107,15 +115,6 @@ class Rotate(Pass):
 def draw(method: str, n: int, rng: np.random.Generator) -> DenseElement:
     """Return an orthogonal matrix: "hadamard" or "random"."""
     return DenseElement.hadamard(n, rng) if method == "hadamard" else DenseElement.orthogonal(n, rng)
-
-
-def undo(program: Program, witness: Mapping[str, Mapping[str, Any]]) -> Program:
-    """Turn every space of a witness back, up to rounding.
-
-    Raises:
-        SymmetryError: the program lacks a space of the witness.
-    """
-    return program.act({program.space(name): DenseElement(one["matrix"]).inverse() for name, one in witness.items()})
 
 
 # ---------------------------------------------------------------- which spaces

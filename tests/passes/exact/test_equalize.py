@@ -14,11 +14,11 @@ import cipm_ir
 from cipm_ir.algebra import Element
 from cipm_ir.errors import OptionError
 from cipm_ir.passes import Equalize
-from cipm_ir.passes.exact.canonicalize.canonicalize import undo
 from cipm_ir.passes.exact.canonicalize.members import Members
 from cipm_ir.passes.exact.equalize.equalize import channels
 from cipm_ir.passes.exact.equalize.terms import terms_of
 from cipm_ir.passes.framework.base import Context
+from cipm_ir.passes.framework.witness import undo
 from cipm_ir.runtime.session import run as run_model
 from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.space import Space
@@ -232,7 +232,7 @@ def test_data_moves_the_scales_and_can_be_all_that_counts() -> None:
 def test_the_witness_takes_it_back() -> None:
     program = load("vit")
     result = run(scrambled(program))
-    again = undo(result.program, result.witness)
+    again = undo(result.program, result.elements)
     wild = scrambled(program)
     for name in result.metrics["tensors"]:
         assert np.array_equal(value_of(wild, name), value_of(again, name))

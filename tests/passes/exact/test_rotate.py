@@ -20,7 +20,8 @@ from cipm_ir.errors import OptionError, SymmetryError
 from cipm_ir.passes import Kind, parse_passes, run_passes
 from cipm_ir.passes.exact.expose.expose import Expose
 from cipm_ir.passes.exact.rotate.metrics import spread
-from cipm_ir.passes.exact.rotate.rotate import Rotate, dense_roles, undo
+from cipm_ir.passes.exact.rotate.rotate import Rotate, dense_roles
+from cipm_ir.passes.framework.witness import undo
 
 STYLES = {"llama": replace(LLAMA, width=32), "bert": replace(BERT, width=32)}
 parametrize = pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
@@ -124,7 +125,7 @@ def test_undo(style: Style) -> None:
     model = transformer(replace(style, dtype="float64"))
     program = program_of(model)
     outcome = run_passes(program, [Rotate(scores=True)])
-    back = undo(outcome.program, outcome.witness[0].data)
+    back = undo(outcome.program, outcome.witness[0].elements)
     for name, value in program.model.graph.initializers.items():
         again = back.model.graph.initializers[name].const_value
         assert value.const_value is not None and again is not None
