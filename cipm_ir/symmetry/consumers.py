@@ -36,11 +36,11 @@ class Incidence:
         """Return the numbers of the arrays that hold any of these classes, sorted, each once."""
         known = classes[classes < len(self.start) - 1]
         if len(known) == 1:
-            return self.holders[self.start[known[0]] : self.start[known[0] + 1]]
+            return np.asarray(self.holders[self.start[known[0]] : self.start[known[0] + 1]])
         first, width = self.start[known], self.start[known + 1] - self.start[known]
         offset = np.arange(int(width.sum())) - np.repeat(np.cumsum(width) - width, width)
         found = np.sort(self.holders[np.repeat(first, width) + offset])
-        return found[np.r_[True, found[1:] != found[:-1]][: len(found)]]
+        return np.asarray(found[np.r_[True, found[1:] != found[:-1]][: len(found)]])
 
 
 class Consumers:
