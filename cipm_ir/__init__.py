@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from cipm_ir import moved
 from cipm_ir.errors import (
     CipmError,
     InputError,
@@ -24,12 +25,14 @@ from cipm_ir.ir import deferred_imports
 from cipm_ir.version import __version__
 
 deferred_imports.install()
+moved.install()
 
 if TYPE_CHECKING:
     from cipm_ir import passes
     from cipm_ir.algebra import Element, Group
     from cipm_ir.api import Result, apply_plan, fingerprint, load, optimize, to_torch, torch_backend, verify
-    from cipm_ir.symmetry.program import Program, Space
+    from cipm_ir.symmetry.program import Program
+    from cipm_ir.symmetry.space import Space
 
 __all__ = [
     "CipmError",
@@ -62,7 +65,7 @@ _HOMES = {
     "Group": "cipm_ir.algebra",
     "Program": "cipm_ir.symmetry.program",
     "Result": "cipm_ir.api",
-    "Space": "cipm_ir.symmetry.program",
+    "Space": "cipm_ir.symmetry.space",
     "apply_plan": "cipm_ir.api",
     "fingerprint": "cipm_ir.api",
     "load": "cipm_ir.api",

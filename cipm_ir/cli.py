@@ -29,7 +29,8 @@ from cipm_ir.progress_bar import progress_bar
 from cipm_ir.version import __version__
 
 if TYPE_CHECKING:
-    from cipm_ir.symmetry.program import Program, Space
+    from cipm_ir.symmetry.program import Program
+    from cipm_ir.symmetry.space import Space
 
 app = typer.Typer(
     name="cipm",

@@ -10,6 +10,11 @@ from __future__ import annotations
 class CipmError(Exception):
     """Base of every error that this package raises on purpose."""
 
+    def __str__(self) -> str:
+        """Return the message on one line: names in a file may hold line breaks and other control characters."""
+        text = super().__str__()
+        return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
 
 class InputError(CipmError):
     """The model or the data cannot be used: no such file, not a model, corrupt, inconsistent."""

@@ -186,7 +186,7 @@ def matmul_letters(a: State, b: State, out_rank: int) -> tuple[Letters, Letters,
     return tuple(left), tuple(right), tuple(out)
 
 
-@operator("MatMul", "MatMulInteger")
+@operator("MatMul", "MatMulInteger", mergeable=True)
 def matmul(op: OpContext) -> None:
     """Numpy-style matrix product."""
     a, b = op.state(0), op.state(1)
@@ -222,7 +222,7 @@ def by_expert(op: OpContext, states: Sequence[State], letters: Sequence[Letters]
     return made
 
 
-@operator("Gemm")
+@operator("Gemm", mergeable=True)
 def gemm(op: OpContext) -> None:
     """alpha A B + beta C, with transposes; C broadcasts."""
     a, b = op.state(0), op.state(1)
@@ -284,7 +284,7 @@ def _equation(op: OpContext) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
-@operator("Einsum")
+@operator("Einsum", mergeable=True)
 def einsum(op: OpContext) -> None:
     """Any contraction; more than two operands are taken from left to right."""
     states = [op.state(k) for k in range(len(op.node.inputs))]

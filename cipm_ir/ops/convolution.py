@@ -48,7 +48,7 @@ def _with_bias(op: OpContext, out: State, index: int) -> None:
     op.like(0, out, out.uniform)
 
 
-@operator("Conv", "ConvInteger", resize=resize_group)
+@operator("Conv", "ConvInteger", resize=resize_group, mergeable=True)
 def conv(op: OpContext) -> None:
     """Channels contract, whatever the kernel, strides, dilations and zero padding."""
     if op.node.op_type == "ConvInteger":
@@ -121,7 +121,7 @@ def _grouped(op: OpContext, x: State, w: State, group: int, weight: int) -> tupl
     return (Factor((1,), fo.labels, fo.scale_var, fo.repeats),)
 
 
-@operator("ConvTranspose", resize=resize_group)
+@operator("ConvTranspose", resize=resize_group, mergeable=True)
 def conv_transpose(op: OpContext) -> None:
     """Weight (in, out / group, kernel)."""
     x, w = _channels(op, op.state(0), "spatial position"), _channels(op, op.state(1), "kernel tap")
@@ -158,7 +158,16 @@ def conv_transpose(op: OpContext) -> None:
 
 
 @operator(
-    "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "LpPool", "GlobalLpPool", "MaxRoiPool", "RoiAlign"
+    "MaxPool",
+    "AveragePool",
+    "GlobalAveragePool",
+    "GlobalMaxPool",
+    "LpPool",
+    "GlobalLpPool",
+    "MaxRoiPool",
+    "RoiAlign",
+    positionwise=True,
+    mergeable=True,
 )
 def pool(op: OpContext) -> None:
     """Channels pass; averages keep signs, maxima do not, norms end them."""
@@ -178,7 +187,7 @@ def pool(op: OpContext) -> None:
         raise UnsupportedPattern("MaxPool with indices")
 
 
-@operator("LRN")
+@operator("LRN", positionwise=True)
 def lrn(op: OpContext) -> None:
     """Local response normalization mixes neighbouring channels."""
     op.freeze(op.state(0))

@@ -63,7 +63,7 @@ def reduce(op: OpContext) -> None:
     op.set(0, factors, [place[a] for a in x.uniform if a not in gone])
 
 
-@operator("ArgMax", "ArgMin")
+@operator("ArgMax", "ArgMin", positionwise=True)
 def arg_extremum(op: OpContext) -> None:
     """An index into the axis: its order is visible."""
     x = op.state(0)
@@ -75,7 +75,7 @@ def arg_extremum(op: OpContext) -> None:
     op.set(0, [fixed(f).moved(place) for f in x.factors], [place[a] for a in x.uniform])
 
 
-@operator("TopK")
+@operator("TopK", positionwise=True)
 def top_k(op: OpContext) -> None:
     """Values and positions in sorted order."""
     x = op.state(0)
@@ -88,7 +88,7 @@ def top_k(op: OpContext) -> None:
         op.set(k, rest, x.uniform)
 
 
-@operator("CumSum")
+@operator("CumSum", positionwise=True)
 def cumulative_sum(op: OpContext) -> None:
     """Order matters along the axis, the others pass with their scale."""
     x = op.state(0)

@@ -10,23 +10,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from cipm_ir.ops.context import OpContext
-    from cipm_ir.ops.resize import Resize
+from cipm_ir.ops.context import OpContext
+from cipm_ir.ops.resize import Resize
 
 Shape = tuple[int, ...]
-LabelRule = Callable[["OpContext"], None]
-ResizeRule = Callable[["Resize"], None]
+LabelRule = Callable[[OpContext], None]
+ResizeRule = Callable[[Resize], None]
 
 
 @dataclass(frozen=True)
 class Operator:
     """Everything the framework knows about one operator.
 
-    ``elementwise``: an entry of an output is a function of the entries at its place (inputs aligned from the right),
-    the same function everywhere. Only then does `OpContext.like` hand on that an axis is uniform.
+    A trait that is not declared is absent, and whoever asks for it is then conservative.
+
+    Attributes:
+        name: of the operator.
+        domain: empty for ONNX's own.
+        labels: the label rule.
+        resize: how literals and attributes follow a change of size.
+        literals: inputs that are such literals.
+        elementwise: an entry of an output is a function of the entries at its place (inputs aligned from the right),
+            the same function everywhere. Only then does `OpContext.like` hand on that an axis is uniform. Implies
+            the two below.
+        positionwise: an entry of an output depends on entries of the inputs that carry the same labels only, but for
+            the statistics and contractions that the rule records.
+        mergeable: units that are equal before it are equal behind it, and sums over units are contractions that the
+            rule records: a consumer behind it can take up a merge of units.
     """
 
     name: str
@@ -35,6 +46,8 @@ class Operator:
     resize: ResizeRule | None = None
     literals: tuple[int, ...] = ()
     elementwise: bool = False
+    positionwise: bool = False
+    mergeable: bool = False
 
 
 _REGISTRY: dict[tuple[str, str], Operator] = {}
@@ -47,20 +60,23 @@ def operator(
     resize: ResizeRule | None = None,
     literals: tuple[int, ...] = (),
     elementwise: bool = False,
+    positionwise: bool = False,
+    mergeable: bool = False,
 ) -> Callable[[LabelRule], LabelRule]:
-    """Register a label rule for operators; registering one twice is an error.
+    """Register a label rule for operators, with their traits (see `Operator`); registering one twice is an error.
 
     Without names it is the rule of all operators of a domain that have none of their own.
     """
+    traits = elementwise, elementwise or positionwise, elementwise or mergeable
 
     def register(rule: LabelRule) -> LabelRule:
         if not names:
-            _OF_DOMAIN[domain] = Operator("", domain, rule, resize, literals, elementwise)
+            _OF_DOMAIN[domain] = Operator("", domain, rule, resize, literals, *traits)
         for name in names:
             key = (domain, name)
             if key in _REGISTRY:
                 raise ValueError(f"operator {domain}::{name} is registered twice")
-            _REGISTRY[key] = Operator(name, domain, rule, resize, literals, elementwise)
+            _REGISTRY[key] = Operator(name, domain, rule, resize, literals, *traits)
         return rule
 
     return register

@@ -6,7 +6,9 @@ Scales and zero points of whole tensors are single numbers; nothing on integers 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import overload
 
 import onnx_ir as ir
 
@@ -256,22 +258,49 @@ def quantized_lstm(op: OpContext) -> None:
     entry = lookup("", "LSTM")
     if entry is None:
         raise UnsupportedPattern("no rule for LSTM inside it")
-    turned = [_turned(_frozen(op, k)) for k in (1, 2)]
     for k in range(8, 12):
         numbers = op.optional(k)
-        if numbers is not None and math.prod(numbers.shape) > turned[0].shape[0]:
+        if numbers is not None and math.prod(numbers.shape) > op.state(1).shape[0]:
             raise UnsupportedPattern("scales of each gate")
+    turned = [
+        _turned(_by_direction(op, 1, _frozen(op, 1), (2,))),
+        _turned(_by_direction(op, 2, _frozen(op, 2), (1, 2))),
+    ]
+    rest = [
+        _by_direction(op, k, op.optional(k), axes)
+        for k, axes in zip(range(3, 8), ((1,), (), (2,), (2,), (1,)), strict=True)
+    ]
+    for k in range(8, 12):
+        numbers = op.optional(k)
         op.pin(numbers, "a scale of each direction")
     x = op.state(0)
     op.freeze(x)
     op.normalizes(x, range(x.rank))  # quantized by the extrema
-    states = [op.state(0), *turned, *(op.optional(k) for k in range(3, 8))]
+    states = [op.state(0), *turned, *rest]
     values = [None if s is None else ir.Value(name=f"step_{k}") for k, s in enumerate(states)]
     outputs = [ir.Value(name=v.name) for v in op.node.outputs]
     node = ir.Node("", "LSTM", values, list(op.node.attributes.values()), outputs=outputs)
     local = replace(op, node=node, version=22, inputs=states, literals=[None] * len(states), seeds=None, outputs=[])
     entry.labels(local)
     op.outputs = local.outputs
+
+
+@overload
+def _by_direction(op: OpContext, index: int, state: State, axes: Sequence[int]) -> State: ...
+@overload
+def _by_direction(op: OpContext, index: int, state: State | None, axes: Sequence[int]) -> State | None: ...
+def _by_direction(op: OpContext, index: int, state: State | None, axes: Sequence[int]) -> State | None:
+    """State of a parameter whose axes have an order of units for each direction, as far as it can have one."""
+    if state is None or state.shape[0] == 1:
+        return state
+    op.pin(State(state.shape, tuple(f for f in state.factors if f.axes == (0,))), f"direction of {op.node.op_type}")
+    for axis in axes:
+        joint = op.grouped(index, axis, state.shape[0])
+        if joint is not None:
+            op.freeze_factor(joint)
+            others = tuple(f for f in state.factors if f.axes != (axis,))
+            state = State(state.shape, (*others, fixed(joint)), state.uniform)
+    return state
 
 
 def _turned(state: State) -> State:

@@ -33,6 +33,9 @@ _LENT = 1 << 20
 """Weights of so many bytes of a model that is handed over as bytes are lent to onnxruntime where they are."""
 _LENDABLE = {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT64}
 
+_COPYING = "NchwcTransformer", "ConvBNFusion", "ConvMulFusion"
+"""Optimizations that make new weights of convolutions in memory."""
+
 _NO_KERNEL = (
     "could not find an implementation",
     "is not a registered function/op",
@@ -60,6 +63,9 @@ class Runner:
         fast: with onnxruntime's graph optimizations, where speed counts and not every bit.
         threads: of onnxruntime; None leaves the number to it.
         own: the model was made for this runner, which may change it instead of a copy.
+        lean: without the copies of weights that kernels rearrange, and with memory given back after each node: slower,
+            and some sums round otherwise, so two models that are compared need the same. None: where weights lie in a
+            file, unless ``fast``.
 
     Raises:
         UnsupportedError: the backend (or each of them) lacks an operator or a type that the model uses.
@@ -75,8 +81,9 @@ class Runner:
         fast: bool = False,
         threads: int | None = None,
         own: bool = False,
+        lean: bool | None = None,
     ) -> None:
-        self._fast, self._parallel, self._runs = fast, threads, 0
+        self._fast, self._parallel, self._lean, self._runs = fast, threads, lean, 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._lent: dict[str, ort.OrtValue] = {}
         """Weights that the session uses where they are."""
@@ -120,7 +127,12 @@ class Runner:
         options.intra_op_num_threads = self._parallel or 0
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # leave the cores to others
         try:
-            return ort.InferenceSession(self._hand_over(options), options, providers=["CPUExecutionProvider"])
+            handed, spared = self._hand_over(options), list[str]()
+            if self._lean or (self._lean is None and not self._fast and isinstance(handed, str)):
+                options.add_session_config_entry("session.disable_prepacking", "1")
+                options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+                spared = list(_COPYING)
+            return ort.InferenceSession(handed, options, providers=["CPUExecutionProvider"], disabled_optimizers=spared)
         except ort_state.NotImplemented as error:
             raise UnsupportedError(f"onnxruntime cannot run the model: {_first_line(error)}") from error
         except Exception as error:

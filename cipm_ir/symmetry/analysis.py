@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -20,12 +19,9 @@ from cipm_ir.symmetry.counting import Count
 from cipm_ir.symmetry.leaves import LeafFactor
 from cipm_ir.symmetry.parts import with_parts
 from cipm_ir.symmetry.scales import Directions, solve_scales
-from cipm_ir.symmetry.spaces import RawSpace, find_spaces
+from cipm_ir.symmetry.spaces import Linearity, RawSpace, find_spaces
 from cipm_ir.symmetry.walk import Walk, walk
 from cipm_ir.symmetry.whole_axes import classes_of
-
-if TYPE_CHECKING:
-    from cipm_ir.symmetry.dense import Linearity
 
 
 @contextmanager
@@ -63,6 +59,15 @@ class Analysis:
             directions = solve_scales(walked, classes, spaces)
             kept = [k for k, s in enumerate(spaces) if s.kind != "cells" or directions[k].scales or directions[k].signs]
             return cls(walked, classes, [spaces[k] for k in kept], [directions[k] for k in kept])
+
+    def without_statistics(self, inner: Sequence[Labels]) -> Analysis:
+        """Return the same without some statistics: those of a group do not change when the whole group is removed."""
+        across = list(self.walk.rec.normalized)
+        for labels in inner:
+            same = next((k for k, one in enumerate(across) if np.array_equal(one, labels.ravel())), None)
+            if same is not None:
+                del across[same]
+        return replace(self, walk=replace(self.walk, rec=replace(self.walk.rec, normalized=across)))
 
     @cached_property
     def consumers(self) -> Consumers:

@@ -7,12 +7,11 @@ gamma has equal entries (Ashkboos et al. 2024, SliceGPT). GL(n): linear alone, a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from cipm_ir.algebra import Dense, DenseElement
+from cipm_ir.algebra import DenseElement
 from cipm_ir.errors import SymmetryError
 from cipm_ir.ir.bodies import nodes_in_order
 from cipm_ir.ir.labels import Array
@@ -22,24 +21,7 @@ from cipm_ir.symmetry.leaves import LeafFactor
 from cipm_ir.symmetry.linearity import GAMMA, REAL, VECTOR, LinearityAnalysis
 from cipm_ir.symmetry.primitives.edits import Edit
 from cipm_ir.symmetry.scales import Directions
-from cipm_ir.symmetry.spaces import RawSpace
-
-
-@dataclass(frozen=True)
-class Linearity:
-    """How linear everything on a space is.
-
-    Attributes:
-        level: the dense group that the structure admits: "O", "GL", or "" for none.
-        gammas: leaves that multiply unit by unit: the level holds only where their entries are equal.
-        normalized: whether lengths of its vectors are taken, as a normalization does.
-        reason: why the level is "".
-    """
-
-    level: Dense = ""
-    gammas: tuple[int, ...] = ()
-    normalized: bool = False
-    reason: str = ""
+from cipm_ir.symmetry.spaces import Linearity, RawSpace
 
 
 def linearities(analysis: Analysis) -> list[Linearity]:

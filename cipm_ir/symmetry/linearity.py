@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -19,9 +18,7 @@ import onnx_ir as ir
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Labels, State
 from cipm_ir.ops.events import Contraction
-
-if TYPE_CHECKING:
-    from cipm_ir.symmetry.analysis import Analysis
+from cipm_ir.symmetry.analysis import Analysis
 
 REAL = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 VECTOR, GAMMA = "vector", "gamma"

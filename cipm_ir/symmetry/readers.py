@@ -12,7 +12,8 @@ from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Labels
 from cipm_ir.symmetry.analysis import Analysis
 from cipm_ir.symmetry.leaves import Leaf, LeafFactor
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,3 +147,15 @@ def _weight(analysis: Analysis, position: int, node: ir.Node) -> tuple[int, int]
             return None
         return leaf, int(bool(attribute(node, "transB", 0)) != turned)
     return leaf, int(turned)
+
+
+def weight_uses(program: Program) -> dict[str, int]:
+    """How many things read each parameter; through a Transpose, everything that reads that."""
+    walk = program.analysis.walk
+    uses: dict[str, int] = {}
+    for leaf in walk.leaves:
+        nodes = [walk.nodes[position] for position, _ in leaf.uses]
+        turned = [node.outputs[0] for node in nodes if node.op_type == "Transpose"]
+        more = sum(len(value.uses()) + value.is_graph_output() - 1 for value in turned)
+        uses[leaf.name] = uses.get(leaf.name, 0) + len(nodes) + more
+    return uses

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cipm_ir.algebra import Dense
 from cipm_ir.ir.labels import Labels, mix
 from cipm_ir.symmetry.classes import Classes, Hashes, scatter_sum, unique_pairs
 
@@ -242,3 +243,20 @@ def _nested_ranks(nested: Labels, first: Labels) -> list[tuple[int, int, int]]:
             ranks[outer] = ranks.get(outer, -1) + 1
             out.append((outer, sub, ranks[outer]))
     return out
+
+
+@dataclass(frozen=True)
+class Linearity:
+    """How linear everything on a space is.
+
+    Attributes:
+        level: the dense group that the structure admits: "O", "GL", or "" for none.
+        gammas: leaves that multiply unit by unit: the level holds only where their entries are equal.
+        normalized: whether lengths of its vectors are taken, as a normalization does.
+        reason: why the level is "".
+    """
+
+    level: Dense = ""
+    gammas: tuple[int, ...] = ()
+    normalized: bool = False
+    reason: str = ""

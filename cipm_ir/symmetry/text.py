@@ -6,7 +6,8 @@ sibling spaces of a layer's blocks (the units of each head), ``@a+@b`` for an ax
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -15,12 +16,13 @@ from cipm_ir.ir.bodies import bodies, body_graphs, body_path, names_twice, nodes
 from cipm_ir.ir.labels import Factor, Labels, State
 from cipm_ir.ir.nested import captured_values
 from cipm_ir.ir.parameters import free_inputs, is_overridable, parameters
+from cipm_ir.symmetry.analysis import Analysis
 from cipm_ir.symmetry.leaves import Leaf, OpaqueNode
+from cipm_ir.symmetry.space import Space
 
 if TYPE_CHECKING:
     import networkx as nx
 
-    from cipm_ir.symmetry.program import Program, Space
 
 _SHORT = {
     ir.DataType.FLOAT: "f32",
@@ -37,10 +39,24 @@ _LITERAL = 8
 _NAMES = 4
 
 
+class ProgramView(Protocol):
+    """What the text form shows: a `cipm_ir.symmetry.program.Program` has it all."""
+
+    @property
+    def model(self) -> ir.Model: ...
+    @property
+    def analysis(self) -> Analysis: ...
+    @property
+    def spaces(self) -> tuple[Space, ...]: ...
+    @property
+    def opaque(self) -> Sequence[OpaqueNode]: ...
+    def index(self, space: Space) -> int: ...
+
+
 class _Annotator:
     """Which spaces the axes of a value move with."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: ProgramView) -> None:
         analysis = program.analysis
         self.classes = analysis.classes
         self.names = [s.name for s in program.spaces]
@@ -104,7 +120,7 @@ class _Annotator:
         return "[" + ", ".join(parts) + "]"
 
 
-def dual_atoms(program: Program) -> np.ndarray:
+def dual_atoms(program: ProgramView) -> np.ndarray:
     """Per atom, whether it is the consumer's side of a contraction: it moves by the dual."""
     walk = program.analysis.walk
     owner = np.full(len(program.analysis.classes.of), -1, np.int64)
@@ -122,7 +138,7 @@ def dual_atoms(program: Program) -> np.ndarray:
 class _Sizes:
     """Sizes as the model writes them: a dynamic one by its symbol, not by the number that stood in for it."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: ProgramView) -> None:
         shapes = program.analysis.walk.shapes
         self.first, self.second, self.types = shapes.first, shapes.second, shapes.types
         self.symbols: dict[str, tuple[int, int]] = {}
@@ -160,7 +176,7 @@ class _Sizes:
         return "?"
 
 
-def render(program: Program) -> str:
+def render(program: ProgramView) -> str:
     """The annotated graph: spaces, inputs, parameters, nodes, outputs."""
     annotate, sizes, graph = _Annotator(program), _Sizes(program), program.model.graph
     lines = [f"graph {graph.name or 'main'}", *(_space(s) for s in program.spaces)]
@@ -194,7 +210,7 @@ def render(program: Program) -> str:
     return "\n".join(lines)
 
 
-def _states(program: Program) -> dict[str, State]:
+def _states(program: ProgramView) -> dict[str, State]:
     """State of every value; of a parameter, that of its first use."""
     states = dict(program.analysis.walk.states)
     for leaf in program.analysis.walk.leaves:
@@ -270,7 +286,7 @@ def _attribute(attr: ir.Attr) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def to_networkx(program: Program) -> nx.Graph[str]:
+def to_networkx(program: ProgramView) -> nx.Graph[str]:
     """Bipartite graph: ``@space`` nodes (size, kind, group) and parameter nodes; an edge lists the axes that move."""
     import networkx as nx
 
@@ -288,7 +304,7 @@ def to_networkx(program: Program) -> nx.Graph[str]:
     return graph
 
 
-def annotate_model(program: Program, model: ir.Model) -> None:
+def annotate_model(program: ProgramView, model: ir.Model) -> None:
     """Write ``cipm_ir.axes`` into the metadata of values and ``cipm_ir.spaces`` into the model's, for graph viewers."""
     annotate, sizes, states = _Annotator(program), _Sizes(program), _states(program)
     analysed = {v.name or "": v for v in _values(program.model)}

@@ -305,7 +305,7 @@ class _Walker(Known):
             if entry.elementwise and len(inputs) > 1:
                 op.split_rows()
             entry.labels(op)
-        except (UnsupportedPattern, ValueError, IndexError) as reason:
+        except (UnsupportedPattern, ValueError, LookupError) as reason:
             said = (
                 str(reason)
                 if isinstance(reason, UnsupportedPattern)

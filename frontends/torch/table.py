@@ -11,6 +11,7 @@ the module with the names of the entry's parameters (``weight``, ``stride``, ``e
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -46,13 +47,6 @@ FAMILIES = (
     "fourier",
 )
 
-_FRESH = ("elementwise", "arithmetic", "contraction", "convolution", "pooling", "normalization", "reduction",
-          "attention", "recurrent", "creation")  # fmt: skip
-"""Families whose results have memory of their own, unless an entry says otherwise."""
-
-_COPIES = {"embedding", "aten.embedding", "embedding_bag", "gather", "index_select"}
-"""Operations of the other families whose results have memory of their own."""
-
 _FUNCTIONS: dict[str, Entry] = {}
 _MODULES: dict[type[nn.Module], ModuleEntry] = {}
 
@@ -80,7 +74,7 @@ class ModuleEntry:
 
 
 def lowers(
-    *names: str, modules: tuple[type[nn.Module], ...] = (), inputs: int = 1, view: bool = False, **fixed: Any
+    *names: str, modules: tuple[type[nn.Module], ...] = (), inputs: int = 1, view: bool = True, **fixed: Any
 ) -> Callable[[AnyLower], AnyLower]:
     """Register an entry for operations; registering a name or a class twice is an error.
 
@@ -88,14 +82,12 @@ def lowers(
         names: bare names of functions, methods and aten operations (in-place forms too: without the trailing ``_``).
         modules: module classes that compute this; see the head of this file.
         inputs: how many arguments a module gets from its call.
-        view: the result may share memory with the first argument, in a family whose results otherwise do not.
+        view: the result may share memory with the first argument; see `computes` for results that never do.
         fixed: arguments of the entry that a module does not have as attributes.
     """
 
     def register(lower: AnyLower) -> AnyLower:
-        fresh = lower.__module__.endswith(tuple(f"_ops_{family}" for family in _FRESH)) or not _COPIES.isdisjoint(names)
-        shares = view or not fresh
-        entry = Entry(names[0] if names else lower.__name__, lower, _signature(lower), shares)
+        entry = Entry(names[0] if names else lower.__name__, lower, _signature(lower), view)
         for name in names:
             if name in _FUNCTIONS:
                 raise ValueError(f"torch operation {name!r} is registered twice")
@@ -105,6 +97,10 @@ def lowers(
         return lower
 
     return register
+
+
+computes = functools.partial(lowers, view=False)
+"""As `lowers`, for operations whose results have memory of their own."""
 
 
 def module(cls: type[nn.Module], inputs: int = 1, **fixed: Any) -> Callable[..., Lower]:

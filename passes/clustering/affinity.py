@@ -14,7 +14,8 @@ from cipm_ir.passes.clustering.weights import Weights
 from cipm_ir.passes.framework.base import Progress
 from cipm_ir.runtime.inputs.generate import Data
 from cipm_ir.runtime.statistics.collect import collect
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 Floats = npt.NDArray[np.float64]
 _LARGE = 1 << 24

@@ -16,9 +16,10 @@ from cipm_ir.passes.clustering.report import Shown, by_chance, figures_of, measu
 from cipm_ir.passes.clustering.scales import Arrangement, arrange
 from cipm_ir.passes.clustering.weights import Weights
 from cipm_ir.passes.framework.base import Context, Kind, Pass, PassResult, option
+from cipm_ir.passes.framework.reasons import idle
 from cipm_ir.passes.framework.registry import register
-from cipm_ir.passes.pruning.budget.blockers import idle
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 
 @register("cluster")

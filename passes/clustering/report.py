@@ -22,7 +22,7 @@ from cipm_ir.passes.clustering.network import Couplings
 from cipm_ir.passes.clustering.order import checked
 from cipm_ir.passes.clustering.scales import Arrangement, arrange
 from cipm_ir.passes.framework.figures import Bars, Figure, HeatMap, pooled
-from cipm_ir.symmetry.program import Space
+from cipm_ir.symmetry.space import Space
 
 Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]

@@ -21,7 +21,8 @@ from cipm_ir.ir.constants import constant_tensor
 from cipm_ir.ir.labels import Array, Labels
 from cipm_ir.ir.parameters import parameter_tensor
 from cipm_ir.symmetry.leaves import Leaf, LeafFactor
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 Floats = npt.NDArray[np.float64]
 _BALANCING = 50

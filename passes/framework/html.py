@@ -8,7 +8,7 @@ import io
 import os
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +17,6 @@ from cipm_ir.errors import UnsupportedError
 from cipm_ir.passes.framework.figures import Bars, Curves, Figure, HeatMap, Rows
 from cipm_ir.runtime.files import write_text
 from cipm_ir.version import __version__
-
-if TYPE_CHECKING:
-    from cipm_ir.passes.framework.report import Report, Step
 
 _MANY = 8
 _STYLE = """
@@ -37,7 +34,73 @@ svg.plot{max-width:100%;height:auto}summary{cursor:pointer;margin:.8rem 0;color:
 """
 
 
-def write_html(report: Report, path: str | os.PathLike[str], title: str = "") -> None:
+class TotalsView(Protocol):
+    """Sizes of a program."""
+
+    @property
+    def parameters(self) -> int: ...
+    @property
+    def macs(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+
+
+class StepView(Protocol):
+    """What is shown of one pass."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def changed(self) -> bool: ...
+    @property
+    def summary(self) -> str: ...
+    @property
+    def after(self) -> TotalsView: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def error(self) -> float | None: ...
+    @property
+    def figures(self) -> tuple[Figure, ...]: ...
+
+
+class SpaceView(Protocol):
+    """What is shown of one space."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def group(self) -> str: ...
+
+
+class ReportView(Protocol):
+    """What is shown of a run: a `cipm_ir.passes.Report` has it all."""
+
+    @property
+    def steps(self) -> Sequence[StepView]: ...
+    @property
+    def before(self) -> TotalsView: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def error(self) -> float | None: ...
+    @property
+    def checked(self) -> str: ...
+    @property
+    def notes(self) -> Sequence[str]: ...
+    @property
+    def opaque(self) -> Sequence[str]: ...
+    @property
+    def spaces(self) -> Sequence[SpaceView]: ...
+
+
+def write_html(report: ReportView, path: str | os.PathLike[str], title: str = "") -> None:
     """Write a report as one self-contained file, whole or not at all.
 
     Errors: `OutputError` where it cannot be written; `UnsupportedError` where there are pictures but no matplotlib.
@@ -45,7 +108,7 @@ def write_html(report: Report, path: str | os.PathLike[str], title: str = "") ->
     write_text(path, render(report, title))
 
 
-def render(report: Report, title: str = "") -> str:
+def render(report: ReportView, title: str = "") -> str:
     """The HTML text of a report; the same report gives the same text."""
     steps = "".join(_step(step) for step in report.steps)
     name = html.escape(title or "CIPM-IR report")
@@ -57,13 +120,13 @@ def render(report: Report, title: str = "") -> str:
     )
 
 
-def _checked(report: Report) -> str:
+def _checked(report: ReportView) -> str:
     error = "" if report.error is None else f", max |Δ| of the outputs {report.error:.2g}"
     return f"{report.checked}{error}"
 
 
 # ------------------------------------------------------------ tables
-def _totals(report: Report) -> str:
+def _totals(report: ReportView) -> str:
     first = report.before
     rows = [["(original)", "", f"{first.parameters:,}", f"{first.macs:,}", f"{first.bytes:,}", "", ""]]
     for step in report.steps:
@@ -91,14 +154,14 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -
     return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>\n"
 
 
-def _notes(report: Report) -> str:
+def _notes(report: ReportView) -> str:
     lines = list(report.notes)
     if report.opaque:
         lines.append(f"Opaque, so that what they touch stays fixed: {'; '.join(report.opaque)}")
     return "".join(f"<p>{html.escape(line)}</p>\n" for line in lines)
 
 
-def _spaces(report: Report) -> str:
+def _spaces(report: ReportView) -> str:
     if not report.spaces:
         return ""
     rows = [[f"@{one.name}", one.kind, f"{one.size:,}", one.group] for one in report.spaces]
@@ -106,7 +169,7 @@ def _spaces(report: Report) -> str:
     return f"<h2>Spaces at the end</h2><details><summary>{len(rows)} spaces</summary>{table}</details>\n"
 
 
-def _step(step: Step) -> str:
+def _step(step: StepView) -> str:
     drawn = "".join(_folded([draw(figure) for figure in step.figures]))
     if not step.summary and not drawn:
         return ""

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from cipm_ir.errors import OptionError
-from cipm_ir.passes.framework.spelling import hint
 
 _BARE = re.compile(r"[^\s,{}()=\"\\]+")
 
@@ -271,3 +270,27 @@ def _reads_as_other(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def as_share(text: str) -> float | None:
+    """The fraction that a percentage stands for: 0.5 for ``50%`` or ``50``; None where it is none."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%?)\s*", text)
+    if found is None:
+        return None
+    number = float(found[1])
+    if number > 100 or (number <= 1 and not found[2]):
+        return None
+    return number / 100
+
+
+def hint(value: Any, option: Option) -> str:
+    """How a value that does not fit would be written, in brackets; empty where that cannot be told."""
+    text = str(value)
+    share = as_share(text) if option.high == 1 else None
+    if share is not None:
+        return f" (write {share:g} for {text.strip().rstrip('%')}%)"
+    if re.fullmatch(r"\d+/\d+", text) and int(text.partition("/")[2]):
+        return f" (write {int(text.partition('/')[0]) / int(text.partition('/')[2]):g})"
+    if type(value) is str and re.fullmatch(r"[\d.]+|true|false|none", text):
+        return " (write it without quotation marks)"
+    return ""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from cipm_ir.passes.framework.options import Option
+from cipm_ir.passes.framework.options import Option, as_share
 
 NAME = re.compile(r"[A-Za-z][\w.-]*")
 _PAIR = re.compile(
@@ -48,27 +46,3 @@ def _value(text: str, option: Option) -> str:
     if option.high == 1 and (share := as_share(plain)) is not None:
         return f"{share:g}"
     return plain if re.fullmatch(r"[\w.+-]+", plain) else text
-
-
-def as_share(text: str) -> float | None:
-    """The fraction that a percentage stands for: 0.5 for ``50%`` or ``50``; None where it is none."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%?)\s*", text)
-    if found is None:
-        return None
-    number = float(found[1])
-    if number > 100 or (number <= 1 and not found[2]):
-        return None
-    return number / 100
-
-
-def hint(value: Any, option: Option) -> str:
-    """How a value that does not fit would be written, in brackets; empty where that cannot be told."""
-    text = str(value)
-    share = as_share(text) if option.high == 1 else None
-    if share is not None:
-        return f" (write {share:g} for {text.strip().rstrip('%')}%)"
-    if re.fullmatch(r"\d+/\d+", text) and int(text.partition("/")[2]):
-        return f" (write {int(text.partition('/')[0]) / int(text.partition('/')[2]):g})"
-    if type(value) is str and re.fullmatch(r"[\d.]+|true|false|none", text):
-        return " (write it without quotation marks)"
-    return ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from math import ceil
@@ -15,12 +15,12 @@ from cipm_ir.errors import OptionError, SymmetryError
 from cipm_ir.ir.labels import Labels
 from cipm_ir.passes.exact.canonicalize.members import Floats, Members
 from cipm_ir.passes.framework.base import Context, Kind, Pass, PassResult, option
+from cipm_ir.passes.framework.reasons import check_counted, left_alone, pins, within
 from cipm_ir.passes.framework.registry import register
 from cipm_ir.passes.merging.equal_units import Duplicates, find_duplicates
 from cipm_ir.passes.merging.merge import Merge, merge_spaces
 from cipm_ir.passes.merging.plan import METHODS, Method, Planner
 from cipm_ir.passes.merging.rows import UnitRows, unit_rows
-from cipm_ir.passes.pruning.budget.blockers import check_counted, left_alone, pins, within
 from cipm_ir.passes.pruning.budget.cost import CostModel, Mask
 from cipm_ir.passes.pruning.budget.search import (
     Choice,
@@ -34,7 +34,8 @@ from cipm_ir.passes.pruning.budget.search import (
 from cipm_ir.passes.pruning.importance.criteria import Magnitude
 from cipm_ir.symmetry.consumers import Incidence
 from cipm_ir.symmetry.primitives.restrict import closed_keep
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 _WORDS = {"macs": "multiply-accumulates", "params": "parameters", "ratio": "units"}
 _BUDGETS = tuple(_WORDS)
@@ -292,13 +293,29 @@ def _equally_many(program: Program, found: Mapping[int, Duplicates]) -> dict[int
 
 
 # ---------------------------------------------------------------- what was done
+@dataclass(frozen=True, eq=False)
+class _Dense(Mapping[str, Floats]):
+    """Arrays that are made when they are asked for: of wide spaces they would be larger than the weights."""
+
+    sparse: Mapping[str, csr_array]
+
+    def __getitem__(self, name: str) -> Floats:
+        return np.asarray(self.sparse[name].toarray(), np.float64)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sparse)
+
+    def __len__(self) -> int:
+        return len(self.sparse)
+
+
 @dataclass
 class _Tally:
     """Kept units, and what stands for the others, in the labels of the program that came in."""
 
     program: Program
     kept: dict[str, Labels] = field(default_factory=dict)
-    mixing: dict[str, Floats] = field(default_factory=dict)
+    mixing: dict[str, csr_array] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     duplicates: int = 0
     merged: int = 0
@@ -317,21 +334,23 @@ class _Tally:
             element = d.element
             size = np.prod(element.scale, axis=0) * np.prod(element.sign, axis=0)
             merge = _as_merge(d)
-            self._note(program.spaces[k], merge.kept, merge.mixing / size[:, None])
+            mixing = csr_array(merge.mixing).astype(np.float64)
+            mixing.data /= np.repeat(size, np.diff(mixing.indptr))
+            self._note(program.spaces[k], merge.kept, mixing)
             self.duplicates += len(d.extra)
 
     def note_merges(self, program: Program, merges: Mapping[int, Merge], method: Method) -> None:
         """Account for approximate merges."""
         self.method = method
         for k, merge in merges.items():
-            self._note(program.spaces[k], merge.kept, merge.mixing)
+            self._note(program.spaces[k], merge.kept, csr_array(merge.mixing))
             self.merged += program.spaces[k].size - len(merge.kept)
 
-    def _note(self, space: Space, kept: Labels, mixing: Floats) -> None:
+    def _note(self, space: Space, kept: Labels, mixing: csr_array) -> None:
         before = self.kept.get(space.name, np.arange(space.size))
         earlier = self.mixing.get(space.name)
         self.kept[space.name] = before[kept]
-        self.mixing[space.name] = mixing if earlier is None else np.asarray(csr_array(earlier) @ mixing)
+        self.mixing[space.name] = mixing if earlier is None else csr_array(earlier @ mixing)
 
     def result(self, program: Program) -> PassResult:
         """Summary, witness and numbers."""
@@ -355,5 +374,5 @@ class _Tally:
         if not parts:
             return PassResult(self.program, False, summary, metrics=metrics)
         kind = Kind.APPROXIMATE if self.merged else Kind.EXACT
-        witness = {"kept": self.kept, "mixing": self.mixing}
+        witness = {"kept": self.kept, "mixing": _Dense(self.mixing)}
         return PassResult(program, True, summary, witness, metrics, kind)

@@ -206,7 +206,7 @@ class _Search:
 
 def _elementwise(node: ir.Node) -> bool:
     entry = lookup(node.domain, node.op_type)
-    return entry is not None and entry.labels.__module__.rpartition(".")[2] == "elementwise"
+    return entry is not None and entry.elementwise
 
 
 # ---------------------------------------------------------------- the function of each unit

@@ -17,7 +17,8 @@ from cipm_ir.passes.merging.merge import Merge, is_norm_scale
 from cipm_ir.passes.merging.moments import Moments, estimated_moments, measured_moments, observation_sites
 from cipm_ir.passes.merging.origin import is_stream
 from cipm_ir.passes.merging.rows import UnitRows
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 Method: TypeAlias = Literal["least-squares", "k-means", "correlation"]
 _DAMPING = 1e-4

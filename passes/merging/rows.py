@@ -12,7 +12,7 @@ from cipm_ir.errors import SymmetryError
 from cipm_ir.ir.labels import Array, Labels
 from cipm_ir.passes.exact.canonicalize.members import CHUNK, Floats, Member, Members
 from cipm_ir.symmetry.primitives.absorb import absorb_edits
-from cipm_ir.symmetry.program import Space
+from cipm_ir.symmetry.space import Space
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,14 +11,15 @@ import numpy as np
 from cipm_ir.errors import OptionError, SymmetryError
 from cipm_ir.ir.labels import Labels
 from cipm_ir.passes.framework.base import Context, Kind, Pass, PassResult, option
+from cipm_ir.passes.framework.reasons import check_counted, listed, pins, within
 from cipm_ir.passes.framework.registry import register
-from cipm_ir.passes.pruning.budget.blockers import check_counted, listed, pins, within
 from cipm_ir.passes.pruning.budget.cost import CostModel, Mask
 from cipm_ir.passes.pruning.budget.search import Choice, Found, Scores, Search, even, grids_of, link_spaces, make_choice
 from cipm_ir.passes.pruning.compress.candidates import kept_elements, kept_numbers, wanted_spaces
 from cipm_ir.passes.pruning.importance.criteria import Importance, ScoreFunction, make_importance
 from cipm_ir.passes.pruning.refit.compensation import Compensation
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 _BUDGETS = {"macs": "multiply-accumulates", "params": "parameters", "ratio": "units"}
 _TIE = 1e-9

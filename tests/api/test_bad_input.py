@@ -366,3 +366,18 @@ def test_distributions_that_end_the_process(op: str, attributes: dict[str, float
     """onnxruntime aborts on these, and takes the process with it."""
     assert word in message(InputError, lambda: load_onnx(one_operator(op, {}, **attributes)))
     load_onnx(one_operator(op, {}))
+
+
+@pytest.mark.parametrize("control", ["\r", "\n", "\x0b", "\u2028", "\x85", "\x1b[31m"])
+@pytest.mark.parametrize("field", ["name", "op_type", "input"])
+def test_control_characters_in_names_keep_the_message_on_one_line(field: str, control: str) -> None:
+    def edit(model: onnx.ModelProto) -> None:
+        node = model.graph.node[0]
+        node.input[1] = "missing"
+        if field == "input":
+            node.input[1] = f"a{control}b"
+        else:
+            setattr(node, field, f"a{control}b")
+
+    text = message(InputError, lambda: load_onnx(edited(edit)))
+    assert text.isprintable() and len(text.splitlines()) == 1

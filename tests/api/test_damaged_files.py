@@ -58,8 +58,14 @@ def says_nothing(*_: Any, **__: Any) -> None:
     raise cipm_ir.InputError("")
 
 
+class Story(cipm_ir.InputError):
+    """An error whose text is not kept on one line."""
+
+    __str__ = Exception.__str__
+
+
 def tells_a_story(*_: Any, **__: Any) -> None:
-    raise cipm_ir.InputError("First this.\nThen that.")
+    raise Story("First this.\nThen that.")
 
 
 CONTROLS: list[tuple[Callable[..., None], str]] = [

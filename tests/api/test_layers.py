@@ -20,6 +20,7 @@ from tests.paths import ROOT
 RANKS = {
     "errors": 0,
     "version": 0,
+    "moved": 0,
     "progress_bar": 1,
     "algebra": 1,
     "ir": 2,

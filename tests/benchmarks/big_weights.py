@@ -32,7 +32,7 @@ CHILD = """
 import sys
 import numpy, scipy.optimize, scipy.sparse.linalg, onnx_ir, onnxruntime
 import cipm_ir
-from cipm_ir.passes import registry
+from cipm_ir.passes.framework import registry
 registry.listing()
 name, source, target, verify = sys.argv[1:]
 sys.stdin.readline() if print("ready", flush=True) is None else None

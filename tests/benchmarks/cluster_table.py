@@ -28,7 +28,8 @@ from cipm_ir.passes.clustering.report import BLOCKS, Shown, by_chance, measure_a
 from cipm_ir.passes.clustering.scales import Arrangement, arrange
 from cipm_ir.passes.clustering.weights import Weights
 from cipm_ir.passes.framework.base import ignore_progress
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 SCALES: dict[str, tuple[str, bool | None]] = {
     "layer": ("layer", None),

@@ -10,7 +10,8 @@ from tests.symmetry.test_dense_groups import dense_elements
 from tests.symmetry.test_soundness import program_of
 
 from cipm_ir.errors import CipmError
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 SEEDS = 60
 

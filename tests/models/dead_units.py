@@ -11,7 +11,8 @@ from tests import zoo
 
 from cipm_ir.passes.pruning.budget.search import link_spaces
 from cipm_ir.symmetry.leaves import Leaf
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 Keep = dict[Space, NDArray[np.int64]]
 

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from cipm_ir.algebra import Element
 from cipm_ir.passes.exact.canonicalize.members import Members
 from cipm_ir.passes.merging.rows import by_position, from_positions, unit_rows
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 Array = NDArray[Any]
 

@@ -13,8 +13,9 @@ from tests.zoo.net import Net
 
 from cipm_ir.passes.framework.base import Context
 from cipm_ir.passes.pruning.importance.criteria import make_importance
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.readers import readers
+from cipm_ir.symmetry.space import Space
 
 FAINT = (1, 4, 9)
 """The planted units of `planted`."""

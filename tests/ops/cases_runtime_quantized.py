@@ -167,11 +167,27 @@ def attention(net: Sample) -> None:
     net.read(own(net, "QAttention", x, w, bias, sx, scale, "", zx, zero, num_heads=2), 6, "v")
 
 
-@case(f"{RUNTIME}::DynamicQuantizeLSTM", PLAIN, "S(5)")
-def lstm(net: Sample) -> None:
-    w = net.const(net.rng.integers(0, 250, (1, 6, 20)).astype(np.uint8))
-    r = net.const(net.rng.integers(0, 250, (1, 5, 20)).astype(np.uint8))
-    b = net.const(net.normal((1, 40), 0.3))
-    scale, zero = net.const(np.array([0.01], np.float32)), net.const(np.array([120], np.uint8))
-    inputs = [net.sequence(), w, r, b, "", "", "", "", scale, zero, scale, zero]
-    net.read(net.multi("DynamicQuantizeLSTM", inputs, 3, domain=RUNTIME, hidden_size=5)[0], 5, "u")
+def quantized_lstm(net: Sample, directions: int, **optional: tuple[int, ...]) -> None:
+    w = net.const(net.rng.integers(0, 250, (directions, 6, 20)).astype(np.uint8))
+    r = net.const(net.rng.integers(0, 250, (directions, 5, 20)).astype(np.uint8))
+    b = net.const(net.normal((directions, 40), 0.3))
+    scale = net.const(np.linspace(0.01, 0.02, directions, dtype=np.float32))
+    zero = net.const(np.linspace(120, 110, directions).astype(np.uint8))
+    given = [net.const(net.normal(optional[k], 0.3)) if k in optional else "" for k in ("h", "c", "p")]
+    inputs = [net.sequence(), w, r, b, "", *given, scale, zero, scale, zero]
+    direction = "bidirectional" if directions == 2 else "forward"
+    made = net.multi("DynamicQuantizeLSTM", inputs, 3, domain=RUNTIME, hidden_size=5, direction=direction)[0]
+    if directions == 1:
+        net.read(made, 5, "u")
+    else:  # (T, 2, N, 5): the consumer has columns of its own for each direction
+        rows = net.op("Transpose", made, perm=[0, 2, 1, 3])
+        net.read(net.op("Reshape", rows, net.const(np.array([0, 0, 10], np.int64))), 10, "u")
+
+
+FIRST = {"h": (2, 5, 5), "c": (2, 5, 5)}
+for label, spaces, drawn in (
+    ("lstm", ["S(5)"], lambda net: quantized_lstm(net, 1)),
+    ("directions_apart", ["S(5)", "S(5)"], lambda net: quantized_lstm(net, 2)),
+    ("directions_with_states_and_peepholes", ["S(5)", "S(5)"], lambda net: quantized_lstm(net, 2, **FIRST, p=(2, 15))),
+):
+    case(f"{RUNTIME}::DynamicQuantizeLSTM", PLAIN, *spaces, name=label)(drawn)

@@ -19,7 +19,8 @@ from onnx import TensorProto, numpy_helper
 from tests.zoo.net import Net
 
 from cipm_ir.runtime.session import run
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 Feeds = dict[str, NDArray[Any]]
 SAME, CHANGED = 1e-5, 1e-3

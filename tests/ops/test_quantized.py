@@ -34,7 +34,8 @@ from cipm_ir.ir.labels import Factor
 from cipm_ir.ops import quantized
 from cipm_ir.ops.context import OpContext
 from cipm_ir.runtime.session import run
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 Array = NDArray[Any]
 FLOAT_WEIGHTS = {"AddQDQPairToWeight": True}

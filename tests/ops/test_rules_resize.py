@@ -13,7 +13,8 @@ from tests.ops import cases_sequence as registry_cases_sequence
 from tests.ops.sample import CASES, SAME, Sample, Side, difference
 
 from cipm_ir.runtime.session import run
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 SOURCE = registry_cases_sequence
 

@@ -308,6 +308,38 @@ def test_large_models_go_through_a_temporary_file(monkeypatch: pytest.MonkeyPatc
     assert {name: value.const_value for name, value in model.graph.initializers.items()} == before
 
 
+def _anonymous() -> int:
+    """Bytes of this process that are no pages of mapped files."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_weights_of_large_models_are_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not copied for speed; negative control: with such copies as many bytes as the weights are taken."""
+    monkeypatch.setattr(session, "_IN_MEMORY", 1 << 20)
+    weight = RNG.standard_normal((3000, 3000)).astype(np.float32)
+    one = ir.from_proto(
+        onnx.parser.parse_model(
+            "<ir_version: 10, opset_import: ['': 20]> g (float[N, 3000] x, "
+            "float[3000, 3000] w) => (float[N, 3000] y) { y = MatMul(x, w) }".replace("'", '"')
+        )
+    )
+    value = one.graph.inputs.pop()
+    value.const_value = ir.tensor(weight, name="w")
+    one.graph.initializers["w"] = value
+    x = RNG.standard_normal((2, 3000)).astype(np.float32)
+    taken, made = {}, {}
+    for lean in (True, None, False):
+        before = _anonymous()
+        with Runner(one, lean=lean, threads=1) as runner:
+            made[lean] = runner.run({"x": x})["y"]
+            taken[lean] = _anonymous() - before
+    assert max(taken[True], taken[None]) < weight.nbytes / 2 < taken[False]
+    for lean in (True, None):
+        np.testing.assert_allclose(made[lean], made[False], rtol=1e-3, atol=1e-4)
+
+
 def test_backends_can_be_named_and_failures_are_told_apart() -> None:
     model = network()
     x = RNG.standard_normal((4, 6)).astype(np.float32)

@@ -89,13 +89,21 @@ def test_sums_run_in_another_order_and_give_the_same() -> None:
         helper.make_node("Conv", ["x", "k"], ["c"]),
         helper.make_node("Flatten", ["c"], ["f"]),
         helper.make_node("Gemm", ["f", "g"], ["h"], transB=1),
-        ("MatMul", ["h", "m"], "y"),
+        ("MatMul", ["h", "s"], "i"),
+        ("MatMul", ["i", "s"], "j"),
+        ("MatMul", ["j", "m"], "y"),
     ]
-    shapes = {"k": (5, 4, 3, 3), "g": (7, 20), "m": (7, 3)}
+    shapes = {"k": (5, 4, 3, 3), "g": (7, 20), "m": (7, 3), "s": (7, 7)}
     tensors = {name: RNG.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     plain = model(nodes, tensors, x=(FLOAT, ["N", 4, 4, 4]))
     other = nudged_model(plain, (0, 1))
-    assert sum(node.op_type == "Gather" for node in other.graph) == 6
+    read = [node.inputs[0].name for node in other.graph if node.op_type == "Gather" and node.inputs[0]]
+    assert sorted(map(str, read)) == ["f", "h", "i", "j", "s", "s", "x"]  # weights of one node are stored so
+    moved = {name: value.const_value.numpy() for name, value in other.graph.initializers.items() if value.const_value}
+    for name, axis in (("k", 1), ("g", 1), ("m", 0)):
+        before, after = np.abs(tensors[name]), np.abs(moved[name])
+        assert not np.allclose(after, before) and np.allclose(np.sort(after, axis), np.sort(before, axis))
+    assert np.allclose(moved["s"], tensors["s"])
     x = RNG.standard_normal((2, 4, 4, 4)).astype(np.float32)
     a, b = run(plain, {"x": x})["y"], run(other, {"x": x})["y"]
     assert 0 < np.abs(a - b).max() < 1e-5 * np.abs(a).max()

@@ -21,7 +21,8 @@ from tests.symmetry.test_soundness import acted, largest_change, program_of
 from tests.zoo.net import Net
 
 from cipm_ir.algebra import Element
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 NAMES = zoo.names(without=("constant",))
 SPACES = {"densenet121": 120, "resnet50": 37, "vgg19": 18, "inception_v1": 55, "squeezenet": 25}

@@ -20,7 +20,8 @@ from cipm_ir.algebra import DenseElement, Element
 from cipm_ir.errors import SymmetryError
 from cipm_ir.symmetry.primitives.act import act_edits
 from cipm_ir.symmetry.primitives.apply import Editor
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 STYLES = {"llama": LLAMA, "bert": BERT}
 parametrize = pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)

@@ -19,10 +19,12 @@ from tests.symmetry.test_soundness import largest_change, program_of
 from tests.zoo.net import Net
 
 from cipm_ir.algebra import DenseElement, Element
-from cipm_ir.symmetry.dense import Linearity, linearities
+from cipm_ir.symmetry.dense import linearities
 from cipm_ir.symmetry.primitives.act import act_edits
 from cipm_ir.symmetry.primitives.apply import Editor
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
+from cipm_ir.symmetry.spaces import Linearity
 
 WIDTH = LLAMA.width
 

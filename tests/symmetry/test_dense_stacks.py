@@ -18,7 +18,8 @@ from cipm_ir.algebra import DenseElement
 from cipm_ir.symmetry.primitives.act import act_edits
 from cipm_ir.symmetry.primitives.apply import Editor
 from cipm_ir.symmetry.primitives.edits import Edit
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 Array = NDArray[Any]
 EXPERTS, WIDTH, HIDDEN = 3, 5, 4

@@ -18,7 +18,8 @@ from tests.zoo.net import Net
 
 from cipm_ir.algebra import Element
 from cipm_ir.errors import SymmetryError
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 Array = NDArray[Any]
 MODELS = (

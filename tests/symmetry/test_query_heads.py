@@ -20,7 +20,8 @@ from cipm_ir.passes.exact.canonicalize.fingerprint import fingerprint_program
 from cipm_ir.passes.framework.base import Context
 from cipm_ir.passes.pruning.budget.cost import CostModel
 from cipm_ir.passes.pruning.prune import Prune
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 Array = NDArray[Any]
 DIM, WIDTH, TIME = 4, 6, 5

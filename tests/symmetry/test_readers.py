@@ -12,11 +12,12 @@ from tests.models.dead_units import distance, outputs, program_of
 from tests.zoo.net import Net
 
 from cipm_ir.errors import SymmetryError
-from cipm_ir.passes.pruning.compress.candidates import find_candidates, mask_of, weight_uses
+from cipm_ir.passes.pruning.compress.candidates import find_candidates, mask_of
 from cipm_ir.passes.pruning.refit.compensation import zero_input_rows
 from cipm_ir.passes.pruning.refit.layers import gone_places, layers_of
-from cipm_ir.symmetry.program import Program, Space
-from cipm_ir.symmetry.readers import products, readers
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.readers import products, readers, weight_uses
+from cipm_ir.symmetry.space import Space
 
 Array = NDArray[Any]
 NETS = [

@@ -16,7 +16,8 @@ from tests.symmetry.test_soundness import largest_change, program_of
 from tests.zoo.net import Net
 
 from cipm_ir.errors import SymmetryError
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 Array = NDArray[Any]
 

@@ -27,7 +27,8 @@ from tests.ops.sample import CASES, difference
 from cipm_ir.errors import SymmetryError
 from cipm_ir.ops import load_rules
 from cipm_ir.runtime.session import run
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 FAMILIES = (registry_cases_elementwise, registry_cases_layout, registry_cases_linear, registry_cases_sequence)
 load_rules()

@@ -28,8 +28,9 @@ from cipm_ir.passes.pruning.importance.gradient import Taylor
 from cipm_ir.passes.pruning.importance.reads import find_reads
 from cipm_ir.passes.pruning.prune import Prune
 from cipm_ir.runtime.session import run
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.readers import readers
+from cipm_ir.symmetry.space import Space
 
 pytest.importorskip("torch")
 from cipm_ir.backends.torch.gradients import products

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -17,9 +17,6 @@ from torch import fx
 
 from cipm_ir.backends.torch.facts import CHAIN, Int
 from cipm_ir.ir.constants import attribute, evaluate
-
-if TYPE_CHECKING:
-    from cipm_ir.backends.torch.emitter import Emitter
 
 __all__ = ["ceil_div", "compute", "maximum", "multiply", "size_entries", "tensor_of_sizes"]
 
@@ -34,7 +31,30 @@ _ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-def compute(e: Emitter, function: Callable[[Any, Any], Any], a: Int, b: Int) -> Int:
+class SizeWriter(Protocol):
+    """What arithmetic on sizes asks of `cipm_ir.backends.torch.emitter.Emitter`."""
+
+    graph: fx.Graph
+    nonnegative: set[fx.Node]
+    version: int
+
+    def device(self) -> dict[str, fx.Node]:
+        """The device of the program, as a keyword."""
+
+    def constant(self, v: ir.Value | None) -> np.ndarray | None:
+        """A value that is the same in every run."""
+
+    def size_array(self, v: ir.Value) -> np.ndarray | None:
+        """An integer value as an array of sizes; None where it is a tensor."""
+
+    def rank(self, node: ir.Node, v: ir.Value | None) -> int:
+        """The rank of a value."""
+
+    def size(self, v: ir.Value, axis: int) -> Int:
+        """The size of one axis."""
+
+
+def compute(e: SizeWriter, function: Callable[[Any, Any], Any], a: Int, b: Int) -> Int:
     """`function(a, b)`: a number where both are, else a node. Which nodes cannot be negative is kept track of."""
     if not isinstance(a, fx.Node) and not isinstance(b, fx.Node):
         if function is torch.sym_max:
@@ -54,7 +74,7 @@ def compute(e: Emitter, function: Callable[[Any, Any], Any], a: Int, b: Int) -> 
     return node
 
 
-def multiply(e: Emitter, entries: Sequence[Int]) -> Int:
+def multiply(e: SizeWriter, entries: Sequence[Int]) -> Int:
     """Product of sizes, 1 for none."""
     total: Int = 1
     for n in entries:
@@ -62,21 +82,21 @@ def multiply(e: Emitter, entries: Sequence[Int]) -> Int:
     return total
 
 
-def ceil_div(e: Emitter, a: Int, b: int) -> Int:
+def ceil_div(e: SizeWriter, a: Int, b: int) -> Int:
     """a / b rounded up."""
     return compute(e, operator.floordiv, compute(e, operator.add, a, b - 1), b)
 
 
-def maximum(e: Emitter, a: Int, b: Int) -> Int:
+def maximum(e: SizeWriter, a: Int, b: Int) -> Int:
     """The larger of two sizes."""
     return compute(e, torch.sym_max, a, b)
 
 
-def _nonnegative(e: Emitter, a: Int) -> bool:
+def _nonnegative(e: SizeWriter, a: Int) -> bool:
     return a in e.nonnegative if isinstance(a, fx.Node) else a >= 0
 
 
-def tensor_of_sizes(e: Emitter, entries: np.ndarray) -> fx.Node:
+def tensor_of_sizes(e: SizeWriter, entries: np.ndarray) -> fx.Node:
     """The int64 tensor of a size array."""
     device = e.device()
     if entries.ndim == 0:
@@ -88,7 +108,7 @@ def tensor_of_sizes(e: Emitter, entries: np.ndarray) -> fx.Node:
     return flat if entries.ndim == 1 else e.graph.call_function(torch.reshape, (flat, list(entries.shape)))
 
 
-def size_entries(e: Emitter, node: ir.Node) -> np.ndarray | None:
+def size_entries(e: SizeWriter, node: ir.Node) -> np.ndarray | None:
     """The size array that a node computes from sizes; None where it is to be written on tensors."""
     kind = node.op_type
     if kind not in CHAIN or node.domain not in ("", "ai.onnx") or len(node.outputs) != 1:
@@ -105,7 +125,7 @@ def size_entries(e: Emitter, node: ir.Node) -> np.ndarray | None:
     return _entries(e, node, present)
 
 
-def _entries(e: Emitter, node: ir.Node, arrays: list[np.ndarray]) -> np.ndarray | None:
+def _entries(e: SizeWriter, node: ir.Node, arrays: list[np.ndarray]) -> np.ndarray | None:
     kind = node.op_type
     if kind == "ScatterElements" and (arrays[0].ndim != 1 or attribute(node, "reduction", "none") != "none"):
         return None
@@ -135,32 +155,32 @@ def _elementwise(function: Callable[[Int, Int], Any], arrays: Sequence[np.ndarra
     return out
 
 
-def _exact(e: Emitter, a: np.ndarray, b: np.ndarray) -> bool:
+def _exact(e: SizeWriter, a: np.ndarray, b: np.ndarray) -> bool:
     """Whether rounding down is ONNX's rounding towards zero: nothing is negative."""
     return all(_nonnegative(e, n) for n in (*a.ravel(), *b.ravel()))
 
 
-def _equal(e: Emitter, a: np.ndarray, b: np.ndarray) -> np.ndarray | None:
+def _equal(e: SizeWriter, a: np.ndarray, b: np.ndarray) -> np.ndarray | None:
     """Known where both are numbers, and where a size meets a negative number (the -1 of a shape)."""
     answers = _elementwise(lambda p, q: _same(e, p, q), [a, b])
     return None if any(answer is None for answer in answers.ravel()) else answers
 
 
-def _same(e: Emitter, p: Int, q: Int) -> bool | None:
+def _same(e: SizeWriter, p: Int, q: Int) -> bool | None:
     if p is q or not (isinstance(p, fx.Node) or isinstance(q, fx.Node)):
         return p == q
     negative = any(not isinstance(n, fx.Node) and n < 0 for n in (p, q))
     return False if negative and (_nonnegative(e, p) or _nonnegative(e, q)) else None
 
 
-def _product(e: Emitter, node: ir.Node, array: np.ndarray) -> np.ndarray | None:
+def _product(e: SizeWriter, node: ir.Node, array: np.ndarray) -> np.ndarray | None:
     if array.ndim != 1:
         return None
     total = np.array(multiply(e, list(array)), dtype=object)
     return total.reshape(1) if attribute(node, "keepdims", 1) else total
 
 
-def _of_shape(e: Emitter, node: ir.Node) -> np.ndarray:
+def _of_shape(e: SizeWriter, node: ir.Node) -> np.ndarray:
     v = node.inputs[0]
     assert v is not None
     axes = range(e.rank(node, v))

@@ -178,3 +178,11 @@ def _bad_feed(feeds: Feeds, start: int) -> str:
 def samples(feeds: Feeds) -> int:
     """How many samples a batch holds."""
     return max((len(a) for a in feeds.values() if a.ndim), default=1)
+
+
+def count_samples(model: ir.Model, data: Data, size: int, limit: int | None) -> int:
+    """Return how many samples there are, up to a limit; counted without reading them, but for an iterable's."""
+    known = sample_count(data, model, limit=limit)
+    if known is not None:
+        return known
+    return sum(samples(feeds) for feeds in batches(data, model, size, limit=limit))

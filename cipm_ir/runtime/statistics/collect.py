@@ -28,7 +28,8 @@ from cipm_ir.runtime.statistics.plan import (
 from cipm_ir.runtime.statistics.rows import ROWS
 from cipm_ir.runtime.statistics.sketch import BUCKETS
 from cipm_ir.runtime.statistics.store import MEASURES, Grams, SpaceStatistics, Statistics
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 __all__ = ["EXACT_SIZE", "MEASURES", "Grams", "SpaceStatistics", "Statistics", "collect", "gather", "readable_again"]
 

@@ -32,7 +32,8 @@ from cipm_ir.runtime.statistics.collect import gather, joined, readable_again
 from cipm_ir.runtime.statistics.moments import Array
 from cipm_ir.runtime.statistics.plan import Plan, Request, follow, make_plan, several
 from cipm_ir.runtime.statistics.store import Statistics
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 Progress = Callable[[str, float | None], None]
 

@@ -19,8 +19,9 @@ from cipm_ir.runtime.statistics.rows import RowSample
 from cipm_ir.runtime.statistics.sites import Site, computed_values, find_sites
 from cipm_ir.runtime.statistics.sketch import Hashes, Index, Pairs, Sketch
 from cipm_ir.runtime.statistics.store import MEASURES, SpaceStatistics, Statistics
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.readers import readers
+from cipm_ir.symmetry.space import Space
 
 EXACT_SIZE = 4096
 """Up to this many units all pairs are kept (128 MiB in float64); wider spaces are sketched."""

@@ -12,7 +12,8 @@ from cipm_ir.errors import SymmetryError
 from cipm_ir.ir.labels import Labels, State
 from cipm_ir.runtime.inputs.generate import true_inputs
 from cipm_ir.runtime.statistics.moments import Array
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from cipm_ir.ir.nested import graphs_within
+from cipm_ir.ir.parameters import is_parameter
 from cipm_ir.runtime.graphs import all_graphs
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -140,21 +141,44 @@ def _size_makers(model: ir.Model) -> set[ir.Value]:
 
 
 def _shuffle_sums(model: ir.Model, rng: np.random.Generator) -> None:
-    """Permute both operands of each contraction along the axis that it sums over, in place."""
+    """Permute both operands of each contraction along the axis that it sums over, in place.
+
+    A weight of one node is permuted when it is read, since onnxruntime may compute the Gathers of all weights first.
+    """
     for graph in graphs_within(model.graph):
         for node in list(graph):
             axes = _summed_axes(node)
             if axes is None:
                 continue
             size = next(size for size in _sizes(node, axes) if isinstance(size, int))
-            order = ir.node("Constant", [], {"value": ir.tensor(rng.permutation(size))})
+            permutation = rng.permutation(size)
+            order = ir.node("Constant", [], {"value": ir.tensor(permutation)})
             order.outputs[0].name = f"{node.outputs[0].name}.order"
             graph.insert_before(node, order)
             for place, axis in enumerate(axes):
+                operand = node.inputs[place]
+                if operand is not None and _is_weight_of_one(operand):
+                    operand.const_value = _taken(operand.const_value, permutation, axis)
+                    continue
                 gather = ir.node("Gather", [node.inputs[place], order.outputs[0]], {"axis": axis})
                 gather.outputs[0].name = f"{node.outputs[0].name}.ordered_{place}"
                 graph.insert_before(node, gather)
                 node.replace_input_with(place, gather.outputs[0])
+
+
+def _is_weight_of_one(value: ir.Value) -> bool:
+    """Whether a value is an initializer that one node reads, and nobody else."""
+    return is_parameter(value) and len(value.uses()) == 1 and not value.is_graph_output()
+
+
+def _taken(tensor: ir.TensorProtocol | None, order: Array, axis: int) -> ir.TensorProtocol:
+    """A tensor with its entries along an axis in another order, made when it is read."""
+    assert tensor is not None
+
+    def take() -> ir.TensorProtocol:
+        return ir.Tensor(np.take(tensor.numpy(), order, axis=axis), dtype=tensor.dtype, name=tensor.name)
+
+    return ir.LazyTensor(take, tensor.dtype, ir.Shape(tensor.shape.numpy()), name=tensor.name)
 
 
 def _summed_axes(node: ir.Node) -> tuple[int, int] | None:

@@ -192,7 +192,7 @@ class Verifier:
     def _actual(self, model: ir.Model, reference: Reference) -> list[Outputs] | InputError:
         pairs = common_endings(self._endings, endings(model))
         try:
-            with _runner(model, pairs, reference.backend) as runner:
+            with _runner(model, pairs, reference.backend, self._model) as runner:
                 return [_with_endings(runner.run(feeds), model, pairs) for feeds in reference.feeds]
         except InputError as error:
             return error
@@ -265,7 +265,7 @@ class OnnxVariants:
         model, rng = self._model, np.random.default_rng(seeds)
         if draw is not None:
             model = nudged_model(model, seeds)
-        with _runner(model, self._pairs, self._backend, fast=way == "optimized") as runner:
+        with _runner(model, self._pairs, self._backend, self._model, fast=way == "optimized") as runner:
             for one in feeds:
                 moved = one if draw is None else {name: nudged(x, rng) for name, x in one.items()}
                 yield _with_endings(runner.run(moved), model, self._pairs)
@@ -285,7 +285,7 @@ def _reference(
     Errors: `InputError`, `UnsupportedError` where it runs on none.
     """
     pairs = [(ending, ending) for ending in found]
-    with _runner(model, pairs, backend) as runner:
+    with _runner(model, pairs, backend, model) as runner:
 
         def run(feeds: Feeds) -> Outputs:
             return _with_endings(runner.run(feeds), model, pairs)
@@ -308,11 +308,15 @@ def _reference(
 
 
 def _runner(
-    model: ir.Model, pairs: Sequence[tuple[Ending, Ending]], backend: str | None, *, fast: bool = False
+    model: ir.Model, pairs: Sequence[tuple[Ending, Ending]], backend: str | None, first: ir.Model, *, fast: bool = False
 ) -> Runner:
-    """Make a model ready to run on a few small inputs, of which threads cost more than they save."""
-    threads = 1 if _weights(model) <= _SMALL else None
-    return Runner(model, extra_outputs=_values(pairs), backend=backend, fast=fast, threads=threads)  # type: ignore[arg-type]
+    """Make a model ready to run on a few small inputs; the size of the first of those compared decides how.
+
+    Threads cost small models more than they save; the weights of large ones are not copied.
+    """
+    small = _weights(first) <= _SMALL
+    threads = 1 if small else None
+    return Runner(model, extra_outputs=_values(pairs), backend=backend, fast=fast, threads=threads, lean=not small)  # type: ignore[arg-type]
 
 
 def _weights(model: ir.Model) -> int:

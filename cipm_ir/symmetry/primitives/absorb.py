@@ -20,8 +20,6 @@ from cipm_ir.symmetry.leaves import LeafFactor
 from cipm_ir.symmetry.primitives.apply import Editor
 from cipm_ir.symmetry.primitives.edits import Edit
 
-_LINEAR_MODULES = ("elementwise", "contraction", "convolution", "shaping", "indexing")
-
 
 @dataclass
 class BiasShift:
@@ -113,8 +111,7 @@ def consumers(analysis: Analysis, members: Labels) -> list[Contraction]:
         )
     for node in (walk.nodes[position] for position in analysis.consumers.nodes(members)):
         entry = lookup(node.domain, node.op_type)
-        module = "" if entry is None else entry.labels.__module__.rpartition(".")[2]
-        if module in _LINEAR_MODULES or node.op_type == "BatchNormalization":
+        if entry is not None and entry.mergeable:
             continue
         if _keeps_units(analysis, node, inside):
             continue

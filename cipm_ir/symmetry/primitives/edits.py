@@ -28,7 +28,8 @@ class Edit:
     the old position along ``axis`` for each new row. ``scale[axis]``: factors along the new axis, ``inner_scale``
     likewise per row. ``epsilon``: the scale s acts on a variance as s^2 (v + epsilon) - epsilon.
     ``mix[axis]``: pairs of positions (units, occurrences) and a matrix (units, units) that multiplies them from the
-    right, before anything else happens to them; computed in float64, and rounded once however many there are.
+    right, before anything else happens to them; computed in float64, and rounded once however many there are. A matrix
+    of small integers (uint8) mostly holds zeros, and is multiplied as a sparse one.
     ``inner_mix[axis]``: the same with a row of axis 0 in front, to which it is confined.
     """
 
@@ -160,13 +161,22 @@ def _mixed(array: Array, axis: int, pairs: list[tuple[Labels, Array]]) -> Array:
     out = np.moveaxis(array, axis, -1).astype(np.float64, order="C")
     flat = out.reshape(-1, out.shape[-1])
     step = max(1, _BLOCK // max(out.shape[-1], 1))
-    pairs = [(positions, matrix.astype(np.float64, copy=False)) for positions, matrix in pairs]
+    factors = [(positions, _multiplied(matrix)) for positions, matrix in pairs]
     for lo in range(0, len(flat), step):
         part = flat[lo : lo + step]
-        for positions, matrix in pairs:
+        for positions, matrix in factors:
             for occurrence in positions.T:
                 part[:, occurrence] = part[:, occurrence] @ matrix
     return np.moveaxis(out, -1, axis)
+
+
+def _multiplied(matrix: Array) -> Any:
+    """A matrix in float64, sparse where it only adds up: its double precision would take eight times its memory."""
+    if matrix.dtype != np.uint8:
+        return matrix.astype(np.float64, copy=False)
+    from scipy.sparse import csr_array  # slow to import, and rarely needed
+
+    return csr_array(matrix).astype(np.float64)
 
 
 class EditedTensor(ir.LazyTensor):

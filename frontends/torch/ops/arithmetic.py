@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from cipm_ir.errors import UnsupportedPattern
-from cipm_ir.frontends.torch.table import lowers
+from cipm_ir.frontends.torch.table import computes
 from cipm_ir.frontends.torch.values import Lowering, Number, Operand, Tensor, known
 
 _OF_TRUTH = {"Mul": "And", "Add": "Or", "Max": "Or", "Min": "And"}
@@ -66,7 +66,7 @@ def _is_float(x: Any) -> bool:
     return isinstance(x, float) or (isinstance(x, Number) and x.dtype.is_floating_point)
 
 
-@lowers("add")
+@computes("add")
 def add(b: Lowering, input: Any, other: Any, alpha: Any = 1) -> Any:
     if isinstance(input, list | tuple) and isinstance(other, list | tuple):
         return type(input)([*input, *other])
@@ -75,26 +75,26 @@ def add(b: Lowering, input: Any, other: Any, alpha: Any = 1) -> Any:
     return arithmetic(b, "Add", input, other)
 
 
-@lowers("sub", "subtract")
+@computes("sub", "subtract")
 def sub(b: Lowering, input: Any, other: Any, alpha: Any = 1) -> Any:
     if alpha != 1:
         other = b.op("Mul", b.tensor(other, b.dtype), alpha)
     return arithmetic(b, "Sub", input, other)
 
 
-@lowers("rsub")
+@computes("rsub")
 def rsub(b: Lowering, input: Any, other: Any, alpha: Any = 1) -> Any:
     return sub(b, other, input, alpha)
 
 
-@lowers("mul", "multiply")
+@computes("mul", "multiply")
 def mul(b: Lowering, input: Any, other: Any) -> Any:
     if isinstance(input, list | tuple):
         return input * known(other)
     return arithmetic(b, "Mul", input, other)
 
 
-@lowers("div", "divide", "true_divide", "truediv")
+@computes("div", "divide", "true_divide", "truediv")
 def div(b: Lowering, input: Any, other: Any, rounding_mode: str | None = None) -> Any:
     if not isinstance(input, Tensor) and not isinstance(other, Tensor):
         return numbers(b, "TrueDiv", input, other)
@@ -107,7 +107,7 @@ def div(b: Lowering, input: Any, other: Any, rounding_mode: str | None = None) -
     return arithmetic(b, "Div", input, other)
 
 
-@lowers("floordiv", "floor_divide")
+@computes("floordiv", "floor_divide")
 def floordiv(b: Lowering, input: Any, other: Any) -> Any:
     if not isinstance(input, Tensor) and not isinstance(other, Tensor):
         return numbers(b, "FloorDiv", input, other)
@@ -118,14 +118,14 @@ def floordiv(b: Lowering, input: Any, other: Any) -> Any:
     return b.op("Div", b.op("Sub", b.tensor(input, b.dtype), rest), b.tensor(other, b.dtype), shape=b.shape)
 
 
-@lowers("fmod")
+@computes("fmod")
 def fmod(b: Lowering, input: Any, other: Any) -> Any:
     if b.dtype.is_floating_point:
         raise UnsupportedPattern("a remainder of floats")
     return b.op("Mod", b.tensor(input, b.dtype), b.tensor(other, b.dtype), fmod=1, shape=b.shape)
 
 
-@lowers("remainder", "mod")
+@computes("remainder", "mod")
 def remainder(b: Lowering, input: Any, other: Any) -> Any:
     if not isinstance(input, Tensor) and not isinstance(other, Tensor):
         return numbers(b, "Mod", input, other)
@@ -134,7 +134,7 @@ def remainder(b: Lowering, input: Any, other: Any) -> Any:
     return arithmetic(b, "Mod", input, other)
 
 
-@lowers("pow", "float_power")
+@computes("pow", "float_power")
 def power(b: Lowering, input: Any, exponent: Any) -> Any:
     if not isinstance(input, Tensor) and not isinstance(exponent, Tensor):
         return numbers(b, "Pow", input, exponent)
@@ -144,18 +144,18 @@ def power(b: Lowering, input: Any, exponent: Any) -> Any:
     return b.op("Pow", base, b.tensor(exponent, b.dtype), shape=b.shape)
 
 
-@lowers("maximum")
+@computes("maximum")
 def maximum(b: Lowering, input: Any, other: Any) -> Any:
     return arithmetic(b, "Max", input, other)
 
 
-@lowers("minimum")
+@computes("minimum")
 def minimum(b: Lowering, input: Any, other: Any) -> Any:
     return arithmetic(b, "Min", input, other)
 
 
 def _comparison(op_type: str, *names: str) -> None:
-    @lowers(*names)
+    @computes(*names)
     def entry(b: Lowering, input: Any, other: Any) -> Any:
         return compared(b, op_type, input, other)
 
@@ -179,7 +179,7 @@ for _op, _names in (
     _comparison(_op, *_names)
 
 
-@lowers("ne", "not_equal")
+@computes("ne", "not_equal")
 def not_equal(b: Lowering, input: Any, other: Any) -> Any:
     if not isinstance(input, Tensor) and not isinstance(other, Tensor):
         raise UnsupportedPattern("a comparison of numbers")
@@ -194,7 +194,7 @@ def _promoting(x: Any) -> Any:
 
 
 def _logical(op_type: str, *names: str) -> None:
-    @lowers(*names)
+    @computes(*names)
     def entry(b: Lowering, input: Any, other: Any) -> Any:
         if b.dtype != torch.bool:
             raise UnsupportedPattern("a bitwise operation on integers")
@@ -209,32 +209,32 @@ for _op, _words in (
     _logical(_op, *_words)
 
 
-@lowers("logical_not", "bitwise_not", "invert")
+@computes("logical_not", "bitwise_not", "invert")
 def logical_not(b: Lowering, input: Tensor) -> Tensor:
     if b.dtype != torch.bool:
         raise UnsupportedPattern("a bitwise operation on integers")
     return b.op("Not", b.cast(input, torch.bool), shape=input.shape)
 
 
-@lowers("where")
+@computes("where")
 def where(b: Lowering, condition: Tensor, input: Operand, other: Operand) -> Tensor:
     a, c = b.tensor(input, b.dtype), b.tensor(other, b.dtype)
     return b.op("Where", b.cast(condition, torch.bool), a, c, shape=b.shape, dtype=b.dtype)
 
 
-@lowers("masked_fill")
+@computes("masked_fill")
 def masked_fill(b: Lowering, input: Tensor, mask: Tensor, value: Operand) -> Tensor:
     return b.op("Where", b.cast(mask, torch.bool), b.tensor(value, b.dtype), b.tensor(input, b.dtype), shape=b.shape,
                 dtype=b.dtype)  # fmt: skip
 
 
-@lowers("lerp")
+@computes("lerp")
 def lerp(b: Lowering, input: Tensor, end: Tensor, weight: Operand) -> Tensor:
     step = b.op("Mul", b.op("Sub", end, input), b.tensor(weight, b.dtype))
     return b.op("Add", input, step, shape=b.shape)
 
 
-@lowers("addcmul")
+@computes("addcmul")
 def addcmul(b: Lowering, input: Tensor, tensor1: Tensor, tensor2: Tensor, value: float = 1) -> Tensor:
     product = b.op("Mul", b.tensor(tensor1, b.dtype), b.tensor(tensor2, b.dtype))
     if value != 1:
@@ -242,12 +242,12 @@ def addcmul(b: Lowering, input: Tensor, tensor1: Tensor, tensor2: Tensor, value:
     return b.op("Add", input, product, shape=b.shape)
 
 
-@lowers("atan2", "logaddexp")
+@computes("atan2", "logaddexp")
 def pairwise(b: Lowering, input: Tensor, other: Tensor) -> Tensor:
     raise UnsupportedPattern("no ONNX operator")
 
 
-@lowers("diff")
+@computes("diff")
 def diff(
     b: Lowering, input: Tensor, n: int = 1, dim: int = -1, prepend: Tensor | None = None, append: Tensor | None = None
 ) -> Tensor:

@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 from cipm_ir.errors import UnsupportedPattern
-from cipm_ir.frontends.torch.table import lowers
+from cipm_ir.frontends.torch.table import computes
 from cipm_ir.frontends.torch.values import Dims, Lowering, Number, Tensor
 
 _MERGED = np.array([0, 0, -1], np.int64)
 
 
 # ---------------------------------------------------------------- scaled dot product
-@lowers("scaled_dot_product_attention")
+@computes("scaled_dot_product_attention")
 def scaled_dot_product_attention(
     b: Lowering, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: Any = 0.0,
     is_causal: Any = False, scale: Any = None, enable_gqa: Any = False,
@@ -142,7 +142,7 @@ class _Heads:
     """Every sequence gets a key and a value of zeros."""
 
 
-@lowers(modules=(nn.MultiheadAttention,), inputs=8)
+@computes(modules=(nn.MultiheadAttention,), inputs=8)
 def multihead_attention(
     b: Lowering, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Any = None, need_weights: bool = True,
     attn_mask: Any = None, average_attn_weights: bool = True, is_causal: bool = False, *, module: Any, path: str,
@@ -159,7 +159,7 @@ def multihead_attention(
     return _multihead(b, (query, key, value), heads, masks, need_weights, average_attn_weights, module.batch_first)
 
 
-@lowers("multi_head_attention_forward")
+@computes("multi_head_attention_forward")
 def multi_head_attention_forward(
     b: Lowering, query: Tensor, key: Tensor, value: Tensor, embed_dim_to_check: int, num_heads: int,
     in_proj_weight: Any, in_proj_bias: Any, bias_k: Any, bias_v: Any, add_zero_attn: bool, dropout_p: Any,

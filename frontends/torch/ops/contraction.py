@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 
 from cipm_ir.errors import UnsupportedPattern
-from cipm_ir.frontends.torch.table import lowers
+from cipm_ir.frontends.torch.table import computes
 from cipm_ir.frontends.torch.values import Lowering, Tensor, Transparent
 
 
-@lowers("linear", modules=(nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear))
+@computes("linear", modules=(nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear))
 def linear(b: Lowering, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W' + b: a Gemm for matrices, otherwise a product with the transposed weight."""
     if input.rank == 2 and weight.rank == 2:
@@ -24,7 +24,7 @@ def linear(b: Lowering, input: Tensor, weight: Tensor, bias: Tensor | None = Non
     return made if bias is None else b.op("Add", made, bias, shape=b.shape)
 
 
-@lowers("matmul", "__matmul__", "bmm", "mm", "mv", "dot", "vdot")
+@computes("matmul", "__matmul__", "bmm", "mm", "mv", "dot", "vdot")
 def matmul(b: Lowering, input: Tensor, other: Tensor) -> Tensor:
     return b.op("MatMul", input, other, shape=b.shape)
 
@@ -39,23 +39,23 @@ def _product_sum(b: Lowering, base: Tensor, product: Tensor, beta: Any, alpha: A
     return b.op("Add", base, product, shape=b.shape)
 
 
-@lowers("addmm")
+@computes("addmm")
 def addmm(b: Lowering, input: Tensor, mat1: Tensor, mat2: Tensor, beta: Any = 1, alpha: Any = 1) -> Tensor:
     return b.op("Gemm", mat1, mat2, input, alpha=float(alpha), beta=float(beta), shape=b.shape)
 
 
-@lowers("baddbmm")
+@computes("baddbmm")
 def baddbmm(b: Lowering, input: Tensor, batch1: Tensor, batch2: Tensor, beta: Any = 1, alpha: Any = 1) -> Tensor:
     return _product_sum(b, input, b.op("MatMul", batch1, batch2, shape=b.shape), beta, alpha)
 
 
-@lowers("addbmm")
+@computes("addbmm")
 def addbmm(b: Lowering, input: Tensor, batch1: Tensor, batch2: Tensor, beta: Any = 1, alpha: Any = 1) -> Tensor:
     product = b.op("ReduceSum", b.op("MatMul", batch1, batch2), b.ints([0]), keepdims=0, shape=b.shape)
     return _product_sum(b, input, product, beta, alpha)
 
 
-@lowers("inner")
+@computes("inner")
 def inner(b: Lowering, input: Tensor, other: Tensor) -> Tensor:
     """Sums over the last axis of both."""
     if not input.rank or not other.rank:
@@ -65,13 +65,13 @@ def inner(b: Lowering, input: Tensor, other: Tensor) -> Tensor:
     return _contracted(b, input, other, [input.rank - 1], [other.rank - 1])
 
 
-@lowers("linalg_multi_dot", "multi_dot")
+@computes("linalg_multi_dot", "multi_dot")
 def multi_dot(b: Lowering, tensors: Any) -> Tensor:
     """A chain of products in the order that torch takes: the one with the fewest multiplications."""
     return _chain(b, list(tensors))
 
 
-@lowers("chain_matmul")
+@computes("chain_matmul")
 def chain_matmul(b: Lowering, *matrices: Any) -> Tensor:
     return _chain(b, list(matrices[0]) if len(matrices) == 1 and isinstance(matrices[0], list | tuple) else [*matrices])
 
@@ -110,7 +110,7 @@ def _multiplied(b: Lowering, parts: list[Tensor], split: Mapping[tuple[int, int]
     return b.op("MatMul", left, right, shape=shape)
 
 
-@lowers("_grouped_mm", "grouped_mm", "transformers.grouped_mm_fallback", "grouped_mm_fallback")
+@computes("_grouped_mm", "grouped_mm", "transformers.grouped_mm_fallback", "grouped_mm_fallback")
 def grouped_mm(b: Lowering, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Rows times the matrix of their expert."""
     if input.rank != 2 or weight.rank != 3:
@@ -118,12 +118,12 @@ def grouped_mm(b: Lowering, input: Tensor, weight: Tensor, *args: Any, **kwargs:
     raise Transparent("rows of experts that depend on data", stacked=1)
 
 
-@lowers("outer", "ger")
+@computes("outer", "ger")
 def outer(b: Lowering, input: Tensor, vec2: Tensor) -> Tensor:
     return b.op("Mul", b.reshape(input, [-1, 1]), b.reshape(vec2, [1, -1]), shape=b.shape)
 
 
-@lowers("einsum", view=True)
+@computes("einsum", view=True)
 def einsum(b: Lowering, equation: str, *operands: Any, path: Any = None) -> Tensor:
     tensors = list(operands[0]) if len(operands) == 1 and isinstance(operands[0], list | tuple) else list(operands)
     if not isinstance(equation, str) or "..." in equation:
@@ -131,7 +131,7 @@ def einsum(b: Lowering, equation: str, *operands: Any, path: Any = None) -> Tens
     return b.op("Einsum", *tensors, equation=equation.replace(" ", ""), shape=b.shape)
 
 
-@lowers("bilinear", modules=(nn.Bilinear,), inputs=2)
+@computes("bilinear", modules=(nn.Bilinear,), inputs=2)
 def bilinear(b: Lowering, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x1' W_k x2 + b_k for each k."""
     if input1.rank != 2:
@@ -140,7 +140,7 @@ def bilinear(b: Lowering, input1: Tensor, input2: Tensor, weight: Tensor, bias: 
     return made if bias is None else b.op("Add", made, bias, shape=b.shape)
 
 
-@lowers("tensordot")
+@computes("tensordot")
 def tensordot(b: Lowering, a: Tensor, other: Tensor, dims: Any = 2) -> Tensor:
     if isinstance(dims, int):
         left, right = list(range(a.rank - dims, a.rank)), list(range(dims))
@@ -149,7 +149,7 @@ def tensordot(b: Lowering, a: Tensor, other: Tensor, dims: Any = 2) -> Tensor:
     return _contracted(b, a, other, left, right)
 
 
-@lowers("aten.tensordot")
+@computes("aten.tensordot")
 def aten_tensordot(b: Lowering, a: Tensor, other: Tensor, dims_self: Any, dims_other: Any) -> Tensor:
     return _contracted(b, a, other, b.axes(a, dims_self), b.axes(other, dims_other))
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.frontends.torch.ops.padding import Pairs, padded
-from cipm_ir.frontends.torch.table import lowers
+from cipm_ir.frontends.torch.table import computes
 from cipm_ir.frontends.torch.values import Lowering, Tensor, known
 
 _MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
@@ -55,7 +55,7 @@ def same_padding(weight: Tensor, dilation: Sequence[int]) -> Pairs:
     return [(t // 2, t - t // 2) for t in total]
 
 
-@lowers("conv1d", "conv2d", "conv3d", modules=(nn.Conv1d, nn.Conv2d, nn.Conv3d))
+@computes("conv1d", "conv2d", "conv3d", modules=(nn.Conv1d, nn.Conv2d, nn.Conv3d))
 def conv(
     b: Lowering,
     input: Tensor,
@@ -105,7 +105,7 @@ def _transposed(
     return unbatched(b, made, had_batch)
 
 
-@lowers("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+@computes("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def conv_transpose(
     b: Lowering,
     input: Tensor,
@@ -122,7 +122,7 @@ def conv_transpose(
     return _transposed(b, input, weight, bias, (strides, pads, extra, spatial(dilation, rank)), groups)
 
 
-@lowers(modules=(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), inputs=2)
+@computes(modules=(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), inputs=2)
 def conv_transpose_module(
     b: Lowering,
     input: Tensor,
@@ -151,7 +151,7 @@ def conv_transpose_module(
     return _transposed(b, input, weight, bias, (strides, pads, extra, dilations), groups)
 
 
-@lowers("convolution", "_convolution")
+@computes("convolution", "_convolution")
 def convolution(
     b: Lowering,
     input: Tensor,

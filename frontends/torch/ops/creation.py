@@ -10,7 +10,7 @@ import torch
 
 from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.frontends.torch.ops.shaping import flat_sizes, shape_value
-from cipm_ir.frontends.torch.table import lowers
+from cipm_ir.frontends.torch.table import computes
 from cipm_ir.frontends.torch.values import Lowering, Number, Operand, Tensor
 
 LIMIT = 1 << 24
@@ -32,7 +32,7 @@ def written(b: Lowering, make: Callable[..., torch.Tensor], *args: Any, **kwargs
 
 
 def _made(name: str, make: Callable[..., torch.Tensor]) -> None:
-    @lowers(name)
+    @computes(name)
     def entry(
         b: Lowering, *args: Any, dtype: Any = None, device: Any = None, layout: Any = None, pin_memory: Any = None,
         requires_grad: Any = None, **kwargs: Any,
@@ -45,7 +45,7 @@ for _name in ("logspace", "tril_indices", "triu_indices", "hann_window", "hammin
     _made(_name, getattr(torch, _name))
 
 
-@lowers("eye")
+@computes("eye")
 def eye(b: Lowering, n: Any, m: Any = None, **options: Any) -> Tensor:
     """A constant, or of sizes that come from the graph."""
     sizes = [n, n if m is None else m]
@@ -62,7 +62,7 @@ def _counted(b: Lowering, count: Any, size: int | None) -> Tensor:
     return b.op("Range", *bounds, shape=(size,))
 
 
-@lowers("linspace")
+@computes("linspace")
 def linspace(b: Lowering, start: Any, end: Any, steps: Any, **options: Any) -> Tensor:
     """A constant, or where it comes from sizes: start + i (end - start) / max(steps - 1, 1)."""
     if not any(isinstance(x, Number | Tensor) for x in (start, end, steps)):
@@ -77,7 +77,7 @@ def linspace(b: Lowering, start: Any, end: Any, steps: Any, **options: Any) -> T
     )
 
 
-@lowers("arange")
+@computes("arange")
 def arange(b: Lowering, *bounds: Any, start: Any = 0, end: Any = None, step: Any = 1, **options: Any) -> Tensor:
     """A constant of what the program writes; bounds that come from sizes stay computed."""
     if len(bounds) == 1:
@@ -91,7 +91,7 @@ def arange(b: Lowering, *bounds: Any, start: Any = 0, end: Any = None, step: Any
     return b.cast(b.op("Range", *parts, shape=b.shape), b.dtype)
 
 
-@lowers("tensor", "as_tensor", "scalar_tensor", "new_tensor")
+@computes("tensor", "as_tensor", "scalar_tensor", "new_tensor")
 def tensor(b: Lowering, *data: Any, **options: Any) -> Tensor:
     """Python numbers, also those that come from sizes, in nested lists; the last argument holds them."""
     source = next((options[k] for k in ("data", "s") if k in options), None) if not data else data[-1]
@@ -119,19 +119,19 @@ def filled(b: Lowering, value: Operand, sizes: Tensor) -> Tensor:
 
 
 def _fill_of_size(value: int | float, *names: str) -> None:
-    @lowers(*names)
+    @computes(*names)
     def entry(b: Lowering, *size: Any, **options: Any) -> Tensor:
         return filled(b, value, b.ints(flat_sizes(size or (options["size"],))))
 
 
 def _fill_like(value: int | float, *names: str) -> None:
-    @lowers(*names)
+    @computes(*names)
     def entry(b: Lowering, input: Tensor, **options: Any) -> Tensor:
         return filled(b, value, shape_value(b, input))
 
 
 def _fill_new(value: int | float, *names: str) -> None:
-    @lowers(*names)
+    @computes(*names)
     def entry(b: Lowering, input: Tensor, *size: Any, **options: Any) -> Tensor:
         return filled(b, value, b.ints(flat_sizes(size or (options["size"],))))
 
@@ -142,32 +142,32 @@ for _value, _word in ((0, "zeros"), (1, "ones"), (0, "empty")):
     _fill_new(_value, f"new_{_word}")
 
 
-@lowers("full")
+@computes("full")
 def full(b: Lowering, size: Any, fill_value: Operand, **options: Any) -> Tensor:
     return filled(b, fill_value, b.ints(flat_sizes([size])))
 
 
-@lowers("full_like")
+@computes("full_like")
 def full_like(b: Lowering, input: Tensor, fill_value: Operand, **options: Any) -> Tensor:
     return filled(b, fill_value, shape_value(b, input))
 
 
-@lowers("new_full")
+@computes("new_full")
 def new_full(b: Lowering, input: Tensor, size: Any, fill_value: Operand, **options: Any) -> Tensor:
     return filled(b, fill_value, b.ints(flat_sizes([size])))
 
 
-@lowers("fill")
+@computes("fill")
 def fill(b: Lowering, input: Tensor, value: Operand) -> Tensor:
     return filled(b, value, shape_value(b, input))
 
 
-@lowers("zero")
+@computes("zero")
 def zero(b: Lowering, input: Tensor) -> Tensor:
     return filled(b, 0, shape_value(b, input))
 
 
-@lowers("copy")
+@computes("copy")
 def copy(b: Lowering, input: Tensor, src: Operand, non_blocking: bool = False) -> Tensor:
     """The second tensor in the shape and type of the first."""
     value = b.tensor(src, input.dtype)
@@ -176,7 +176,7 @@ def copy(b: Lowering, input: Tensor, src: Operand, non_blocking: bool = False) -
     return b.op("Expand", value, shape_value(b, input), shape=b.shape)
 
 
-@lowers("meshgrid")
+@computes("meshgrid")
 def meshgrid(b: Lowering, *tensors: Any, indexing: str | None = "ij") -> tuple[Tensor, ...]:
     """Each tensor along an axis of its own, expanded to all sizes; "xy" exchanges the first two axes."""
     given: Sequence[Tensor] = tensors[0] if len(tensors) == 1 and isinstance(tensors[0], list | tuple) else tensors
@@ -195,7 +195,7 @@ def meshgrid(b: Lowering, *tensors: Any, indexing: str | None = "ij") -> tuple[T
 
 # ---------------------------------------------------------------- refused
 def _refused(reason: str, *names: str) -> None:
-    @lowers(*names)
+    @computes(*names)
     def entry(b: Lowering, *args: Any, **options: Any) -> Any:
         raise UnsupportedPattern(reason)
 

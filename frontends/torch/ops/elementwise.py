@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from cipm_ir.errors import UnsupportedPattern
-from cipm_ir.frontends.torch.table import lowers
+from cipm_ir.frontends.torch.table import computes
 from cipm_ir.frontends.torch.values import Lowering, Number, Operand, Tensor
 
 
 # ---------------------------------------------------------------- one input
 def _unary(op_type: str, *names: str, modules: tuple[type[nn.Module], ...] = ()) -> None:
-    @lowers(*names, modules=modules)
+    @computes(*names, modules=modules)
     def entry(b: Lowering, input: Operand) -> Any:
         if not isinstance(input, Tensor):
             return _of_number(b, op_type, input)
@@ -75,58 +75,58 @@ for _op, _names, _modules in (
         _unary(_op, *_names, modules=_modules)
 
 
-@lowers("isnan")
+@computes("isnan")
 def isnan(b: Lowering, input: Tensor) -> Tensor:
     return b.op("IsNaN", input, shape=input.shape, dtype=torch.bool)
 
 
-@lowers("isinf")
+@computes("isinf")
 def isinf(b: Lowering, input: Tensor) -> Tensor:
     return b.op("IsInf", input, shape=input.shape, dtype=torch.bool)
 
 
-@lowers("rsqrt")
+@computes("rsqrt")
 def rsqrt(b: Lowering, input: Tensor) -> Tensor:
     return b.op("Reciprocal", b.op("Sqrt", _float_like(b, input), shape=input.shape), shape=input.shape)
 
 
-@lowers("square")
+@computes("square")
 def square(b: Lowering, input: Tensor) -> Tensor:
     return b.op("Mul", input, input, shape=input.shape)
 
 
-@lowers("expm1")
+@computes("expm1")
 def expm1(b: Lowering, input: Tensor) -> Tensor:
     return b.op("Sub", b.op("Exp", input, shape=input.shape), 1.0, shape=input.shape)
 
 
-@lowers("log1p")
+@computes("log1p")
 def log1p(b: Lowering, input: Tensor) -> Tensor:
     return b.op("Log", b.op("Add", input, 1.0, shape=input.shape), shape=input.shape)
 
 
-@lowers("gelu", modules=(nn.GELU,))
+@computes("gelu", modules=(nn.GELU,))
 def gelu(b: Lowering, input: Tensor, approximate: str = "none") -> Tensor:
     return b.op("Gelu", input, approximate=None if approximate == "none" else approximate, shape=input.shape)
 
 
-@lowers("silu", modules=(nn.SiLU,))
+@computes("silu", modules=(nn.SiLU,))
 def silu(b: Lowering, input: Tensor) -> Tensor:
     return b.op("Mul", input, b.op("Sigmoid", input, shape=input.shape), shape=input.shape)
 
 
-@lowers("leaky_relu", modules=(nn.LeakyReLU,))
+@computes("leaky_relu", modules=(nn.LeakyReLU,))
 def leaky_relu(b: Lowering, input: Tensor, negative_slope: float = 0.01) -> Tensor:
     return b.op("LeakyRelu", input, alpha=float(negative_slope), shape=input.shape)
 
 
-@lowers("rrelu", modules=(nn.RReLU,))
+@computes("rrelu", modules=(nn.RReLU,))
 def rrelu(b: Lowering, input: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, *rest: Any) -> Tensor:
     """Evaluation: the mean slope."""
     return b.op("LeakyRelu", input, alpha=(float(lower) + float(upper)) / 2, shape=input.shape)
 
 
-@lowers("prelu", "_prelu_kernel", modules=(nn.PReLU,))
+@computes("prelu", "_prelu_kernel", modules=(nn.PReLU,))
 def prelu(b: Lowering, input: Tensor, weight: Tensor) -> Tensor:
     slope = weight
     if weight.rank == 1 and input.rank > 1:
@@ -134,14 +134,14 @@ def prelu(b: Lowering, input: Tensor, weight: Tensor) -> Tensor:
     return b.op("PRelu", input, slope, shape=input.shape)
 
 
-@lowers("elu", modules=(nn.ELU,))
+@computes("elu", modules=(nn.ELU,))
 def elu(b: Lowering, input: Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Tensor:
     if (scale, input_scale) != (1.0, 1.0):
         raise UnsupportedPattern("elu with scales")
     return b.op("Elu", input, alpha=float(alpha), shape=input.shape)
 
 
-@lowers("celu", modules=(nn.CELU,))
+@computes("celu", modules=(nn.CELU,))
 def celu(b: Lowering, input: Tensor, alpha: float = 1.0) -> Tensor:
     if input.dtype == torch.float32:
         return b.op("Celu", input, alpha=float(alpha), shape=input.shape)
@@ -149,12 +149,12 @@ def celu(b: Lowering, input: Tensor, alpha: float = 1.0) -> Tensor:
     return b.op("Mul", inner, float(alpha), shape=input.shape)  # ONNX has Celu for float32 only
 
 
-@lowers("selu", modules=(nn.SELU,))
+@computes("selu", modules=(nn.SELU,))
 def selu(b: Lowering, input: Tensor) -> Tensor:
     return b.op("Selu", input, shape=input.shape)
 
 
-@lowers("softplus", modules=(nn.Softplus,))
+@computes("softplus", modules=(nn.Softplus,))
 def softplus(b: Lowering, input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
     """Above ``threshold`` torch returns the input, which is the same up to e^-threshold."""
     if threshold < 15:
@@ -165,49 +165,49 @@ def softplus(b: Lowering, input: Tensor, beta: float = 1.0, threshold: float = 2
     return b.op("Div", b.op("Softplus", scaled, shape=input.shape), float(beta), shape=input.shape)
 
 
-@lowers("log_sigmoid", "logsigmoid", modules=(nn.LogSigmoid,))
+@computes("log_sigmoid", "logsigmoid", modules=(nn.LogSigmoid,))
 def logsigmoid(b: Lowering, input: Tensor) -> Tensor:
     minus = b.op("Neg", input, shape=input.shape)
     return b.op("Neg", b.op("Softplus", minus, shape=input.shape), shape=input.shape)
 
 
-@lowers("softshrink", modules=(nn.Softshrink,))
+@computes("softshrink", modules=(nn.Softshrink,))
 def softshrink(b: Lowering, input: Tensor, lambd: float = 0.5) -> Tensor:
     return b.op("Shrink", input, lambd=float(lambd), bias=float(lambd), shape=input.shape)
 
 
-@lowers("hardshrink", modules=(nn.Hardshrink,))
+@computes("hardshrink", modules=(nn.Hardshrink,))
 def hardshrink(b: Lowering, input: Tensor, lambd: float = 0.5) -> Tensor:
     return b.op("Shrink", input, lambd=float(lambd), bias=0.0, shape=input.shape)
 
 
-@lowers("tanhshrink", modules=(nn.Tanhshrink,))
+@computes("tanhshrink", modules=(nn.Tanhshrink,))
 def tanhshrink(b: Lowering, input: Tensor) -> Tensor:
     return b.op("Sub", input, b.op("Tanh", input, shape=input.shape), shape=input.shape)
 
 
-@lowers("hardsigmoid", modules=(nn.Hardsigmoid,))
+@computes("hardsigmoid", modules=(nn.Hardsigmoid,))
 def hardsigmoid(b: Lowering, input: Tensor) -> Tensor:
     return b.op("HardSigmoid", input, alpha=1 / 6, beta=0.5, shape=input.shape)
 
 
-@lowers("threshold", modules=(nn.Threshold,))
+@computes("threshold", modules=(nn.Threshold,))
 def threshold(b: Lowering, input: Tensor, threshold: float, value: float) -> Tensor:
     keep = b.op("Greater", input, float(threshold), shape=input.shape, dtype=torch.bool)
     return b.op("Where", keep, input, b.const(float(value), input.dtype), shape=input.shape, dtype=input.dtype)
 
 
-@lowers("hardtanh", modules=(nn.Hardtanh,))
+@computes("hardtanh", modules=(nn.Hardtanh,))
 def hardtanh(b: Lowering, input: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:
     return clamp(b, input, min_val, max_val)
 
 
-@lowers("relu6", modules=(nn.ReLU6,))
+@computes("relu6", modules=(nn.ReLU6,))
 def relu6(b: Lowering, input: Tensor) -> Tensor:
     return clamp(b, input, 0.0, 6.0)
 
 
-@lowers("clamp", "clip")
+@computes("clamp", "clip")
 def clamp(b: Lowering, input: Tensor, min: Operand = None, max: Operand = None) -> Tensor:
     x = b.tensor(input, b.dtype)
     if any(isinstance(m, Tensor) and m.shape != () for m in (min, max)):
@@ -218,17 +218,17 @@ def clamp(b: Lowering, input: Tensor, min: Operand = None, max: Operand = None) 
     return b.op("Clip", x, low, high, shape=x.shape)
 
 
-@lowers("clamp_min")
+@computes("clamp_min")
 def clamp_min(b: Lowering, input: Tensor, min: Operand) -> Tensor:
     return clamp(b, input, min)
 
 
-@lowers("clamp_max")
+@computes("clamp_max")
 def clamp_max(b: Lowering, input: Tensor, max: Operand) -> Tensor:
     return clamp(b, input, None, max)
 
 
-@lowers("glu", modules=(nn.GLU,))
+@computes("glu", modules=(nn.GLU,))
 def glu(b: Lowering, input: Tensor, dim: int = -1) -> Tensor:
     axis = b.axis(input, dim)
     half = [None if d is None else d // 2 if a == axis else d for a, d in enumerate(input.dims)]
@@ -237,7 +237,7 @@ def glu(b: Lowering, input: Tensor, dim: int = -1) -> Tensor:
 
 
 # ---------------------------------------------------------------- nothing changes
-@lowers("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d", "dropout3d",
+@computes("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d", "dropout3d",
         "native_dropout", view=True,
         modules=(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
                  nn.FeatureAlphaDropout))  # fmt: skip
@@ -248,19 +248,19 @@ def dropout(b: Lowering, input: Tensor, p: float = 0.5, training: Any = True) ->
     return b.op("Dropout", input, shape=input.shape)
 
 
-@lowers("contiguous", "clone", "requires_grad", "alias", "lift_fresh_copy", "cpu", "cuda", "positive", view=True,
+@computes("contiguous", "clone", "requires_grad", "alias", "lift_fresh_copy", "cpu", "cuda", "positive", view=True,
         modules=(nn.Identity,))  # fmt: skip
 def unchanged(b: Lowering, input: Any, *args: Any, **kwargs: Any) -> Any:
     return input
 
 
-@lowers("detach", "detach_copy", "lift_fresh", view=True)
+@computes("detach", "detach_copy", "lift_fresh", view=True)
 def detach(b: Lowering, input: Tensor) -> Tensor:
     return b.op("Identity", input, shape=input.shape)
 
 
 # ---------------------------------------------------------------- casts
-@lowers("to", "type", "_to_copy", "type_as", "float", "double", "half", "bfloat16", "long", "int", "bool", view=True)
+@computes("to", "type", "_to_copy", "type_as", "float", "double", "half", "bfloat16", "long", "int", "bool", view=True)
 def cast(b: Lowering, input: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Every conversion: torch says the type of the result."""
     if isinstance(input, Number):

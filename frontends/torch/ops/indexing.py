@@ -11,7 +11,7 @@ from torch import nn
 
 from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.frontends.torch.ops.shaping import END, run_of, shape_value, with_axes, with_size
-from cipm_ir.frontends.torch.table import lowers
+from cipm_ir.frontends.torch.table import computes, lowers
 from cipm_ir.frontends.torch.values import Dims, Lowering, Number, Operand, Tensor, known
 
 Bound = int | Number | None
@@ -146,13 +146,13 @@ def _broadcast(shapes: Sequence[Dims]) -> Dims:
 
 
 # ---------------------------------------------------------------- lookups
-@lowers("index_select")
+@computes("index_select")
 def index_select(b: Lowering, input: Tensor, dim: int, index: Tensor) -> Tensor:
     index = index if index.rank else with_axes(b, index, [0])
     return b.op("Gather", input, index, axis=b.axis(input, dim), shape=b.shape)
 
 
-@lowers("gather")
+@computes("gather")
 def gather(b: Lowering, input: Tensor, dim: int, index: Tensor, sparse_grad: bool = False) -> Tensor:
     if not input.rank:
         raise UnsupportedPattern("an index into a single number")
@@ -181,7 +181,7 @@ def take(b: Lowering, input: Tensor, index: Tensor) -> Tensor:
     return b.op("Gather", b.reshape(input, [-1]), index, axis=0, shape=b.shape)
 
 
-@lowers("embedding", modules=(nn.Embedding,))
+@computes("embedding", modules=(nn.Embedding,))
 def embedding(
     b: Lowering, input: Tensor, weight: Tensor, padding_idx: Any = None, max_norm: Any = None, *rest: Any, **named: Any
 ) -> Tensor:
@@ -196,7 +196,7 @@ def embedding(
 _REDUCED = {"sum": "ReduceSum", "mean": "ReduceMean", "max": "ReduceMax"}
 
 
-@lowers("embedding_bag")
+@computes("embedding_bag")
 def embedding_bag(
     b: Lowering,
     input: Tensor,

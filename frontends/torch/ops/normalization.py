@@ -11,7 +11,7 @@ from torch import nn
 
 from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.frontends.torch.ops.reduction import axes_input, norm_over, reduced
-from cipm_ir.frontends.torch.table import lowers
+from cipm_ir.frontends.torch.table import computes
 from cipm_ir.frontends.torch.values import Lowering, Number, Tensor, known, onnx_dtype
 
 
@@ -67,7 +67,7 @@ def _beside(b: Lowering, x: Tensor, running: Tensor | None, of_batch: Tensor) ->
     return b.op("Where", np.asarray(False), per_channel(b, x, running), of_batch, shape=of_batch.shape, dtype=x.dtype)
 
 
-@lowers("batch_norm", modules=(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm))
+@computes("batch_norm", modules=(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm))
 def batch_norm(
     b: Lowering,
     input: Tensor,
@@ -86,7 +86,7 @@ def batch_norm(
     return _batch_norm(b, input, (weight, bias), (running_mean, running_var), eps, training)
 
 
-@lowers("aten.batch_norm")
+@computes("aten.batch_norm")
 def aten_batch_norm(
     b: Lowering, input: Tensor, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: Any,
     momentum: Any, eps: float, *cudnn: bool,
@@ -114,7 +114,7 @@ def _saved(b: Lowering, x: Tensor, eps: float) -> list[Tensor]:
     return list(_channel_statistics(b, x, eps))
 
 
-@lowers("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_functional")
+@computes("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_functional")
 def native_batch_norm(b: Lowering, input: Tensor, *given: Any) -> Any:
     """All of aten's forms: weight, bias, [running mean and variance], training, momentum, eps.
 
@@ -130,7 +130,7 @@ def native_batch_norm(b: Lowering, input: Tensor, *given: Any) -> Any:
     return tuple(results)
 
 
-@lowers("_native_batch_norm_legit_no_training")
+@computes("_native_batch_norm_legit_no_training")
 def native_batch_norm_evaluation(
     b: Lowering, input: Tensor, weight: Any, bias: Any, running_mean: Any, running_var: Any, momentum: Any, eps: float
 ) -> Any:
@@ -145,7 +145,7 @@ def _last(b: Lowering, x: Tensor, normalized_shape: Any) -> tuple[int, list[int 
     return x.rank - len(sizes), sizes
 
 
-@lowers("layer_norm", modules=(nn.LayerNorm,))
+@computes("layer_norm", modules=(nn.LayerNorm,))
 def layer_norm(
     b: Lowering, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None,
     eps: float = 1e-5, *cudnn: bool, cudnn_enable: Any = True,
@@ -155,7 +155,7 @@ def layer_norm(
     return b.op("LayerNormalization", input, scale, bias, axis=axis - input.rank, epsilon=float(eps), shape=input.shape)
 
 
-@lowers("native_layer_norm")
+@computes("native_layer_norm")
 def native_layer_norm(b: Lowering, input: Tensor, normalized_shape: Any, weight: Any, bias: Any, eps: float) -> Any:
     """With mean and inverse deviation, written out so that nobody pays for them who does not read them."""
     axis, _ = _last(b, input, normalized_shape)
@@ -166,7 +166,7 @@ def native_layer_norm(b: Lowering, input: Tensor, normalized_shape: Any, weight:
     return layer_norm(b, input, normalized_shape, weight, bias, eps), mean, _inverse(b, variance, eps)
 
 
-@lowers("rms_norm", modules=(nn.RMSNorm,))
+@computes("rms_norm", modules=(nn.RMSNorm,))
 def rms_norm(
     b: Lowering, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
@@ -177,7 +177,7 @@ def rms_norm(
     return b.op("RMSNormalization", input, scale, axis=axis - input.rank, epsilon=small, shape=input.shape)
 
 
-@lowers("_fused_rms_norm")
+@computes("_fused_rms_norm")
 def fused_rms_norm(b: Lowering, input: Tensor, normalized_shape: Any, weight: Any, eps: float | None) -> Any:
     axis, _ = _last(b, input, normalized_shape)
     square = b.op("Mul", input, input, shape=input.shape)
@@ -193,7 +193,7 @@ def _channel_affine(b: Lowering, x: Tensor, weight: Tensor | None, bias: Tensor 
     return scale, bias if bias is not None else filled(b, [b.size(x, 1)], 0.0, x.dtype)
 
 
-@lowers("group_norm", modules=(nn.GroupNorm,))
+@computes("group_norm", modules=(nn.GroupNorm,))
 def group_norm(
     b: Lowering, input: Tensor, num_groups: Any, weight: Tensor | None = None, bias: Tensor | None = None,
     eps: float = 1e-5, *cudnn: bool, cudnn_enabled: Any = True,
@@ -206,7 +206,7 @@ def group_norm(
     )  # fmt: skip
 
 
-@lowers("native_group_norm")
+@computes("native_group_norm")
 def native_group_norm(
     b: Lowering, input: Tensor, weight: Any, bias: Any, N: Any, C: Any, HxW: Any, group: int, eps: float
 ) -> Any:
@@ -219,7 +219,7 @@ def native_group_norm(
     return group_norm(b, input, group, weight, bias, eps), flat, _inverse(b, variance, eps)
 
 
-@lowers("instance_norm")
+@computes("instance_norm")
 def instance_norm(
     b: Lowering, input: Tensor, running_mean: Any = None, running_var: Any = None, weight: Any = None, bias: Any = None,
     use_input_stats: Any = True, momentum: Any = 0.1, eps: float = 1e-5, *cudnn: bool,
@@ -237,7 +237,7 @@ def instance_norm(
     return b.op("InstanceNormalization", input, scale, shift, epsilon=float(eps), shape=input.shape)
 
 
-@lowers("aten.instance_norm")
+@computes("aten.instance_norm")
 def aten_instance_norm(
     b: Lowering, input: Tensor, weight: Any, bias: Any, running_mean: Any, running_var: Any, use_input_stats: Any,
     momentum: Any, eps: float, *cudnn: bool,
@@ -245,7 +245,7 @@ def aten_instance_norm(
     return instance_norm(b, input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
 
 
-@lowers(modules=(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d))
+@computes(modules=(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d))
 def instance_norm_module(
     b: Lowering, input: Tensor, running_mean: Any, running_var: Any, weight: Any, bias: Any, eps: float, module: Any
 ) -> Tensor:
@@ -257,7 +257,7 @@ def instance_norm_module(
     return made if had_batch else b.op("Squeeze", made, np.zeros(1, np.int64), shape=input.shape)
 
 
-@lowers("local_response_norm", modules=(nn.LocalResponseNorm,))
+@computes("local_response_norm", modules=(nn.LocalResponseNorm,))
 def local_response_norm(
     b: Lowering, input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
 ) -> Tensor:
@@ -276,25 +276,25 @@ def local_response_norm(
     return b.op("Div", input, b.op("Pow", base, float(beta), shape=input.shape), shape=input.shape)
 
 
-@lowers(modules=(nn.CrossMapLRN2d,))
+@computes(modules=(nn.CrossMapLRN2d,))
 def cross_map_lrn(b: Lowering, input: Tensor) -> Tensor:
     raise UnsupportedPattern("an autograd function of its own; use LocalResponseNorm")
 
 
 # ---------------------------------------------------------------- by norms
-@lowers("normalize")
+@computes("normalize")
 def normalize(b: Lowering, input: Tensor, p: Any = 2.0, dim: Any = 1, eps: float = 1e-12) -> Tensor:
     length = norm_over(b, input, p, b.axes(input, dim), True)
     least = b.op("Max", length, float(eps), shape=length.shape)
     return b.op("Div", input, least, shape=input.shape)
 
 
-@lowers("_weight_norm")
+@computes("_weight_norm")
 def weight_norm(b: Lowering, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return _weight_norm(b, v, g, dim)[0]
 
 
-@lowers("_weight_norm_interface")
+@computes("_weight_norm_interface")
 def weight_norm_interface(b: Lowering, v: Tensor, g: Tensor, dim: int = 0) -> Any:
     return _weight_norm(b, v, g, dim)
 
@@ -306,7 +306,7 @@ def _weight_norm(b: Lowering, v: Tensor, g: Tensor, dim: int) -> tuple[Tensor, T
     return b.op("Mul", v, b.op("Div", g, length), shape=v.shape), length
 
 
-@lowers("cosine_similarity", modules=(nn.CosineSimilarity,), inputs=2)
+@computes("cosine_similarity", modules=(nn.CosineSimilarity,), inputs=2)
 def cosine_similarity(b: Lowering, x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
     rank = max(x1.rank, x2.rank)
     back = b.axis(rank, dim) - rank
@@ -319,7 +319,7 @@ def cosine_similarity(b: Lowering, x1: Tensor, x2: Tensor, dim: int = 1, eps: fl
     return b.op("ReduceSum", b.op("Mul", *parts), axes_input(b, [back]), keepdims=0, shape=b.shape)
 
 
-@lowers("pairwise_distance", modules=(nn.PairwiseDistance,), inputs=2)
+@computes("pairwise_distance", modules=(nn.PairwiseDistance,), inputs=2)
 def pairwise_distance(
     b: Lowering, x1: Tensor, x2: Tensor, norm: Any = 2.0, eps: float = 1e-6, keepdim: bool = False, p: Any = None
 ) -> Tensor:
@@ -333,7 +333,7 @@ def pairwise_distance(
     return norm_over(b, gap, norm if p is None else p, [rank - 1], keepdim)
 
 
-@lowers("cdist", "_cdist_forward")
+@computes("cdist", "_cdist_forward")
 def cdist(b: Lowering, x1: Tensor, x2: Tensor, p: Any = 2.0, compute_mode: Any = None) -> Tensor:
     """Norms of the differences of all pairs of rows."""
     width, few = x1.dims[-1], x2.dims[-2]
@@ -343,6 +343,6 @@ def cdist(b: Lowering, x1: Tensor, x2: Tensor, p: Any = 2.0, compute_mode: Any =
     return norm_over(b, gap, p, [len(b.shape)], False)
 
 
-@lowers("_euclidean_dist")
+@computes("_euclidean_dist")
 def euclidean_dist(b: Lowering, x1: Tensor, x2: Tensor) -> Tensor:
     return cdist(b, x1, x2)

@@ -14,7 +14,7 @@ from torch import nn
 from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.frontends.torch.ops.convolution import batched, spatial
 from cipm_ir.frontends.torch.ops.reduction import reduced
-from cipm_ir.frontends.torch.table import lowers
+from cipm_ir.frontends.torch.table import computes
 from cipm_ir.frontends.torch.values import Dims, Lowering, Tensor, known
 
 
@@ -90,7 +90,7 @@ def _place(b: Lowering, input: Tensor, rank: int) -> Tensor:
 
 
 def _max_pools(rank: int, cls: type[nn.Module]) -> None:
-    @lowers(f"max_pool{rank}d", modules=(cls,))
+    @computes(f"max_pool{rank}d", modules=(cls,))
     def entry(
         b: Lowering, input: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
         ceil_mode: Any = False, return_indices: Any = False,
@@ -98,7 +98,7 @@ def _max_pools(rank: int, cls: type[nn.Module]) -> None:
         window = Window(rank, kernel_size, stride, padding, dilation)
         return _max_pool(b, input, window, bool(ceil_mode), bool(return_indices))
 
-    @lowers(f"max_pool{rank}d_with_indices")
+    @computes(f"max_pool{rank}d_with_indices")
     def both(
         b: Lowering, input: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
         ceil_mode: Any = False, return_indices: Any = True,
@@ -118,7 +118,7 @@ def _average(b: Lowering, input: Tensor, window: Window, ceil: bool, include: bo
 
 
 def _average_pools(rank: int, cls: type[nn.Module]) -> None:
-    @lowers(f"avg_pool{rank}d", modules=(cls,))
+    @computes(f"avg_pool{rank}d", modules=(cls,))
     def entry(
         b: Lowering, input: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: Any = False,
         count_include_pad: Any = True, divisor_override: Any = None,
@@ -128,7 +128,7 @@ def _average_pools(rank: int, cls: type[nn.Module]) -> None:
 
 
 def _norm_pools(rank: int, cls: type[nn.Module]) -> None:
-    @lowers(f"lp_pool{rank}d", modules=(cls,))
+    @computes(f"lp_pool{rank}d", modules=(cls,))
     def entry(
         b: Lowering, input: Tensor, norm_type: Any, kernel_size: Any, stride: Any = None, ceil_mode: Any = False
     ) -> Tensor:
@@ -178,7 +178,7 @@ def adaptive(b: Lowering, input: Tensor, rank: int, output_size: Any, kind: str)
 
 
 def _adaptive_pools(rank: int, average: type[nn.Module], maximum: type[nn.Module]) -> None:
-    @lowers(f"adaptive_avg_pool{rank}d", f"_adaptive_avg_pool{rank}d", modules=(average,))
+    @computes(f"adaptive_avg_pool{rank}d", f"_adaptive_avg_pool{rank}d", modules=(average,))
     def mean(b: Lowering, input: Tensor, output_size: Any) -> Tensor:
         return adaptive(b, input, rank, output_size, "Mean")
 
@@ -192,7 +192,7 @@ def _adaptive_pools(rank: int, average: type[nn.Module], maximum: type[nn.Module
         widths = [n if w is None else w for w, n in zip(widths, input.dims[-rank:], strict=True)]
         return values, _indices(b, input, Window(rank, widths, None), False)
 
-    lowers(f"adaptive_max_pool{rank}d", f"adaptive_max_pool{rank}d_with_indices", modules=(maximum,))(largest)
+    computes(f"adaptive_max_pool{rank}d", f"adaptive_max_pool{rank}d_with_indices", modules=(maximum,))(largest)
 
 
 for _rank, _classes in enumerate(

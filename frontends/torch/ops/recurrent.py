@@ -13,7 +13,7 @@ import numpy as np
 from torch import nn
 
 from cipm_ir.errors import UnsupportedPattern
-from cipm_ir.frontends.torch.table import lowers
+from cipm_ir.frontends.torch.table import computes
 from cipm_ir.frontends.torch.values import Dims, Lowering, Tensor, known
 
 _ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}
@@ -23,44 +23,44 @@ _SECOND = np.ones(1, np.int64)
 
 
 # ---------------------------------------------------------------- layers
-@lowers(modules=(nn.LSTM,), inputs=2)
+@computes(modules=(nn.LSTM,), inputs=2)
 def lstm_module(b: Lowering, input: Tensor, hx: Any = None, *, module: Any, path: str) -> Any:
     y, h, c = _module(b, "LSTM", input, hx, module, path)
     return y, (h, c)
 
 
-@lowers(modules=(nn.GRU,), inputs=2)
+@computes(modules=(nn.GRU,), inputs=2)
 def gru_module(b: Lowering, input: Tensor, hx: Any = None, *, module: Any, path: str) -> Any:
     y, h = _module(b, "GRU", input, None if hx is None else [hx], module, path)
     return y, h
 
 
-@lowers(modules=(nn.RNN,), inputs=2)
+@computes(modules=(nn.RNN,), inputs=2)
 def rnn_module(b: Lowering, input: Tensor, hx: Any = None, *, module: Any, path: str) -> Any:
     y, h = _module(b, "RNN", input, None if hx is None else [hx], module, path, module.nonlinearity)
     return y, h
 
 
-@lowers("lstm")
+@computes("lstm")
 def lstm(b: Lowering, input: Tensor, hx: Any, params: Any, has_biases: Any, num_layers: Any, dropout: Any, train: Any,
          bidirectional: Any, batch_first: Any) -> Any:  # fmt: skip
     states = list(hx) if isinstance(hx, tuple | list) else None
     return _layers(b, "LSTM", input, states, params, num_layers, dropout, bidirectional, batch_first)
 
 
-@lowers("gru")
+@computes("gru")
 def gru(b: Lowering, input: Tensor, hx: Any, params: Any, has_biases: Any, num_layers: Any, dropout: Any, train: Any,
         bidirectional: Any, batch_first: Any) -> Any:  # fmt: skip
     return _layers(b, "GRU", input, [hx], params, num_layers, dropout, bidirectional, batch_first)
 
 
-@lowers("rnn_tanh")
+@computes("rnn_tanh")
 def rnn_tanh(b: Lowering, input: Tensor, hx: Any, params: Any, has_biases: Any, num_layers: Any, dropout: Any,
              train: Any, bidirectional: Any, batch_first: Any) -> Any:  # fmt: skip
     return _layers(b, "RNN", input, [hx], params, num_layers, dropout, bidirectional, batch_first, "tanh")
 
 
-@lowers("rnn_relu")
+@computes("rnn_relu")
 def rnn_relu(b: Lowering, input: Tensor, hx: Any, params: Any, has_biases: Any, num_layers: Any, dropout: Any,
              train: Any, bidirectional: Any, batch_first: Any) -> Any:  # fmt: skip
     return _layers(b, "RNN", input, [hx], params, num_layers, dropout, bidirectional, batch_first, "relu")
@@ -219,7 +219,7 @@ def _side_by_side(b: Lowering, y: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------- cells
-@lowers("lstm_cell", modules=(nn.LSTMCell,), inputs=2)
+@computes("lstm_cell", modules=(nn.LSTMCell,), inputs=2)
 def lstm_cell(
     b: Lowering, input: Tensor, hx: Any = None, weight_ih: Any = None, weight_hh: Any = None, bias_ih: Any = None,
     bias_hh: Any = None,
@@ -236,7 +236,7 @@ def lstm_cell(
     return b.op("Mul", o, b.op("Tanh", cell, shape=shape), shape=shape), cell
 
 
-@lowers("gru_cell", modules=(nn.GRUCell,), inputs=2)
+@computes("gru_cell", modules=(nn.GRUCell,), inputs=2)
 def gru_cell(
     b: Lowering, input: Tensor, hx: Any = None, weight_ih: Any = None, weight_hh: Any = None, bias_ih: Any = None,
     bias_hh: Any = None,
@@ -254,21 +254,21 @@ def gru_cell(
     return b.op("Add", new, step, shape=shape)
 
 
-@lowers("rnn_tanh_cell")
+@computes("rnn_tanh_cell")
 def rnn_tanh_cell(
     b: Lowering, input: Tensor, hx: Any, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Any = None, bias_hh: Any = None
 ) -> Tensor:
     return _rnn_cell(b, "Tanh", input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
 
 
-@lowers("rnn_relu_cell")
+@computes("rnn_relu_cell")
 def rnn_relu_cell(
     b: Lowering, input: Tensor, hx: Any, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Any = None, bias_hh: Any = None
 ) -> Tensor:
     return _rnn_cell(b, "Relu", input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
 
 
-@lowers(modules=(nn.RNNCell,), inputs=2)
+@computes(modules=(nn.RNNCell,), inputs=2)
 def rnn_cell(
     b: Lowering, input: Tensor, hx: Any = None, weight_ih: Any = None, weight_hh: Any = None, bias_ih: Any = None,
     bias_hh: Any = None, nonlinearity: str = "tanh",

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from cipm_ir.errors import UnsupportedPattern
-from cipm_ir.frontends.torch.table import lowers
+from cipm_ir.frontends.torch.table import computes
 from cipm_ir.frontends.torch.values import Dims, Lowering, Number, Tensor, known
 
 
@@ -62,7 +62,7 @@ def _check_out(names: dict[str, Any]) -> None:
 
 
 def _reduction(op_type: str, *names: str) -> None:
-    @lowers(*names)
+    @computes(*names)
     def entry(b: Lowering, input: Tensor, dim: Any = None, keepdim: Any = False, **other: Any) -> Tensor:
         if isinstance(dim, torch.dtype):
             dim = None
@@ -105,7 +105,7 @@ def _count(x: Tensor) -> int | None:
 
 
 def _extremum(kind: str) -> None:
-    @lowers(kind.lower())
+    @computes(kind.lower())
     def entry(b: Lowering, input: Tensor, dim: Any = None, keepdim: Any = False, **other: Any) -> Any:
         """Three forms: of all entries, along an axis with positions, of two tensors."""
         _check_out(other)
@@ -120,7 +120,7 @@ def _extremum(kind: str) -> None:
         values = reduced(b, f"Reduce{kind}", input, [b.axis(input, dim)], keepdim)
         return Extrema(values, _position(b, f"Arg{kind}", input, dim, keepdim))
 
-    @lowers(f"arg{kind.lower()}")
+    @computes(f"arg{kind.lower()}")
     def position(b: Lowering, input: Tensor, dim: Any = None, keepdim: Any = False, **other: Any) -> Tensor:
         dim, keepdim = _options(dim, keepdim, other)
         return _position(b, f"Arg{kind}", input, dim, keepdim)
@@ -130,13 +130,13 @@ _extremum("Max")
 _extremum("Min")
 
 
-@lowers("aminmax")
+@computes("aminmax")
 def aminmax(b: Lowering, input: Tensor, dim: Any = None, keepdim: Any = False) -> Any:
     over = b.axes(input, dim)
     return Bounds(reduced(b, "ReduceMin", input, over, keepdim), reduced(b, "ReduceMax", input, over, keepdim))
 
 
-@lowers("topk")
+@computes("topk")
 def topk(b: Lowering, input: Tensor, k: Any, dim: Any = -1, largest: Any = True, sorted: Any = True) -> Extrema:
     if not sorted:
         raise UnsupportedPattern("the largest entries in no order")
@@ -156,24 +156,24 @@ def _ordered(b: Lowering, x: Tensor, count: Any, axis: int, descending: bool) ->
     return Extrema(values, indices)
 
 
-@lowers("sort")
+@computes("sort")
 def sort(b: Lowering, input: Tensor, dim: Any = -1, descending: Any = False, *, stable: Any = False) -> Extrema:
     """All entries in order; equal ones in the order in which they stand."""
     axis = b.axis(input, dim)
     return _ordered(b, input, b.size(input, axis), axis, bool(descending))
 
 
-@lowers("argsort")
+@computes("argsort")
 def argsort(b: Lowering, input: Tensor, dim: Any = -1, descending: Any = False, *, stable: Any = False) -> Tensor:
     return sort(b, input, dim, descending).indices
 
 
-@lowers("msort")
+@computes("msort")
 def msort(b: Lowering, input: Tensor) -> Tensor:
     return sort(b, input, 0).values
 
 
-@lowers("cumsum")
+@computes("cumsum")
 def cumsum(b: Lowering, input: Tensor, dim: Any = None, **other: Any) -> Tensor:
     x = b.cast(input, b.dtype)
     axis = b.axis(x, _options(dim, None, other)[0])
@@ -182,7 +182,7 @@ def cumsum(b: Lowering, input: Tensor, dim: Any = None, **other: Any) -> Tensor:
 
 # ---------------------------------------------------------------- truth values, counts
 def _truth(name: str, op_type: str) -> None:
-    @lowers(name)
+    @computes(name)
     def entry(b: Lowering, input: Tensor, dim: Any = None, keepdim: Any = False, **other: Any) -> Tensor:
         dim, keepdim = _options(dim, keepdim, other)
         numbers = b.cast(b.cast(input, torch.bool), torch.int32)
@@ -193,7 +193,7 @@ _truth("all", "ReduceMin")
 _truth("any", "ReduceMax")
 
 
-@lowers("count_nonzero")
+@computes("count_nonzero")
 def count_nonzero(b: Lowering, input: Tensor, dim: Any = None) -> Tensor:
     ones = b.cast(b.cast(input, torch.bool), torch.int64)
     return reduced(b, "ReduceSum", ones, b.axes(input, dim), False)
@@ -237,22 +237,22 @@ def _root(b: Lowering, x: Tensor) -> Tensor:
     return b.op("Sqrt", x, shape=x.shape)
 
 
-@lowers("var")
+@computes("var")
 def var(b: Lowering, input: Tensor, *args: Any, **names: Any) -> Tensor:
     return _spread(b, input, args, names)[0]
 
 
-@lowers("std")
+@computes("std")
 def std(b: Lowering, input: Tensor, *args: Any, **names: Any) -> Tensor:
     return _root(b, _spread(b, input, args, names)[0])
 
 
-@lowers("var_mean")
+@computes("var_mean")
 def var_mean(b: Lowering, input: Tensor, *args: Any, **names: Any) -> Any:
     return _spread(b, input, args, names)
 
 
-@lowers("std_mean")
+@computes("std_mean")
 def std_mean(b: Lowering, input: Tensor, *args: Any, **names: Any) -> Any:
     spread, mean = _spread(b, input, args, names)
     return _root(b, spread), mean
@@ -280,14 +280,14 @@ def norm_over(b: Lowering, x: Tensor, p: Any, axes: Sequence[int], keepdim: bool
     return b.op("Pow", total, 1 / float(p), shape=total.shape)
 
 
-@lowers("norm")
+@computes("norm")
 def norm(b: Lowering, input: Tensor, p: Any = "fro", dim: Any = None, keepdim: Any = False, **other: Any) -> Tensor:
     _check_out(other)
     x = b.cast(input, b.dtype)
     return norm_over(b, x, p, b.axes(x, dim), bool(keepdim))
 
 
-@lowers("linalg_vector_norm", "vector_norm")
+@computes("linalg_vector_norm", "vector_norm")
 def vector_norm(
     b: Lowering, input: Tensor, ord: Any = 2, dim: Any = None, keepdim: Any = False, *, dtype: Any = None
 ) -> Tensor:
@@ -295,7 +295,7 @@ def vector_norm(
     return norm_over(b, x, ord, b.axes(x, dim), bool(keepdim))
 
 
-@lowers("linalg_norm")
+@computes("linalg_norm")
 def linalg_norm(
     b: Lowering, input: Tensor, ord: Any = None, dim: Any = None, keepdim: Any = False, *, dtype: Any = None
 ) -> Tensor:
@@ -306,7 +306,7 @@ def linalg_norm(
     return norm_over(b, x, ord, over, bool(keepdim))
 
 
-@lowers("linalg_matrix_norm", "matrix_norm")
+@computes("linalg_matrix_norm", "matrix_norm")
 def matrix_norm(
     b: Lowering, input: Tensor, ord: Any = "fro", dim: Any = (-2, -1), keepdim: Any = False, *, dtype: Any = None
 ) -> Tensor:
@@ -330,21 +330,21 @@ def _soft(b: Lowering, op_type: str, input: Tensor, dim: Any, names: dict[str, A
     return b.op(op_type, x, axis=axis, shape=x.shape)
 
 
-@lowers("softmax", "_softmax", "_safe_softmax", modules=(nn.Softmax,))
+@computes("softmax", "_softmax", "_safe_softmax", modules=(nn.Softmax,))
 def softmax(b: Lowering, input: Tensor, dim: Any = None, *rest: Any, **other: Any) -> Tensor:
     return _soft(b, "Softmax", input, dim, other)
 
 
-@lowers("log_softmax", "_log_softmax", modules=(nn.LogSoftmax,))
+@computes("log_softmax", "_log_softmax", modules=(nn.LogSoftmax,))
 def log_softmax(b: Lowering, input: Tensor, dim: Any = None, *rest: Any, **other: Any) -> Tensor:
     return _soft(b, "LogSoftmax", input, dim, other)
 
 
-@lowers("softmin", modules=(nn.Softmin,))
+@computes("softmin", modules=(nn.Softmin,))
 def softmin(b: Lowering, input: Tensor, dim: Any = None, *rest: Any, **other: Any) -> Tensor:
     return _soft(b, "Softmax", b.op("Neg", b.cast(input, b.dtype), shape=input.shape), dim, other)
 
 
-@lowers(modules=(nn.Softmax2d,))
+@computes(modules=(nn.Softmax2d,))
 def softmax_channels(b: Lowering, input: Tensor) -> Tensor:
     return _soft(b, "Softmax", input, -3)

@@ -11,8 +11,8 @@ from cipm_ir.errors import OptionError, SymmetryError
 from cipm_ir.passes.exact.absorb_bias.sites import Place, find_places
 from cipm_ir.passes.exact.canonicalize.members import Floats
 from cipm_ir.passes.framework.base import Context, Kind, Pass, PassResult, option
+from cipm_ir.passes.framework.reasons import idle, left_alone
 from cipm_ir.passes.framework.registry import register
-from cipm_ir.passes.pruning.budget.blockers import idle, left_alone
 from cipm_ir.runtime.activations.observe import observe
 from cipm_ir.runtime.intervals.bounds import along, find_intervals
 from cipm_ir.symmetry.program import Program

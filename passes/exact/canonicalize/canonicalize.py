@@ -15,9 +15,10 @@ from cipm_ir.passes.exact.canonicalize.gauge import Gauge
 from cipm_ir.passes.exact.canonicalize.members import Members
 from cipm_ir.passes.exact.canonicalize.order import Ordering
 from cipm_ir.passes.framework.base import Context, Kind, Pass, PassResult, option
+from cipm_ir.passes.framework.reasons import idle, rounding
 from cipm_ir.passes.framework.registry import register
-from cipm_ir.passes.pruning.budget.blockers import idle, rounding
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 
 @register("canonicalize")

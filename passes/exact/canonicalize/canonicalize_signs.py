@@ -9,12 +9,13 @@ import numpy as np
 
 from cipm_ir.algebra import Element
 from cipm_ir.passes.exact.canonicalize.gauge import Gauge
-from cipm_ir.passes.exact.canonicalize.members import Floats, Member, Members
-from cipm_ir.passes.exact.canonicalize.sign_ranges import Ranges
+from cipm_ir.passes.exact.canonicalize.members import Members
+from cipm_ir.passes.exact.canonicalize.sign_ranges import Signs
 from cipm_ir.passes.framework.base import Context, Kind, Pass, PassResult, option
+from cipm_ir.passes.framework.reasons import idle
 from cipm_ir.passes.framework.registry import register
-from cipm_ir.passes.pruning.budget.blockers import idle
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 
 @register("canonicalize-signs")
@@ -70,32 +71,3 @@ def sign_elements(program: Program, signs: Gauge) -> dict[Space, Element]:
         if (table < 0).any():
             found[space] = Element(np.arange(space.size), space.identity().scale, table)
     return found
-
-
-class Signs(Gauge):
-    """The sign part of a gauge at the scales that came in."""
-
-    def fix(self) -> None:
-        """Make the entry of largest magnitude of the first row of each unit positive; vectors come before matrices."""
-        self.scaled[:] = True
-        self._sweep(signs=True)
-        self.signed[:] = True
-
-    def extremes(self, m: Member) -> tuple[Floats, Floats]:
-        """Largest and smallest entry of every position of a member, with the signs of the other axes."""
-        weights = self._weights(m, signs=True)
-        return self._reduce(m, weights, np.maximum, "value"), self._reduce(m, weights, np.minimum, "value")
-
-    def shrink_ranges(self) -> tuple[float, float]:
-        """Flip signs so that ranges shrink; the mean log range with the signs that came in, and with those chosen."""
-        ranges = Ranges(self)
-        chosen = self.sign.copy()
-        self.sign[:] = 1
-        given = ranges.total()
-        self.sign[:] = chosen
-        ranges.reset()
-        ranges.descend()
-        found = ranges.total()
-        if found > given + 1e-9:
-            self.sign[:] = 1
-        return given, min(found, given)

@@ -25,7 +25,8 @@ from cipm_ir.symmetry.program import Program
 
 Floats = npt.NDArray[np.float64]
 CHUNK = 1 << 18
-_KEPT_BYTES = 1 << 28
+_KEPT_BYTES = 1 << 26
+"""Of edited tensors, evaluated ones that are kept: an eighth of the weights of a model of half a gigabyte."""
 
 
 @dataclass
@@ -88,7 +89,7 @@ class Members:
     """All members of a program in graph order, and their values.
 
     With ``exact``, directions whose powers of two would round are left out. An edited tensor that is not yet evaluated
-    is evaluated once and kept, up to 256 MiB in all.
+    is evaluated once and kept, up to 64 MiB in all.
     """
 
     def __init__(self, program: Program, *, exact: bool) -> None:

@@ -9,15 +9,12 @@ units' largest entries, with which every flip has a gain of its own in closed fo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cipm_ir.ir.labels import Labels
+from cipm_ir.passes.exact.canonicalize.gauge import Gauge
 from cipm_ir.passes.exact.canonicalize.members import Floats, Member
-
-if TYPE_CHECKING:
-    from cipm_ir.passes.exact.canonicalize.canonicalize_signs import Signs
 
 POWER = 12.0
 _ROUNDS = 4
@@ -148,3 +145,32 @@ class Ranges:
         for part, x in zip(parts, (up, down), strict=True):
             np.add.at(part, owner[mine], x[mine])
         return Side(parts[0], parts[1], (float(up[~mine].sum()), float(down[~mine].sum())))
+
+
+class Signs(Gauge):
+    """The sign part of a gauge at the scales that came in."""
+
+    def fix(self) -> None:
+        """Make the entry of largest magnitude of the first row of each unit positive; vectors come before matrices."""
+        self.scaled[:] = True
+        self._sweep(signs=True)
+        self.signed[:] = True
+
+    def extremes(self, m: Member) -> tuple[Floats, Floats]:
+        """Largest and smallest entry of every position of a member, with the signs of the other axes."""
+        weights = self._weights(m, signs=True)
+        return self._reduce(m, weights, np.maximum, "value"), self._reduce(m, weights, np.minimum, "value")
+
+    def shrink_ranges(self) -> tuple[float, float]:
+        """Flip signs so that ranges shrink; the mean log range with the signs that came in, and with those chosen."""
+        ranges = Ranges(self)
+        chosen = self.sign.copy()
+        self.sign[:] = 1
+        given = ranges.total()
+        self.sign[:] = chosen
+        ranges.reset()
+        ranges.descend()
+        found = ranges.total()
+        if found > given + 1e-9:
+            self.sign[:] = 1
+        return given, min(found, given)

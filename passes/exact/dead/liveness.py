@@ -18,13 +18,6 @@ from cipm_ir.passes.exact.dead.contributions import Mask, Sum, all_classes, is_d
 from cipm_ir.runtime.intervals.bounds import Intervals, along
 from cipm_ir.symmetry.analysis import Analysis
 
-_BY_POSITION = ("elementwise", "shaping", "indexing", "padding", "normalization")
-"""Families of operators that keep positions apart, but for statistics, which the walk records."""
-_ALSO_BY_POSITION = {
-    "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "LpPool", "GlobalLpPool", "MaxRoiPool", "RoiAlign",
-    "LRN", "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ArgMax", "ArgMin", "TopK", "CumSum",
-    "RotaryEmbedding",
-}  # fmt: skip
 _PLAIN_SUMS = {"ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare"}
 _SWEEPS = 64
 
@@ -139,7 +132,4 @@ class Liveness:
 
 def _by_position(node: ir.Node) -> bool:
     entry = lookup("" if node.domain == "ai.onnx" else node.domain, node.op_type)
-    if entry is None:
-        return True  # opaque: what reaches it is pinned
-    family = entry.labels.__module__.rpartition(".")[2]
-    return family in _BY_POSITION or node.op_type in _ALSO_BY_POSITION
+    return entry is None or entry.positionwise  # what reaches an opaque node is pinned

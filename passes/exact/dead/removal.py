@@ -11,7 +11,8 @@ from cipm_ir.ir.labels import Labels
 from cipm_ir.passes.exact.dead.contributions import Mask, Sum
 from cipm_ir.passes.exact.dead.liveness import Liveness
 from cipm_ir.passes.pruning.budget.search import even, grids_of, link_spaces
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 Keep = dict[Space, Labels]
 

@@ -15,14 +15,14 @@ from cipm_ir.passes.exact.dead.contributions import Sum, find_sums
 from cipm_ir.passes.exact.dead.liveness import Liveness
 from cipm_ir.passes.exact.dead.removal import removable_units
 from cipm_ir.passes.framework.base import Context, Kind, Pass, PassResult, option
+from cipm_ir.passes.framework.reasons import left_alone
 from cipm_ir.passes.framework.registry import register
-from cipm_ir.passes.pruning.budget.blockers import left_alone
-from cipm_ir.passes.pruning.compress.candidates import between_blocks
 from cipm_ir.runtime.inputs.generate import batches
 from cipm_ir.runtime.intervals.arithmetic import Interval
 from cipm_ir.runtime.intervals.bounds import Intervals, along, find_intervals
 from cipm_ir.runtime.session import Runner
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 _SAME = 1e-9
 """Bounds in real arithmetic this close, relative to their size, are one number."""
@@ -236,7 +236,7 @@ class _Tally:
         program, analysis = seen.program, seen.program.analysis
         apart = seen.liveness
         if analysis.walk.rec.normalized:  # without the statistics that keep a unit alive
-            apart = Liveness(between_blocks(analysis, analysis.walk.rec.normalized))
+            apart = Liveness(analysis.without_statistics(analysis.walk.rec.normalized))
             apart.read(seen.found, seen.sums)
         dead = ~apart.alive(seen.sums, np.zeros(analysis.classes.count, bool))
         gone = ~np.asarray(program.kept_classes(keep), bool)

@@ -16,11 +16,12 @@ from cipm_ir.passes.exact.equalize.report import figures_of, metrics_of, summary
 from cipm_ir.passes.exact.equalize.solve import Objective, rounded, solve
 from cipm_ir.passes.exact.equalize.terms import frozen, indices, terms_of
 from cipm_ir.passes.framework.base import Context, Kind, Pass, PassResult, option
+from cipm_ir.passes.framework.reasons import idle, listed, rounding
 from cipm_ir.passes.framework.registry import register
-from cipm_ir.passes.pruning.budget.blockers import idle, listed, rounding
 from cipm_ir.runtime.activations.observe import observe
 from cipm_ir.runtime.inputs.generate import Data
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 _LOG2 = float(np.log(2.0))
 _FARTHEST = 24

@@ -23,7 +23,7 @@ from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Labels
 from cipm_ir.passes.exact.canonicalize.members import Floats, Member, Members
 from cipm_ir.passes.exact.equalize.grid import Grid
-from cipm_ir.passes.pruning.budget.blockers import listed
+from cipm_ir.passes.framework.reasons import listed
 from cipm_ir.symmetry.leaves import Leaf
 
 Exponents = sparse.csr_array

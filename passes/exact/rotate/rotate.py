@@ -15,10 +15,11 @@ from cipm_ir.errors import OptionError
 from cipm_ir.ir.parameters import is_parameter
 from cipm_ir.passes.exact.rotate.metrics import compare
 from cipm_ir.passes.framework.base import Context, Kind, Pass, PassResult, option
+from cipm_ir.passes.framework.reasons import idle, listed
 from cipm_ir.passes.framework.registry import register
-from cipm_ir.passes.pruning.budget.blockers import idle, listed
 from cipm_ir.symmetry.primitives.act import act_edits
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 LARGEST = 8192
 """Spaces of more units than this stay: their matrix would take more than half a gigabyte."""

@@ -15,7 +15,8 @@ from cipm_ir.passes.framework.base import Progress
 from cipm_ir.passes.pruning.budget.search import Choice
 from cipm_ir.runtime.session import Array
 from cipm_ir.runtime.timing import Timings, compare_latency
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 _GROUP = 8
 """Models in memory at once, beside the whole one: few enough that all of them run within a moment."""

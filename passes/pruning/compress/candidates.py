@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from math import ceil
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -17,14 +16,13 @@ from cipm_ir.ir.labels import Labels
 from cipm_ir.passes.exact.dead.contributions import find_sums
 from cipm_ir.passes.exact.dead.liveness import Liveness
 from cipm_ir.passes.pruning.budget.search import Mask, allowed_levels, even, grids_of, link_spaces
+from cipm_ir.passes.pruning.refit.layers import Layer
 from cipm_ir.runtime.intervals.bounds import find_intervals
 from cipm_ir.symmetry.analysis import Analysis
 from cipm_ir.symmetry.primitives.restrict import closed_keep
-from cipm_ir.symmetry.program import Program, Space
-from cipm_ir.symmetry.readers import WeightConsumer, readers
-
-if TYPE_CHECKING:
-    from cipm_ir.passes.pruning.refit.bilinear import Pair
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.readers import WeightConsumer, readers, weight_uses
+from cipm_ir.symmetry.space import Space
 
 
 def wanted_spaces(
@@ -72,6 +70,30 @@ def kept_numbers(spaces: Sequence[Space], min_keep: float, round_to: int) -> Lab
 
 _FINE = 33
 """About so many levels of a candidate are told apart in the end."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A space with one weight that makes its units and another that reads them, or two that make the factors of a sum;
+    both factors may come from one weight.
+
+    Attributes:
+        space: its index.
+        first: the product that makes the units; of two factors the one whose mean counts.
+        second: what reads them, or makes the other factor.
+        left: (units,) their places among the outputs of ``first``.
+        right: (units,) their places among the inputs of ``second``, or its outputs.
+        chain: whether ``second`` reads the units.
+        centred: whether the mean of ``second`` makes no difference.
+    """
+
+    space: int
+    first: Layer
+    second: Layer
+    left: Labels
+    right: Labels
+    chain: bool
+    centred: bool = False
 
 
 @dataclass
@@ -142,7 +164,7 @@ def find_candidates(
     liveness = apart = Liveness(analysis)
     liveness.read(found, sums)
     if inner:
-        apart = Liveness(between_blocks(analysis, inner))
+        apart = Liveness(analysis.without_statistics(inner))
         apart.read(found, sums)
     candidates: list[Candidate] = []
     notes: list[str] = []
@@ -180,17 +202,6 @@ def group_statistics(analysis: Analysis) -> list[Labels]:
             rows = attribute(node, "num_groups", 1) if node.op_type == "GroupNormalization" else rows
             found.append(f.labels.reshape(rows, -1))
     return found
-
-
-def between_blocks(analysis: Analysis, inner: Sequence[Labels]) -> Analysis:
-    """The same without the statistics of groups: these stay what they are where a group goes as a whole."""
-    across = list(analysis.walk.rec.normalized)
-    for labels in inner:
-        same = next((k for k, one in enumerate(across) if np.array_equal(one, labels.ravel())), None)
-        if same is not None:
-            del across[same]
-    walk = analysis.walk
-    return replace(analysis, walk=replace(walk, rec=replace(walk.rec, normalized=across)))
 
 
 def _mixed(analysis: Analysis, table: Labels, inner: Sequence[Labels]) -> bool:
@@ -251,18 +262,6 @@ def _recurrent(analysis: Analysis, tables: Sequence[Labels]) -> ir.Node | None:
             if any(np.isin(t, analysis.classes.of[f.labels]).any() for t in tables):
                 return node
     return None
-
-
-def weight_uses(program: Program) -> dict[str, int]:
-    """How many things read each parameter; through a Transpose, everything that reads that."""
-    walk = program.analysis.walk
-    uses: dict[str, int] = {}
-    for leaf in walk.leaves:
-        nodes = [walk.nodes[position] for position, _ in leaf.uses]
-        turned = [node.outputs[0] for node in nodes if node.op_type == "Transpose"]
-        more = sum(len(value.uses()) + value.is_graph_output() - 1 for value in turned)
-        uses[leaf.name] = uses.get(leaf.name, 0) + len(nodes) + more
-    return uses
 
 
 def mask_of(program: Program, kept: Iterable[tuple[int, Labels]]) -> Mask:

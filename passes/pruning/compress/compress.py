@@ -9,8 +9,8 @@ from threadpoolctl import threadpool_limits
 
 from cipm_ir.errors import OptionError, SymmetryError, VerificationError
 from cipm_ir.passes.framework.base import Context, Kind, Pass, PassResult, option
+from cipm_ir.passes.framework.reasons import check_counted, pins
 from cipm_ir.passes.framework.registry import register
-from cipm_ir.passes.pruning.budget.blockers import check_counted, pins
 from cipm_ir.passes.pruning.budget.latency import BLOCK
 from cipm_ir.passes.pruning.compress.candidates import find_candidates, kept_elements, wanted_spaces
 from cipm_ir.passes.pruning.compress.cost import BUDGETS

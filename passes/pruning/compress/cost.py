@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,18 +14,22 @@ from cipm_ir.passes.framework.base import Context, Progress
 from cipm_ir.passes.pruning.budget.cost import CostModel
 from cipm_ir.passes.pruning.budget.latency import LatencyTable, fit_to_budget
 from cipm_ir.passes.pruning.budget.search import Choice, Mask
-from cipm_ir.passes.pruning.compress.allocation import Levels
+from cipm_ir.passes.pruning.compress.allocation import Allocation, Levels
 from cipm_ir.passes.pruning.compress.candidates import Candidate
 from cipm_ir.runtime.timing import timing_feeds
 from cipm_ir.symmetry.program import Program
-
-if TYPE_CHECKING:
-    from cipm_ir.passes.pruning.compress.plan import Plan
 
 Curve: TypeAlias = npt.NDArray[np.float64]
 Settled: TypeAlias = tuple[Levels, float, list[str]]
 BUDGETS = ("macs", "params", "bytes", "latency")
 _WORDS = {"macs": "multiply-accumulates", "params": "parameters", "bytes": "bytes of weights", "latency": "seconds"}
+
+
+class Allocator(Protocol):
+    """What a budget asks of a plan."""
+
+    def allocation(self, target: float, curves: Sequence[Curve] | None = None) -> Allocation:
+        """The cheapest levels for a target."""
 
 
 class Budget(Protocol):
@@ -37,7 +41,7 @@ class Budget(Protocol):
     def price(self, levels: Levels, stays: Mask) -> float:
         """Cost with each candidate at its level."""
 
-    def settle(self, plan: Plan, target: float, curves: Sequence[Curve] | None) -> Settled:
+    def settle(self, plan: Allocator, target: float, curves: Sequence[Curve] | None) -> Settled:
         """Levels for a target, their cost, and notes; ``curves`` None: as they were measured first."""
 
 
@@ -55,7 +59,7 @@ class Counted:
         count = {"macs": self.costs.macs, "params": self.costs.params, "bytes": self.costs.bytes}[self.kind]
         return float(count(stays))
 
-    def settle(self, plan: Plan, target: float, curves: Sequence[Curve] | None) -> Settled:
+    def settle(self, plan: Allocator, target: float, curves: Sequence[Curve] | None) -> Settled:
         """The allocation for a target."""
         found = plan.allocation(target, curves)
         return found.levels, found.cost, []
@@ -73,7 +77,7 @@ class Seconds:
         """Estimated seconds with each candidate at its level."""
         return self.table.seconds(levels)
 
-    def settle(self, plan: Plan, target: float, curves: Sequence[Curve] | None) -> Settled:
+    def settle(self, plan: Allocator, target: float, curves: Sequence[Curve] | None) -> Settled:
         """The allocation for a target, put right by measuring."""
         levels, seconds = fit_to_budget(self.table, lambda t: plan.allocation(t, curves).levels, target)
         return list(levels), seconds, [f"measured {seconds / self.table.full:.1%} of the seconds ({self.table.how})"]

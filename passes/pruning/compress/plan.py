@@ -14,14 +14,14 @@ from cipm_ir.passes.framework.base import Context, Progress
 from cipm_ir.passes.pruning.budget.cost import CostModel
 from cipm_ir.passes.pruning.budget.search import Mask
 from cipm_ir.passes.pruning.compress.allocation import Allocation, Levels, allocate, fill
-from cipm_ir.passes.pruning.compress.candidates import Candidate, LevelMask
+from cipm_ir.passes.pruning.compress.candidates import Candidate, LevelMask, Pair
 from cipm_ir.passes.pruning.compress.cost import Budget, make_budget
-from cipm_ir.passes.pruning.compress.sensitivity import Curve, Probe, choose_units, count_samples, gather
-from cipm_ir.passes.pruning.refit.bilinear import Pair, outputs_to_zero
+from cipm_ir.passes.pruning.compress.sensitivity import Curve, Probe, choose_units, gather
+from cipm_ir.passes.pruning.refit.bilinear import outputs_to_zero
 from cipm_ir.passes.pruning.refit.compensation import Compensated, Compensation
 from cipm_ir.passes.pruning.refit.layers import Layer
 from cipm_ir.runtime.activations.linear_geometry import NormalEquations
-from cipm_ir.runtime.activations.observe import samples
+from cipm_ir.runtime.activations.observe import count_samples, samples
 from cipm_ir.runtime.inputs.generate import Feeds, batches
 from cipm_ir.symmetry.program import Program
 
@@ -166,7 +166,7 @@ def make_plan(
     """
     assert ctx.data is not None
     samples, damping = settings.samples, settings.damping
-    count = count_samples(program, ctx.data, BATCH, samples)
+    count = count_samples(program.model, ctx.data, BATCH, samples)
     grams = gather(
         program, candidates, ctx.data, size=BATCH, limit=samples, count=count, seed=ctx.seed,
         progress=share(ctx, 0.0, 0.1),

@@ -20,8 +20,8 @@ from cipm_ir.passes.pruning.refit.downstream_metric import DownstreamMetric
 from cipm_ir.passes.pruning.refit.layers import Layer, draw_places, gone_places, layers_of, rows_wanted, zero_outputs
 from cipm_ir.runtime.activations.cache import ActivationCache, SharedEnds, SuffixRunner
 from cipm_ir.runtime.activations.linear_geometry import Array, NormalEquations
-from cipm_ir.runtime.activations.observe import observe, samples
-from cipm_ir.runtime.inputs.generate import Data, Feeds, batches, sample_count, true_inputs
+from cipm_ir.runtime.activations.observe import count_samples, observe, samples
+from cipm_ir.runtime.inputs.generate import Data, Feeds, batches, true_inputs
 from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.readers import WeightConsumer
 
@@ -286,7 +286,7 @@ def shrunk(
 def spread(program: Program, data: Data, size: int, wanted: int) -> Iterator[Feeds]:
     """About ``wanted`` samples from all over the data, of much from its first part; fixed batches are taken whole."""
     fixed = any(v.shape and isinstance(v.shape[0], int) for v in true_inputs(program.model))
-    count = count_samples(program, data, size, _SPREAD * wanted)
+    count = count_samples(program.model, data, size, _SPREAD * wanted)
     share = min(wanted / max(count, 1), 1.0)
     seen = given = 0
     for feeds in batches(data, program.model, size, limit=_SPREAD * wanted):
@@ -296,11 +296,3 @@ def spread(program: Program, data: Data, size: int, wanted: int) -> Iterator[Fee
         seen, given = seen + number, given + len(places)
         if len(places):
             yield {name: a[places] if a.ndim and len(a) == number else a for name, a in feeds.items()}
-
-
-def count_samples(program: Program, data: Data, size: int, limit: int | None) -> int:
-    """How many samples there are, up to a limit; counted without reading them, but for an iterable's."""
-    known = sample_count(data, program.model, limit=limit)
-    if known is not None:
-        return known
-    return sum(samples(feeds) for feeds in batches(data, program.model, size, limit=limit))

@@ -21,7 +21,8 @@ from cipm_ir.ir.constants import constant_tensor
 from cipm_ir.ir.parameters import parameter_tensor
 from cipm_ir.passes.framework.base import Context
 from cipm_ir.symmetry.leaves import Leaf, LeafFactor
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 Scores = npt.NDArray[np.float64]
 _STATISTICS = ((3, "running mean"), (4, "running variance"))

@@ -18,8 +18,9 @@ from cipm_ir.runtime.activations.linear_geometry import LinearOpGeometry, sample
 from cipm_ir.runtime.activations.observe import observe, samples
 from cipm_ir.runtime.inputs.generate import Array
 from cipm_ir.runtime.statistics.moments import check_squares
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.readers import WeightConsumer, readers
+from cipm_ir.symmetry.space import Space
 
 Floats = npt.NDArray[np.float64]
 DAMPING = 1e-4

@@ -19,7 +19,8 @@ from cipm_ir.passes.pruning.importance.criteria import Scores, register_importan
 from cipm_ir.passes.pruning.importance.reads import Reads, find_reads
 from cipm_ir.runtime.gradients import Gradients, Loss
 from cipm_ir.runtime.inputs.generate import Data
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 Order = Literal[1, 2]
 _FLAT = {"QuantizeLinear", "DynamicQuantizeLinear", "Round", "Floor", "Ceil", "Sign"}

@@ -9,7 +9,8 @@ import numpy as np
 from cipm_ir.errors import InputError, SymmetryError
 from cipm_ir.passes.framework.base import Context
 from cipm_ir.passes.pruning.importance.criteria import Scores, parameter_array, register_importance
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 
 def batch_norm_scale(program: Program, space: Space, ctx: Context) -> Scores:

@@ -20,7 +20,8 @@ from cipm_ir.errors import UnsupportedError
 from cipm_ir.ir.labels import Factor, Labels
 from cipm_ir.runtime.gradients import Read
 from cipm_ir.symmetry.analysis import Analysis
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 Floats = npt.NDArray[np.float64]
 _SIZES_ONLY = ("Shape", "Size")

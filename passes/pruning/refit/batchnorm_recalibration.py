@@ -9,12 +9,12 @@ import numpy as np
 
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.parameters import parameters
-from cipm_ir.passes.pruning.compress.candidates import weight_uses
 from cipm_ir.passes.pruning.importance.criteria import parameter_array
 from cipm_ir.passes.pruning.refit.layers import Layer
 from cipm_ir.runtime.activations.cache import ActivationCache, moving
 from cipm_ir.runtime.activations.linear_geometry import Array
 from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.readers import weight_uses
 
 _MOST = 4.0
 """A variance is changed by at most this factor."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +18,11 @@ import onnx_ir as ir
 from cipm_ir.ir.constants import is_float
 from cipm_ir.ir.labels import Labels
 from cipm_ir.passes.pruning.budget.search import Mask
-from cipm_ir.passes.pruning.compress.sensitivity import count_samples
+from cipm_ir.passes.pruning.compress.candidates import Pair
 from cipm_ir.passes.pruning.importance.criteria import parameter_array
 from cipm_ir.passes.pruning.refit.layers import Layer, layers_of
 from cipm_ir.runtime.activations.linear_geometry import NormalEquations, sample_places
-from cipm_ir.runtime.activations.observe import observe
+from cipm_ir.runtime.activations.observe import count_samples, observe
 from cipm_ir.runtime.inputs.generate import Data
 from cipm_ir.symmetry.program import Program
 
@@ -51,30 +50,6 @@ _PASSED = {
     "Squeeze",
     "Unsqueeze",
 }
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A space with one weight that makes its units and another that reads them, or two that make the factors of a sum;
-    both factors may come from one weight.
-
-    Attributes:
-        space: its index.
-        first: the product that makes the units; of two factors the one whose mean counts.
-        second: what reads them, or makes the other factor.
-        left: (units,) their places among the outputs of ``first``.
-        right: (units,) their places among the inputs of ``second``, or its outputs.
-        chain: whether ``second`` reads the units.
-        centred: whether the mean of ``second`` makes no difference.
-    """
-
-    space: int
-    first: Layer
-    second: Layer
-    left: Labels
-    right: Labels
-    chain: bool
-    centred: bool = False
 
 
 def find_pairs(program: Program, layers: Sequence[Layer] | None = None) -> dict[int, Pair]:
@@ -226,7 +201,7 @@ def diagonalize_bases(
     pairs = {k: pair for k, pair in find_pairs(program).items() if k in wanted}
     if not pairs:
         return program, {}
-    count = count_samples(program, data, size, limit)
+    count = count_samples(program.model, data, size, limit)
     sums = _observed(program, pairs.values(), data, size, limit, count, seed)
     made = sorted_basis(program, pairs.values(), sums)
     if change(program, made, data) > _SAME:  # |h| and h² admit sign and scale, as if they were linear

@@ -13,13 +13,12 @@ from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Labels
 from cipm_ir.ir.parameters import is_parameter, parameter_tensor
 from cipm_ir.passes.pruning.budget.search import Mask
-from cipm_ir.passes.pruning.compress.candidates import weight_uses
 from cipm_ir.passes.pruning.compress.divergence import softmax_over_last
 from cipm_ir.passes.pruning.importance.criteria import parameter_array
 from cipm_ir.runtime.activations.cache import moving
 from cipm_ir.runtime.activations.linear_geometry import Array, LinearOpGeometry, sample_places
 from cipm_ir.symmetry.program import Program
-from cipm_ir.symmetry.readers import WeightConsumer, products, summed_classes
+from cipm_ir.symmetry.readers import WeightConsumer, products, summed_classes, weight_uses
 
 _ROWS_PER_PLACE = 40
 _ENTRIES = 1 << 28

@@ -17,9 +17,9 @@ from tests.zoo.net import Net
 
 from cipm_ir.algebra import Element
 from cipm_ir.errors import OptionError
-from cipm_ir.passes.exact.canonicalize.canonicalize_signs import CanonicalizeSigns, Signs
+from cipm_ir.passes.exact.canonicalize.canonicalize_signs import CanonicalizeSigns
 from cipm_ir.passes.exact.canonicalize.members import Members
-from cipm_ir.passes.exact.canonicalize.sign_ranges import Ranges
+from cipm_ir.passes.exact.canonicalize.sign_ranges import Ranges, Signs
 from cipm_ir.passes.framework.base import Context, PassResult
 from cipm_ir.passes.framework.parser import parse_passes
 from cipm_ir.symmetry.program import Program

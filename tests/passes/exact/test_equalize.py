@@ -20,7 +20,8 @@ from cipm_ir.passes.exact.equalize.equalize import channels
 from cipm_ir.passes.exact.equalize.terms import terms_of
 from cipm_ir.passes.framework.base import Context
 from cipm_ir.runtime.session import run as run_model
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 TRAINED = ["resnet20", "llama_gqa", "vit", "bert", "mobilenetv2_revived", "resnet_bottleneck"]
 

@@ -39,8 +39,9 @@ from cipm_ir.passes.pruning.importance.data import ActivationVariance, BrainSurg
 from cipm_ir.passes.pruning.importance.reads import find_reads
 from cipm_ir.passes.pruning.prune import Prune
 from cipm_ir.runtime.session import run
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.readers import readers
+from cipm_ir.symmetry.space import Space
 
 WITHOUT_GRADIENTS = ("magnitude", "batch-norm-scale", "activation-variance", "wanda", "obs")
 WITH_DATA = ("activation-variance", "wanda", "obs", "taylor", "taylor2", "fisher")

@@ -17,7 +17,8 @@ from cipm_ir.passes.pruning.budget.cost import CostModel
 from cipm_ir.passes.pruning.budget.search import Search, allowed_levels, link_spaces, make_choice
 from cipm_ir.passes.pruning.importance.criteria import Magnitude, class_sums, register_importance
 from cipm_ir.passes.pruning.prune import Prune
-from cipm_ir.symmetry.program import Program, Space
+from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.space import Space
 
 
 def widths(program: Program, pruner: Prune) -> dict[str, list[int]]:
