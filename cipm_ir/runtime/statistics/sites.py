@@ -12,6 +12,7 @@ from cipm_ir.errors import SymmetryError
 from cipm_ir.ir.labels import Labels, State
 from cipm_ir.runtime.inputs.generate import true_inputs
 from cipm_ir.runtime.statistics.moments import Array
+from cipm_ir.symmetry.consumers import element_places
 from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.space import Space
 
@@ -69,8 +70,8 @@ def find_sites(program: Program, space: Space, computed: Mapping[str, None] | No
     element = analysis.elements_of(program.index(space))
     whole = raw.kind == "blocks" or raw.table.shape[1] > 1
     computed = computed_values(program.model) if computed is None else computed
-    refined = analysis.classes.refined()
-    nodes = sorted({c.node for c in analysis.walk.rec.contractions if (element[refined[c.a]] >= 0).any()})
+    inside = np.flatnonzero(element >= 0)
+    nodes = sorted({c.node for c in analysis.consumers.contractions(inside, refined=True)})
     strong: list[Site] = []
     weak: list[Site] = []
     for position in nodes:
@@ -110,10 +111,9 @@ def _site(program: Program, name: str, element: Labels, whole: bool) -> Site | N
         return None
     factor = touching[0]
     owner = element[analysis.classes.refined(factor.labels)].ravel()
-    times = np.bincount(owner[owner >= 0], minlength=int(element.max()) + 1)
-    if (times != times[0]).any():
+    positions = element_places(owner, int(element.max()) + 1)
+    if positions is None:
         return None
-    positions = np.argsort(owner, kind="stable")[int((owner < 0).sum()) :].reshape(len(times), -1)
     where = np.unravel_index(positions, factor.labels.shape)
     box = tuple((int(at.min()), int(at.max()) + 1) for at in where)
     inside = tuple(at - start for at, (start, _) in zip(where, box, strict=True))
