@@ -78,7 +78,7 @@ def find_sites(program: Program, space: Space, computed: Mapping[str, None] | No
         node = analysis.walk.nodes[position]
         names = [v.name or "" for v in node.inputs if v is not None]
         live = [name for name in dict.fromkeys(names) if name in computed]
-        sites = [s for name in live if (s := _site(program, name, element, whole)) is not None]
+        sites = [s for name in live if (s := site_of(program, name, element, whole)) is not None]
         (strong if len(live) < len(dict.fromkeys(names[:2])) else weak).extend(sites)
     found = strong or weak or list(_last(program, computed, element, whole))
     if not found:
@@ -97,13 +97,14 @@ def computed_values(model: ir.Model) -> dict[str, None]:
 
 def _last(program: Program, computed: Mapping[str, None], element: Labels, whole: bool) -> Iterator[Site]:
     for name in reversed(list(computed)):
-        site = _site(program, name, element, whole)
+        site = site_of(program, name, element, whole)
         if site is not None:
             yield site
             return
 
 
-def _site(program: Program, name: str, element: Labels, whole: bool) -> Site | None:
+def site_of(program: Program, name: str, element: Labels, whole: bool = False) -> Site | None:
+    """Return how a value holds the elements of a space (of each class, its element); None where not all alike."""
     analysis = program.analysis
     state: State | None = analysis.walk.states.get(name)
     touching = [f for f in state.factors if (element[analysis.classes.refined(f.labels)] >= 0).any()] if state else []
