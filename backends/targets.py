@@ -12,9 +12,10 @@ Form: TypeAlias = Literal["onnx", "exported", "plan"]
 
 
 def torch_form(path: str | os.PathLike[str]) -> Form:
-    """How a torch program is written under a name: ``.onnx``, ``.pt2``, or a folder with a plan and weights.
+    """Return how a torch program is written under a name: ``.onnx``, ``.pt2``, or a folder with a plan and weights.
 
-    Errors: `OutputError` for another suffix.
+    Raises:
+        OutputError: another suffix.
     """
     text = os.fspath(path)
     suffix = Path(text).suffix
@@ -29,9 +30,11 @@ def torch_form(path: str | os.PathLike[str]) -> Form:
 
 
 def onnx_form(path: str | os.PathLike[str]) -> Form:
-    """How an ONNX model is written under a name: ``.pt2`` through torch, ``.onnx``, ``.pb`` or no suffix as ONNX.
+    """Return how an ONNX model is written under a name: ``.pt2`` through torch, ``.onnx``, ``.pb`` or no suffix as
+    ONNX.
 
-    Errors: `OutputError` for another suffix: the name would promise something else.
+    Raises:
+        OutputError: another suffix: the name would promise something else.
     """
     suffix = Path(path).suffix
     if suffix.lower() not in ("", ".onnx", ".pb", ".pt2"):
@@ -44,7 +47,8 @@ def onnx_form(path: str | os.PathLike[str]) -> Form:
 def check_target(path: str | os.PathLike[str], *, folder: bool = False) -> None:
     """Fail where nothing could be written; ``folder`` says that a folder is meant.
 
-    Errors: `OutputError`.
+    Raises:
+        OutputError: the result cannot be written.
     """
     target = Path(os.path.abspath(path))
     if target.is_dir() and not folder:

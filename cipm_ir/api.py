@@ -73,7 +73,7 @@ class Result:
     verify: Verify = True
 
     def __repr__(self) -> str:
-        """The report as a table: what a notebook or a print shows."""
+        """Return the report as a table: what a notebook or a print shows."""
         return str(self.report)
 
     @cached_property
@@ -101,7 +101,9 @@ class Result:
         weights that `apply_plan` puts onto a module of the original class. Of a torch program `model` is written, as it
         is then: trained further, where it was.
 
-        Errors: `OutputError`, `UnsupportedError`; nothing is left behind.
+        Raises:
+            OutputError: the file cannot be written; nothing is left behind.
+            UnsupportedError: the file cannot be written; nothing is left behind.
         """
         origin = origin_of(self.program)
         if self.emitted is not None:
@@ -134,8 +136,10 @@ def load(
             also its sizes alone. Analysis, costs and verification use them; the model stays dynamic.
         fix_shapes: declare these sizes in the model.
 
-    Errors: `InputError` (no such file, not a model, damaged, shapes that contradict each other), `OptionError`,
-        `UnsupportedError`.
+    Raises:
+        InputError: there is no such file, it is no model, it is damaged, or its shapes contradict each other.
+        OptionError: an option is out of range.
+        UnsupportedError: the model uses a feature that is not supported.
     """
     examples = Examples(example_inputs, example_kwargs, dynamic_shapes, method)
     program = load_validated(source, examples, Sizes(input_shapes, fix_shapes))
@@ -187,8 +191,12 @@ def optimize(
         input_shapes, fix_shapes: sizes of dynamic dimensions of an ONNX model, see `load`.
         options: settings that all passes of the run see, see `cipm_ir.passes.Context`.
 
-    Errors: `InputError`, `UnsupportedError`, `OptionError`, `OutputError`; `VerificationError` naming the pass that
-        broke the model where ``on_failure`` is "raise".
+    Raises:
+        InputError: the model or the data cannot be used.
+        UnsupportedError: a feature of the input is not supported.
+        OptionError: an option is unknown or out of range.
+        OutputError: the result cannot be written.
+        VerificationError: a pass broke the model where ``on_failure`` is "raise".
     """
     todo = None if passes is None else parse_passes(passes)
     check_properties(todo or ())
@@ -243,7 +251,10 @@ def verify(
             mode; it may be compared with an ONNX model, inputs and outputs by position.
         input_shapes: sizes of the random inputs, see `load`.
 
-    Errors: `InputError`, `OptionError`, `UnsupportedError`.
+    Raises:
+        InputError: the model or the data cannot be used.
+        OptionError: an option is unknown or out of range.
+        UnsupportedError: a feature of the input is not supported.
     """
     examples, sizes = Examples(example_inputs, example_kwargs), Sizes(input_shapes)
     first, second = load_validated(a, examples, sizes), load_validated(b, examples, sizes)
@@ -258,9 +269,11 @@ def verify(
 
 
 def fingerprint(model: Source, *, example_inputs: Any = None, example_kwargs: Mapping[str, Any] | None = None) -> str:
-    """A hash that agrees for models that differ only by their symmetry, and differs where one weight differs.
+    """Return a hash that agrees for models that differ only by their symmetry, and differs where one weight differs.
 
-    Errors: `InputError`, `UnsupportedError`.
+    Raises:
+        InputError: the model or the data cannot be used.
+        UnsupportedError: a feature of the input is not supported.
     """
     from cipm_ir.passes.exact.canonicalize.fingerprint import fingerprint_program
 
@@ -278,7 +291,8 @@ def statistics(
     example_kwargs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Statistics:
-    """What the hidden units of a model do on data: moments, correlations, firing rates, Gram matrices of their readers.
+    """Return what the hidden units of a model do on data: moments, correlations, firing rates, Gram matrices of their
+    readers.
 
     Args:
         source: see `Source`.
@@ -289,7 +303,11 @@ def statistics(
         options: of `cipm_ir.runtime.statistics.collect.collect`: ``spaces``, ``gram``, ``pairs``, ``lags``,
             ``measures``, ...
 
-    Errors: `InputError`, `OptionError`, `SymmetryError`, `UnsupportedError`.
+    Raises:
+        InputError: the model or the data cannot be used.
+        OptionError: an option is unknown or out of range.
+        SymmetryError: the symmetry analysis does not allow it.
+        UnsupportedError: a feature of the input is not supported.
     """
     from cipm_ir.runtime.statistics import collect as statistics
     from cipm_ir.runtime.statistics import distributed
@@ -305,12 +323,14 @@ def statistics(
 
 
 def to_torch(source: Source, *, example_inputs: Any = None, example_kwargs: Mapping[str, Any] | None = None) -> Any:
-    """A model as a `torch.fx.GraphModule` in evaluation mode; an ONNX model is written in torch.
+    """Return a model as a `torch.fx.GraphModule` in evaluation mode; an ONNX model is written in torch.
 
     Inputs and outputs are in the order of the model; parameters keep the names of the initializers. Inputs of floats
     with a default (initializers that are inputs) come last and may be left out; those of integers stay their defaults.
 
-    Errors: `InputError`, `UnsupportedError` naming the operator that has no counterpart in torch, or without torch.
+    Raises:
+        InputError: an operator has no counterpart in torch, or torch is not installed.
+        UnsupportedError: an operator has no counterpart in torch, or torch is not installed.
     """
     program = load(source, example_inputs, example_kwargs)
     graph_module = torch_module("backends.torch.emitter").graph_module
@@ -319,9 +339,12 @@ def to_torch(source: Source, *, example_inputs: Any = None, example_kwargs: Mapp
 
 
 def apply_plan(module: Any, path: str | os.PathLike[str]) -> Any:
-    """A copy of a torch module, changed as the plan in the folder ``path`` says (`Result.save`); its class is kept.
+    """Return a copy of a torch module, changed as the plan in the folder ``path`` says (`Result.save`); its class is
+    kept.
 
-    Errors: `InputError` where there is no plan, or where it is one for another model; `UnsupportedError` without torch.
+    Raises:
+        InputError: there is no plan, or where it is one for another model.
+        UnsupportedError: torch is not installed.
     """
     return torch_module("backends.torch.files").apply_plan(module, path)
 
@@ -329,13 +352,13 @@ def apply_plan(module: Any, path: str | os.PathLike[str]) -> Any:
 def torch_backend(
     passes: str | Pass | Iterable[str | Pass] = DEFAULT_COMPILE_PASSES, *, then: Any = "inductor", verify: bool = True
 ) -> Callable[..., Any]:
-    """A backend for ``torch.compile(model, backend=...)`` that runs exact passes in front of another backend.
+    """Return a backend for ``torch.compile(model, backend=...)`` that runs exact passes in front of another backend.
 
     For inference: where gradients are on and something requires them, the graph goes to ``then`` as it is. So it does,
     with one warning per reason, where it cannot be read or rewritten, where it changes its own buffers, or where a pass
     turns out not to be exact. **Weights are frozen** when a graph is compiled. Each call checks that they are the same
     objects, in the same memory, not written to since; where they are not, that call runs the graph uncompiled with the
-    weights of now, and a warning says so: `torch.compiler.reset()` compiles anew. Torch does not count writes through
+    weights of now, and a warning says so: `torch.compiler.reset()` compiles again. Torch does not count writes through
     ``weight.data`` or numpy: reset after these.
 
     Args:
@@ -343,8 +366,9 @@ def torch_backend(
         then: the backend that gets the result: its name, or a callable.
         verify: check each pass, and the graph that comes out, on real runs.
 
-    Errors: `OptionError` for a pass that is not exact, and for a backend that torch does not know; `UnsupportedError`
-        without torch.
+    Raises:
+        OptionError: a pass that is not exact, and for a backend that torch does not know.
+        UnsupportedError: torch is not installed.
     """
     todo = parse_passes(passes)
     check_properties(todo)

@@ -306,7 +306,7 @@ def _print_spaces(program: Program) -> None:
 
 
 def _check_apart(used: dict[str, str | None], written: dict[str, str | None]) -> None:
-    """Errors: `OptionError` where a file would be written over something that is given beside it."""
+    """Raise `OptionError`: a file would be written over something that is given beside it."""
     seen = {os.path.realpath(path): what for what, path in used.items() if path is not None}
     for what, path in written.items():
         if path is not None and (other := seen.setdefault(os.path.realpath(path), what)) != what:

@@ -71,10 +71,12 @@ class Sizes:
 
 
 def load_program(source: Source, examples: Examples = Examples(), sizes: Sizes = Sizes()) -> Program:
-    """A program of whatever holds a model; the shapes of an ONNX model are checked, and wrong notes corrected.
+    """Return a program of whatever holds a model; the shapes of an ONNX model are checked, and wrong notes corrected.
 
-    Errors: `InputError` (no such file, not a model, damaged, contradictory shapes, input shapes that do not fit),
-    `OptionError`, `UnsupportedError`.
+    Raises:
+        InputError: there is no such file, it is no model, it is damaged, or shapes do not fit.
+        OptionError: an option is out of range.
+        UnsupportedError: the model uses a feature that is not supported.
     """
     if sizes.input_shapes is not None and _holds_torch(source):
         raise OptionError(
@@ -109,9 +111,10 @@ def load_program(source: Source, examples: Examples = Examples(), sizes: Sizes =
 
 
 def load_validated(source: Source, examples: Examples = Examples(), sizes: Sizes = Sizes()) -> Program:
-    """The same, the shapes of a torch graph checked, too.
+    """Return the same, the shapes of a torch graph checked, too.
 
-    Errors: as `load_program`.
+    Raises:
+        CipmError: as `load_program`.
     """
     program = load_program(source, examples, sizes)
     capture = getattr(program.origin, "capture", None)
@@ -121,9 +124,10 @@ def load_validated(source: Source, examples: Examples = Examples(), sizes: Sizes
 
 
 def torch_module(module: str) -> Any:
-    """A module of the torch frontend or backend.
+    """Return a module of the torch frontend or backend.
 
-    Errors: `UnsupportedError` where torch is not installed.
+    Raises:
+        UnsupportedError: torch is not installed.
     """
     try:
         return import_module(f"cipm_ir.{module}")
@@ -136,7 +140,7 @@ def torch_module(module: str) -> Any:
 
 
 def _names_torch(source: Source) -> bool:
-    """Whether this is the path of a saved ExportedProgram, or ``module:function``."""
+    """Return whether this is the path of a saved ExportedProgram, or ``module:function``."""
     if not isinstance(source, str | os.PathLike):
         return False
     path = os.fspath(source)
@@ -163,7 +167,8 @@ def origin_of(program: Program) -> Any:
 def normalize_data(data: Data | None, program: Program) -> Data | None:
     """Samples by input name, whatever holds them; see `cipm_ir.runtime.inputs.data`.
 
-    Errors: `InputError`: no such file, a folder without arrays, one array for a model of several inputs.
+    Raises:
+        InputError: no such file, a folder without arrays, one array for a model of several inputs.
     """
     if data is None:
         return None
@@ -173,7 +178,8 @@ def normalize_data(data: Data | None, program: Program) -> Data | None:
 def check_output(path: str | os.PathLike[str], source: Source = None) -> None:
     """Fail before the work, not after it, where the result could not be written, or not under that name.
 
-    Errors: `OutputError`.
+    Raises:
+        OutputError: the result cannot be written.
     """
     if source is None:
         check_target(path)
@@ -184,7 +190,8 @@ def check_output(path: str | os.PathLike[str], source: Source = None) -> None:
 def check_annotated(path: str | os.PathLike[str]) -> None:
     """Fail before the work where a program could not be written with its groups, or not as ONNX.
 
-    Errors: `OutputError`.
+    Raises:
+        OutputError: the result cannot be written.
     """
     if onnx_form(path) != "onnx":
         raise OutputError(f"{os.fspath(path)!r}: groups are written into the metadata of an .onnx file, not of a .pt2.")
@@ -194,7 +201,8 @@ def check_annotated(path: str | os.PathLike[str]) -> None:
 def save_annotated(program: Program, path: str) -> None:
     """Write a program with its groups in the metadata, as ONNX: for a torch program the graph that it was lowered to.
 
-    Errors: `OutputError`.
+    Raises:
+        OutputError: the result cannot be written.
     """
     if isinstance(origin_of(program), OnnxOrigin):
         program.save(path, annotate=True)

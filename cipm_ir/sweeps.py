@@ -87,8 +87,10 @@ def sweep(
         progress: called with what is being done and the fraction done.
         example_inputs, example_kwargs: how to read a torch program, see `cipm_ir.load`.
 
-    Errors: `OptionError`, `InputError` (also for a damaged record), `OutputError`; those of `cipm_ir.optimize`. What is
-        finished stays, whatever happens.
+    Raises:
+        OptionError: an option is unknown or out of range.
+        InputError: the model, the data or an earlier record cannot be used.
+        OutputError: a file cannot be written. Points that are finished are kept.
     """
     values = _checked(budgets, budget)
     if data is None and held_out is None and evaluate is None:
@@ -116,9 +118,10 @@ def sweep(
 
 
 def passes_for(template: str, budget: str, value: float) -> str:
-    """The passes for one budget, in text form; see `sweep`.
+    """Return the passes for one budget, in text form; see `sweep`.
 
-    Errors: `OptionError` where the result cannot be read, or the last pass has no such option.
+    Raises:
+        OptionError: the result cannot be read, or the last pass has no such option.
     """
     if (other := re.search(r"(\w+)\s*=\s*\{budget\}", template)) and other[1] != budget:
         raise OptionError(
@@ -158,7 +161,7 @@ class _Work:
     plans: dict[Any, Any] = field(default_factory=dict)
 
     def run(self, texts: Mapping[float, str], earlier: tuple[Point, list[Point]] | None) -> SweepReport:
-        """All points, each recorded as soon as it is there."""
+        """Return all points, each recorded as soon as it is there."""
         known = {} if earlier is None else {p.key: p for p in (earlier[0], *earlier[1]) if self._intact(p)}
         dense_key = self._key("")
         keys = {value: self._key(text) for value, text in texts.items()}
@@ -241,7 +244,7 @@ class _Work:
         return self._judged(point, result.program)
 
     def _judged(self, point: Point, program: Program) -> Point:
-        """The point with its latency, its closeness to the dense model and its score."""
+        """Return the point with its latency, its closeness to the dense model and its score."""
         latency, relative = self._latency(program)
         close = self._closeness(program)
         return replace(
@@ -304,7 +307,7 @@ class _Work:
         return hashlib.sha256(json.dumps([self.settings, passes], sort_keys=True).encode()).hexdigest()
 
     def _intact(self, point: Point) -> bool:
-        """Whether a recorded point need not be made again: its file is as it was written."""
+        """Return whether a recorded point need not be made again: its file is as it was written."""
         if point.status != "done":
             return point.status != "failed"
         return _digest(self.folder / point.file) == point.digest
@@ -346,7 +349,7 @@ def _prepare(folder: Path) -> None:
 
 
 def _identity(evaluate: Evaluate | None) -> str:
-    """A name for a function that changes when its code does; data that it holds is not seen."""
+    """Return a name for a function that changes when its code does; data that it holds is not seen."""
     if evaluate is None:
         return "none"
     code = getattr(evaluate, "__code__", None)
@@ -357,13 +360,13 @@ def _identity(evaluate: Evaluate | None) -> str:
 
 
 def _code(code: Any) -> list[Any]:
-    """What a function does, without where it stands: functions inside it as well."""
+    """Return what a function does, without where it stands: functions inside it as well."""
     inner = [_code(c) if hasattr(c, "co_code") else c for c in code.co_consts]
     return [code.co_code, inner, code.co_names]
 
 
 def _digest(path: Path) -> str:
-    """A hash of a model file with its external data; "" where it is missing."""
+    """Return a hash of a model file with its external data; "" where it is missing."""
     digest = hashlib.sha256()
     if not path.is_file():
         return ""

@@ -42,7 +42,7 @@ class _Slot:
 
 
 def emit_proto(model: ir.Model) -> onnx.ModelProto:
-    """The model as a self-contained ModelProto, all weights embedded; the model is not changed.
+    """Return the model as a self-contained ModelProto, all weights embedded; the model is not changed.
 
     Protobuf cannot serialize a message above 2 GB; the object itself may be larger.
     """
@@ -107,7 +107,7 @@ def save_onnx(
 
 
 def _root(error: BaseException) -> BaseException:
-    """What went wrong first; onnx_ir wraps whatever happens while it serializes."""
+    """Return what went wrong first; onnx_ir wraps whatever happens while it serializes."""
     while error.__cause__ is not None and not isinstance(error, CipmError):
         error = error.__cause__
     return error
@@ -154,7 +154,7 @@ def _nbytes(tensor: ir.TensorProtocol) -> int:
 
 
 def _embedded(slot: _Slot) -> ir.TensorProtocol:
-    """A tensor that serializes to its bytes under the slot's name; the slot's own where it already does."""
+    """Return a tensor that serializes to its bytes under the slot's name; the slot's own where it already does."""
     tensor = slot.tensor
     if not isinstance(tensor, (ir.ExternalTensor, ir.LazyTensor)) and tensor.name == slot.name:
         return tensor
@@ -178,7 +178,7 @@ def _embedded(slot: _Slot) -> ir.TensorProtocol:
 
 
 def _exact_bytes(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
-    """The bytes of a tensor as a tensor, of which the serialization reads nothing else."""
+    """Return the bytes of a tensor as a tensor, of which the serialization reads nothing else."""
     content = tensor.tobytes()
     _check_length(name, len(content), _nbytes(tensor))
     return ir.Tensor(np.frombuffer(content, dtype=np.uint8))

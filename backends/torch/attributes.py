@@ -85,7 +85,7 @@ _RULES: tuple[tuple[tuple[type, ...], Callable[[Any, Mapping[str, Any]], dict[st
 
 
 def standard(module: nn.Module, held: Mapping[str, Mapping[str, Any]]) -> Attributes:
-    """Attributes of the layers of torch.nn that no longer say what their tensors are.
+    """Return attributes of the layers of torch.nn that no longer say what their tensors are.
 
     ``held`` gives, by path, what the IR says of attributes that no tensor shows (groups).
     """

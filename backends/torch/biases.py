@@ -31,7 +31,7 @@ def new_biases(capture: Capture, model: ir.Model) -> dict[str, ir.Value]:
 
 
 def _weight(use: Any) -> str | None:
-    """Name of the weight of the product that a value is the bias of."""
+    """Return the name of the weight of the product that a value is the bias of."""
     node = use.node
     if node.op_type in ("Conv", "ConvTranspose", "Gemm") and use.idx == 2:
         return _parameter(node.inputs[1])
@@ -41,7 +41,7 @@ def _weight(use: Any) -> str | None:
 
 
 def _parameter(value: ir.Value | None) -> str | None:
-    """Name of an initializer, which may be transposed on its way."""
+    """Return the name of an initializer, which may be transposed on its way."""
     made = None if value is None else value.producer()
     value = made.inputs[0] if made is not None and made.op_type == "Transpose" else value
     return value.name if value is not None and value.is_initializer() else None

@@ -33,7 +33,7 @@ _SEVERAL = 4.0
 """So many times as far as the rounding of the first may the result of several exact passes be away."""
 _UNCHANGED = "a graph is left as it is: "
 _STALE = (
-    "weights changed after compilation, so that the graph runs uncompiled; torch.compiler.reset() compiles it anew."
+    "weights changed after compilation, so that the graph runs uncompiled; torch.compiler.reset() compiles it again."
 )
 
 
@@ -95,7 +95,10 @@ class Backend:
     def _rewritten(
         self, gm: fx.GraphModule, inputs: Sequence[Any]
     ) -> tuple[fx.GraphModule, list[_Frozen], list[int]] | None:
-        """The new graph, what it holds copies of, and which inputs it still takes; None where nothing changed."""
+        """Return the new graph, what it holds copies of, and which inputs it still takes.
+
+        None where nothing changed.
+        """
         places = [n for n in gm.graph.nodes if n.op == "placeholder"]
         if len(places) != len(inputs) or any(isinstance(x, FakeTensor) for x in inputs):
             raise _Left("the graph came without example inputs that hold numbers")
@@ -125,7 +128,7 @@ class Backend:
 
 
 def backend(rewrite: Rewrite, then: Any, load: Callable[[Any], Capture], verify: bool = True) -> Backend:
-    """A backend for ``torch.compile(model, backend=...)``; see `cipm_ir.torch_backend`.
+    """Return a backend for ``torch.compile(model, backend=...)``; see `cipm_ir.torch_backend`.
 
     Args:
         rewrite: runs exact passes; an error leaves the graph as it is.
@@ -133,7 +136,8 @@ def backend(rewrite: Rewrite, then: Any, load: Callable[[Any], Capture], verify:
         load: reads a GraphModule.
         verify: compare the rewritten graph with the one that came.
 
-    Errors: `OptionError` for a backend that torch does not know.
+    Raises:
+        OptionError: a backend that torch does not know.
     """
     try:
         known = torch._dynamo.lookup_backend(then)
@@ -160,7 +164,10 @@ class _Frozen:
         return cls(place, weakref.ref(tensor), tensor._version, tensor.data_ptr())
 
     def unchanged(self, args: Sequence[Any]) -> bool:
-        """The same object with the same memory, not written to since (writes through ``.data`` are not counted)."""
+        """Return the same object with the same memory.
+
+        Not written to since (writes through ``.data`` are not counted).
+        """
         tensor = self.tensor()
         if tensor is None or (self.place is not None and args[self.place] is not tensor):
             return False
@@ -168,7 +175,7 @@ class _Frozen:
 
 
 def _is_static(node: fx.Node, value: Any) -> bool:
-    """A parameter, a buffer, or a tensor that a module holds."""
+    """Return a parameter, a buffer, or a tensor that a module holds."""
     if not isinstance(value, torch.Tensor):
         return False
     return isinstance(value, torch.nn.Parameter) or _STATIC in (node.meta.get("tensor_dict") or {})
@@ -176,7 +183,7 @@ def _is_static(node: fx.Node, value: Any) -> bool:
 
 # ---------------------------------------------------------------- graphs
 def _with_constants(gm: fx.GraphModule, constants: Mapping[fx.Node, torch.Tensor]) -> fx.GraphModule:
-    """The graph with some of its inputs as attributes."""
+    """Return the graph with some of its inputs as attributes."""
     graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
     held: dict[str, Any] = {}
     paths = dict(zip(constants, _paths([str(node.target) for node in constants]), strict=True))
@@ -227,7 +234,7 @@ def _check_effects(gm: fx.GraphModule, inputs: Sequence[Any], constant: Sequence
 
 
 def _results(gm: Any, values: Sequence[Any]) -> list[torch.Tensor]:
-    """The tensors that a graph gives back."""
+    """Return the tensors that a graph gives back."""
     devices = sorted({x.device.index for x in values if isinstance(x, torch.Tensor) and x.is_cuda})
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
@@ -253,14 +260,17 @@ def _compare(held: fx.GraphModule, graph: fx.GraphModule, inputs: Sequence[Any],
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether all entries are equal; NaN is equal to NaN."""
+    """Return whether all entries are equal; NaN is equal to NaN."""
     if a.is_floating_point() or a.is_complex():
         return torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
     return torch.equal(a, b)
 
 
 def _fresh(x: Any) -> Any:
-    """A copy of a tensor; of a symbolic number the value that it has in the first call, without a guard on it."""
+    """Return a copy of a tensor.
+
+    Of a symbolic number the value that it has in the first call, without a guard on it.
+    """
     if isinstance(x, torch.Tensor):
         return x.detach().clone()
     return x.node.hint if isinstance(x, torch.SymInt | torch.SymFloat | torch.SymBool) else x

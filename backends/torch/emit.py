@@ -66,7 +66,8 @@ def emit_torch(capture: Capture, model: ir.Model, runs: bool = True) -> Emitted:
         model: the IR model to write.
         runs: what is proven to be the program runs beside it too. What cannot be proven always does.
 
-    Errors: `UnsupportedError` where the change cannot be expressed in torch.
+    Raises:
+        UnsupportedError: the change cannot be expressed in torch.
     """
     with gc_paused():
         return _emitted(capture, model, runs)
@@ -110,7 +111,10 @@ def _evaluate(model: ir.Model) -> None:
 
 
 def _proven(capture: Capture, state: State) -> Emitted | None:
-    """The caller's class with the new tensors, if that alone is proven to be the program; no graph is written."""
+    """Return the caller's class with the new tensors, if that alone is proven to be the program.
+
+    No graph is written.
+    """
     if capture.args is None:
         return None
     module, attributes = _of_the_class(capture, state)
@@ -122,7 +126,7 @@ def _proven(capture: Capture, state: State) -> Emitted | None:
 def _of_the_class(
     capture: Capture, state: State, known: Attributes | None = None, extra: Attributes | None = None
 ) -> tuple[nn.Module, Attributes]:
-    """A copy of the caller's module with the new tensors, and the attributes that were set on it."""
+    """Return a copy of the caller's module with the new tensors, and the attributes that were set on it."""
     source, extra = capture.source, extra or {}
     module = copied(source, state, {} if capture.exported is None else _program_names(capture, source))
     give_biases(module, new_biases(capture, state.model))
@@ -133,12 +137,12 @@ def _of_the_class(
 
 
 def emit_graph(capture: Capture, model: ir.Model) -> fx.GraphModule:
-    """The IR model as a GraphModule over the captured graph, whatever kind came in; for running it."""
+    """Return the IR model as a GraphModule over the captured graph, whatever kind came in; for running it."""
     return emit_rewritten(capture, model).module
 
 
 def emit_rewritten(capture: Capture, model: ir.Model) -> Rewritten:
-    """The same as `emit_graph`, with the nodes that compute the values of the IR."""
+    """Return the same as `emit_graph`, with the nodes that compute the values of the IR."""
     return _graph(capture, model, State(capture, model))[0]
 
 
@@ -155,7 +159,7 @@ def _graph(capture: Capture, model: ir.Model, state: State) -> tuple[Rewritten, 
 
 
 def resized(capture: Capture, model: ir.Model) -> bool:
-    """Whether any parameter has another shape than it came with, or is gone."""
+    """Return whether any parameter has another shape than it came with, or is gone."""
     now = model.graph.initializers
     for name in set(capture.parameters.values()):
         old = capture.model.graph.initializers[name]
@@ -165,7 +169,7 @@ def resized(capture: Capture, model: ir.Model) -> bool:
 
 
 def _held(capture: Capture, model: ir.Model) -> dict[str, dict[str, Any]]:
-    """What the IR says of attributes that no tensor shows: groups, by path of the layer that owns the weight."""
+    """Return what the IR says of attributes that no tensor shows: groups, by path of the layer that owns the weight."""
     found: dict[str, dict[str, Any]] = {}
     for name, own in capture.parameters.items():
         value = model.graph.initializers.get(own)
@@ -181,7 +185,7 @@ def _held(capture: Capture, model: ir.Model) -> dict[str, dict[str, Any]]:
 def _same_class(
     capture: Capture, state: State, written: Rewritten, known: Attributes
 ) -> tuple[nn.Module | None, Attributes, str]:
-    """The caller's class with new tensors and attributes, where it is proven to be the program of the IR."""
+    """Return the caller's class with new tensors and attributes, where it is proven to be the program of the IR."""
     reason = ""
     guesses = suggested(capture.source, capture.graph, written.changed) if written.changed else {}
     for extra in ({}, guesses) if guesses else ({},):
@@ -194,7 +198,7 @@ def _same_class(
 
 
 def _program_names(capture: Capture, source: nn.Module) -> Mapping[str, str]:
-    """Names that export drops because they share a tensor: those of the twin that it keeps."""
+    """Return names that export drops because they share a tensor: those of the twin that it keeps."""
     kept: dict[int, str] = {}
     for name, tensor in (
         *source.named_parameters(remove_duplicate=False),
@@ -210,7 +214,10 @@ def _program_names(capture: Capture, source: nn.Module) -> Mapping[str, str]:
 
 
 def _not_the_program(capture: Capture, module: nn.Module, graph: fx.GraphModule, model: ir.Model) -> str:
-    """Why a module is not the program: read again it is another graph, or it computes otherwise; empty where it is."""
+    """Return why a module is not the program: read again it is another graph, or it computes otherwise.
+
+    Empty where it is.
+    """
     if capture.args is None:
         return "there are no example inputs to read it again with"
     why = unproven(capture, module, model)
@@ -227,7 +234,8 @@ def _not_the_program(capture: Capture, module: nn.Module, graph: fx.GraphModule,
 def _check_reading(capture: Capture) -> None:
     """Refuse to hand back a graph that computes something else than the module that it was read from.
 
-    Errors: `UnsupportedError`.
+    Raises:
+        UnsupportedError: a feature of the input is not supported.
     """
     if capture.args is None:
         return
@@ -240,7 +248,8 @@ def _check_reading(capture: Capture) -> None:
 
 
 def disagreement(capture: Capture, made: Any, graph: fx.GraphModule, must_run: bool = True, few: bool = False) -> str:
-    """How something made of a program computes otherwise than its graph, on inputs of our own; empty where it does not.
+    """Return how something made of a program computes otherwise than its graph, on inputs of our own; empty where it
+    does not.
 
     Args:
         capture: how the program was read; it has example inputs.
@@ -249,7 +258,8 @@ def disagreement(capture: Capture, made: Any, graph: fx.GraphModule, must_run: b
         must_run: that it fails on an input counts too.
         few: on two inputs only: it is proven already.
 
-    Errors: `UnsupportedError` where the graph itself does not run.
+    Raises:
+        UnsupportedError: the graph itself does not run.
     """
 
     first, second = graph_side(capture, graph), called_side(capture, made)
@@ -272,7 +282,7 @@ def called_side(capture: Capture, made: Any) -> Side:
 def graph_side(
     capture: Capture, graph: fx.GraphModule, seed: int = 0, watched: Mapping[str, fx.Node] | None = None
 ) -> Side:
-    """A captured or rewritten graph as something that runs, node by node.
+    """Return a captured or rewritten graph as something that runs, node by node.
 
     ``watched``: nodes of the graph whose tensors are handed out too, by the names to give them.
     """
@@ -282,7 +292,7 @@ def graph_side(
 
 
 def example_tensors(capture: Capture) -> list[torch.Tensor]:
-    """The example inputs; random numbers where they hold none."""
+    """Return the example inputs; random numbers where they hold none."""
     generator = torch.Generator().manual_seed(0)
     made = []
     for x in pytree.tree_leaves(capture.args):
@@ -331,11 +341,11 @@ class _Watching(fx.Interpreter):
 
 
 def _exported(capture: Capture, module: fx.GraphModule) -> Any:
-    """The graph exported again, with the dynamic sizes of the program that came in."""
+    """Return the graph exported again, with the dynamic sizes of the program that came in."""
     program = capture.exported
     if capture.args is None:
         raise UnsupportedError(
-            "The ExportedProgram has no example inputs, which writing it anew needs; give example_inputs=(x,)."
+            "The ExportedProgram has no example inputs, which writing it again needs; give example_inputs=(x,)."
         )
     args, kwargs = capture.args
     flat, spec = pytree.tree_flatten((args, kwargs))

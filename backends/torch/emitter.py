@@ -93,7 +93,7 @@ class Emitter(Facts):
 
     # ------------------------------------------------------------ sizes
     def ints(self, v: ir.Value | None) -> list[Int] | None:
-        """The entries of an integer value as sizes, flat; None where they are known only as a tensor."""
+        """Return the entries of an integer value as sizes, flat; None where they are known only as a tensor."""
         if v is None:
             return None
         constant = self.constant(v)
@@ -104,7 +104,7 @@ class Emitter(Facts):
         return None if entries is None else list(entries.ravel())
 
     def size_array(self, v: ir.Value) -> np.ndarray | None:
-        """A resolved integer value as an object array of `Int`; None where it is a tensor."""
+        """Return a resolved integer value as an object array of `Int`; None where it is a tensor."""
         name = _name(v)
         if name in self.sizes:
             return self.sizes[name]
@@ -120,13 +120,13 @@ class Emitter(Facts):
         return None
 
     def size(self, v: ir.Value, axis: int) -> Int:
-        """Size of a value along an axis: a number where it is static, else a node."""
+        """Return the size of a value along an axis: a number where it is static, else a node."""
         shape = self.shape(v)
         static = shape[axis] if shape is not None else None
         return static if static is not None else self.dim(self.value(v), axis)
 
     def dim(self, x: fx.Node, axis: int) -> fx.Node:
-        """The node of `x.size(axis)`."""
+        """Return the node of `x.size(axis)`."""
         if (x, axis) not in self._dims:
             node = self.graph.call_method("size", (x, axis))
             self.nonnegative.add(node)
@@ -135,7 +135,10 @@ class Emitter(Facts):
 
     # ------------------------------------------------------------ writing
     def value(self, v: ir.Value) -> fx.Node:
-        """The node that computes a value: known, fetched from the root, or emitted together with what it needs."""
+        """Return the node that computes a value.
+
+        Known, fetched from the root, or emitted together with what it needs.
+        """
         name = _name(v)
         if name not in self.known:
             self._ensure(v)
@@ -148,22 +151,22 @@ class Emitter(Facts):
         return None if v is None else self.value(v)
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        """A call of a function, named after the ONNX value that is being computed."""
+        """Return a call of a function, named after the ONNX value that is being computed."""
         return self.graph.create_node("call_function", target, args, kwargs, name=self._hint)
 
     def method(self, name: str, *args: Any, **kwargs: Any) -> fx.Node:
-        """A call of a method of the first argument."""
+        """Return a call of a method of the first argument."""
         return self.graph.create_node("call_method", name, args, kwargs, name=self._hint)
 
     def module(self, hint: str, module: nn.Module, *args: Any) -> fx.Node:
-        """A call of a new submodule of the root, in the root's mode."""
+        """Return a call of a new submodule of the root, in the root's mode."""
         path = free_path(self.root, identifier(hint))
         module.train(self.root.training)
         self.root.add_module(path, module)
         return self.graph.call_module(path, args)
 
     def buffer(self, array: np.ndarray, hint: str = "constant") -> fx.Node:
-        """A new buffer of the root that holds the array."""
+        """Return a new buffer of the root that holds the array."""
         path = register(self.root, hint, ir.tensor(array), trainable=False)
         return self.graph.get_attr(path)
 
@@ -274,7 +277,7 @@ def _missing(node: ir.Node) -> UnsupportedError:
 
 
 def needed_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
-    """The nodes that the outputs depend on, in graph order."""
+    """Return the nodes that the outputs depend on, in graph order."""
     wanted: set[ir.Node] = set()
     stack = [v.producer() for v in graph.outputs]
     while stack:
@@ -286,7 +289,7 @@ def needed_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
 
 
 def _drop_unused(graph: fx.Graph) -> None:
-    """Erase what nothing reads; no call that is written here has a side effect."""
+    """Erase nodes without users; no call that is written here has a side effect."""
     for node in reversed(graph.nodes):
         if node.op not in ("placeholder", "output") and not node.users:
             graph.erase_node(node)
@@ -298,14 +301,15 @@ def given_or(given: Any, default: Any) -> Any:
 
 
 def graph_module(model: ir.Model) -> fx.GraphModule:
-    """The whole model as a GraphModule in eval mode; the model is not changed.
+    """Return the whole model as a GraphModule in eval mode; the model is not changed.
 
     Inputs become placeholders under their names made identifiers; the result is one tensor, or a tuple of several.
     Float initializers become parameters and the others buffers, under their own names where these are attribute paths
     (a dot makes a submodule). An input of floats with a default is an argument behind the others that may be left out,
     with a parameter or buffer for its default. Functions are inlined.
 
-    Errors: `UnsupportedError` naming the node that cannot be written.
+    Raises:
+        UnsupportedError: a node cannot be written; the message names it.
     """
     if model.functions:
         model = InlinePass()(model.clone()).model

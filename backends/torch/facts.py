@@ -32,12 +32,15 @@ _SAME_SHAPE = ("GroupNormalization", "SimplifiedLayerNormalization", "RMSNormali
 
 
 def refuse(node: ir.Node, reason: str) -> UnsupportedError:
-    """The error for a node that cannot be written exactly; `reason` says what is missing and what to do instead."""
+    """Return the error for a node that cannot be written exactly.
+
+    `reason` says what is missing and what to do instead.
+    """
     return UnsupportedError(f"{describe_node(node)} cannot be written as torch calls: {reason}.")
 
 
 def is_default(node: ir.Node) -> bool:
-    """Whether a node is of the standard operator set."""
+    """Return whether a node is of the standard operator set."""
     return node.domain in ("", "ai.onnx")
 
 
@@ -48,7 +51,7 @@ def argument_default(v: ir.Value) -> ir.TensorProtocol | None:
 
 
 def held_tensor(v: ir.Value) -> ir.TensorProtocol | None:
-    """The tensor of an initializer or of a Constant; None for one that is an argument (`argument_default`)."""
+    """Return the tensor of an initializer or of a Constant; None for one that is an argument (`argument_default`)."""
     if v.const_value is not None:
         return v.const_value if argument_default(v) is None else None
     node = v.producer()
@@ -62,7 +65,7 @@ def _foldable(node: ir.Node | None) -> bool:
 
 
 def _filled(node: ir.Node, sizes: np.ndarray | None) -> np.ndarray | None:
-    """A small integer ConstantOfShape of known sizes; one of floats may be a weight and stays a call."""
+    """Return a small integer ConstantOfShape of known sizes; one of floats may be a weight and stays a call."""
     value = attribute(node, "value")
     if sizes is None or value is None or not value.dtype.is_integer() or np.prod(sizes) > LIMIT:
         return None
@@ -84,7 +87,10 @@ class Facts:
         self._inferred: Shapes | None = None
 
     def constant(self, v: ir.Value | None) -> np.ndarray | None:
-        """The array that a value always holds: an initializer, a Constant, or small integer arithmetic on such."""
+        """Return the array that a value always holds.
+
+        An initializer, a Constant, or small integer arithmetic on such.
+        """
         if v is None:
             return None
         held = held_tensor(v)
@@ -116,7 +122,7 @@ class Facts:
         return None if v.shape is None else tuple(d if isinstance(d, int) else None for d in v.shape)
 
     def rank(self, node: ir.Node, v: ir.Value | None) -> int:
-        """Number of axes of a value; UnsupportedError where it cannot be inferred."""
+        """Return the number of axes of a value; UnsupportedError where it cannot be inferred."""
         shape = self.shape(v)
         if shape is None:
             name = None if v is None else v.name
@@ -124,7 +130,7 @@ class Facts:
         return len(shape)
 
     def dtype(self, node: ir.Node, v: ir.Value | None) -> ir.DataType:
-        """Element type of a value; UnsupportedError where it cannot be inferred."""
+        """Return element type of a value; UnsupportedError where it cannot be inferred."""
         found = None
         if v is not None:
             found = v.dtype or (v.const_value.dtype if v.const_value is not None else None)
@@ -177,7 +183,7 @@ class Facts:
         return evaluate(node, [None if i is None else self._small(i) for i in node.inputs], None, self.version)
 
     def _small(self, v: ir.Value) -> np.ndarray | None:
-        """A constant that may be folded: weights stay parameters."""
+        """Return a constant that may be folded: weights stay parameters."""
         held = held_tensor(v)
         if held is None:
             return self._folded.get(v.name or "")

@@ -40,10 +40,12 @@ _SIZES = ((2, 8), (2, 32), (2, 224), (1, 8), (1, 32), (1, 224))
 def write(capture: Capture, emitted: Emitted, path: str) -> None:
     """Write an emitted program as it computes in evaluation, whole or not at all; its name says how (`torch_form`).
 
-    What was written is read back and compared with the object before it gets its name (`to_torch_written`).
+    What was written is read back and compared with the object before it gets its name
+    (`cipm_ir.backends.torch.written`).
 
-    Errors: `OutputError`, `UnsupportedError` (a plan of what is not a module of the caller's class, a program that
-        torch cannot export).
+    Raises:
+        OutputError: the file cannot be written.
+        UnsupportedError: a plan of what is not a module of the caller's class; a program that torch cannot export.
     """
     form = torch_form(path)
     check_target(path, folder=form == "plan")
@@ -64,7 +66,9 @@ def write(capture: Capture, emitted: Emitted, path: str) -> None:
 def write_exported(model: ir.Model, path: str) -> None:
     """Write an ONNX model as ``.pt2``: as a GraphModule, exported with the dynamic sizes of its inputs.
 
-    Errors: `OutputError`, `UnsupportedError` (an operator without counterpart in torch, inputs that cannot be drawn).
+    Raises:
+        OutputError: the file cannot be written.
+        UnsupportedError: an operator has no counterpart in torch, or inputs cannot be drawn.
     """
     check_target(path)
     module = graph_module(model)
@@ -125,7 +129,7 @@ def _example(capture: Capture) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _first_line(error: BaseException) -> str:
-    """What went wrong first, in one line."""
+    """Return what went wrong first, in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
@@ -134,11 +138,12 @@ def _first_line(error: BaseException) -> str:
 
 # ---------------------------------------------------------------- ONNX
 def to_onnx(capture: Capture, emitted: Emitted) -> ir.Model:
-    """The program through torch's own exporter, in evaluation mode.
+    """Return the program through torch's own exporter, in evaluation mode.
 
     Every tensor of the `state_dict` is an initializer of its name, with its values; names that share a tensor are one.
 
-    Errors: `UnsupportedError` where torch does not export it.
+    Raises:
+        UnsupportedError: torch does not export it.
     """
     program = emitted.object
     try:
@@ -246,13 +251,14 @@ def _put(beside: Path, target: Path) -> None:
 
 
 def apply_plan(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
-    """A copy of a module, changed as a saved plan says.
+    """Return a copy of a module, changed as a saved plan says.
 
     Args:
         module: of the class that the plan was made from, with the original sizes; its weights do not matter.
         path: the folder that ``Result.save`` wrote.
 
-    Errors: `InputError` where there is no plan, or where it is one for another model.
+    Raises:
+        InputError: there is no plan, or where it is one for another model.
     """
     if not isinstance(module, nn.Module):
         raise InputError(f"A plan is applied to a torch module, not to {type(module).__name__}.")
@@ -278,7 +284,7 @@ def apply_plan(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
 
 def _read_plan(path: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The plan, and its tensors by name; names that share a tensor have the same one."""
+    """Return the plan, and its tensors by name; names that share a tensor have the same one."""
     folder = Path(path)
     if not folder.is_dir():
         raise InputError(f"There is no folder {path!r}.")
@@ -327,7 +333,7 @@ def _shapes(module: nn.Module) -> dict[str, list[int]]:
 
 
 def _unique(module: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors by name, without those that are another one (name to the name of that)."""
+    """Return tensors by name, without those that are another one (name to the name of that)."""
     seen: dict[Any, str] = {}
     tensors, ties = {}, {}
     for name, t in _named_tensors(module):

@@ -34,7 +34,7 @@ class Tap(nn.Module):
         self.found: dict[int, torch.Tensor] = {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The same numbers; the first taps on each path are where derivatives end."""
+        """Return the same numbers; the first taps on each path are where derivatives end."""
         y = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
         y.register_hook(lambda gradient: self._came(gradient, y.detach()))  # type: ignore[no-untyped-call]
         return y
@@ -55,7 +55,7 @@ class Tapped:
     outputs: list[ir.Value] = field(default_factory=list)
 
     def run(self, feeds: Feeds, count: int) -> list[torch.Tensor]:
-        """The outputs, with the taps ready for gradients of ``count`` samples."""
+        """Return the outputs, with the taps ready for gradients of ``count`` samples."""
         for tap in self.taps:
             tap.count = count
         made = self.module(*(as_torch(ir.tensor(np.ascontiguousarray(feeds[name]))) for name in self.inputs))
@@ -101,9 +101,11 @@ def products(
 
 
 def tap_model(model: ir.Model, reads: Sequence[Read]) -> Tapped:
-    """The model in torch, evaluating, no parameter requiring gradients, with a tap in front of every reading node.
+    """Return the model in torch, evaluating, no parameter requiring gradients, with a tap in front of every reading
+    node.
 
-    Errors: `UnsupportedError` naming an operator that has no counterpart in torch.
+    Raises:
+        UnsupportedError: an operator has no counterpart in torch; the message names it.
     """
     at: dict[tuple[int, str], list[tuple[int, Read]]] = {}
     for k, read in enumerate(reads):
@@ -142,7 +144,7 @@ def _summed(product: torch.Tensor, read: Read, count: int) -> torch.Tensor:
 
 
 def _collected(tapped: Tapped, reads: Sequence[Read], seen: int) -> list[Array]:
-    """The sums in the order of the reads; zeros where no gradient came."""
+    """Return the sums in the order of the reads; zeros where no gradient came."""
     found = {k: tensor for tap in tapped.taps for k, tensor in tap.found.items()}
     sums: list[Array] = []
     for k, read in enumerate(reads):
@@ -160,9 +162,10 @@ def _collected(tapped: Tapped, reads: Sequence[Read], seen: int) -> list[Array]:
 def _loss(
     values: Sequence[ir.Value], outputs: Sequence[torch.Tensor], loss: Loss, generator: torch.Generator
 ) -> torch.Tensor:
-    """The sum over samples and outputs.
+    """Return the sum over samples and outputs.
 
-    Errors: `UnsupportedError` where no output is a tensor of real numbers.
+    Raises:
+        UnsupportedError: no output is a tensor of real numbers.
     """
     smooth = [(v, y) for v, y in zip(values, outputs, strict=True) if y.is_floating_point()]
     if not smooth:
@@ -200,7 +203,7 @@ def _drawn(value: ir.Value, y: torch.Tensor, generator: torch.Generator) -> torc
 
 
 def _prediction(value: ir.Value, y: torch.Tensor) -> tuple[str, int]:
-    """What made an output (Softmax, LogSoftmax, Sigmoid, or nothing that is known), and the axis of its classes.
+    """Return what made an output (Softmax, LogSoftmax, Sigmoid, or nothing that is known), and the axis of its classes.
 
     Scores of images of three and more dimensions lie along axis 1, those of sequences along the last.
     """

@@ -1,8 +1,8 @@
 """A torch graph for a changed IR model: every torch node that the change does not touch is kept as it was.
 
 A node whose slice of the IR differs (another target of a reshape, other pieces of a split, heads that are gone) is
-written anew from the IR, in its place, by the ONNX table. Kept nodes with an argument that no longer fits are found by
-computing shapes, and written anew too.
+written again from the IR, in its place, by the ONNX table. Kept nodes with an argument that no longer fits are found by
+computing shapes, and written again too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NONE = Results(None, ())
 
 @dataclass
 class Rewritten:
-    """The new graph, over ``root``, and the torch nodes that were written anew with what differed.
+    """The new graph, over ``root``, and the torch nodes that were written again with what differed.
 
     Attributes:
         module: the graph.
@@ -54,7 +54,8 @@ def rewritten(capture: Capture, model: ir.Model, old: fx.Graph, root: nn.Module,
         root: holds the new parameters, and modules with the new attributes.
         resized: sizes may have changed, so that kept nodes must be tried.
 
-    Errors: `UnsupportedError` where a changed node cannot be written in torch.
+    Raises:
+        UnsupportedError: a changed node cannot be written in torch.
     """
     forced: set[str] = set()
     slices = Slices(capture, model)
@@ -69,7 +70,7 @@ def rewritten(capture: Capture, model: ir.Model, old: fx.Graph, root: nn.Module,
 
 
 def _stale(module: fx.GraphModule, writer: _Writer, capture: Capture) -> set[str]:
-    """The kept nodes that do not fit their inputs any more.
+    """Return the kept nodes that do not fit their inputs any more.
 
     One run over the shapes finds them all: behind one that does not fit, it goes on with the shape that the IR says.
     """
@@ -111,7 +112,7 @@ def _agree(shape: ir.Shape | None, made: Any) -> bool:
 
 
 def example_sizes(capture: Capture) -> dict[str, Any]:
-    """A tensor without numbers (or the fixed value) by placeholder name; dynamic sizes as in the example."""
+    """Return a tensor without numbers (or the fixed value) by placeholder name; dynamic sizes as in the example."""
 
     def plain(x: Any) -> Any:
         if isinstance(x, torch.Tensor):
@@ -152,7 +153,7 @@ class _Writer:
         self.wanted: set[str] = set()
 
     def is_kept(self, name: str) -> bool:
-        """Whether a torch node stays as it was."""
+        """Return whether a torch node stays as it was."""
         difference = self.differences.get(name)
         if difference is None:
             return True
@@ -269,12 +270,12 @@ class _Writer:
 
 
 def _after(last: fx.Node | None, graph: fx.Graph) -> Iterator[fx.Node]:
-    """The nodes that were written since ``last`` was the last one."""
+    """Return the nodes that were written since ``last`` was the last one."""
     return takewhile(lambda node: node is not last, reversed(graph.nodes))
 
 
 def _parts(value: Any, whole: Any, path: tuple[Any, ...] = ()) -> list[tuple[str, Any]]:
-    """Value names of a structure, each with the node itself (no structure) or the path into it."""
+    """Return value names of a structure, each with the node itself (no structure) or the path into it."""
     if isinstance(value, str):
         return [(value, path or whole)]
     if isinstance(value, tuple):

@@ -1,6 +1,6 @@
 """Names of the nodes of an exported program, given back to the graph of its module.
 
-`ExportedProgram.module()` names nodes anew where a name is a Python builtin's or taken by a parameter: inputs called
+`ExportedProgram.module()` names nodes again where a name is a Python builtin's or taken by a parameter: inputs called
 ``input`` and ``input_1`` become ``input_1`` and ``input_2``. All that is known of a program is kept by the old names.
 """
 

@@ -41,11 +41,11 @@ class TorchOrigin:
     capture: Capture
 
     def emit(self, model: ir.Model, runs: bool = True) -> Emitted:
-        """The model as the kind of torch object that came in; see `cipm_ir.backends.torch.emit.emit_torch`."""
+        """Return the model as the kind of torch object that came in; see `cipm_ir.backends.torch.emit.emit_torch`."""
         return emit_torch(self.capture, model, runs)
 
     def graph(self, model: ir.Model) -> fx.GraphModule:
-        """The model as a GraphModule in evaluation mode, whatever kind came in."""
+        """Return the model as a GraphModule in evaluation mode, whatever kind came in."""
         return emit_graph(self.capture, model).eval()
 
     def write(self, model: ir.Model, path: str) -> None:
@@ -65,9 +65,10 @@ class TorchOrigin:
         return self.verifier(a, **settings).check(b, Tolerance(rtol, atol))
 
     def run(self, graph: fx.GraphModule, feeds: Feeds) -> dict[str, Array]:
-        """Outputs by position, as arrays.
+        """Return outputs by position, as arrays.
 
-        Errors: `InputError` where torch cannot run the graph with these inputs.
+        Raises:
+            InputError: torch cannot run the graph with these inputs.
         """
         return graph_side(self.capture, graph).run(feeds)
 
@@ -227,7 +228,7 @@ def _endings(model: ir.Model) -> list[Ending]:
 
 
 def _outputs(names: Iterable[str]) -> int:
-    """How many of the names are those of outputs, not of endings."""
+    """Return how many of the names are those of outputs, not of endings."""
     return sum("<" not in name for name in names)
 
 

@@ -20,14 +20,14 @@ _PART = re.compile(r"[A-Za-z_]\w*|\d+", re.ASCII)
 
 
 def identifier(name: str) -> str:
-    """The name as a Python identifier."""
+    """Return the name as a Python identifier."""
     plain = re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_") or "value"
     plain = f"v_{plain}" if plain[0].isdigit() else plain
     return f"{plain}_" if keyword.iskeyword(plain) else plain
 
 
 def attribute_at(root: nn.Module, path: str) -> torch.Tensor | None:
-    """The tensor at a dotted path below a module, or None."""
+    """Return the tensor at a dotted path below a module, or None."""
     found: Any = root
     for part in path.split("."):
         found = getattr(found, part, None)
@@ -55,7 +55,7 @@ def register(root: nn.Module, name: str, held: ir.TensorProtocol, trainable: boo
 
 
 def free_path(root: nn.Module, path: str) -> str:
-    """The path, or the path with a number, where nothing is registered yet."""
+    """Return the path, or the path with a number, where nothing is registered yet."""
     candidate, k = path, 0
     while not _is_free(root, candidate):
         k += 1  # a folder of the path may be taken by something else: the whole name in one part always ends

@@ -41,13 +41,13 @@ Tensors: TypeAlias = list[torch.Tensor]
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says."""
+    """Return the first line of what an error says."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".")
 
 
 # ---------------------------------------------------------------- inputs
 def inputs_like(example: Sequence[torch.Tensor], seed: int = 0) -> Iterator[tuple[str, Tensors]]:
-    """Yield the example, then inputs of its shapes and types that nobody chose for it, each with what it is.
+    """Yield the example, then inputs of its shapes and types that were generated, each with what it is.
 
     Zeros; ones; random floats of several magnitudes, with integers from among those of the example. Masks keep their
     entries: where one masks everything, what comes out is up to the kernel.
@@ -151,7 +151,7 @@ def _without_onednn() -> Iterator[None]:
 
 
 def as_array(x: torch.Tensor) -> Array:
-    """The tensor as an array; types that numpy lacks are those of ml_dtypes."""
+    """Return the tensor as an array; types that numpy lacks are those of ml_dtypes."""
     return np.asarray(tensor_adapters.TorchTensor(x.detach().cpu().contiguous()).numpy())
 
 

@@ -61,7 +61,7 @@ class Slices:
         return found
 
     def boundary(self, names: Iterable[str]) -> set[str]:
-        """Names of the values of other torch nodes that the values with these names are now computed from."""
+        """Return names of the values of other torch nodes that the values with these names are now computed from."""
         found: set[str] = set()
         pending = [self.after[n] for n in names if n in self.after]
         roots, seen = {id(v) for v in pending}, set()

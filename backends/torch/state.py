@@ -27,7 +27,7 @@ class Evaluated(ir.Tensor[Any]):
 
 
 def as_torch(tensor: ir.TensorProtocol) -> torch.Tensor:
-    """A torch tensor with memory that nothing else uses, as `torch_tensor` makes it; 8-bit floats, too."""
+    """Return a torch tensor with memory that nothing else uses, as `torch_tensor` makes it; 8-bit floats, too."""
     array = np.asarray(tensor.numpy())
     if isinstance(tensor, Evaluated) and array.dtype in (np.float16, np.float32, np.float64):
         return torch.from_numpy(array)
@@ -44,7 +44,10 @@ class State:
         self.made: dict[str, torch.Tensor] = {}
 
     def tensor(self, name: str, old: torch.Tensor) -> torch.Tensor:
-        """The new tensor of a name, on the device of the old one; a copy of the old one where the IR has none."""
+        """Return the new tensor of a name, on the device of the old one.
+
+        A copy of the old one where the IR has none.
+        """
         own = self.capture.parameters.get(name)
         value = None if own is None else self.initializers.get(own)
         if own is None or value is None or value.const_value is None:
@@ -56,7 +59,7 @@ class State:
 
 
 def copied(module: nn.Module, state: State, names: Mapping[str, str] | None = None) -> nn.Module:
-    """A deep copy of a module in which every parameter and buffer is the new one of its name.
+    """Return a deep copy of a module in which every parameter and buffer is the new one of its name.
 
     ``names`` maps the module's own names to those of the program where they differ.
     """
@@ -64,7 +67,10 @@ def copied(module: nn.Module, state: State, names: Mapping[str, str] | None = No
 
 
 def with_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
-    """A deep copy of a module with other tensors by name, whatever their shape; those without a name are copied."""
+    """Return a deep copy of a module with other tensors by name, whatever their shape.
+
+    Those without a name are copied.
+    """
     shared: dict[int, torch.Tensor] = {}
 
     def new(name: str, old: torch.Tensor) -> torch.Tensor:
@@ -77,7 +83,10 @@ def with_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.M
 
 
 def _copied(module: nn.Module, new: Callable[[str, torch.Tensor], torch.Tensor]) -> nn.Module:
-    """A deep copy: classes, hooks, modes, ``requires_grad`` and ties stay as they are; gradients do not come along."""
+    """Return a deep copy: classes, hooks, modes, ``requires_grad`` and ties stay as they are.
+
+    Gradients do not come along.
+    """
     memo: dict[int, Any] = {}
     for name, old in module.named_parameters(remove_duplicate=False):
         if id(old) not in memo:
@@ -115,7 +124,10 @@ def _copy_plain(layer: nn.Module, memo: dict[int, Any]) -> None:
 
 
 def holder(source: nn.Module, graph: fx.Graph, state: State) -> nn.Module:
-    """A plain module with what a graph of ``source`` refers to, its tensors the new ones; ``source`` stays as it is."""
+    """Return a plain module with what a graph of ``source`` refers to, its tensors the new ones.
+
+    ``source`` stays as it is.
+    """
     root = nn.Module()
     shared: dict[int, torch.Tensor] = {}
     for node in graph.nodes:

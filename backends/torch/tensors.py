@@ -32,14 +32,14 @@ _WIDENED = {ir.DataType.INT4: np.int8, ir.DataType.UINT4: np.uint8}
 
 
 def torch_dtype(dtype: ir.DataType) -> torch.dtype:
-    """The torch type with the same values; UnsupportedError where there is none."""
+    """Return the torch type with the same values; UnsupportedError where there is none."""
     if dtype not in _TYPES:
         raise UnsupportedError(f"Element type {dtype.name} has no exact counterpart in torch; cast it in the model.")
     return _TYPES[dtype]
 
 
 def torch_tensor(held: ir.TensorProtocol) -> torch.Tensor:
-    """A copy as a torch tensor; bfloat16 goes bit by bit, as numpy has no such type of its own."""
+    """Return a copy as a torch tensor; bfloat16 goes bit by bit, as numpy has no such type of its own."""
     array = np.asarray(held.numpy())
     if held.dtype in _WIDENED:
         return torch.from_numpy(array.astype(_WIDENED[held.dtype]))

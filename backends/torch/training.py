@@ -59,7 +59,7 @@ class Trained:
         return None
 
     def _batch_norm(self, path: str) -> str | None:
-        """The layer at its own path, with the tensors that the new root holds there."""
+        """Return the layer at its own path, with the tensors that the new root holds there."""
         source, held = self.modules[path], self.root.get_submodule(path)
         if isinstance(held, nn.modules.batchnorm._BatchNorm):
             return path
@@ -76,5 +76,5 @@ class Trained:
 
 
 def _dropout(x: Any, p: Any = 0.5, training: Any = True, inplace: Any = False, train: Any = None) -> tuple[Any, Any]:
-    """The probability and whether it is dropped, of a call of a function or of aten."""
+    """Return the probability and whether it is dropped, of a call of a function or of aten."""
     return p, training if train is None else train

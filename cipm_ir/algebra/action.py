@@ -12,7 +12,7 @@ from cipm_ir.errors import SymmetryError
 
 
 def gather_and_scale(array: NDArray[Any], axis: int, perm: IntArray, factor: FloatArray | None) -> NDArray[Any]:
-    """New array `factor[i] * array[..., perm[i], ...]` along `axis`, of the dtype that came in.
+    """Return new array `factor[i] * array[..., perm[i], ...]` along `axis`, of the dtype that came in.
 
     Products are rounded once to the dtype of `array`, so factors of ±2^e are exact as long as nothing leaves the
     normal range. Factor None, or all ones, only gathers and therefore takes any dtype.

@@ -51,31 +51,31 @@ class DenseElement:
     # ------------------------------------------------------------ making
     @classmethod
     def identity(cls, n: int) -> DenseElement:
-        """The neutral element on n classes."""
+        """Return the neutral element on n classes."""
         return cls(np.eye(n))
 
     @classmethod
     def of(cls, element: Element) -> DenseElement:
-        """The matrix of a monomial element, each of its directions taken once."""
+        """Return the matrix of a monomial element, each of its directions taken once."""
         matrix = np.zeros((element.n, element.n))
         matrix[np.arange(element.n), element.perm] = element.factor()
         return cls(matrix)
 
     @classmethod
     def orthogonal(cls, n: int, rng: np.random.Generator) -> DenseElement:
-        """A uniform (Haar) element of O(n): QR of a Gaussian matrix, signs fixed (Mezzadri 2007)."""
+        """Return a uniform (Haar) element of O(n): QR of a Gaussian matrix, signs fixed (Mezzadri 2007)."""
         q, r = np.linalg.qr(rng.standard_normal((n, n)))
         return cls(q * np.where(np.diag(r) < 0, -1.0, 1.0))
 
     @classmethod
     def invertible(cls, n: int, rng: np.random.Generator, condition: float = 10.0) -> DenseElement:
-        """A random element of GL(n) with singular values between 1 and ``condition``, up to a common factor."""
+        """Return a random element of GL(n) with singular values between 1 and ``condition``, up to a common factor."""
         middle = np.exp(rng.uniform(-0.5, 0.5, n) * np.log(condition))
         return cls((cls.orthogonal(n, rng).matrix * middle) @ cls.orthogonal(n, rng).matrix)
 
     @classmethod
     def hadamard(cls, n: int, rng: np.random.Generator) -> DenseElement:
-        """A randomized Hadamard matrix: it spreads one large entry evenly over all (QuIP#, Tseng et al. 2024).
+        """Return a randomized Hadamard matrix: it spreads one large entry evenly over all (QuIP#, Tseng et al. 2024).
 
         Rows and columns get random signs. Where no Hadamard matrix of order n is known here, n = 2^k m with m odd
         or small: the Kronecker product of one of order 2^k and a Haar orthogonal block of size m.
@@ -110,12 +110,12 @@ class DenseElement:
         return bool(np.array_equal(self.matrix, np.eye(self.n)))
 
     def belongs_to(self, level: Literal["", "O", "GL"]) -> bool:
-        """Whether it is an element of O(n), or of GL(n); of no group that has no dense elements."""
+        """Return whether it is an element of O(n), or of GL(n); of no group that has no dense elements."""
         return level == "GL" or (level == "O" and self.is_orthogonal)
 
     # ------------------------------------------------------------ algebra
     def compose(self, other: DenseElement | Element) -> DenseElement:
-        """The element that acts as `other` first, then as self: `(g @ h).act(x) == g.act(h.act(x))`."""
+        """Return the element that acts as `other` first, then as self: `(g @ h).act(x) == g.act(h.act(x))`."""
         made = DenseElement.of(other) if isinstance(other, Element) else other
         if made.n != self.n:
             raise SymmetryError(f"Elements on {self.n} and {made.n} classes cannot be composed.")
@@ -125,15 +125,18 @@ class DenseElement:
         return self.compose(other)
 
     def inverse(self) -> DenseElement:
-        """The element with `g @ g.inverse()` neutral, up to rounding."""
+        """Return the element with `g @ g.inverse()` neutral, up to rounding."""
         return DenseElement(np.linalg.inv(self.matrix).astype(np.float64))
 
     def dual(self) -> DenseElement:
-        """The inverse transpose, which acts on a contracted partner: `sum((g·x) * (g.dual()·w)) == sum(x * w)`."""
+        """Return the inverse transpose, which acts on a contracted partner.
+
+        `sum((g·x) * (g.dual()·w)) == sum(x * w)`.
+        """
         return DenseElement(np.linalg.inv(self.matrix).T.astype(np.float64))
 
     def act(self, array: NDArray[Any], axis: int = 0) -> NDArray[Any]:
-        """New array with the matrix applied to `axis` (size n): computed in float64, rounded once to its dtype.
+        """Return new array with the matrix applied to `axis` (size n): computed in float64, rounded once to its dtype.
 
         Raises SymmetryError on a wrong axis or size, and on a dtype that is not a floating type.
         """
@@ -146,7 +149,7 @@ class DenseElement:
         return np.moveaxis(last, -1, axis).astype(source.dtype)
 
     def close(self, other: DenseElement, atol: float = 1e-10) -> bool:
-        """Whether the matrices agree within the tolerance."""
+        """Return whether the matrices agree within the tolerance."""
         return self.n == other.n and bool(np.allclose(self.matrix, other.matrix, 0.0, atol))
 
     def __eq__(self, other: object) -> bool:

@@ -43,13 +43,13 @@ class Element:
 
     @classmethod
     def of(cls, perm: ArrayLike, scale: ArrayLike | None = None, sign: ArrayLike | None = None) -> Element:
-        """Element from (n,) or (k, n) scales and (n,) or (j, n) signs; None means no such direction."""
+        """Return element from (n,) or (k, n) scales and (n,) or (j, n) signs; None means no such direction."""
         order = np.asarray(perm)
         return cls(order, _rows(scale, order.size, np.float64), _rows(sign, order.size, np.int8))
 
     @classmethod
     def identity(cls, n: int, scales: int = 0, signs: int = 0) -> Element:
-        """The neutral element on n classes with `scales` scale and `signs` sign directions."""
+        """Return the neutral element on n classes with `scales` scale and `signs` sign directions."""
         return cls(np.arange(n), np.ones((scales, n)), np.ones((signs, n), dtype=np.int8))
 
     @property
@@ -84,7 +84,7 @@ class Element:
         return bool(np.all(np.frexp(self.scale)[0] == 0.5))
 
     def compose(self, other: Element) -> Element:
-        """The element that acts as `other` first, then as self: `(g @ h).act(x) == g.act(h.act(x))`.
+        """Return the element that acts as `other` first, then as self: `(g @ h).act(x) == g.act(h.act(x))`.
 
         Hence perm = p_h[p_g] and scale = s_g * s_h[p_g]. Raises SymmetryError unless both have the same shape.
         """
@@ -97,13 +97,13 @@ class Element:
         return self.compose(other)
 
     def inverse(self) -> Element:
-        """The element with `g @ g.inverse()` neutral (up to rounding of scales that are not powers of two)."""
+        """Return the element with `g @ g.inverse()` neutral (up to rounding of scales that are not powers of two)."""
         back = np.empty_like(self.perm)
         back[self.perm] = np.arange(self.n)
         return Element(back, integer_power(self.scale[:, back], -1), self.sign[:, back])
 
     def dual(self) -> Element:
-        """The action on a contracted partner axis: `sum((g·x) * (g.dual()·w)) == sum(x * w)`.
+        """Return the action on a contracted partner axis: `sum((g·x) * (g.dual()·w)) == sum(x * w)`.
 
         Same permutation and sign, inverse scale; equal to acting as g with all exponents negated.
         """
@@ -141,7 +141,7 @@ class Element:
         scale_exponents: ArrayLike | None = None,
         sign_exponents: ArrayLike | None = None,
     ) -> NDArray[Any]:
-        """New array with the element applied to `axis` (size n), of the dtype that came in.
+        """Return new array with the element applied to `axis` (size n), of the dtype that came in.
 
         Exact for power-of-two scales, unless a product leaves the normal range of the dtype. Exponents, one integer
         per direction, say how the axis takes part: 1 (default), 0 (not), -1 (dual), or more.
@@ -152,7 +152,7 @@ class Element:
         return gather_and_scale(array, axis, self.perm, factor)
 
     def close(self, other: Element, rtol: float = 1e-12) -> bool:
-        """Whether permutation and signs are equal, and scales within the relative tolerance."""
+        """Return whether permutation and signs are equal, and scales within the relative tolerance."""
         same = self.scale.shape == other.scale.shape and np.array_equal(self.perm, other.perm)
         return same and np.array_equal(self.sign, other.sign) and np.allclose(self.scale, other.scale, rtol, 0.0)
 

@@ -114,7 +114,8 @@ class Group:
         return self.name
 
     def meet(self, other: Group) -> Group:
-        """The largest group of the lattice inside both: fewer directions, permutations only where both have them.
+        """Return the largest group of the lattice inside both: fewer directions, permutations only where both have
+        them.
 
         Commutative, associative, idempotent. meet(O, R>0 wr S) = S and meet(O, R* wr S) = B.
         Raises SymmetryError where the groups act on different numbers of classes.
@@ -131,7 +132,7 @@ class Group:
         return self <= other and self != other
 
     def random(self, rng: np.random.Generator, power_of_two: bool = False) -> Element:
-        """Element with a uniform permutation, scales e^N(0,1) and uniform signs; of the monomial part if dense.
+        """Return element with a uniform permutation, scales e^N(0,1) and uniform signs; of the monomial part if dense.
 
         With power_of_two the scales are 2^e, e uniform in -3..3, so that acting is exact in floating point.
         """
@@ -141,7 +142,7 @@ class Group:
         return Element(perm, scale, 2 * rng.integers(0, 2, (self.signs, self.n), np.int8) - np.int8(1))
 
     def contains(self, element: Element) -> bool:
-        """Whether the element belongs to the group; its directions beyond those of the group must be neutral."""
+        """Return whether the element belongs to the group; its directions beyond those of the group must be neutral."""
         return (
             element.n == self.n
             and (self.permutes or np.array_equal(element.perm, np.arange(self.n)))

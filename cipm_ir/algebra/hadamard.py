@@ -9,7 +9,7 @@ FloatArray = NDArray[np.float64]
 
 
 def hadamard_matrix(n: int) -> FloatArray | None:
-    """A Hadamard matrix of order n, (n, n) of ±1, or None where none is known here.
+    """Return a Hadamard matrix of order n, (n, n) of ±1, or None where none is known here.
 
     n = 2^k m, where m is 1, or q + 1 for a prime q of the form 4r + 3, or 2 (q + 1) for a prime q of the form 4r + 1
     (Paley 1933): 12, 20, 28, 36, 44, 60, 68, ... Orders that need prime powers or other designs (52, 92, ...) are not
@@ -56,7 +56,7 @@ def _jacobsthal(q: int) -> FloatArray:
 
 
 def _bordered(q: int, sign: float) -> FloatArray:
-    """The Jacobsthal matrix with a row and a column of ones (the column of ``sign``) and a zero corner."""
+    """Return the Jacobsthal matrix with a row and a column of ones (the column of ``sign``) and a zero corner."""
     made = np.zeros((q + 1, q + 1))
     made[0, 1:], made[1:, 0] = 1.0, sign
     made[1:, 1:] = _jacobsthal(q)

@@ -71,7 +71,7 @@ def as_signs(value: ArrayLike, shape: tuple[int | None, ...], what: str) -> Sign
 
 
 def as_exponents(value: ArrayLike | None, directions: int, what: str) -> tuple[int, ...]:
-    """One Python int per direction (None: all 1); SymmetryError on another count or a fraction."""
+    """Return one Python int per direction (None: all 1); SymmetryError on another count or a fraction."""
     if value is None:
         return (1,) * directions
     given = np.asarray(value)

@@ -53,7 +53,7 @@ class BlockElement:
 
     @classmethod
     def identity(cls, m: int, n: int, scales: int = 0, signs: int = 0) -> BlockElement:
-        """The neutral element on m blocks of n classes."""
+        """Return the neutral element on m blocks of n classes."""
         perm = np.broadcast_to(np.arange(n), (m, n))
         return cls(np.arange(m), perm, np.ones((m, scales, n)), np.ones((m, signs, n), dtype=np.int8))
 
@@ -83,11 +83,14 @@ class BlockElement:
         return self.flatten().is_identity
 
     def block(self, index: int) -> Element:
-        """The inner element of the block that arrives at `index`."""
+        """Return the inner element of the block that arrives at `index`."""
         return Element(self.perm[index], self.scale[index], self.sign[index])
 
     def compose(self, other: BlockElement) -> BlockElement:
-        """The element that acts as `other` first, then as self. SymmetryError unless both have the same shape."""
+        """Return the element that acts as `other` first, then as self.
+
+        SymmetryError unless both have the same shape.
+        """
         mine, theirs = ((g.m, g.n, g.scales, g.signs) for g in (self, other))
         if mine != theirs:
             raise SymmetryError(
@@ -104,7 +107,7 @@ class BlockElement:
         return self.compose(other)
 
     def inverse(self) -> BlockElement:
-        """The element with `g @ g.inverse()` neutral (up to rounding of scales that are not powers of two)."""
+        """Return the element with `g @ g.inverse()` neutral (up to rounding of scales that are not powers of two)."""
         back = np.empty_like(self.outer)
         back[self.outer] = np.arange(self.m)
         perm = np.empty_like(self.perm)
@@ -114,11 +117,11 @@ class BlockElement:
         return BlockElement(back, perm, scale, np.take_along_axis(self.sign[back], along, axis=2))
 
     def dual(self) -> BlockElement:
-        """The action on a contracted partner axis: same permutations and signs, inverse scale."""
+        """Return the action on a contracted partner axis: same permutations and signs, inverse scale."""
         return BlockElement(self.outer, self.perm, integer_power(self.scale, -1), self.sign)
 
     def flatten(self) -> Element:
-        """The same element on the merged axis of m n classes, block after block; a homomorphism."""
+        """Return the same element on the merged axis of m n classes, block after block; a homomorphism."""
         perm = self.outer[:, None] * self.n + self.perm
         scale = self.scale.transpose(1, 0, 2).reshape(self.scales, self.m * self.n)
         return Element(perm.ravel(), scale, self.sign.transpose(1, 0, 2).reshape(self.signs, self.m * self.n))
@@ -130,7 +133,8 @@ class BlockElement:
         scale_exponents: ArrayLike | None = None,
         sign_exponents: ArrayLike | None = None,
     ) -> NDArray[Any]:
-        """New array with the element applied to a merged axis of size m n, or to a pair (block axis, class axis).
+        """Return new array with the element applied to a merged axis of size m n, or to a pair (block axis, class
+        axis).
 
         Dtype, exactness, exponents and errors as for Element.act.
         """
@@ -148,7 +152,7 @@ class BlockElement:
         return np.moveaxis(acted.reshape(front.shape), (0, 1), axis)
 
     def close(self, other: BlockElement, rtol: float = 1e-12) -> bool:
-        """Whether permutations and signs are equal, and scales within the relative tolerance."""
+        """Return whether permutations and signs are equal, and scales within the relative tolerance."""
         same = self.scale.shape == other.scale.shape and np.array_equal(self.outer, other.outer)
         same = same and np.array_equal(self.perm, other.perm) and np.array_equal(self.sign, other.sign)
         return same and np.allclose(self.scale, other.scale, rtol, 0.0)
@@ -192,7 +196,7 @@ class Wreath:
         return self.name
 
     def random(self, rng: np.random.Generator, power_of_two: bool = False) -> BlockElement:
-        """Element with the blocks permuted uniformly and each inner part drawn as by `Group.random`."""
+        """Return element with the blocks permuted uniformly and each inner part drawn as by `Group.random`."""
         m, n, inner = self.m, self.inner.n, self.inner
         perm = np.broadcast_to(np.arange(n), (m, n))
         if inner.permutes:
@@ -204,7 +208,7 @@ class Wreath:
         )
 
     def contains(self, element: BlockElement) -> bool:
-        """Whether the element belongs to the group; its directions beyond those of the group must be neutral."""
+        """Return whether the element belongs to the group; its directions beyond those of the group must be neutral."""
         return (
             (element.m, element.n) == (self.m, self.inner.n)
             and (self.inner.permutes or bool(np.all(element.perm == np.arange(element.n))))

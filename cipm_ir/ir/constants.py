@@ -20,7 +20,7 @@ Evaluator = Callable[[ir.Node, list[Array], int], Array]
 
 
 def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
-    """Value of an attribute as a plain Python object, or ``default``."""
+    """Return the value of an attribute as a plain Python object, or ``default``."""
     attr = node.attributes.get(name)
     return default if attr is None else attr.value
 
@@ -41,7 +41,7 @@ def constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
 
 
 def is_float(array: Array) -> bool:
-    """Whether an array holds floating-point numbers; to numpy, bfloat16 is none."""
+    """Return whether an array holds floating-point numbers; to numpy, bfloat16 is none."""
     return bool(array.dtype.kind == "f" or array.dtype.name == "bfloat16")
 
 
@@ -176,7 +176,7 @@ _TABLE: dict[str, Evaluator] = {
 def evaluate(
     node: ir.Node, args: list[Array | None], shape: tuple[int, ...] | None, version: int, limit: int = LIMIT
 ) -> Array | None:
-    """Value of a node's single output, or None where it is not a small constant (``limit`` entries).
+    """Return the value of a node's single output, or None where it is not a small constant (``limit`` entries).
 
     ``shape`` is the concrete shape of the first input, for Shape and Size.
     """

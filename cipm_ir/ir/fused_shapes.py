@@ -41,7 +41,7 @@ _AS_ONNX: dict[str, tuple[str, int, tuple[int, ...]]] = {
 
 
 def fused_shapes(node: ir.Node, inputs: Inputs) -> list[Shape | None] | None:
-    """Shapes of the outputs, None where the operator or a shape is not known; ``inputs``: concrete shapes."""
+    """Return shapes of the outputs, None where the operator or a shape is not known; ``inputs``: concrete shapes."""
     name = node.op_type
     if node.domain != "com.microsoft":
         return [inputs[0], *[None] * (len(node.outputs) - 1)] if name in _NORMALIZATIONS.split() else None

@@ -61,7 +61,7 @@ def fix_input_shapes(graph: ir.Graph) -> None:
 
 
 def noted_sizes(graph: ir.Graph) -> dict[str, int]:
-    """The sizes that were noted, by symbol; by ``x[2]`` where an axis of input x has none."""
+    """Return the sizes that were noted, by symbol; by ``x[2]`` where an axis of input x has none."""
     found: dict[str, int] = {}
     for value in free_inputs(graph):
         for axis, (d, n) in enumerate(zip(value.shape or (), value.meta.get(SUGGESTED) or (), strict=False)):

@@ -37,7 +37,7 @@ class Factor:
     repeats: bool = False
 
     def moved(self, axis_map: Sequence[int] | dict[int, int]) -> Factor:
-        """The same factor where old axis ``a`` has become ``axis_map[a]``."""
+        """Return the same factor where old axis ``a`` has become ``axis_map[a]``."""
         new = [axis_map[a] for a in self.axes]
         if len(new) == 1 or new == sorted(new):
             return replace(self, axes=tuple(new))
@@ -45,13 +45,13 @@ class Factor:
         return replace(self, axes=tuple(new[k] for k in order), labels=self.labels.transpose(order))
 
     def on(self, axes: Sequence[int]) -> Labels:
-        """Labels with their dimensions in the order of ``axes`` (a permutation of ``self.axes``)."""
+        """Return labels with their dimensions in the order of ``axes`` (a permutation of ``self.axes``)."""
         if tuple(axes) == self.axes:
             return self.labels
         return self.labels.transpose([self.axes.index(a) for a in axes])
 
     def along(self, axis: int) -> Labels:
-        """Labels as a matrix: one row per index of ``axis``."""
+        """Return labels as a matrix: one row per index of ``axis``."""
         return np.moveaxis(self.labels, self.axes.index(axis), 0).reshape(self.labels.shape[self.axes.index(axis)], -1)
 
 
@@ -73,19 +73,19 @@ class State:
         return len(self.shape)
 
     def factor_of(self, axis: int) -> Factor | None:
-        """The factor that covers ``axis``, if any."""
+        """Return the factor that covers ``axis``, if any."""
         for f in self.factors:
             if axis in f.axes:
                 return f
         return None
 
     def broadcasts(self, axis: int) -> bool:
-        """Whether the value is the same all along ``axis``."""
+        """Return whether the value is the same all along ``axis``."""
         return self.shape[axis] == 1 or axis in self.uniform
 
 
 def alike(states: Iterable[State], shape: Sequence[int]) -> frozenset[int]:
-    """Axes of a broadcast result of this shape along which none of the inputs (aligned from the right) changes."""
+    """Return axes of a broadcast result of this shape along which no input (aligned from the right) changes."""
     rank = len(shape)
     shifted = [(s, s.rank - rank) for s in states]
     return frozenset(
@@ -94,7 +94,7 @@ def alike(states: Iterable[State], shape: Sequence[int]) -> frozenset[int]:
 
 
 def simplified(shape: Sequence[int], labels: Labels, axes: Sequence[int], var: int, repeats: bool) -> Factor | None:
-    """A factor over those ``axes`` along which ``labels`` really change, or None where nothing is left."""
+    """Return a factor over those ``axes`` along which ``labels`` really change, or None where nothing is left."""
     keep = []
     for k, axis in enumerate(axes):
         if shape[axis] == 1 or (labels == labels.take([0], axis=k)).all():
@@ -141,7 +141,7 @@ def occurrence_rank(labels: Labels) -> Labels:
 
 
 def mix(values: Iterable[Any] | Any, salt: int = 0) -> npt.NDArray[np.uint64]:
-    """A 64-bit hash of each entry (the finalizer of splitmix64), for signatures; deterministic across runs.
+    """Return a 64-bit hash of each entry (the finalizer of splitmix64), for signatures; deterministic across runs.
 
     Sums of hashes stand for multisets: hashes of different kinds of things need different salts, or x + y = y + x
     takes one for the other.

@@ -10,7 +10,7 @@ _KINDS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
 def subgraphs(node: ir.Node) -> list[ir.Graph]:
-    """The graphs that a node holds as attributes."""
+    """Return the graphs that a node holds as attributes."""
     found: list[ir.Graph] = []
     for attribute in node.attributes.data.values():  # the dict inside: its wrapper takes most of the time
         if attribute.type not in _KINDS or attribute.is_ref():
@@ -23,7 +23,7 @@ def subgraphs(node: ir.Node) -> list[ir.Graph]:
 
 
 def graphs_within(graph: ir.Graph) -> list[ir.Graph]:
-    """A graph, and every graph below it, outer ones first."""
+    """Return a graph, and every graph below it, outer ones first."""
     found = [graph]
     for node in graph:
         for inner in subgraphs(node):
@@ -32,7 +32,7 @@ def graphs_within(graph: ir.Graph) -> list[ir.Graph]:
 
 
 def nodes_within(graph: ir.Graph) -> Iterator[ir.Node]:
-    """The nodes of a graph, each in front of those that it holds."""
+    """Yield the nodes of a graph, each in front of those that it holds."""
     for node in graph:
         yield node
         for inner in subgraphs(node):
@@ -40,7 +40,7 @@ def nodes_within(graph: ir.Graph) -> Iterator[ir.Node]:
 
 
 def captured_values(node: ir.Node) -> list[ir.Value]:
-    """Values of outer graphs that the subgraphs of a node use."""
+    """Return values of outer graphs that the subgraphs of a node use."""
     found: list[ir.Value] = []
     for graph in subgraphs(node):
         inside = {v for n in graph for v in n.outputs} | set(graph.inputs) | set(graph.initializers.values())

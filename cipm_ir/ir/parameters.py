@@ -19,7 +19,7 @@ from cipm_ir.ir.constants import constant_tensor
 _LISTS_ALL = "cipm_ir.lists_all_initializers"
 _FIRST_OVERRIDABLE = 4
 _LARGE = 1 << 20
-"""Tensors of more bytes are made anew whenever they are read."""
+"""Tensors of more bytes are made again whenever they are read."""
 
 
 def note_ir_version(model: ir.Model) -> None:
@@ -50,7 +50,7 @@ def parameter_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
 
 
 def named(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
-    """The tensor under another name, as its own object where the name differs.
+    """Return the tensor under another name, as its own object where the name differs.
 
     onnx_ir writes the name of the value into the tensor when it serializes; a tensor made from a proto passes that
     on to the proto, which may be the caller's.
@@ -70,7 +70,7 @@ def on_demand(
     name: str | None = None,
     made: ir.TensorProtocol | None = None,
 ) -> ir.TensorProtocol:
-    """A new tensor, or where it is large what makes it whenever it is read, so that large ones are not all kept.
+    """Return a new tensor, or where it is large what makes it whenever it is read, so that large ones are not all kept.
 
     Args:
         make: makes the tensor.

@@ -74,7 +74,7 @@ Recorded = Callable[[ir.Value], Shape | None]
 
 
 def place_nodes(model: ir.Model, sizes: Mapping[str, int]) -> list[Place]:
-    """The nodes of the main graph of a model without model-local functions, in its order.
+    """Return the nodes of the main graph of a model without model-local functions, in its order.
 
     Args:
         model: the model.
@@ -115,7 +115,7 @@ def place_from(
     defaults: bool,
     constants: Constants | None = None,
 ) -> list[Place]:
-    """The same, from shapes that are known: those that follow node by node are added to them.
+    """Return the same, from shapes that are known: those that follow node by node are added to them.
 
     Args:
         model: the model.
@@ -137,7 +137,7 @@ def place_body(
     types: Mapping[str, ir.DataType],
     numbers: Mapping[str, Array],
 ) -> Place:
-    """A Loop or Scan with its body, from what is known of the values around it, by name."""
+    """Return a Loop or Scan with its body, from what is known of the values around it, by name."""
     unknown = frozenset(value.name or "" for value in overridable_inputs(model))
     return _Scope(model, dict(shapes), dict(types), dict(numbers), lambda _: None, unknown).place(node)
 
@@ -309,7 +309,7 @@ class _Scope:
     def _body(
         self, place: Place, graph: ir.Graph, inputs: list[Shape | None], carried: dict[int, int]
     ) -> list[Shape | None]:
-        """Shapes at the end of one run of a body; what does not keep its shape from run to run has none.
+        """Return shapes at the end of one run of a body; what does not keep its shape from run to run has none.
 
         ``carried``: which output each input takes its next value from.
         """

@@ -83,7 +83,10 @@ def _all_values(graph: ir.Graph) -> list[ir.Value]:
 
 
 def annotated(model: ir.Model, replaceable: set[ir.Value]) -> tuple[dict[str, Shape], dict[str, ir.DataType], bool]:
-    """Shapes and types of the main graph's values that the model states, and whether all shapes are among them."""
+    """Return shapes and types of the main graph's values that the model states.
+
+    And whether all shapes are among them.
+    """
     known: dict[str, Shape] = {}
     types: dict[str, ir.DataType] = {}
     complete = True
@@ -101,13 +104,16 @@ def annotated(model: ir.Model, replaceable: set[ir.Value]) -> tuple[dict[str, Sh
 
 
 def suggestion(value: ir.Value) -> tuple[int | None, ...]:
-    """Sizes that the user suggested for an input (`cipm_ir.ir.input_shapes`), None for an axis without; or nothing."""
+    """Return sizes that the user suggested for an input (`cipm_ir.ir.input_shapes`), None for an axis without.
+
+    Or nothing.
+    """
     found: tuple[int | None, ...] = value.meta.get(SUGGESTED) or ()
     return found
 
 
 def recorded_shape(value: ir.Value, sizes: Mapping[str, int]) -> Shape | None:
-    """The shape that a file records of a value, its symbols replaced by sizes; None where one has no size."""
+    """Return the shape that a file records of a value, its symbols replaced by sizes; None where one has no size."""
     if value.shape is None:
         return None
     found = [d if isinstance(d, int) else sizes.get(d.value or "") for d in value.shape]
@@ -115,7 +121,7 @@ def recorded_shape(value: ir.Value, sizes: Mapping[str, int]) -> Shape | None:
 
 
 def dynamic_sizes(graph: ir.Graph) -> dict[str, list[tuple[ir.Value, int]]]:
-    """The dynamic dimensions of the inputs by name, with where each stands; ``x[1]`` where it has no name."""
+    """Return the dynamic dimensions of the inputs by name, with where each stands; ``x[1]`` where it has no name."""
     found: dict[str, list[tuple[ir.Value, int]]] = {}
     for value in graph.inputs:
         if value.const_value is not None or value.shape is None:
@@ -127,7 +133,7 @@ def dynamic_sizes(graph: ir.Graph) -> dict[str, list[tuple[ir.Value, int]]]:
 
 
 def own_name(name: str, axis: int) -> str:
-    """Name of a dimension that has none in the file."""
+    """Return the name of a dimension that has none in the file."""
     return f"{name}[{axis}]"
 
 
@@ -145,7 +151,7 @@ def replaceable_values(model: ir.Model) -> set[ir.Value]:
 
 
 def stripped(model: ir.Model, replaceable: set[ir.Value], *, recorded: bool) -> onnx.ModelProto:
-    """A proto of the main graph in which large weights are inputs, so that inference never copies them.
+    """Return a proto of the main graph in which large weights are inputs, so that inference never copies them.
 
     Recorded shapes of ``replaceable`` values are left out, and the defaults of inputs; without ``recorded`` those of
     all inner values.
@@ -222,7 +228,7 @@ def _attribute_into(proto: onnx.AttributeProto, attr: ir.Attr) -> None:
 def infer_sized(
     proto: onnx.ModelProto, size: Callable[[str, str, int], int], types: dict[str, ir.DataType]
 ) -> dict[str, Shape]:
-    """Shapes that ONNX infers where the inputs have given sizes; element types are added to ``types``.
+    """Return shapes that ONNX infers where the inputs have given sizes; element types are added to ``types``.
 
     Args:
         proto: the model, see `stripped`.
@@ -312,7 +318,7 @@ def contradicts(
     element_types: dict[str, ir.DataType],
     numbers: list[Array | None],
 ) -> bool:
-    """Whether ONNX says of a node, all of whose input shapes are known, that they do not fit each other."""
+    """Return whether ONNX says of a node, all of whose input shapes are known, that they do not fit each other."""
     try:
         _inferred_outputs(node, inputs, version, element_types, numbers)
     except onnx.shape_inference.InferenceError:
@@ -358,7 +364,10 @@ def _inferred_outputs(
 
 
 def implied_shape(node: ir.Node, weight: Shape, which: int) -> Shape | None:
-    """Shape of a first operand that nothing tells, from a second one: rank and contracted size; the rest is dynamic."""
+    """Return the shape of a first operand that nothing tells, from a second one: rank and contracted size.
+
+    The rest is dynamic.
+    """
     unknown = _UNKNOWN[which]
     if node.op_type == "Gemm" and not node.domain:
         transposed = [(name in node.attributes and node.attributes[name].value) for name in ("transA", "transB")]

@@ -94,6 +94,12 @@ def infer_shapes(model: ir.Model) -> Shapes:
     return _Search(model, stripped(model, replaceable, recorded=False), types).run()
 
 
+def share_sizes(found: ir.Model, other: ir.Model) -> None:
+    """Let the search for the sizes of another form of a model, and of its copies, begin with those that fitted here."""
+    if _FOUND in found.graph.meta:
+        other.graph.meta[_FOUND] = found.graph.meta[_FOUND]
+
+
 @dataclass
 class _Search:
     """The search for sizes.
@@ -126,7 +132,7 @@ class _Search:
         return Shapes(first.shapes, second.shapes, dict(first.sizes), self.types, tuple(t.shapes for t in others), only)
 
     def _known(self, dims: Mapping[str, _Dim]) -> tuple[_Table, _Table] | None:
-        """The two choices that were found for the model that this one was made of, where they fit here too."""
+        """Return the two choices that were found for the model that this one was made of, where they fit here too."""
         found = self.model.graph.meta.get(_FOUND)
         if not isinstance(found, _Found) or found.given != {key: dim.given for key, dim in dims.items()}:
             return None
@@ -139,7 +145,7 @@ class _Search:
         return first, second
 
     def _searched(self, dims: Mapping[str, _Dim]) -> tuple[_Table, _Table]:
-        """The two choices that fit best, and tables of further ones.
+        """Return the two choices that fit best, and tables of further ones.
 
         Raises: `InputError` where ONNX finds the model inconsistent at all sizes.
         """
@@ -160,7 +166,7 @@ class _Search:
         return pair
 
     def _dims(self) -> dict[str, _Dim]:
-        """The dynamic dimensions of the inputs by key, each as it stands at its first place."""
+        """Return the dynamic dimensions of the inputs by key, each as it stands at its first place."""
         found: dict[str, _Dim] = {}
         for value in self.model.graph.inputs:
             if value.const_value is not None or value.shape is None:
@@ -208,7 +214,7 @@ class _Search:
         return self.tables[-1]
 
     def _pair(self, dims: Mapping[str, _Dim]) -> tuple[_Table, _Table] | None:
-        """The two choices with the fewest contradictions; no size is the same in both."""
+        """Return the two choices with the fewest contradictions; no size is the same in both."""
         pairs = [
             (a, b)
             for a, b in itertools.permutations(self._suggested(dims), 2)
@@ -219,7 +225,7 @@ class _Search:
         return (self.tables[0], self.tables[0]) if self.tables else None
 
     def _suggested(self, dims: Mapping[str, _Dim]) -> list[_Table]:
-        """The tables at sizes that were suggested first; all where none are."""
+        """Return the tables at sizes that were suggested first; all where none are."""
         given = {key: dim.given for key, dim in dims.items() if dim.given is not None}
         return sorted(self.tables, key=lambda t: any(t.sizes[key] != n for key, n in given.items()))
 
@@ -239,12 +245,12 @@ class _Search:
         return first, second
 
     def _fitting(self, table: _Table, key: str, sizes: Sequence[int]) -> _Table | None:
-        """The first of the tables with another size that has no contradiction."""
+        """Return the first of the tables with another size that has no contradiction."""
         others = (self._try({**table.sizes, key: size}) for size in sizes if size != table.sizes[key])
         return next((t for t in others if t is not None and not t.wrong), None)
 
     def _made_for(self, dims: Mapping[str, _Dim]) -> _Table | None:
-        """Shapes at the sizes that the model is made for, where they are found."""
+        """Return shapes at the sizes that the model is made for, where they are found."""
         hints, start = self._hints(dims), _multiples(dims, 0, *_MULTIPLES[0])
         most = max(_EFFORT // max(len(self.model.graph), 150), 24)
         for combination in itertools.islice(itertools.product(*hints.values()), most):
@@ -255,7 +261,7 @@ class _Search:
         return None
 
     def _hints(self, dims: Mapping[str, _Dim]) -> dict[str, list[int | None]]:
-        """Sizes to try by kind of dimension: those that stand in constants, and usual ones; None: as it is."""
+        """Return sizes to try by kind of dimension: those that stand in constants, and usual ones; None: as it is."""
         tensors = [v.const_value for v in parameters(self.model.graph).values() if v.const_value is not None]
         tensors += [t for node in self.model.graph if node.op_type == "Constant" and (t := constant_tensor(node))]
         lists = [t.numpy().ravel().tolist() for t in tensors if t.dtype == ir.DataType.INT64 and 0 < t.size < 8]
@@ -281,7 +287,10 @@ class _Dim:
 
 
 def _key(value: ir.Value, axis: int) -> str:
-    """Name of a dimension; those without a symbol are taken as equal on equal axes, unless sizes are suggested."""
+    """Return the name of a dimension.
+
+    Those without a symbol are taken as equal on equal axes, unless sizes are suggested.
+    """
     d = None if value.shape is None else value.shape[axis]
     if d is not None and not isinstance(d, int) and d.value:
         return d.value
@@ -306,7 +315,7 @@ def _cost(pair: tuple[_Table, _Table]) -> tuple[int, ...]:
 
 
 def _single_steps(first: _Table, second: _Table) -> int:
-    """Number of values with a size of one at the first choice only: they would be taken for broadcast."""
+    """Return the number of values with a size of one at the first choice only: they would be taken for broadcast."""
     return sum(1 in s and _widens(s, second.shapes.get(name)) for name, s in first.shapes.items())
 
 
@@ -323,7 +332,10 @@ def _forget_single_steps(first: _Table, others: Sequence[_Table]) -> None:
 
 
 def _is_emptied(place: Place) -> bool:
-    """Whether a part of a value is taken that it does not have: a window of 400 steps behind the first 400 of 128."""
+    """Return whether a part of a value is taken that it does not have.
+
+    A window of 400 steps behind the first 400 of 128.
+    """
     return (
         place.node.op_type == "Slice"
         and any(s is not None and 0 in s for s in place.outputs)

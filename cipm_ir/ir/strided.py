@@ -21,7 +21,7 @@ _LIMIT = 1 << 22
 
 
 def has_detours(model: ir.Model) -> bool:
-    """Whether a Gather takes positions from a flattened value; whether they change anything is not looked at."""
+    """Return whether a Gather takes positions from a flattened value; whether they change anything is not looked at."""
     return any(_source(node) is not None for node in model.graph)
 
 
@@ -29,7 +29,7 @@ def remove_detours(model: ir.Model) -> int:
     """Let the readers of such a Gather read the value itself, where it has the same entries; gives their number.
 
     "The same": the positions are 0, 1, 2, ... in the shape of the value, under two assignments of numbers to the
-    dynamic sizes (see `cipm_ir.ir.shapes`). The model is changed; what nothing reads any more goes.
+    dynamic sizes (see `cipm_ir.ir.shapes`). The model is changed; values without uses are removed.
     """
     shapes = infer_shapes(model)
     removed = 0
@@ -48,7 +48,7 @@ def remove_detours(model: ir.Model) -> int:
 
 
 def _source(node: ir.Node) -> ir.Value | None:
-    """What a Gather along axis 0 takes from, before it was flattened; None where it was not."""
+    """Return what a Gather along axis 0 takes from, before it was flattened; None where it was not."""
     if node.op_type != "Gather" or node.domain or node.attributes.get_int("axis", 0) != 0:
         return None
     flat, index = node.inputs[0], node.inputs[1]
@@ -68,7 +68,7 @@ def _counts_up(index: ir.Value, shape: Shape | None, known: dict[str, Shape], mo
 
 
 def _number(value: ir.Value, known: dict[str, Shape], version: int, seen: dict[str, Array | None]) -> Array | None:
-    """A computed value, from constants and sizes."""
+    """Return a computed value, from constants and sizes."""
     name = value.name or ""
     if name in seen:
         return seen[name]

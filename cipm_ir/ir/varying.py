@@ -81,7 +81,7 @@ def varying_entries(
 def _varying(
     node: ir.Node, args: Sequence[Array | None], varies: Sequence[Array | None], shape: tuple[int, ...]
 ) -> Array | None:
-    """The same; None where any entry may depend on any."""
+    """Return the same; None where any entry may depend on any."""
     kind = node.op_type
     masks: list[Array | None] = [
         None if a is None else np.zeros(a.shape, bool) if v is None else v for a, v in zip(args, varies, strict=True)

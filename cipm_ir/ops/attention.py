@@ -34,7 +34,8 @@ def _swapped(state: State) -> State:
 def in_heads(op: OpContext, state: State, count: int | None) -> State:
     """(batch, heads, sequence, d); batch and sequence fixed.
 
-    Heads that lie after each other in one uniform axis count as fixed: it could not follow heads or positions that go.
+    Heads that lie after each other in one uniform axis count as fixed: it cannot follow heads or positions that are
+    removed.
     """
     uniform = state.uniform & {1, 3}
     if state.rank == 3:
@@ -72,7 +73,7 @@ def _repeated(op: OpContext, state: State, heads: int) -> State:
 
 
 def _masked(op: OpContext, scores: State, index: int) -> State:
-    """Scores plus a mask, which may tell heads apart."""
+    """Return scores plus a mask, which may tell heads apart."""
     mask = op.optional(index)
     if mask is None:
         return scores

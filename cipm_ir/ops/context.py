@@ -23,7 +23,7 @@ class Seeds(Protocol):
     """How a rule changes the labels that a parameter starts with; implemented by the walk."""
 
     def grouped(self, node: ir.Node, index: int, axis: int, groups: int) -> Factor | None:
-        """Labels (groups, size) for an axis that means something else in each group of axis 0."""
+        """Return labels (groups, size) for an axis that means something else in each group of axis 0."""
 
     def variance(self, node: ir.Node, index: int, epsilon: float) -> bool:
         """Note that a parameter v takes a scale s (and any sign) as s^2 (v + epsilon) - epsilon."""
@@ -51,22 +51,22 @@ class OpContext:
     outputs: list[State | None] = field(default_factory=list)
 
     def attr(self, name: str, default: Any = None) -> Any:
-        """Value of an attribute of the node."""
+        """Return the value of an attribute of the node."""
         return attribute(self.node, name, default)
 
     def state(self, index: int) -> State:
-        """State of a required input."""
+        """Return the state of a required input."""
         state = self.inputs[index] if index < len(self.inputs) else None
         if state is None:
             raise UnsupportedPattern(f"input {index} is missing or has no known shape")
         return state
 
     def optional(self, index: int) -> State | None:
-        """State of an input that may be absent."""
+        """Return the state of an input that may be absent."""
         return self.inputs[index] if index < len(self.inputs) and self.has(index) else None
 
     def has(self, index: int) -> bool:
-        """Whether the node has this input."""
+        """Return whether the node has this input."""
         return index < len(self.node.inputs) and self.node.inputs[index] is not None
 
     def shape(self, index: int = 0) -> Shape:
@@ -77,14 +77,17 @@ class OpContext:
         return shape
 
     def const(self, index: int) -> Array | None:
-        """A small constant input, or None where it is not constant or depends on a dynamic dimension."""
+        """Return a small constant input, or None where it is not constant or depends on a dynamic dimension."""
         pair = self.literals[index] if index < len(self.literals) else None
         if pair is None or self.varies(index) is not None:
             return None
         return pair[0] if pair[0] is pair[1] or _same(pair[0], pair[1]) else None
 
     def partly(self, index: int) -> tuple[Array, Array] | None:
-        """A small computed input, and which of its entries depend on a dynamic size; None where it is not known."""
+        """Return a small computed input, and which of its entries depend on a dynamic size.
+
+        None where it is not known.
+        """
         pair = self.literals[index] if index < len(self.literals) else None
         if pair is None or pair[0].shape != pair[1].shape:
             return None
@@ -92,12 +95,12 @@ class OpContext:
         return pair[0], np.not_equal(*pair) if varies is None else varies | np.not_equal(*pair)
 
     def varies(self, index: int) -> Array | None:
-        """Which entries of an input that is known as numbers depend on a dynamic size; None where none does."""
+        """Return which entries of an input that is known as numbers depend on a dynamic size; None where none does."""
         value = self.node.inputs[index] if index < len(self.node.inputs) else None
         return None if value is None else self.varying.get(value.name or "")
 
     def second_shape(self, value: ir.Value | None) -> Shape | None:
-        """Shape of a value under the second assignment."""
+        """Return the shape of a value under the second assignment."""
         return None if value is None else self.second.get(value.name or "")
 
     # emitting
@@ -176,7 +179,7 @@ class OpContext:
                 self.freeze_factor(factor, scale=scale, sign=sign)
 
     def scaled(self, factor: Factor, coefficient: int, *, sign: bool) -> Factor:
-        """The factor with the log-scale multiplied by ``coefficient``; the sign kept or ended."""
+        """Return the factor with the log-scale multiplied by ``coefficient``; the sign kept or ended."""
         var = self.rec.variable()
         self.rec.equate(factor.labels, ((var, 1), (factor.scale_var, -coefficient)), sign=False)
         if sign:
@@ -221,7 +224,7 @@ class OpContext:
         return self.seeds.grouped(self.node, index, axis, groups)
 
     def by_row(self, index: int, axis: int) -> State | None:
-        """State of a parameter in which ``axis`` means something else at each index of axis 0.
+        """Return the state of a parameter in which ``axis`` means something else at each index of axis 0.
 
         None where the input is computed, has other uses, or is fixed along one of the two axes.
         """
@@ -289,5 +292,5 @@ def _same(a: Array, b: Array) -> bool:
 
 
 def fixed(factor: Factor) -> Factor:
-    """The factor without scale."""
+    """Return the factor without scale."""
     return Factor(factor.axes, factor.labels, ZERO, factor.repeats)

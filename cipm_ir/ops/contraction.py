@@ -37,7 +37,7 @@ def contract(
     out_letters: Letters,
     inputs: Sequence[int | None] = (0, 1),
 ) -> State:
-    """State of the output of a contraction of one or two operands.
+    """Return the state of the output of a contraction of one or two operands.
 
     ``letters[k]`` names the axes of operand k; None names an axis of size 1 that broadcasts. ``inputs[k]``: which input
     of the node it is, with its axes as they came in (or the first of them); None where it was reshaped.
@@ -154,7 +154,7 @@ def _emit(op: OpContext, p: _Piece, where: dict[str, int], factors: list[Factor]
 
 
 def _crossed(op: OpContext, factors: Sequence[Factor], rank: int) -> Factor:
-    """One joint factor for several that share some of their axes: a grid of cells tied to each of them.
+    """Return one joint factor for several that share some of their axes: a grid of cells tied to each of them.
 
     (head, i) of one operand and (head, j) of the other are the rows and columns of a matrix in each head.
     """
@@ -204,7 +204,8 @@ def matmul(op: OpContext) -> None:
 
 
 def by_expert(op: OpContext, states: Sequence[State], letters: Sequence[Letters], out: Letters) -> list[State]:
-    """The operands of a product where a stack of weights (expert, rows, columns) has an order of units per expert.
+    """Return the operands of a product where a stack of weights (expert, rows, columns) has an order of units per
+    expert.
 
     That is the contracted axis where the units of the other operand are labelled per expert already, otherwise the
     axis that only the weight has. The remaining axis has one order for all experts.
@@ -324,6 +325,6 @@ def _from_the_left(
         local = replace(op, shapes=[tuple(sizes[x] for x in ends)])
         here = contract(local, [here, states[k]], [names, letters[k]], ends, (0 if source == 0 else None, k))
         if k + 1 < len(states):
-            here = State(here.shape, here.factors)  # a uniform axis in between could not follow what goes
+            here = State(here.shape, here.factors)  # a uniform axis in between cannot follow what is removed
         names, source = ends, -1
     return here

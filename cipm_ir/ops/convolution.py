@@ -33,7 +33,7 @@ def resize_group(r: Resize) -> None:
 
 
 def _channels(op: OpContext, state: State, kind: str) -> State:
-    """The first two axes; what moves along the others is pinned."""
+    """Return the first two axes; what moves along the others is pinned."""
     state = op.pin_axes(state, range(2, state.rank), f"{kind} of {op.node.op_type}")
     return State(state.shape[:2], state.factors, frozenset(a for a in state.uniform if a < 2))
 

@@ -160,7 +160,7 @@ def prelu(op: OpContext) -> None:
 
 # ---------------------------------------------------------------- several inputs
 def shifted(state: State, rank: int) -> State:
-    """The state with leading axes of size 1 added."""
+    """Return the state with leading axes of size 1 added."""
     d = rank - state.rank
     if d == 0:
         return state
@@ -239,7 +239,7 @@ def _freeze_partial(op: OpContext, states: list[State], out: State) -> None:
 
 
 def _neutral(const: Array | None) -> tuple[bool, bool]:
-    """Whether scalings, and signs, leave a constant as it is."""
+    """Return whether scalings, and signs, leave a constant as it is."""
     if const is None:
         return False, False
     zero = not const.any()

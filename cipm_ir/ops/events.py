@@ -107,20 +107,20 @@ class Recorder:
 
     # atoms and variables
     def fresh(self, *shape: int) -> Labels:
-        """New atoms, all different, that belong to no parameter (blocks, padding)."""
+        """Return new atoms, all different, that belong to no parameter (blocks, padding)."""
         labels = self.allocate(*shape)
         self.fresh_ranges.append((self.atoms - labels.size, self.atoms))
         return labels
 
     def allocate(self, *shape: int) -> Labels:
-        """New atoms for a parameter; the caller keeps the book of them."""
+        """Return new atoms for a parameter; the caller keeps the book of them."""
         count = math.prod(shape)
         labels = np.arange(self.atoms, self.atoms + count, dtype=np.int64)
         self.atoms += count
         return labels if len(shape) == 1 else labels.reshape(shape)
 
     def variable(self) -> int:
-        """A new variable of the scale system."""
+        """Return a new variable of the scale system."""
         self.variables += 1
         return self.variables - 1
 
@@ -140,7 +140,7 @@ class Recorder:
         self.unifications.append(Unification(_flat(a), _flat(b), self.node))
 
     def copied(self, source: Labels) -> Labels:
-        """New atoms for entries that equal those at ``source``, where an atom may stand several times.
+        """Return new atoms for entries that equal those at ``source``, where an atom may stand several times.
 
         A copy moves with its source. Copies of one source may be exchanged among themselves, since they are equal.
         """
@@ -150,7 +150,7 @@ class Recorder:
         return made
 
     def copied_fixed(self, sizes: Sequence[int], shape: Sequence[int], reason: str) -> Labels:
-        """Copies, of ``shape``, of fixed entries; ``sizes`` has 1 where ``shape`` counts copies of one entry."""
+        """Return copies, of ``shape``, of fixed entries; ``sizes`` has 1 where ``shape`` counts copies of one entry."""
         source = self.fresh(*sizes)
         self.pin(source, reason)
         return self.copied(np.broadcast_to(source, shape))
@@ -165,7 +165,7 @@ class Recorder:
         self.marks.append((labels.ravel(), salt if colour is None else colour))
 
     def marginal(self, factor: Factor, axes: tuple[int, ...]) -> Factor:
-        """Labels of the blocks of ``factor`` along ``axes``; the factor itself where it has no other axes."""
+        """Return labels of the blocks of ``factor`` along ``axes``; the factor itself where it has no other axes."""
         if axes == factor.axes:
             return factor
         key = (id(factor.labels), tuple(factor.axes.index(a) for a in axes))
@@ -243,5 +243,5 @@ class Recorder:
 
 
 def _flat(labels: Labels) -> Labels:
-    """One dimension; the same object where it has one already, so that later stages see equal arrays as one."""
+    """Return one dimension; the same object where it has one already, so that later stages see equal arrays as one."""
     return labels if labels.ndim == 1 else labels.ravel()

@@ -21,7 +21,7 @@ _FAR = 2**62
 
 
 def taken(op: OpContext, f: Factor, axis: int, index: Labels) -> Factor | None:
-    """The factor after selecting positions (1-d ``index``) along one of its axes."""
+    """Return the factor after selecting positions (1-d ``index``) along one of its axes."""
     if not len(index):
         return None
     k = f.axes.index(axis)
@@ -40,7 +40,7 @@ def taken(op: OpContext, f: Factor, axis: int, index: Labels) -> Factor | None:
 
 
 def select(op: OpContext, state: State, axis: int, index: Labels, shape: tuple[int, ...]) -> State:
-    """State after selecting positions along one axis, which stays."""
+    """Return state after selecting positions along one axis, which stays."""
     factors = []
     for f in state.factors:
         g = taken(op, f, axis, index) if axis in f.axes else f
@@ -174,7 +174,7 @@ def concat(op: OpContext) -> None:
 
 
 def joined(op: OpContext, states: Sequence[State], axis: int, shape: tuple[int, ...]) -> State:
-    """State of a concatenation along ``axis``."""
+    """Return the state of a concatenation along ``axis``."""
     rec = op.rec
     if len(states) == 1:
         return states[0]

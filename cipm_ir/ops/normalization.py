@@ -225,7 +225,7 @@ def group_normalization(op: OpContext) -> None:
 
 
 def _axes_of(op: OpContext, rank: int) -> list[int]:
-    """Axes that are normalized together."""
+    """Return axes that are normalized together."""
     if op.node.op_type == "MeanVarianceNormalization":
         return [int(a) % rank for a in op.attr("axes", (0, 2, 3))]
     if op.node.op_type == "LpNormalization" or op.version >= 13:

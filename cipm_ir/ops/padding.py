@@ -94,7 +94,10 @@ def pad(op: OpContext) -> None:
 
 
 def _computed_pads(op: OpContext, state: State, shape: tuple[int, ...]) -> tuple[list[int], list[tuple[int, int]]]:
-    """Axes that are padded by what depends on a dynamic size, and (before, after) per axis, not zero along those."""
+    """Return axes that are padded by what depends on a dynamic size, and (before, after) per axis.
+
+    Not zero along those.
+    """
     known, axes = op.partly(1), op.const(3) if op.has(3) else np.arange(state.rank)
     if known is None or axes is None:  # only axes that keep their size under both assignments can be known
         a, b = op.second_shape(op.node.inputs[0]), op.second_shape(op.node.outputs[0])

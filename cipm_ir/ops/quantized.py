@@ -60,7 +60,7 @@ def _steps(op: OpContext, x: State, axis: int) -> Factor | None:
 
 
 def _pair(integers: ir.Value | None) -> bool:
-    """Whether these integers lie in a fake quantization: all that reads them undoes what made them.
+    """Return whether these integers lie in a fake quantization: all that reads them undoes what made them.
 
     Its two ends keep equal scales, as tools that look for the pair expect.
     """
@@ -74,7 +74,7 @@ def _pair(integers: ir.Value | None) -> bool:
 
 
 def _equal(a: ir.Value | None, b: ir.Value | None) -> bool:
-    """Whether two inputs are the same value, or parameters with equal entries."""
+    """Return whether two inputs are the same value, or parameters with equal entries."""
     if a is b or a is None or b is None:
         return a is b
     x, y = parameter_tensor(a), parameter_tensor(b)
@@ -108,7 +108,10 @@ def _kept(op: OpContext, f: Factor) -> Factor:
 
 
 def _scaled(op: OpContext, f: Factor, steps: Factor) -> Factor:
-    """The factor behind the node, along the axis of the scales; integers of a fake quantization carry its scales on."""
+    """Return the factor behind the node, along the axis of the scales.
+
+    Integers of a fake quantization carry its scales on.
+    """
     quantizes = op.node.op_type == "QuantizeLinear"
     pair = _pair((op.node.outputs if quantizes else op.node.inputs)[0])
     if quantizes or pair:

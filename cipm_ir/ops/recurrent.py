@@ -67,7 +67,10 @@ def recurrent(op: OpContext) -> None:
 
 
 def _by_direction(op: OpContext, index: int, axis: int, place: int = 0) -> Factor | None:
-    """Labels (directions, size) of an axis of an input with directions on axis ``place``; None where it is fixed."""
+    """Return labels (directions, size) of an axis of an input with directions on axis ``place``.
+
+    None where it is fixed.
+    """
     state = op.state(index)
     directions = state.shape[place]
     joint = next((f for f in state.factors if f.axes == (place, axis)), None)
@@ -103,7 +106,7 @@ def _inputs(op: OpContext, x: State, weight: State) -> None:
 
 
 def _units(op: OpContext, rows: Factor | None, count: int) -> Labels | None:
-    """Labels (directions, hidden) of an axis that holds ``count`` gates after each other, which are tied."""
+    """Return labels (directions, hidden) of an axis that holds ``count`` gates after each other, which are tied."""
     if rows is None:
         return None
     op.freeze_factor(rows)
@@ -126,7 +129,7 @@ def _along(op: OpContext, index: int, place: int, hidden: Labels, count: int) ->
     op.pin(rest, f"batch or direction of {op.node.op_type}")
     if table is not None:
         op.rec.unify(hidden, table)
-    elif not state.broadcasts(last) or count > 1:  # gates of a uniform axis could not follow units that go
+    elif not state.broadcasts(last) or count > 1:  # gates of a uniform axis cannot follow units that are removed
         op.rec.pin(hidden, f"input {index} of {op.node.op_type} is fixed along the hidden axis")
         op.pin(state, "mixed axes")
     else:
@@ -149,7 +152,7 @@ def _outputs(op: OpContext, hidden: Labels | None) -> None:
 
 
 def stacked(node: ir.Node) -> bool:
-    """Whether a Concat only puts the weights of the directions of recurrent layers on top of each other."""
+    """Return whether a Concat only puts the weights of the directions of recurrent layers on top of each other."""
     uses = list(node.outputs[0].uses())
     if attribute(node, "axis", 0) != 0 or not uses or node.outputs[0].is_graph_output():
         return False
@@ -157,7 +160,8 @@ def stacked(node: ir.Node) -> bool:
 
 
 def on_top(op: OpContext, states: Sequence[State]) -> State | None:
-    """State of such a Concat: each direction keeps its labels, in factors that share the axis of the direction.
+    """Return the state of such a Concat: each direction keeps its labels, in factors that share the axis of the
+    direction.
 
     They overlap, which no other operator has to handle: only recurrent layers take such a value. None where the parts
     are not labelled alike.

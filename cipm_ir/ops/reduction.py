@@ -14,7 +14,10 @@ _REMOVABLE = {"ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare"}
 
 
 def reduced_axes(op: OpContext, rank: int) -> list[int]:
-    """Axes from the attribute (old opsets) or the second input; all when absent, none with noop_with_empty_axes."""
+    """Return axes from the attribute (old opsets) or the second input.
+
+    All when absent, none with noop_with_empty_axes.
+    """
     axes = op.attr("axes")
     if axes is None and op.has(1):
         const = op.const(1)

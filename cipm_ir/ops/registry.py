@@ -83,11 +83,11 @@ def operator(
 
 
 def lookup(domain: str, name: str) -> Operator | None:
-    """The entry of an operator, or None where there is none."""
+    """Return the entry of an operator, or None where there is none."""
     domain = "" if domain == "ai.onnx" else domain
     return _REGISTRY.get((domain, name)) or _OF_DOMAIN.get(domain)
 
 
 def registered() -> tuple[Operator, ...]:
-    """All entries, by domain and name."""
+    """Return all entries, by domain and name."""
     return tuple(_REGISTRY[key] for key in sorted(_REGISTRY))

@@ -25,7 +25,7 @@ class Resize(ABC):
 
     @abstractmethod
     def attr(self, name: str, default: Any = None) -> Any:
-        """Value of an attribute."""
+        """Return the value of an attribute."""
 
     @abstractmethod
     def set_attr(self, name: str, value: Any) -> None:
@@ -33,7 +33,7 @@ class Resize(ABC):
 
     @abstractmethod
     def literal(self, index: int) -> Array | None:
-        """Value of an input before the restriction, None where it was no constant."""
+        """Return the value of an input before the restriction, None where it was no constant."""
 
     @abstractmethod
     def set_literal(self, index: int, value: Array) -> None:
@@ -41,19 +41,19 @@ class Resize(ABC):
 
     @abstractmethod
     def old(self, index: int) -> Shape:
-        """Shape of an input before."""
+        """Return the shape of an input before."""
 
     @abstractmethod
     def new(self, index: int) -> Shape:
-        """Shape of an input now."""
+        """Return the shape of an input now."""
 
     @abstractmethod
     def old_out(self, index: int) -> Shape:
-        """Shape of an output before."""
+        """Return the shape of an output before."""
 
     @abstractmethod
     def new_out(self, index: int) -> Shape:
-        """Shape of an output now."""
+        """Return the shape of an output now."""
 
     @abstractmethod
     def kept(self, index: int, axis: int) -> Labels:
@@ -65,7 +65,10 @@ class Resize(ABC):
 
     @abstractmethod
     def rows(self, index: int, axis: int, count: int) -> int:
-        """Number of rows that remain when an axis is read as ``count`` equal rows; an error where lengths differ."""
+        """Return the number of rows that remain when an axis is read as ``count`` equal rows.
+
+        An error where lengths differ.
+        """
 
     @abstractmethod
     def replace(

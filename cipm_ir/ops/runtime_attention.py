@@ -146,7 +146,7 @@ def multi_head_attention(op: OpContext) -> None:
 
 
 def _with_past(op: OpContext, state: State, index: int) -> State:
-    """Positions of a past in front; where it lies in a buffer that the present shares, this is what pins."""
+    """Return positions of a past in front; where it lies in a buffer that the present shares, this is what pins."""
     past = op.optional(index)
     if past is None or not past.shape[2]:
         return state

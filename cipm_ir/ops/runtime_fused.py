@@ -20,13 +20,13 @@ RUNTIME = "com.microsoft"
 
 
 def text(op: OpContext, name: str) -> str:
-    """Value of an attribute that is a text, "" where it is absent."""
+    """Return the value of an attribute that is a text, "" where it is absent."""
     value = op.attr(name, "")
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def _made(op: OpContext) -> State:
-    """What a rule that ran before has set."""
+    """Return what a rule that ran before has set."""
     state = op.outputs[0]
     if state is None:
         raise UnsupportedPattern("the shape of the output is not known")
@@ -92,7 +92,7 @@ def fused_gemm(op: OpContext) -> None:
 
 
 def _turned(state: State, *, last: bool, batch: bool) -> tuple[tuple[int, ...], State]:
-    """Which axis of an operand each axis of a plain matrix product is, and the operand's shape in that order."""
+    """Return which axis of an operand each axis of a plain matrix product is, and the operand's shape in that order."""
     order = list(range(state.rank))
     if batch and state.rank > 2:  # (batch, rows, columns) from (rows, batch, columns)
         order = [*order[1:-1], order[0], order[-1]]

@@ -29,7 +29,7 @@ from cipm_ir.ops.steps import plain, step
 
 
 def _frozen(op: OpContext, index: int) -> State:
-    """State of an input that is never scaled."""
+    """Return the state of an input that is never scaled."""
     op.freeze(op.state(index))
     return State(op.state(index).shape, tuple(fixed(f) for f in op.state(index).factors), op.state(index).uniform)
 
@@ -290,7 +290,10 @@ def _by_direction(op: OpContext, index: int, state: State, axes: Sequence[int]) 
 @overload
 def _by_direction(op: OpContext, index: int, state: State | None, axes: Sequence[int]) -> State | None: ...
 def _by_direction(op: OpContext, index: int, state: State | None, axes: Sequence[int]) -> State | None:
-    """State of a parameter whose axes have an order of units for each direction, as far as it can have one."""
+    """Return the state of a parameter whose axes have an order of units for each direction.
+
+    As far as it can have one.
+    """
     if state is None or state.shape[0] == 1:
         return state
     op.pin(State(state.shape, tuple(f for f in state.factors if f.axes == (0,))), f"direction of {op.node.op_type}")
@@ -304,7 +307,7 @@ def _by_direction(op: OpContext, index: int, state: State | None, axes: Sequence
 
 
 def _turned(state: State) -> State:
-    """The last two of three axes change places."""
+    """Return the last two of three axes change places."""
     place = {0: 0, 1: 2, 2: 1}
     shape = (state.shape[0], state.shape[2], state.shape[1])
     return State(shape, tuple(f.moved(place) for f in state.factors))

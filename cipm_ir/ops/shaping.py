@@ -17,7 +17,7 @@ _MOST = 1 << 22
 
 
 def reshaped(op: OpContext, state: State, new: tuple[int, ...], index: int | None = None) -> State:
-    """State of a value after a row-major reshape to ``new``.
+    """Return the state of a value after a row-major reshape to ``new``.
 
     Args:
         op: the node.
@@ -59,7 +59,10 @@ def reshaped(op: OpContext, state: State, new: tuple[int, ...], index: int | Non
 
 
 def _product(op: OpContext, state: State, cluster: list[Factor]) -> Factor:
-    """One joint factor for several over different axes that a reshape merges: a grid of cells tied to its sides."""
+    """Return one joint factor for several over different axes that a reshape merges.
+
+    A grid of cells tied to its sides.
+    """
     if len(cluster) > 2:  # of a convolution's weight (in, taps, taps) the taps are fixed anyway
         longest = max(cluster, key=lambda f: (f.labels.size, -f.axes[0]))
         for f in cluster:
@@ -85,7 +88,7 @@ def _reshape_factor(
     spread = [a for a in old_axes if a not in f.axes and state.shape[a] > 1 and a not in state.uniform]
 
     def made(shape: list[int], labels: Labels) -> Factor | None:
-        """The factor with these labels over the old axes, repeated along those that ``shape`` leaves out."""
+        """Return the factor with these labels over the old axes, repeated along those that ``shape`` leaves out."""
         whole = np.broadcast_to(labels.reshape(shape), sizes).reshape([new[b] for b in new_axes])
         return op.simplified(new, whole, new_axes, f.scale_var, f.repeats or bool(spread))
 
@@ -106,7 +109,10 @@ def _reshape_factor(
 def _fixed_copies(
     op: OpContext, state: State, old: range, new_axes: range, new: tuple[int, ...], index: int
 ) -> Factor | None:
-    """Labels where an Expand of a fixed axis is merged with it: key heads from a cache, copied for query heads."""
+    """Return labels where an Expand of a fixed axis is merged with it.
+
+    Key heads from a cache, copied for query heads.
+    """
     value = op.node.inputs[index]
     maker = None if value is None else value.producer()
     wide = [a for a in old if state.shape[a] > 1]
@@ -153,7 +159,10 @@ def reshape(op: OpContext) -> None:
 
 
 def _mixes(state: State, new: tuple[int, ...]) -> bool:
-    """Whether a labelled axis is split or merged with others: labels are then written out for each of their entries."""
+    """Return whether a labelled axis is split or merged with others.
+
+    Labels are then written out for each of their entries.
+    """
     groups = reshape_groups(state.shape, new) or []
     return any(
         math.prod(state.shape[a] for a in old) > _MOST and any(set(old) & set(f.axes) for f in state.factors)
@@ -290,7 +299,7 @@ def resize(op: OpContext) -> None:
 
 
 def _scaled_axes(op: OpContext, rank: int) -> set[int]:
-    """Axes with a scale other than one: even where the size comes out the same, positions are interpolated."""
+    """Return axes with a scale other than one: even where the size comes out the same, positions are interpolated."""
     index = 1 if op.node.op_type == "Upsample" or op.version < 11 else 2
     scales = op.attr("scales")
     if scales is None:

@@ -21,7 +21,7 @@ _OPSET = 22
 
 
 def plain(state: State) -> State:
-    """The state without uniform axes, which count as fixed."""
+    """Return the state without uniform axes, which count as fixed."""
     return State(state.shape, state.factors) if state.uniform else state
 
 

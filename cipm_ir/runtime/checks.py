@@ -31,7 +31,7 @@ def check_shapes(model: ir.Model, keep_bytes: int = 4096) -> None:
     Recorded shapes of inner values are only notes, which exporters get wrong: where they contradict, they are left out.
 
     Raises:
-        InputError: naming the node whose input shapes cannot go together.
+        InputError: the message names the node whose input shapes cannot go together.
     """
     proto = _without_weights(model, keep_bytes)
     inferred, message = _infer(proto)
@@ -48,7 +48,7 @@ def correct_shapes(model: ir.Model, keep_bytes: int = 4096) -> None:
     notes of inner values are removed; those of outputs are replaced by what was inferred.
 
     Raises:
-        InputError: naming the node whose input shapes cannot go together.
+        InputError: the message names the node whose input shapes cannot go together.
     """
     proto = _without_weights(model, keep_bytes)
     inferred, message = _infer(proto)
@@ -92,7 +92,7 @@ def _dims(info: onnx.ValueInfoProto) -> _Shape:
 
 
 def _differ(a: onnx.ValueInfoProto, b: onnx.ValueInfoProto) -> bool:
-    """Whether the notes on a value contradict each other, in type, rank or size."""
+    """Return whether the notes on a value contradict each other, in type, rank or size."""
     if a.type.tensor_type.elem_type != b.type.tensor_type.elem_type:
         return True
     if not (_has_shape(a) and _has_shape(b)):
@@ -181,7 +181,7 @@ def _infer(proto: onnx.ModelProto) -> tuple[onnx.ModelProto | None, str]:
 
 
 def _readable(message: str) -> str:
-    """The first finding of ONNX's inference, in the form `node 'x' (Op): what is wrong.`"""
+    """Return the first finding of ONNX's inference, in the form `node 'x' (Op): what is wrong.`"""
     found = re.search(r"\(op_type:([^,)]*)(?:, node name: ([^)]*))?\):\s*(.*)", message)
     text = found.group(3) if found else message.strip().splitlines()[0]
     text = re.sub(r"\[\w+Error\]\s*", "", text).strip().rstrip(".")
@@ -240,7 +240,7 @@ def _channel_pairs(node: onnx.NodeProto, given: list[_Shape | None]) -> Iterator
 def _recurrent_pairs(
     node: onnx.NodeProto, given: list[_Shape | None], gates: int
 ) -> Iterator[tuple[str, int | None, int | None]]:
-    """The same for RNN, GRU and LSTM, whose weights are (directions, gates x hidden, inputs)."""
+    """Yield the same for RNN, GRU and LSTM, whose weights are (directions, gates x hidden, inputs)."""
     data, weight, again, bias = (*given, None, None)[:4]
     assert data is not None and weight is not None
     yield f"axis 2 of {node.input[1]!r}", weight[2], data[2]
@@ -259,7 +259,7 @@ def check_finite(model: ir.Model) -> None:
     """Refuse NaN in the initializers, one at a time and in pieces; infinities are legitimate (masks).
 
     Raises:
-        InputError: naming the first such tensor and how to find the entry.
+        InputError: the message names the first such tensor and how to find the entry.
     """
     values = [value for graph in all_graphs(model) for value in graph.initializers.values()]
     with ThreadPoolExecutor(max_workers=2) as pool:

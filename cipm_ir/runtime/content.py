@@ -18,7 +18,7 @@ _CHUNK = 1 << 20
 
 
 def model_hash(model: ir.Model) -> str:
-    """A hash over nodes, names, shapes and every byte of the weights, but not over comments and metadata."""
+    """Return a hash over nodes, names, shapes and every byte of the weights, but not over comments and metadata."""
     digest = hashlib.sha256()
     _add(digest, sorted(model.opset_imports.items()))
     add_graph(digest, model.graph)
@@ -29,7 +29,7 @@ def model_hash(model: ir.Model) -> str:
 
 
 def data_hash(data: Data | None) -> str:
-    """A hash over the bytes of a file, or over names, types, shapes and entries of arrays; "none" without data.
+    """Return a hash over the bytes of a file, or over names, types, shapes and entries of arrays; "none" without data.
 
     Args:
         data: as `cipm_ir.runtime.inputs.data.normalized` gives it.
@@ -58,7 +58,7 @@ def data_hash(data: Data | None) -> str:
 
 
 def check_repeatable(data: Any) -> bool:
-    """Whether samples can be gone through more than once.
+    """Return whether samples can be gone through more than once.
 
     Raises:
         InputError: they cannot.

@@ -10,7 +10,11 @@ from cipm_ir.errors import OutputError
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text beside its place and rename it. Errors: `OutputError`; nothing is left behind then."""
+    """Write a text beside its place and rename it.
+
+    Raises:
+        OutputError: the file cannot be written; nothing is left behind then.
+    """
     target = Path(os.path.abspath(path))
     temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
     try:

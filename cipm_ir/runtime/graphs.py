@@ -16,7 +16,7 @@ LISTED = "cipm_ir.listed"
 
 
 def all_graphs(model: ir.Model) -> list[ir.Graph]:
-    """The main graph, the bodies of the functions, and every subgraph of these."""
+    """Return the main graph, the bodies of the functions, and every subgraph of these."""
     roots = [model.graph, *(function.graph for function in model.functions.values())]
     return [graph for root in roots for graph in graphs_within(root)]
 
@@ -34,7 +34,7 @@ def quiet(logger_name: str) -> Iterator[None]:
 
 
 def describe_node(node: ir.Node | onnx.NodeProto) -> str:
-    """How a message names a node: its name and operator, or its operator and first output."""
+    """Return how a message names a node: its name and operator, or its operator and first output."""
     if node.name:
         return f"node {node.name!r} ({node.op_type})"
     outputs = node.output if isinstance(node, onnx.NodeProto) else [value.name for value in node.outputs]

@@ -140,7 +140,10 @@ class Runner:
             raise refused(f"onnxruntime cannot run the model: {_first_line(error)}") from error
 
     def _hand_over(self, options: ort.SessionOptions) -> bytes | str:
-        """The model as onnxruntime takes it: bytes, or the path of a file with external data in a temporary folder."""
+        """Return the model as onnxruntime takes it.
+
+        Bytes, or the path of a file with external data in a temporary folder.
+        """
         tensors = [tensor for graph in all_graphs(self._model) for tensor in _tensors(graph)]
         if sum(tensor.nbytes for tensor in tensors) <= _IN_MEMORY:
             with self._lent_weights(options):
@@ -194,7 +197,7 @@ class Runner:
         """Run once; gives the outputs by name, in the model's order or in that of `outputs`.
 
         Random numbers that are drawn from a seed are the same in every run: onnxruntime goes on in its stream from run
-        to run, so that such a model is opened anew.
+        to run, so that such a model is opened again.
 
         Raises:
             InputError: the run failed, as it does for feeds of the wrong shape.
@@ -228,7 +231,7 @@ class Runner:
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

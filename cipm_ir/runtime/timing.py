@@ -60,7 +60,9 @@ class Timings:
 class TimedRunner(Runner):
     """A model in onnxruntime with all its optimizations and a fixed number of threads.
 
-    Errors: `UnsupportedError` where onnxruntime lacks a kernel; `InputError` for a model that is not valid.
+    Raises:
+        UnsupportedError: onnxruntime lacks a kernel.
+        InputError: a model that is not valid.
     """
 
     def __init__(self, model: ir.Model, *, threads: int = 1, optimize: str = "all") -> None:
@@ -83,7 +85,7 @@ class TimedRunner(Runner):
             raise UnsupportedError(f"onnxruntime cannot run the model, so it cannot be timed: {first}.") from error
 
     def turn(self, feeds: Mapping[str, Array], least: float = 0.0) -> list[float]:
-        """Seconds of each run of one turn, which lasts at least ``least`` seconds."""
+        """Return seconds of each run of one turn, which lasts at least ``least`` seconds."""
         run, names, given = self._session.run, list(self.outputs), dict(feeds)
         took: list[float] = []
         while not took or (sum(took) < least and len(took) < 1000):
@@ -96,7 +98,7 @@ class TimedRunner(Runner):
 def measure_latency(
     model: ir.Model, feeds: Mapping[str, Array], *, threads: int = 1, runs: int = 30, seconds: float | None = None
 ) -> float:
-    """Seconds of one run of a model; see `compare_latency`."""
+    """Return seconds of one run of a model; see `compare_latency`."""
     return compare_latency([model], feeds, threads=threads, runs=runs, seconds=seconds).seconds[0]
 
 
@@ -121,8 +123,10 @@ def compare_latency(
         seconds: stop after this time, but not before the fourth round; None: no limit.
         progress: called with the fraction done.
 
-    Errors: `InputError` where a model does not run on the feeds; `UnsupportedError` where onnxruntime lacks a kernel;
-        `OptionError` for numbers below one.
+    Raises:
+        InputError: a model does not run on the feeds.
+        UnsupportedError: onnxruntime lacks a kernel.
+        OptionError: numbers below one.
     """
     _check(threads, runs)
     opened: list[TimedRunner] = []
@@ -181,7 +185,7 @@ def _check(threads: int, runs: int) -> None:
 
 
 def timing_feeds(model: ir.Model, data: Data | None = None, *, batch: int = 1, seed: int = 0) -> Feeds:
-    """One batch to time a model on: the first of the data, or random inputs that the model runs with.
+    """Return one batch to time a model on: the first of the data, or random inputs that the model runs with.
 
     Args:
         model: the model.
@@ -189,7 +193,8 @@ def timing_feeds(model: ir.Model, data: Data | None = None, *, batch: int = 1, s
         batch: samples in it, where the model does not fix this.
         seed: of the random ones.
 
-    Errors: `InputError` for data that does not fit or holds no samples, and where no random inputs are accepted.
+    Raises:
+        InputError: data that does not fit or holds no samples, and where no random inputs are accepted.
     """
     if batch < 1:
         raise OptionError(f"Measuring latency takes a batch of at least 1, not {batch}.")

@@ -38,7 +38,7 @@ def propagate(
     *,
     instead: Callable[[fx.Node, Any], Any] | None = None,
 ) -> dict[fx.Node, Any]:
-    """What each node computes, tensors without numbers; dynamic sizes become symbolic.
+    """Return what each node computes, tensors without numbers; dynamic sizes become symbolic.
 
     Args:
         root: holder of submodules and parameters.
@@ -48,7 +48,8 @@ def propagate(
         instead: gets each node and what it computes (None where it cannot be computed), and says with what to go on, so
             that one run finds every node that does not fit; None where it cannot say either.
 
-    Errors: `ShapeError` naming the node.
+    Raises:
+        ShapeError: the message names the node.
     """
     first = _Run(root, inputs, instead).run(graph)
     if not dynamic or not any(dynamic.values()):
@@ -64,7 +65,8 @@ def propagate(
 
 
 def rerun(root: nn.Module | None, node: fx.Node, known: Mapping[fx.Node, Any]) -> Callable[[], Any]:
-    """A function that computes one node again, on tensors without numbers, from what is known of those before it.
+    """Return a function that computes one node again, on tensors without numbers, from what is known of those before
+    it.
 
     Raises: `ShapeError` where a size before it is dynamic; the function whatever torch raises.
     """
@@ -86,7 +88,7 @@ class Symbolic:
 
 
 def is_tensor(x: Any) -> bool:
-    """Whether torch's description of a value says a tensor."""
+    """Return whether torch's description of a value says a tensor."""
     return isinstance(x, torch.Tensor | Symbolic)
 
 
@@ -104,7 +106,7 @@ def _merged(a: Any, b: Any) -> Any:
 
 
 def on_meta(value: Any) -> Any:
-    """A tensor without numbers; anything else as it is."""
+    """Return a tensor without numbers; anything else as it is."""
     if isinstance(value, torch.Tensor) and not value.is_meta:
         if value.layout != torch.strided:
             return torch.empty(value.shape, dtype=value.dtype, device="meta")
@@ -182,7 +184,7 @@ class _Run:
         return self._module(self.modules[str(node.target)], args, kwargs)
 
     def _nested(self, node: fx.Node) -> Any:
-        """What a graph in a graph computes: it may name devices too."""
+        """Return what a graph in a graph computes: it may name devices too."""
         (_, inner, *operands), root = node.args, self.root
         if isinstance(inner, fx.Node):
             inner = operator.attrgetter(str(inner.target))(root)
@@ -213,7 +215,7 @@ class _Run:
         return found
 
     def _key(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        """What the result depends on; None where that is not known to be all."""
+        """Return what the result depends on; None where that is not known to be all."""
         if node.op == "call_module":
             module = self.modules[str(node.target)]
             if not type(module).__module__.startswith("torch.nn.modules") or kwargs:
@@ -233,7 +235,10 @@ class _Run:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a module reads no tensors but its parameters and buffers; recurrent ones keep a list of their own."""
+    """Return whether a module reads no tensors but its parameters and buffers.
+
+    Recurrent ones keep a list of their own.
+    """
     own = type(module).__module__.startswith("torch.nn.modules") and not isinstance(module, nn.RNNBase)
     return own and not (module._modules or module._forward_hooks or module._forward_pre_hooks)
 
@@ -279,7 +284,7 @@ def _joined(args: Any, kwargs: Any) -> torch.Tensor | None:
 
 
 def _writes(node: fx.Node) -> bool:
-    """Whether a function or method is of the kind that changes its first argument (``transpose_``)."""
+    """Return whether a function or method is of the kind that changes its first argument (``transpose_``)."""
     if node.op not in ("call_function", "call_method") or not node.args or not isinstance(node.args[0], fx.Node):
         return False
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

@@ -110,7 +110,7 @@ class Analysis:
         return {int(numbers[0]): atoms for numbers, atoms in zip(parts.spaces, parts.atoms, strict=True)}
 
     def places_of(self, k: int) -> tuple[Labels, Labels]:
-        """Classes and cells (`Classes.refined`) that belong to a space, and to which of its elements each."""
+        """Return classes and cells (`Classes.refined`) that belong to a space, and to which of its elements each."""
         table, parts, count = self.spaces[k].table, self.classes.parts, self.classes.count
         places, element = table.ravel(), np.repeat(np.arange(len(table)), table.shape[1])
         if len(parts.cell_class):
@@ -134,7 +134,7 @@ class Analysis:
         return step
 
     def _atoms_moved(self, source: Labels) -> Labels:
-        """An exchange of classes as one of atoms: the k-th by colour goes with the k-th."""
+        """Return an exchange of classes as one of atoms: the k-th by colour goes with the k-th."""
         out = np.arange(len(self.classes.of))
         order, start = self._order
         moved = np.flatnonzero(source != np.arange(len(source)))
@@ -153,7 +153,7 @@ class Analysis:
         return out
 
     def atom_scale(self, elements: dict[int, Element]) -> Array:
-        """What each atom's position is multiplied by (signs included)."""
+        """Return what each atom's position is multiplied by (signs included)."""
         scale = np.ones(len(self.classes.of))
         for k in sorted(elements):
             element, space, free = elements[k], self.spaces[k], self.directions[k]
@@ -198,7 +198,7 @@ class Analysis:
         return [paths[position] if position >= 0 else "" for position in found]
 
     def factor_positions(self, f: LeafFactor, members: Labels) -> Labels:
-        """Positions of classes along a one-axis factor, by occurrence: (classes, occurrences)."""
+        """Return positions of classes along a one-axis factor, by occurrence: (classes, occurrences)."""
         atoms = self.atoms_of(members)
         inside = (atoms[0] >= f.base) & (atoms[0] < f.base + f.size)
         return np.asarray(atoms[:, inside] - f.base)

@@ -82,7 +82,7 @@ class Classes:
         return (self.of if self.parts.cell is None else self.parts.cell)[atoms]
 
     def stays(self, keep: np.ndarray) -> np.ndarray:
-        """Which classes and cells stay: a cell needs its class and its part."""
+        """Return which classes and cells stay: a cell needs its class and its part."""
         if not len(self.parts.cell_class):
             return keep
         return np.concatenate([keep, keep[self.parts.cell_class] & keep[self.parts.cell_part]])
@@ -105,7 +105,7 @@ def unique_pairs(a: Labels, b: Labels) -> Labels:
 
 
 def scatter_sum(index: Labels, hashes: Hashes, count: int) -> Hashes:
-    """Sum of 60 bits of the hashes by index; exact in float64 up to 2^23 terms each."""
+    """Return the sum of 60 bits of the hashes by index; exact in float64 up to 2^23 terms each."""
     low = np.bincount(index, weights=(hashes & _LOW).astype(np.float64), minlength=count).astype(np.uint64)
     high = np.bincount(index, weights=((hashes >> np.uint64(30)) & _LOW).astype(np.float64), minlength=count).astype(
         np.uint64
@@ -115,7 +115,7 @@ def scatter_sum(index: Labels, hashes: Hashes, count: int) -> Hashes:
 
 
 def find_classes(walk: Walk, *, apart: bool = False) -> Classes:
-    """Classes, pins, blocks and signatures of a walked graph.
+    """Return classes, pins, blocks and signatures of a walked graph.
 
     With ``apart``, copies are of classes of their own. A source is then told from every other, and so are its copies
     from those of others.
@@ -156,7 +156,10 @@ def atoms_by_class(classes: Classes, atoms: Labels | None = None) -> tuple[Label
 
 
 def kinds_of_atoms(walk: Walk, classes: Classes) -> Hashes:
-    """A hash per atom, equal for atoms of one kind: an exchange takes the k-th of a class and kind to the k-th."""
+    """Return a hash per atom, equal for atoms of one kind.
+
+    An exchange takes the k-th of a class and kind to the k-th.
+    """
     return _colours(walk, classes.of, classes.count)[1]
 
 
@@ -210,7 +213,10 @@ def _close_blocks(count: int, of: Labels, links: Links) -> tuple[int, Labels]:
 
 
 def _colours(walk: Walk, of: Labels, count: int) -> tuple[Flags, Hashes]:
-    """Which classes are real, and a colour per atom: the factor it comes from and the selections it went through."""
+    """Return which classes are real, and a colour per atom.
+
+    The factor it comes from and the selections it went through.
+    """
     rec = walk.rec
     leaves = [f for f in walk.leaf_factors if f.active]
     base = np.asarray([f.base for f in leaves] + [lo for lo, _ in rec.fresh_ranges], np.int64)
@@ -236,7 +242,7 @@ def _colours(walk: Walk, of: Labels, count: int) -> tuple[Flags, Hashes]:
 
 
 def _touched(walk: Walk, of: Labels, count: int) -> Flags:
-    """Classes that some event mentions: rows of a table that nothing ever reads are not units."""
+    """Return classes that some event mentions: rows of a table that nothing ever reads are not units."""
     rec = walk.rec
     touched = np.zeros(count, bool)
     seen: set[int] = set()
@@ -249,7 +255,10 @@ def _touched(walk: Walk, of: Labels, count: int) -> Flags:
 
 
 def _owned(walk: Walk, of: Labels, count: int) -> Flags:
-    """Classes with a position of a parameter: entries of constants that a program makes for itself are not units."""
+    """Return classes with a position of a parameter.
+
+    Entries of constants that a program makes for itself are not units.
+    """
     owned = np.zeros(count, bool)
     for f in walk.leaf_factors:
         if not walk.leaves[f.leaf].constant:
@@ -271,7 +280,7 @@ def _ranked(of: Labels, colour: Hashes) -> Hashes:
 
 
 def _suspects(key: Hashes) -> Labels:
-    """Positions whose key occurs more than once, in order."""
+    """Return positions whose key occurs more than once, in order."""
     ordered = np.sort(key)
     twice = ordered[1:][ordered[1:] == ordered[:-1]]
     return np.flatnonzero(np.isin(key, twice)) if len(twice) else np.zeros(0, np.int64)

@@ -116,7 +116,7 @@ def count_macs(
 
 
 def _gaps(count: Count) -> tuple[int, int]:
-    """Numbers of nodes that could not be counted and of branches that cannot run at these sizes."""
+    """Return numbers of nodes that could not be counted and of branches that cannot run at these sizes."""
     return len(count.unknown), count.left_out
 
 
@@ -148,13 +148,13 @@ def _choices(graph: ir.Graph, given: Mapping[str, int]) -> Iterator[dict[str, in
 
 
 def _squeezed(places: Sequence[Place], shapes: Mapping[str, Sequence[int]]) -> bool:
-    """Whether a Squeeze of all axes of length 1 dropped the first one, too."""
+    """Return whether a Squeeze of all axes of length 1 dropped the first one, too."""
     names = [(v.name or "", s) for p in places for v, s in zip(p.node.outputs, p.outputs, strict=True)]
     return any(s is not None and name in shapes and len(shapes[name]) != len(s) for name, s in names)
 
 
 def _cost(place: Place, unknown: list[Unknown]) -> int:
-    """Multiply-accumulates of a node; what cannot be counted is noted."""
+    """Return multiply-accumulates of a node; what cannot be counted is noted."""
     if place.bodies or subgraphs(place.node):
         return _nested(place, unknown)
     site = site_of(place)
@@ -166,7 +166,7 @@ def _cost(place: Place, unknown: list[Unknown]) -> int:
 
 
 def node_macs(place: Place) -> int:
-    """Multiply-accumulates of a node with everything in it; 0 for what cannot be counted."""
+    """Return multiply-accumulates of a node with everything in it; 0 for what cannot be counted."""
     return _cost(place, [])
 
 
@@ -196,12 +196,15 @@ def _nested(place: Place, unknown: list[Unknown]) -> int:
 
 
 def site_of(place: Place) -> Site:
-    """A node as its rule takes it."""
+    """Return a node as its rule takes it."""
     return Site(place.node, place.inputs, place.outputs, place.version, place.numbers)
 
 
 def _most(place: Place) -> int | None:
-    """Every output entry a product with every input entry; None where a shape is unknown or weights may be hidden."""
+    """Return every output entry a product with every input entry.
+
+    None where a shape is unknown or weights may be hidden.
+    """
     if place.node.domain not in ("", "ai.onnx", "com.microsoft"):
         return None
     inputs = [s for v, s in zip(place.node.inputs, place.inputs, strict=True) if v is not None]

@@ -25,7 +25,7 @@ from cipm_ir.symmetry.spaces import Linearity, RawSpace
 
 
 def linearities(analysis: Analysis) -> list[Linearity]:
-    """What the structure admits, per space. Depends on no weights; kept by the analysis."""
+    """Return what the structure admits, per space. Depends on no weights; kept by the analysis."""
     if analysis.linear is None:
         analysis.linear = _surveyed(analysis)
     return analysis.linear
@@ -51,7 +51,7 @@ class LinearityTable:
 
 
 def dense_levels(analysis: Analysis, model: ir.Model) -> list[Linearity]:
-    """What each space admits: the structure, and gammas read where it depends on their entries."""
+    """Return what each space admits: the structure, and gammas read where it depends on their entries."""
     found = linearities(analysis)
     if not any(one.gammas for one in found):
         return found
@@ -77,7 +77,7 @@ def _with_gammas(analysis: Analysis, nodes: list[ir.Node], space: int, found: Li
 
 
 def leaf_array(analysis: Analysis, nodes: list[ir.Node], leaf: int) -> Array | None:
-    """The entries of a parameter in a graph with these nodes; None where they are not in it."""
+    """Return the entries of a parameter in a graph with these nodes; None where they are not in it."""
     node, index = analysis.walk.leaves[leaf].uses[0]
     value = nodes[node].inputs[index]
     tensor = parameter_tensor(value)
@@ -110,7 +110,7 @@ def _surveyed(analysis: Analysis) -> list[Linearity]:
 
 
 def _members(analysis: Analysis, survey: LinearityAnalysis) -> dict[int, list[LeafFactor]]:
-    """Factors of parameters by space; ends spaces with a parameter whose part in it is not known."""
+    """Return factors of parameters by space; ends spaces with a parameter whose part in it is not known."""
     found: dict[int, list[LeafFactor]] = {k: [] for k in (*survey.alive, *survey.reasons)}
     walk = analysis.walk
     for f in walk.leaf_factors:
@@ -127,13 +127,16 @@ def _members(analysis: Analysis, survey: LinearityAnalysis) -> dict[int, list[Le
 
 
 def _in_rows(analysis: Analysis, f: LeafFactor, space: int) -> bool:
-    """Whether the units of a space lie in one matrix of a stack each time that they occur in it."""
+    """Return whether the units of a space lie in one matrix of a stack each time that they occur in it."""
     row = analysis.factor_positions(f, analysis.spaces[space].table[:, 0]) // f.shape[1]
     return bool((row == row[:1]).all())
 
 
 def _paired(free: Directions, factors: list[LeafFactor]) -> bool:
-    """Whether one scale direction tells vectors from covectors: every parameter takes it once, or by its inverse."""
+    """Return whether one scale direction tells vectors from covectors.
+
+    Every parameter takes it once, or by its inverse.
+    """
     return free.scales == 1 and all(free.scale.get(f.scale_var) in ((1,), (-1,)) for f in factors)
 
 

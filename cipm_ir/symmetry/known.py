@@ -49,7 +49,7 @@ class Known:
         self.path = ""
 
     def literal(self, value: ir.Value | None) -> Literal | None:
-        """Number that a value is known to be: a small parameter, or what a chain of sizes evaluates to."""
+        """Return number that a value is known to be: a small parameter, or what a chain of sizes evaluates to."""
         name = "" if value is None else value.name or ""
         if name in self.literals or name not in self.params:
             return self.literals.get(name)
@@ -91,7 +91,10 @@ class Known:
             self.shapes.second[name] = self.shapes.second[source]
 
     def implied(self, node: ir.Node) -> State | None:
-        """An unlabelled first operand of unknown shape (behind an opaque node), as far as the weight implies it."""
+        """Return an unlabelled first operand of unknown shape (behind an opaque node).
+
+        As far as the weight implies it.
+        """
         first, weight = (*node.inputs, None, None)[:2]
         shape = None if weight is None else self.known_shape(weight, self.shapes.first)
         if first is None or shape is None or (made := implied_shape(node, shape, 0)) is None:
@@ -104,7 +107,7 @@ class Known:
         return self.states[first.name or ""]
 
     def output_shapes(self, node: ir.Node, version: int) -> list[Shape | None]:
-        """Shapes of the outputs; node by node where the inference of the whole graph gave up."""
+        """Return shapes of the outputs; node by node where the inference of the whole graph gave up."""
         shapes = [self.shapes.first.get(v.name or "") for v in node.outputs]
         if not any(s is None and v.name for s, v in zip(shapes, node.outputs, strict=True)):
             return shapes
@@ -155,7 +158,7 @@ class Known:
         return True
 
     def quantized(self, value: ir.Value | None) -> bool:
-        """Whether this may be a weight in few bits, whose axes have units, rather than sizes and indices."""
+        """Return whether this may be a weight in few bits, whose axes have units, rather than sizes and indices."""
         name = "" if value is None else value.name or ""
         tensor = self.params[name][0] if name in self.params else None
         state = self.states.get(name)

@@ -138,7 +138,7 @@ def eliminate(rows: list[list[Term]], preferred: Collection[int]) -> dict[int, R
 
 
 def _pivot(work: list[Row], where: dict[int, set[int]], todo: set[int], preferred: Collection[int]) -> tuple[int, int]:
-    """A pivot that appears in few rows, without looking at all of them."""
+    """Return a pivot that appears in few rows, without looking at all of them."""
     best: tuple[tuple[bool, int, bool], int, int] | None = None
     for k in sorted(todo):
         for v, c in work[k].items():

@@ -45,7 +45,7 @@ class Site:
     outs: list[list[Hit]]
 
     def rank(self, k: int) -> int:
-        """Number of axes of an input."""
+        """Return the number of axes of an input."""
         state = self.states[k]
         return 0 if state is None else state.rank
 
@@ -83,14 +83,14 @@ class LinearityAnalysis:
 
     # ------------------------------------------------------------ what a value carries
     def spaces_on(self, labels: Labels) -> tuple[int, ...]:
-        """The candidate spaces with units among some atoms."""
+        """Return the candidate spaces with units among some atoms."""
         known = self._carried.get(id(labels))
         if known is None:  # holds the array, so that its id stays its own
             known = self._carried[id(labels)] = (labels, self.spaces_among(labels.ravel()))
         return known[1]
 
     def spaces_among(self, atoms: Labels | slice) -> tuple[int, ...]:
-        """The same, not kept."""
+        """Return the same, not kept."""
         found = self.space_of_atom[atoms]
         high = int(found.max(initial=-1))
         if high < 0 or int(found.min()) == high:
@@ -141,16 +141,16 @@ class LinearityAnalysis:
             self.end(site, site.ins[k], f"{self.walk.leaves[leaf].name} is added or multiplied, and a factor elsewhere")
 
     def is_leaf(self, site: Site, k: int) -> bool:
-        """Whether input number k is a parameter."""
+        """Return whether input number k is a parameter."""
         return (site.position, k) in self.walk.use_leaf
 
     def literal(self, site: Site, k: int) -> np.ndarray | None:
-        """A small constant input."""
+        """Return a small constant input."""
         value = site.node.inputs[k] if k < len(site.node.inputs) else None
         return None if value is None else self.walk.constant(value.name or "")
 
     def is_zero(self, site: Site, k: int) -> bool:
-        """Whether input number k is a constant zero, which every matrix leaves as it is."""
+        """Return whether input number k is a constant zero, which every matrix leaves as it is."""
         number = self.literal(site, k)
         return number is not None and not number.any()
 

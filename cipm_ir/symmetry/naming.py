@@ -20,7 +20,10 @@ class Note:
 
 
 def describe_spaces(analysis: Analysis) -> list[Note]:
-    """A note per raw space; names are unique, and start with the body that holds a space: ``If_12.then/conv1``."""
+    """Return a note per raw space.
+
+    Names are unique, and start with the body that holds a space: ``If_12.then/conv1``.
+    """
     walk, classes = analysis.walk, analysis.classes
     position = np.full(classes.count, -1, np.int64)
     owner: dict[int, list[int]] = {}
@@ -71,7 +74,10 @@ def describe_spaces(analysis: Analysis) -> list[Note]:
 
 
 def _places(analysis: Analysis) -> dict[str, str]:
-    """The body that all uses of a tensor stand in, by name of the tensor; "" for the main graph or several bodies."""
+    """Return the body that all uses of a tensor stand in, by name of the tensor.
+
+    "" for the main graph or several bodies.
+    """
     walk, found = analysis.walk, dict[str, str]()
     for leaf in walk.leaves if any(walk.paths) else ():
         for path in {walk.paths[node] for node, _ in leaf.uses}:

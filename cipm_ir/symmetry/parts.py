@@ -20,7 +20,7 @@ from cipm_ir.symmetry.walk import Walk
 
 
 def with_parts(walk: Walk, classes: Classes, spaces: list[RawSpace]) -> tuple[Classes, list[RawSpace]]:
-    """Classes with the parts numbered behind them, and spaces with those of parts in front of the blocks."""
+    """Return classes with the parts numbered behind them, and spaces with those of parts in front of the blocks."""
     apart = find_classes(walk, apart=True) if walk.rec.copies else None
     found, holders = ([], []) if apart is None else _exchangeable(apart, classes)
     if not found:

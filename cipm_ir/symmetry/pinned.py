@@ -39,7 +39,7 @@ def opaque_summary(analysis: Analysis) -> list[str]:
 
 
 def _pinned_only_by(analysis: Analysis, groups: Sequence[set[int]]) -> list[int]:
-    """How many units have pins of the nodes in each group, and no others."""
+    """Return how many units have pins of the nodes in each group, and no others."""
     classes, pins = analysis.classes, analysis.walk.rec.pins
     if not pins or not groups:
         return [0] * len(groups)

@@ -24,6 +24,7 @@ from cipm_ir.ir.lifted import held_weights, lift_weights, put_back
 from cipm_ir.ir.opsets import name_standard_domain
 from cipm_ir.ir.parameters import is_parameter, note_ir_version, overridable_inputs
 from cipm_ir.ir.shapes import forget_impossible_sizes
+from cipm_ir.ir.stand_ins import share_sizes
 from cipm_ir.ir.strided import has_detours, remove_detours
 from cipm_ir.symmetry.analysis import Analysis, gc_paused
 from cipm_ir.symmetry.counting import Count, count_macs
@@ -129,6 +130,8 @@ class Program:
         """The symmetry analysis, made when first needed."""
         if self._analysis is None:
             self._analysis = Analysis.of(self._model)
+            if self._source is not None:  # what is made of it need not search for sizes again
+                share_sizes(self._model, self._source)
         return self._analysis
 
     @cached_property
@@ -156,7 +159,7 @@ class Program:
         return tuple(by_index[k] for k in range(len(analysis.spaces)))
 
     def space(self, name: str) -> Space:
-        """A space by name, with or without the leading @."""
+        """Return a space by name, with or without the leading @."""
         found = self._by_name.get(name.removeprefix("@"))
         if found is not None:
             return self.spaces[found]
@@ -181,7 +184,7 @@ class Program:
         return tuple(self.analysis.walk.opaque)
 
     def count(self, sizes: Mapping[str, int] | None = None) -> Count:
-        """Multiply-accumulates of one run, with the nodes that could not be counted.
+        """Return multiply-accumulates of one run, with the nodes that could not be counted.
 
         Args:
             sizes: of dynamic dimensions, by name, where none are suggested (`input_shapes=`); the others count at the
@@ -201,7 +204,7 @@ class Program:
         return self.count().total
 
     def unseen(self, space: Space) -> str:
-        """Why values that hold the units of a space cannot be looked at over data; empty where they can."""
+        """Return why values that hold the units of a space cannot be looked at over data; empty where they can."""
         body = self.analysis.bodies[self.index(space)]
         return f"the body {body} uses its units, and values inside bodies cannot be looked at" if body else ""
 
@@ -225,7 +228,7 @@ class Program:
         return render(self)
 
     def to_networkx(self) -> Any:
-        """Spaces and tensors as a bipartite `networkx.Graph`; see `cipm_ir.symmetry.text.to_networkx`."""
+        """Return spaces and tensors as a bipartite `networkx.Graph`; see `cipm_ir.symmetry.text.to_networkx`."""
         from cipm_ir.symmetry.text import to_networkx
 
         return to_networkx(self)
@@ -235,7 +238,9 @@ class Program:
         """Apply an element to each of some spaces, with the dual on consumers. Computes the same function.
 
         A `DenseElement` acts on a space whose ``dense`` group holds it.
-        Errors: `SymmetryError` for an element that is not in the space's group.
+
+        Raises:
+            SymmetryError: an element that is not in the space's group.
         """
         chosen: dict[int, Element | DenseElement] = {}
         for space, element in elements.items():
@@ -254,7 +259,8 @@ class Program:
     def restrict(self, keep: Mapping[Space, Array | Sequence[int]]) -> Program:
         """Drop classes: per space, the sorted indices of those that stay. Exact only for units that contribute nothing.
 
-        Errors: `SymmetryError` where blocks would become uneven or a space empty.
+        Raises:
+            SymmetryError: blocks would become uneven or a space empty.
         """
         stays = self.kept_classes(keep)
         with gc_paused():
@@ -341,7 +347,7 @@ class Program:
         return Program(clone, source=self._with_values(clone), origin=self._origin, analysis=self._analysis)
 
     def _with_values(self, changed: ir.Model) -> ir.Model | None:
-        """The source with functions, holding the changed values; None where a value lives inside a function."""
+        """Return the source with functions, holding the changed values; None where a value lives inside a function."""
         if self._source is None:
             return None
         clone, before = self._source.clone(), self._model.graph.initializers
@@ -357,7 +363,10 @@ class Program:
 
     # ------------------------------------------------------------ writing
     def emit(self, *, annotate: bool = False) -> ir.Model:
-        """The model, as a fresh `onnx_ir.Model`; with ``annotate``, groups are written into ``metadata_props``."""
+        """Return the model, as a fresh `onnx_ir.Model`.
+
+        With ``annotate``, groups are written into ``metadata_props``.
+        """
         model = self.source_model.clone()
         if annotate:
             from cipm_ir.symmetry.text import annotate_model

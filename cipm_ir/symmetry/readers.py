@@ -44,11 +44,12 @@ class WeightConsumer:
 
 
 def readers(program: Program, space: Space) -> list[WeightConsumer]:
-    """Everything that sums products over the units of a space, in graph order.
+    """Return everything that sums products over the units of a space, in graph order.
 
     Of a space of blocks, products of activations with activations do not count: they go with their block.
 
-    Errors: `SymmetryError` where something else than a product with a weight of its own sums over units.
+    Raises:
+        SymmetryError: something else than a product with a weight of its own sums over units.
     """
     analysis = program.analysis
     raw = analysis.spaces[program.index(space)]
@@ -72,14 +73,14 @@ def readers(program: Program, space: Space) -> list[WeightConsumer]:
 
 
 def products(program: Program) -> list[WeightConsumer]:
-    """Every Conv (group 1), Gemm and MatMul of a value with a weight, in graph order; ``columns`` are empty."""
+    """Return every Conv (group 1), Gemm and MatMul of a value with a weight, in graph order; ``columns`` are empty."""
     analysis = program.analysis
     found = (_product(analysis, k) for k in range(len(analysis.walk.nodes)))
     return [one for one in found if one is not None]
 
 
 def summed_classes(program: Program, reader: WeightConsumer) -> Labels:
-    """The class of each place along the axis of the weight that a reader sums."""
+    """Return the class of each place along the axis of the weight that a reader sums."""
     factor = program.analysis.consumers.axis(reader.leaf, reader.axis)
     if factor is None:  # the axis is fixed
         return np.full(program.analysis.walk.leaves[reader.leaf].shape[reader.axis], -1)
@@ -117,7 +118,7 @@ def _product(analysis: Analysis, position: int) -> WeightConsumer | None:
 
 
 def _weight(analysis: Analysis, position: int, node: ir.Node) -> tuple[int, int] | None:
-    """The parameter that is input 1 of a product, and which of its axes is summed."""
+    """Return the parameter that is input 1 of a product, and which of its axes is summed."""
     if node.domain or node.op_type not in ("Conv", "Gemm", "MatMul") or len(node.inputs) < 2:
         return None
     found = analysis.consumers.weight(position, 1)
@@ -137,7 +138,7 @@ def _weight(analysis: Analysis, position: int, node: ir.Node) -> tuple[int, int]
 
 
 def weight_uses(program: Program) -> dict[str, int]:
-    """How many things read each parameter; through a Transpose, everything that reads that."""
+    """Return how many things read each parameter; through a Transpose, everything that reads that."""
     walk = program.analysis.walk
     uses: dict[str, int] = {}
     for leaf in walk.leaves:

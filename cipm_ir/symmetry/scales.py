@@ -161,7 +161,10 @@ class _Components:
         return (int(self.key[i]), int(self.coefficient[i])) if known else (-1, 0)
 
     def directions(self, space: int, span: slice, tainted: set[int]) -> tuple[int, dict[int, Vector], tuple[bool, ...]]:
-        """Number of directions, exponents by variable, and which of them leave the tainted variables alone."""
+        """Return the number of directions, exponents by variable.
+
+        And which of them leave the tainted variables alone.
+        """
         images = list(zip(self.leaf_variable[span], self.leaf_key[span], self.leaf_coefficient[span], strict=True))
         touched = {key for v in tainted if (image := self._image(v * self.count + space))[1] for key in image[:1]}
         if space in self.rest:
@@ -189,7 +192,7 @@ class _Components:
 
 
 def _touched(walk: Walk, atom_space: Labels) -> tuple[Labels, Labels]:
-    """Pairs (equation, space whose representative it mentions)."""
+    """Return pairs (equation, space whose representative it mentions)."""
     cache: dict[int, list[int]] = {}
     equations: list[int] = []
     at: list[int] = []
@@ -205,7 +208,7 @@ def _touched(walk: Walk, atom_space: Labels) -> tuple[Labels, Labels]:
 
 
 def _leaf_variables(walk: Walk, atom_space: Labels) -> tuple[Labels, Labels]:
-    """Pairs (space, variable) of the parameters' factors that a space moves, sorted."""
+    """Return pairs (space, variable) of the parameters' factors that a space moves, sorted."""
     factors = walk.leaf_factors
     if not factors:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)

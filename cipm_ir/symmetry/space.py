@@ -55,7 +55,8 @@ class Space:
         return f"@{self.name} : {self.size}  {self.admits}"
 
     def random(self, rng: np.random.Generator, *, power_of_two: bool = False) -> Element:
-        """A random element of the (monomial) group: uniform permutation and signs, scales e^N(0,1) (or 2^-3 .. 2^3).
+        """Return a random element of the (monomial) group: uniform permutation and signs, scales e^N(0,1) (or 2^-3 ..
+        2^3).
 
         With ``power_of_two``, directions in which even these would round (epsilon of a normalization) stay at 1.
         """
@@ -66,7 +67,7 @@ class Space:
         return Element(element.perm, scale, element.sign)
 
     def identity(self) -> Element:
-        """The neutral element."""
+        """Return the neutral element."""
         return Element.identity(self.size, self.group.scales, self.group.signs)
 
     def check_dense(self, element: DenseElement) -> None:

@@ -43,7 +43,7 @@ class _Holds:
 
 
 def find_spaces(classes: Classes) -> list[RawSpace]:
-    """All spaces: units and cells in order of first atom, then blocks from inner to outer."""
+    """Return all spaces: units and cells in order of first atom, then blocks from inner to outer."""
     holds = _closed(classes)
     cells, innermost, nested = _crossings(classes, holds)
     loose = classes.free & classes.real & ~classes.block
@@ -62,7 +62,7 @@ def find_spaces(classes: Classes) -> list[RawSpace]:
 
 
 def find_blocks(classes: Classes) -> list[RawSpace]:
-    """The spaces of blocks alone, from inner to outer."""
+    """Return the spaces of blocks alone, from inner to outer."""
     holds = _closed(classes)
     cells, _, nested = _crossings(classes, holds)
     return _block_spaces(classes, holds, cells, nested, _first_atom(classes))
@@ -158,7 +158,7 @@ def _crossings(classes: Classes, holds: _Holds) -> tuple[np.ndarray, Labels, Lab
 
 
 def _alike_pairs(keys: Labels) -> tuple[Labels, Labels]:
-    """All pairs of positions with equal keys, each position with itself too."""
+    """Return all pairs of positions with equal keys, each position with itself too."""
     order = np.argsort(keys, kind="stable")
     _, start, width = np.unique(keys[order], return_index=True, return_counts=True)
     own_start, own_width = np.repeat(start, width), np.repeat(width, width)  # of the run that each position is in
@@ -227,7 +227,7 @@ def _block_spaces(classes: Classes, holds: _Holds, cells: np.ndarray, nested: La
 
 
 def _outer_names(block: int, nested: Labels) -> np.uint64:
-    """Blocks around this one, by name: blocks are exchanged inside the same outer blocks only."""
+    """Return blocks around this one, by name: blocks are exchanged inside the same outer blocks only."""
     outer = nested[nested[:, 1] == block, 0]
     with np.errstate(over="ignore"):
         return np.uint64(mix(outer, salt=_OUTER).sum(dtype=np.uint64)) if len(outer) else np.uint64(0)

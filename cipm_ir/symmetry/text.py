@@ -75,14 +75,14 @@ class _Annotator:
                 self.of[raw.table[free, 0]] = k
 
     def axis(self, f: Factor, axis: int) -> str:
-        """Names of the spaces that one axis of a factor moves with; empty where it is fixed."""
+        """Return names of the spaces that one axis of a factor moves with; empty where it is fixed."""
         found = self.of[self.classes.of[f.along(axis)]]
         name = self._blocks(found) if len(f.axes) > 1 else ""
         name = name or self._names(found)
         return name + "*" if name and self.dual[f.labels.flat[0]] else name
 
     def leaf(self, leaf: Leaf) -> dict[int, str]:
-        """Names by axis of a parameter, for the axes that move."""
+        """Return names by axis of a parameter, for the axes that move."""
         names = {}
         for f in leaf.factors:
             name = self._names(self.of[self.classes.of[f.base : f.base + f.size]]) if f.active else ""
@@ -91,7 +91,7 @@ class _Annotator:
         return names
 
     def _blocks(self, rows: Labels) -> str:
-        """The space of blocks whose element i holds what stands in row i, if that is how it is."""
+        """Return the space of blocks whose element i holds what stands in row i, if that is how it is."""
         if (rows != rows[:, :1]).any():
             return ""
         parents = [self.parents[k] if k >= 0 else (-1, -1) for k in rows[:, 0].tolist()]
@@ -149,7 +149,7 @@ class _Sizes:
                     self.symbols.setdefault(str(d.value), (x, y))
 
     def of(self, value: ir.Value) -> list[str]:
-        """What the model declares, else what was inferred; an unknown rank is one question mark."""
+        """Return what the model declares, else what was inferred; an unknown rank is one question mark."""
         first = self.first.get(value.name or "")
         declared = None if value.shape is None else [d if isinstance(d, int) else d.value for d in value.shape]
         if declared is not None and (first is None or None not in declared):
@@ -159,7 +159,7 @@ class _Sizes:
         return [self.dim(x, y) for x, y in zip(first, self.second.get(value.name or "", first), strict=True)]
 
     def dim(self, first: int, second: int) -> str:
-        """A number, or a multiple, product or sum of symbols that fits both assignments."""
+        """Return a number, or a multiple, product or sum of symbols that fits both assignments."""
         if first == second:
             return str(first)
         symbols = list(self.symbols.items())
@@ -177,7 +177,7 @@ class _Sizes:
 
 
 def render(program: ProgramView) -> str:
-    """The annotated graph: spaces, inputs, parameters, nodes, outputs."""
+    """Return the annotated graph: spaces, inputs, parameters, nodes, outputs."""
     annotate, sizes, graph = _Annotator(program), _Sizes(program), program.model.graph
     lines = [f"graph {graph.name or 'main'}", *(_space(s) for s in program.spaces)]
     for value in free_inputs(graph):
@@ -211,7 +211,7 @@ def render(program: ProgramView) -> str:
 
 
 def _states(program: ProgramView) -> dict[str, State]:
-    """State of every value; of a parameter, that of its first use."""
+    """Return the state of every value; of a parameter, that of its first use."""
     states = dict(program.analysis.walk.states)
     for leaf in program.analysis.walk.leaves:
         states.setdefault(leaf.name, leaf.state)
@@ -228,7 +228,7 @@ def _space(space: Space) -> str:
 
 
 def _parameter(value: ir.Value, uses: list[Leaf], annotate: _Annotator) -> str:
-    """Labels of the first use; a tensor that several layers share without being tied is said to move apart."""
+    """Return labels of the first use; a tensor that several layers share without being tied is said to move apart."""
     tensor = value.const_value
     if tensor is None:
         return f"param %{value.name}"

@@ -44,7 +44,7 @@ class Walk:
     """The body that each node stands in (``If_12.then/Loop_3``), "" for the main graph."""
 
     def constant(self, name: str) -> Array | None:
-        """A number that a value is known to be at all sizes of the inputs."""
+        """Return a number that a value is known to be at all sizes of the inputs."""
         pair = self.literals.get(name)
         return None if pair is None or pair[0] is not pair[1] or name in self.varying else pair[0]
 
@@ -127,7 +127,10 @@ class _Walker(Known):
 
     # ------------------------------------------------------------ bodies
     def _starts(self, node: ir.Node) -> list[Place]:
-        """A Loop or Scan at both choices of dynamic sizes: its body is not known before its first run's shapes are."""
+        """Return a Loop or Scan at both choices of dynamic sizes.
+
+        Its body is not known before its first run's shapes are.
+        """
         if not is_control_flow(node) or node.op_type == "If":
             return []
         found = []
@@ -184,7 +187,7 @@ class _Walker(Known):
         return () if state is None or value.name in self.params else state.factors
 
     def _selected(self, shape: Shape, ends: Sequence[ir.Value]) -> tuple[Factor, ...]:
-        """Factors of an output of an If: what all branches label alike moves together; the rest is pinned."""
+        """Return factors of an output of an If: what all branches label alike moves together; the rest is pinned."""
         states = [self.states.get(end.name or "") for end in ends if end.name not in self.params]
         if len(states) < len(ends) or any(state is None or state.shape != shape for state in states):
             return ()
@@ -203,7 +206,7 @@ class _Walker(Known):
         return tuple(found)
 
     def _result(self, node: ir.Node, index: int, starts: list[Place]) -> list[Shape | None]:
-        """Shapes of an output: what all branches give, or what does not depend on how often a body runs."""
+        """Return shapes of an output: what all branches give, or what does not depend on how often a body runs."""
         tables = (self.shapes.first, self.shapes.second)[: 1 if self.shapes.static else 2]
         if node.op_type == "If":
             ends = [body.outputs[index] for _, body in bodies(node)]
@@ -215,7 +218,7 @@ class _Walker(Known):
 
     # ------------------------------------------------------------ parameters
     def _parameter(self, value: ir.Value, use: Use) -> State:
-        """State of a parameter at this use: its own leaf, unless the tie is meant."""
+        """Return the state of a parameter at this use: its own leaf, unless the tie is meant."""
         name = value.name or ""
         index = self.tied.get(name)
         if index is None:
@@ -229,7 +232,8 @@ class _Walker(Known):
         return self.leaves[index].state
 
     def _stays_tied(self, value: ir.Value, tensor: ir.TensorProtocol | None, filled: bool) -> bool:
-        """Whether several uses of one tensor are one parameter: a matrix with content, not a vector or a constant.
+        """Return whether several uses of one tensor are one parameter: a matrix with content, not a vector or a
+        constant.
 
         A file may share equal tensors by chance; what a frontend marks as tied is meant.
         """
@@ -382,7 +386,7 @@ class _Walker(Known):
 
 
 def _alike(f: Factor, g: Factor) -> bool:
-    """Whether two factors label the same axes, each position once."""
+    """Return whether two factors label the same axes, each position once."""
     return f.axes == g.axes and f.labels.shape == g.labels.shape and not f.repeats and not g.repeats
 
 

@@ -118,7 +118,7 @@ class _Ranges:
         self.made: dict[int, Labels] = {}
 
     def whole(self, labels: Labels) -> int | None:
-        """The range that the labels are, in order; None where they are none."""
+        """Return the range that the labels are, in order; None where they are none."""
         key = id(labels)
         if key not in self.known:
             flat = labels.ravel()
@@ -147,7 +147,7 @@ class _Ranges:
         self.partial.update(np.unique(np.searchsorted(self.base, labels.ravel(), side="right") - 1).tolist())
 
     def shortened(self) -> Shortened:
-        """The events with one atom for each range that nothing splits."""
+        """Return the events with one atom for each range that nothing splits."""
         rec, roots = self.rec, [self._root(k) for k in range(len(self.parent))]
         split = {roots[k] for k in self.partial}
         one = np.asarray([root not in split for root in roots], bool)
@@ -178,7 +178,7 @@ class _Ranges:
         return (0, 0) if k is None else (int(self.start[k]), 1 if self.one[k] else size)
 
     def _labels(self, labels: Labels) -> Labels:
-        """Labels of an event, shortened; the same object gives the same object."""
+        """Return labels of an event, shortened; the same object gives the same object."""
         made = self.made.get(id(labels))
         if made is None:
             k = self.whole(labels)
@@ -187,6 +187,6 @@ class _Ranges:
         return made
 
     def _moved(self, labels: Labels) -> Labels:
-        """Labels within ranges that keep their atoms."""
+        """Return labels within ranges that keep their atoms."""
         k = np.searchsorted(self.base, labels, side="right") - 1
         return np.asarray(labels + (self.start - self.base)[k])

@@ -57,7 +57,7 @@ def check_proto(proto: onnx.ModelProto) -> None:
 
 
 def _versions(imports: Iterable[onnx.OperatorSetIdProto]) -> Mapping[str, int]:
-    """The opset versions by domain; both names of ONNX's own domain are known."""
+    """Return the opset versions by domain; both names of ONNX's own domain are known."""
     found = {entry.domain: entry.version for entry in imports}
     own = found.get("", found.get("ai.onnx", 0))
     return {**found, "": own, "ai.onnx": own}
@@ -126,7 +126,7 @@ def _check_distribution(node: onnx.NodeProto) -> None:
 
 @functools.cache
 def _attribute_kinds(domain: str, op: str, version: int) -> Mapping[str, int] | None:
-    """The types of the attributes that an operator of ONNX has in an opset; None for an operator of others."""
+    """Return the types of the attributes that an operator of ONNX has in an opset; None for an operator of others."""
     domain = "" if domain == "ai.onnx" else domain
     if version < 1 or not onnx.defs.has(op, version, domain):
         return None
@@ -265,7 +265,7 @@ def is_sorted(model: ir.Model) -> bool:
 
 
 def _out_of_order(graph: ir.Graph, defined: set[int]) -> tuple[ir.Node, ir.Value] | None:
-    """The first node that reads a value before it is made, with that value; subgraphs are searched too.
+    """Return the first node that reads a value before it is made, with that value; subgraphs are searched too.
 
     `defined` holds ids of values: names may be shadowed in subgraphs.
     """

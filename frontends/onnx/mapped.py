@@ -1,6 +1,6 @@
 """External weights, mapped once per file.
 
-`onnx_ir.ExternalTensor` opens its file anew, by name, each time it is written. A model saved over its own file would
+`onnx_ir.ExternalTensor` opens its file again, by name, each time it is written. A model saved over its own file would
 then read the new bytes through the old offsets. Here a tensor holds a view of one shared mapping: the mapping keeps
 the old file alive, so a model that was loaded stays what it was whatever happens to the name.
 """
@@ -29,7 +29,7 @@ class MappedFile:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else None
 
     def view(self, offset: int, length: int) -> memoryview:
-        """The bytes [offset, offset + length) without copying them."""
+        """Return the bytes [offset, offset + length) without copying them."""
         return memoryview(self._map)[offset : offset + length] if self._map is not None and length else memoryview(b"")
 
     def drop_pages(self, offset: int, length: int) -> None:
@@ -60,7 +60,7 @@ class MappedTensor(ir.ExternalTensor):
         self._view = file.view(tensor.offset or 0, tensor.nbytes)
 
     def numpy(self) -> npt.NDArray[Any]:
-        """The weights as a read-only array over the mapping (sub-byte types are unpacked into memory)."""
+        """Return the weights as a read-only array over the mapping (sub-byte types are unpacked into memory)."""
         if self.size == 0:
             return np.zeros(self.shape.numpy(), dtype=self.dtype.numpy())
         if self.dtype.bitwidth < 8:
@@ -73,7 +73,7 @@ class MappedTensor(ir.ExternalTensor):
         return self.numpy().__array__(dtype)
 
     def tobytes(self) -> bytes:
-        """A copy of the stored bytes, little endian."""
+        """Return a copy of the stored bytes, little endian."""
         return bytes(self._view)
 
     def tofile(self, file: Any) -> None:
@@ -105,7 +105,7 @@ class DataFolder:
         return tuple(self._files)
 
     def tensor(self, tensor: ir.ExternalTensor) -> ir.ExternalTensor:
-        """The same tensor over a mapping.
+        """Return the same tensor over a mapping.
 
         Raises:
             InputError: the file is missing, unreadable, too short or outside the folder of the model, or the declared

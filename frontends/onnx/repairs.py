@@ -1,6 +1,6 @@
 """Make of a file what onnxruntime makes of it: weights defined twice, weights without a name, sparse weights, names.
 
-Files that need nothing are handed on as they are. Otherwise a copy is changed, or the message itself where nobody else
+Files that need nothing are handed on as they are. Otherwise a copy is changed, or the message itself where no one else
 holds it.
 """
 
@@ -30,7 +30,7 @@ def repaired(proto: onnx.ModelProto, *, own: bool) -> onnx.ModelProto:
 
     Args:
         proto: the model.
-        own: nobody else holds `proto`, so that it may be changed.
+        own: no one else holds `proto`, so it may be changed.
 
     Raises:
         InputError: two definitions of one name differ in shape or type; a sparse tensor is damaged.
@@ -115,7 +115,7 @@ def _repair_weights(graph: onnx.GraphProto) -> None:
 
 
 def _held(node: onnx.NodeProto) -> onnx.TensorProto | None:
-    """The tensor of a Constant node; None for its other forms."""
+    """Return the tensor of a Constant node; None for its other forms."""
     return next((attribute.t for attribute in node.attribute if attribute.HasField("t")), None)
 
 
@@ -130,7 +130,10 @@ def _densify_constants(nodes: Iterable[onnx.NodeProto]) -> None:
 
 
 def _dense(sparse: onnx.SparseTensorProto, label: str) -> onnx.TensorProto:
-    """The tensor with its zeros; indices are places in the flat tensor, or one row of coordinates for each value."""
+    """Return the tensor with its zeros.
+
+    Indices are places in the flat tensor, or one row of coordinates for each value.
+    """
     shape = tuple(sparse.dims)
     try:
         values, indices = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)

@@ -38,7 +38,7 @@ def _held(node: fx.Node) -> Any:
 
 
 def _settings(module: nn.Module) -> Iterator[str]:
-    """Classes, settings and hooks of a module and of all modules below it; tensors are inputs of the node."""
+    """Yield classes, settings and hooks of a module and of all modules below it; tensors are inputs of the node."""
     for path, one in module.named_modules():
         yield f"{path}: {type(one).__module__}.{type(one).__qualname__}"
         for name, value in sorted(vars(one).items()):

@@ -42,7 +42,8 @@ class Traced:
 def from_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any, method: str) -> Traced:
     """Trace a module with example inputs.
 
-    Errors: `InputError` where the module does not run with them, `UnsupportedError` where no graph can be made.
+    Raises:
+        InputError: the module does not run with them, `UnsupportedError` where no graph can be made.
     """
     load_table()
     with _functions_seen() as seen:
@@ -120,7 +121,7 @@ def _refuse_packed(module: nn.Module, function: str, cause: Exception) -> None:
 
 
 def from_graph_module(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
-    """A GraphModule as it is, shapes from the example inputs, or from its own metadata where there are none."""
+    """Return a GraphModule as it is, shapes from the example inputs, or from its own metadata where there are none."""
     load_table()
     if args or kwargs:
         try:
@@ -144,7 +145,7 @@ def from_graph_module(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dic
 
 
 def from_exported(program: Any) -> Traced:
-    """An ExportedProgram: its graph carries the shapes; parameters are lifted to placeholders."""
+    """Return an ExportedProgram: its graph carries the shapes; parameters are lifted to placeholders."""
     load_table()
     signature = program.graph_signature
     lifted = {
@@ -163,7 +164,7 @@ def from_exported(program: Any) -> Traced:
 
 
 def _normalizes_by_batch(node: fx.Node) -> bool:
-    """Whether a node is a batch normalization that trains."""
+    """Return whether a node is a batch normalization that trains."""
     if not isinstance(node.target, torch._ops.OpOverload) or "batch_norm" not in node.target._schema.name:
         return False
     names = [a.name for a in node.target._schema.arguments]
@@ -193,7 +194,7 @@ def unknown(traced: Traced) -> set[str]:
 
 
 def is_changed(module: nn.Module) -> bool:
-    """Whether one module computes something else than its class: by hooks, or a forward that was put onto it."""
+    """Return whether one module computes something else than its class: by hooks, or a forward that was put onto it."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
@@ -266,7 +267,7 @@ def _symbolic(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
 
 
 def dynamic_axes(dynamic: Any, arguments: Mapping[str, Any]) -> dict[str, set[int]]:
-    """Axes that `torch.export`'s ``dynamic_shapes`` calls dynamic, by argument."""
+    """Return axes that `torch.export`'s ``dynamic_shapes`` calls dynamic, by argument."""
     if not dynamic:
         return {}
     if not isinstance(dynamic, Mapping):

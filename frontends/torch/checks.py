@@ -14,7 +14,9 @@ from cipm_ir.errors import InputError, UnsupportedError
 def check_readable(source: Any, example_inputs: Any, example_kwargs: Mapping[str, Any] | None) -> None:
     """Refuse scripted modules, modules that were never run, and inputs that are no dense tensors.
 
-    Errors: `UnsupportedError`, `InputError`.
+    Raises:
+        UnsupportedError: a feature of the input is not supported.
+        InputError: the model or the data cannot be used.
     """
     if isinstance(source, torch.jit.ScriptModule):
         raise UnsupportedError(
@@ -35,7 +37,7 @@ def check_readable(source: Any, example_inputs: Any, example_kwargs: Mapping[str
 
 
 def _tensors(examples: tuple[Any, Mapping[str, Any]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors with the place where they stand."""
+    """Yield tensors with the place where they stand."""
     args, kwargs = examples
     listed = args if isinstance(args, tuple | list) else (args,)
     yield from ((str(k), x) for k, value in enumerate(listed) for x in _leaves(value))

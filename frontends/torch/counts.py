@@ -39,7 +39,7 @@ _FOURIER = {"_fft_r2c": True, "_fft_c2r": True, "_fft_c2c": False}
 
 
 def count_call(name: str, run: Callable[[], Any]) -> tuple[int | None, str]:
-    """Multiply-accumulates of an operation; None and the reason where unknown.
+    """Return multiply-accumulates of an operation; None and the reason where unknown.
 
     Args:
         name: of the operation, without its overload.
@@ -85,7 +85,7 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _own_formula(name: str, args: Any, out: Any) -> int | None:
-    """Products that torch's flop counter leaves out."""
+    """Return products that torch's flop counter leaves out."""
     if name in _FOURIER:
         signal = args[0] if args[0].numel() >= out.numel() else out
         dims = [args[1]] if isinstance(args[1], int) else list(args[1])

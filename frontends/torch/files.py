@@ -17,9 +17,10 @@ from cipm_ir.errors import InputError
 
 
 def read_exported(path: str) -> Any:
-    """The `torch.export.ExportedProgram` that a .pt2 file holds.
+    """Return the `torch.export.ExportedProgram` that a .pt2 file holds.
 
-    Errors: `InputError` (no such file, not such a file).
+    Raises:
+        InputError: there is no such file, or it holds no exported program.
     """
     if not os.path.isfile(path):
         raise InputError(f"There is no file {path!r}.")
@@ -33,7 +34,8 @@ def read_exported(path: str) -> Any:
 def build(spec: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """Call ``module:function`` (or ``file.py:function``), which gives a program, or (module, args) or with kwargs too.
 
-    Errors: `InputError` naming what is missing, or what the function raised.
+    Raises:
+        InputError: the message names what is missing, or what the function raised.
     """
     where, _, name = spec.rpartition(":")
     module = _imported(where)

@@ -33,8 +33,10 @@ def load_torch(
         dynamic_shapes: as in `torch.export.export`; sizes that it does not name are taken as fixed.
         method: for an `nn.Module`: "symbolic" (`torch.fx` tracing), "export", or "auto": the first where it works.
 
-    Errors: `InputError` (example inputs missing or not fitting, weights without numbers), `UnsupportedError` (no graph
-        can be made, sparse or quantized weights), `OptionError` (unknown method).
+    Raises:
+        InputError: example inputs are missing or do not fit, or weights hold no numbers.
+        UnsupportedError: no graph can be made, or weights are sparse or quantized.
+        OptionError: the method is unknown.
     """
     if method not in METHODS:
         raise OptionError(f"There is no method {method!r}; use one of {', '.join(METHODS)}.")
@@ -72,7 +74,7 @@ def _load(source: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_sh
 
 
 def _functional(traced: Traced, source: Any, kind: Any, given: Any, dynamic: Any, method: str) -> Capture | None:
-    """Read a program anew whose writes in place cannot be expressed: as an exported one without any.
+    """Read a program again whose writes in place cannot be expressed: as an exported one without any.
 
     None where the caller asked for tracing, or where torch cannot do that.
     """

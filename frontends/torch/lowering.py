@@ -113,7 +113,7 @@ class Lowerer:
         return self._call(entry, bound.args, bound.kwargs)
 
     def _inlined(self, name: str, inner: fx.GraphModule, operands: tuple[Any, ...]) -> Any:
-        """What a nested graph computes; all its nodes must be known."""
+        """Return what a nested graph computes; all its nodes must be known."""
         b, env, given = self.lowering, dict[fx.Node, Any](), iter(operands)
         out = b.out
         for node in inner.graph.nodes:
@@ -173,7 +173,7 @@ class Lowerer:
                 number.built = None
 
     def _opaque(self, node: fx.Node, args: Any, kwargs: Any, reason: str, through: Mapping[str, Any]) -> Any:
-        """A node that takes every tensor it could read; what reaches it can move as far as ``through`` says."""
+        """Return a node that takes every tensor it could read; what reaches it can move as far as ``through`` says."""
         b = self.lowering
         operands = [x for x in leaves((args, kwargs)) if isinstance(x, Tensor | Number)]
         name = bare_name(node.target)[0]
@@ -204,7 +204,7 @@ class Lowerer:
         return pytree.tree_map(lambda x: next(found) if is_tensor(x) else x, b.out, is_leaf=is_tensor)
 
     def _cost(self, node: fx.Node) -> dict[str, str]:
-        """What an opaque call costs, for `cipm_ir.ops.costs`."""
+        """Return what an opaque call costs, for `cipm_ir.ops.costs`."""
         try:
             run = rerun(self.traced.root, node, self.traced.fakes)
         except ShapeError as error:
@@ -230,7 +230,7 @@ class Lowerer:
         return tuple(own)
 
     def _free(self, name: str) -> str:
-        """A name for a value that no parameter has."""
+        """Return a name for a value that no parameter has."""
         while name in self.parameters.state:
             name += "_"
         return name
@@ -252,7 +252,7 @@ class Lowerer:
             value.shape = ir.Shape(shape)
 
     def _overwritten(self, node: fx.Node, target: Any, operands: Any) -> tuple[str, ...]:
-        """A write that cannot be expressed: nobody knows what holds afterwards in all that shares the memory."""
+        """Return a write that cannot be expressed: the memory that shares it has unknown contents afterwards."""
         self.refused_writes = True
         if not isinstance(target, fx.Node):
             raise UnsupportedError(f"Node {node.name!r} ({node.target}) changes something in place that is not known.")
@@ -335,7 +335,7 @@ class Lowerer:
 
 
 def _entries(out: Any, operands: list[Any], through: Mapping[str, Any]) -> int | None:
-    """Entries that a call costs in proportion to; see `cipm_ir.ops.costs`. None where a size is dynamic."""
+    """Return entries that a call costs in proportion to; see `cipm_ir.ops.costs`. None where a size is dynamic."""
     sizes = [*static_shape(out), *([operands[0].dims[-1]] if "stacked" in through else [])]
     known = [n for n in sizes if n is not None]
     return math.prod(known) if len(known) == len(sizes) else None

@@ -24,13 +24,13 @@ class Memory:
         self.position = {node: k for k, node in enumerate(traced.graph.nodes)}
 
     def written(self, node: fx.Node) -> list[Any]:
-        """The arguments that a node changes."""
+        """Return the arguments that a node changes."""
         if node.op == "call_module":
             return list(node.args[:1]) if getattr(self.modules[str(node.target)], "inplace", False) is True else []
         return written(node.target, node.args, node.kwargs) if node.op in ("call_function", "call_method") else []
 
     def check(self, node: fx.Node, targets: list[Any]) -> None:
-        """A write is expressed by a new value for the first argument: only where nobody reads it through a view."""
+        """A write is expressed by a new value for the first argument: only where it is not read through a view."""
         target = targets[0]
         if len(targets) > 1 or target is not node.args[0]:
             raise UnsupportedPattern("it writes into another argument than its first")
@@ -43,7 +43,7 @@ class Memory:
                 raise UnsupportedPattern(f"it changes memory in place that {other.name!r} shares")
 
     def _counts(self, write: fx.Node, target: Any) -> bool:
-        """Whether a batch normalization of a module that is read counts its batches, which nothing else uses."""
+        """Return whether a batch normalization of a module that is read counts its batches, which nothing else uses."""
         held = self.sharing(target) if isinstance(target, fx.Node) else []
         counter = any(self.state(n).rpartition(".")[2] == "num_batches_tracked" for n in held)
         alone = not write.users and {user for n in held for user in n.users} == {write}
@@ -56,15 +56,15 @@ class Memory:
         return None if found is None else found.entry
 
     def state(self, node: fx.Node) -> str:
-        """The name of the parameter or buffer that a node fetches; empty where it fetches none."""
+        """Return the name of the parameter or buffer that a node fetches; empty where it fetches none."""
         return str(node.target) if node.op == "get_attr" else self.traced.lifted.get(node.name, "")
 
     def read_after(self, node: fx.Node, write: fx.Node) -> bool:
-        """Whether something reads a node after a write."""
+        """Return whether something reads a node after a write."""
         return any(self.position[user] > self.position[write] for user in node.users)
 
     def sharing(self, target: fx.Node) -> list[fx.Node]:
-        """A node and all that may share its memory."""
+        """Return a node and all that may share its memory."""
         return [target, *(n for n in self.marked.get(self.aliases.get(target), ()) if n is not target)]
 
     def share(self, node: fx.Node, made: Any, own: tuple[str, ...], targets: list[Any], source_made: Any) -> None:

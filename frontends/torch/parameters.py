@@ -32,7 +32,7 @@ class Parameters:
         self.overlaps: dict[int, str] = {}
 
     def tensor(self, path: str) -> Tensor:
-        """The initializer of a parameter or buffer; one for all names that share its storage."""
+        """Return the initializer of a parameter or buffer; one for all names that share its storage."""
         if path in self.values:
             return self.values[path]
         tensor = self.state[path]
@@ -57,7 +57,7 @@ class Parameters:
         return made
 
     def _permuted(self, path: str, tensor: torch.Tensor, storage: int) -> tuple[str, tuple[int, ...]] | None:
-        """The parameter whose axes, permuted, this one is, in the same memory."""
+        """Return the parameter whose axes, permuted, this one is, in the same memory."""
         other = self.overlaps.get(storage)
         first = None if other is None else self.state[other]
         if first is None or first.dtype != tensor.dtype or first.storage_offset() != tensor.storage_offset():
@@ -82,7 +82,10 @@ class Parameters:
 
 
 def _state(traced: Traced) -> tuple[dict[str, Any], set[str]]:
-    """Every tensor by dotted name, names that share a tensor included; and which are constants made by tracing."""
+    """Return every tensor by dotted name, names that share a tensor included.
+
+    And which are constants made by tracing.
+    """
     if traced.exported is not None:
         return {**traced.exported.constants, **traced.exported.state_dict}, set()
     root = traced.root

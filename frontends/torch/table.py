@@ -128,30 +128,30 @@ def load_table() -> None:
 
 
 def entry_names() -> list[str]:
-    """Names of all operations that are known."""
+    """Return names of all operations that are known."""
     load_table()
     return sorted(_FUNCTIONS)
 
 
 def module_entry(kind: type[nn.Module]) -> ModuleEntry | None:
-    """The entry of exactly this class: a subclass may compute something else."""
+    """Return the entry of exactly this class: a subclass may compute something else."""
     return _MODULES.get(kind)
 
 
 def module_classes() -> list[type[nn.Module]]:
-    """All module classes that are known."""
+    """Return all module classes that are known."""
     load_table()
     return list(_MODULES)
 
 
 def function_entry(target: Any) -> Entry | None:
-    """The entry of a function, a method's name, or an aten overload."""
+    """Return the entry of a function, a method's name, or an aten overload."""
     name, aten = bare_name(target)
     return (_FUNCTIONS.get("aten." + name) if aten else None) or _FUNCTIONS.get(name)
 
 
 def bare_name(target: Any) -> tuple[str, bool]:
-    """Name of an operation without the in-place underscore, and whether it is an aten overload."""
+    """Return the name of an operation without the in-place underscore, and whether it is an aten overload."""
     if isinstance(target, torch._ops.OpOverload):
         return _overload_name(target)
     name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
@@ -191,7 +191,10 @@ def _functional(name: str) -> str:
 
 
 def written(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The arguments that a function or method changes: its first one in place, or what it is given as ``out``."""
+    """Return the arguments that a function or method changes.
+
+    Its first one in place, or what it is given as ``out``.
+    """
     if isinstance(target, torch._ops.OpOverload):
         found = [args[k] if k < len(args) else kwargs.get(name) for k, name in _overload_writes(target)]
     else:

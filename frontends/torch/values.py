@@ -41,7 +41,7 @@ _COMPLEX = {"Abs", "Add", "Sub", "Mul", "Div", "Neg", "MatMul", "Einsum"}
 
 
 def onnx_dtype(dtype: torch.dtype) -> ir.DataType:
-    """Element type of the IR; refused where ONNX has none."""
+    """Return element type of the IR; refused where ONNX has none."""
     found = _DTYPES.get(dtype)
     if found is None:
         try:
@@ -95,7 +95,7 @@ class Number:
         return self.built
 
     def known(self) -> int | float | bool:
-        """The number; refused where it is dynamic."""
+        """Return the number; refused where it is dynamic."""
         if self.hint is None:
             raise UnsupportedPattern("a number that depends on a dynamic size")
         return self.hint
@@ -162,7 +162,7 @@ class Lowering:
         return outputs
 
     def fresh(self, what: str, dtype: torch.dtype, shape: Dims | None) -> Tensor:
-        """A value that the node being lowered computes."""
+        """Return a value that the node being lowered computes."""
         self.count += 1
         value = ir.Value(name=f"{self.name}/{what}{self.count}", type=ir.TensorType(onnx_dtype(dtype)))
         if shape is not None:
@@ -171,7 +171,7 @@ class Lowering:
 
     # ------------------------------------------------------------ operands
     def operand(self, x: Operand, like: torch.dtype | None = None) -> ir.Value | None:
-        """The IR value of an operand; Python numbers become constants of type ``like``."""
+        """Return the IR value of an operand; Python numbers become constants of type ``like``."""
         if x is None:
             return None
         if isinstance(x, Tensor | Number):
@@ -181,7 +181,7 @@ class Lowering:
         return self.const(x, like or torch.float32).value
 
     def const(self, array: Array | int | float | bool, dtype: torch.dtype | None = None) -> Tensor:
-        """A constant; arrays keep their type unless ``dtype`` says."""
+        """Return a constant; arrays keep their type unless ``dtype`` says."""
         self.count += 1
         name = f"{self.name}/const{self.count}"
         if dtype is None:
@@ -199,7 +199,7 @@ class Lowering:
         return Tensor(value, kind, tuple(tensor.shape.numpy()))
 
     def ints(self, numbers: Sequence[int | Number]) -> Tensor:
-        """A 1-D int64 tensor of sizes or positions; a constant where all are written in the program."""
+        """Return a 1-D int64 tensor of sizes or positions; a constant where all are written in the program."""
         if all(not isinstance(n, Number) for n in numbers):
             return self.const(np.asarray(numbers, np.int64))
         parts: list[Operand] = []
@@ -211,7 +211,7 @@ class Lowering:
         return self.op("Concat", *parts, axis=0, shape=(len(parts),), dtype=torch.int64)
 
     def size(self, x: Tensor, axis: int) -> Number:
-        """The size of an axis, as a number that follows the tensor."""
+        """Return the size of an axis, as a number that follows the tensor."""
         axis = self.axis(x, axis)
 
         def make() -> ir.Value:
@@ -221,7 +221,7 @@ class Lowering:
         return Number(make, x.dims[axis])
 
     def axis(self, x: Tensor | int, dim: int | Number) -> int:
-        """A non-negative axis of a tensor (or of a rank)."""
+        """Return a non-negative axis of a tensor (or of a rank)."""
         rank = x if isinstance(x, int) else x.rank
         number = int(known(dim))
         if not -max(rank, 1) <= number < max(rank, 1):
@@ -253,7 +253,7 @@ class Lowering:
         return self.op("Cast", x, to=int(onnx_dtype(dtype)), dtype=dtype, shape=x.shape)
 
     def tensor(self, x: Operand, dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor of an operand: numbers become scalars; cast to ``dtype`` where it is given."""
+        """Return a tensor of an operand: numbers become scalars; cast to ``dtype`` where it is given."""
         if isinstance(x, Number):
             x = Tensor(x.value, x.dtype, ())
         if isinstance(x, Tensor):
@@ -287,12 +287,12 @@ def _whole(hint: int | float | bool | None) -> int | None:
 
 
 def known(x: Any) -> Any:
-    """A Python number; of a number computed from sizes its value, refused where that is dynamic."""
+    """Return a Python number; of a number computed from sizes its value, refused where that is dynamic."""
     return x.known() if isinstance(x, Number) else x
 
 
 def static_shape(fake: torch.Tensor) -> Dims:
-    """Sizes of a tensor; None where they are symbolic."""
+    """Return sizes of a tensor; None where they are symbolic."""
     return tuple([int(d) if type(d) is int else None for d in fake.shape])
 
 
@@ -316,7 +316,7 @@ def attribute_of(name: str, value: Any) -> ir.Attr:
 
 
 def transposed(graph: ir.Graph, x: Tensor, perm: Sequence[int], name: str) -> Tensor:
-    """A parameter with its axes permuted, under a name of its own."""
+    """Return a parameter with its axes permuted, under a name of its own."""
     shape = tuple(x.dims[p] for p in perm)
     value = ir.Value(name=f"{name}/view", type=x.value.type, shape=ir.Shape(shape))
     attrs = {"perm": ir.AttrInt64s("perm", list(perm))}
@@ -325,7 +325,7 @@ def transposed(graph: ir.Graph, x: Tensor, perm: Sequence[int], name: str) -> Te
 
 
 def leaves(value: Any) -> list[Any]:
-    """Everything in a structure of arguments or results."""
+    """Return everything in a structure of arguments or results."""
     if isinstance(value, Mapping):
         return [leaf for v in value.values() for leaf in leaves(v)]
     if isinstance(value, tuple | list):

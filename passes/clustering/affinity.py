@@ -69,7 +69,10 @@ class Affinities:
 
 
 def _put_aside(matrix: Floats) -> Floats:
-    """A matrix, or where it is large a mapping of a temporary file with its entries: a network has many of them."""
+    """Return a matrix, or where it is large a mapping of a temporary file with its entries.
+
+    A network has many of them.
+    """
     if matrix.nbytes < _LARGE:
         return matrix
     try:
@@ -82,7 +85,11 @@ def _put_aside(matrix: Floats) -> Floats:
 
 
 def weight_affinities(program: Program, spaces: Sequence[Space], measure: str, progress: Progress) -> Affinities:
-    """By weights: correlation, cosine or distance of rows. Errors: `OptionError` for a measure that needs data."""
+    """By weights: correlation, cosine or distance of rows.
+
+    Raises:
+        OptionError: a measure that needs data.
+    """
     if not MEASURES[measure].weights:
         raise OptionError(f"measure={measure} compares activations; use by=activations and give data=.")
     weights, found = Weights(program), Affinities("weights")
@@ -99,7 +106,9 @@ def activation_affinities(
 ) -> Affinities:
     """By activations on at most ``limit`` samples; a space whose units no value shows is compared by its weights.
 
-    Errors: `OptionError` for a measure of weights; `InputError` for data that does not fit.
+    Raises:
+        OptionError: a measure of weights.
+        InputError: data that does not fit.
     """
     if not MEASURES[measure].activations:
         raise OptionError(f"measure={measure} compares weights; use by=weights.")

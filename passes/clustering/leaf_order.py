@@ -71,7 +71,7 @@ def _shortest(a: Floats, b: Floats) -> Floats:
 
 
 def _traced(root: _Node, far: Floats) -> Order:
-    """The order behind the least entry of the root, from the top down."""
+    """Return the order behind the least entry of the root, from the top down."""
     if root.best is None:
         return root.leaves
     u, w = np.unravel_index(int(np.argmin(root.best)), root.best.shape)

@@ -14,7 +14,7 @@ Labels = npt.NDArray[np.int64]
 
 
 def off_diagonal(affinity: Floats) -> Floats:
-    """A copy with zeros on the diagonal; all ones beside it where there is nothing else."""
+    """Return a copy with zeros on the diagonal; all ones beside it where there is nothing else."""
     inner = np.asarray(affinity, np.float64) - np.diag(np.diag(affinity))
     if len(inner) > 1 and not inner.any():
         inner = np.ones_like(inner) - np.eye(len(inner))
@@ -29,7 +29,10 @@ def block_mass(affinity: Floats, label: Labels) -> float:
 
 
 def bandwidth(affinity: Floats) -> float:
-    """Mean distance |i - j| weighted by affinity, over what equal entries would give, (n + 1) / 3. Below 1: a band."""
+    """Return mean distance |i - j| weighted by affinity, over what equal entries would give, (n + 1) / 3.
+
+    Below 1: a band.
+    """
     inner = off_diagonal(affinity)
     n = len(inner)
     place = np.arange(n)
@@ -55,7 +58,7 @@ def effective_dimension(correlation: Floats) -> float:
 
 
 def equal_blocks(size: int, count: int) -> Labels:
-    """Labels of `count` blocks of equal size (up to one unit), in order."""
+    """Return labels of `count` blocks of equal size (up to one unit), in order."""
     return np.asarray(np.arange(size) * min(count, size) // size, np.int64)
 
 

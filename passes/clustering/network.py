@@ -59,7 +59,7 @@ def _indicators(label: Labels) -> Floats:
 
 
 def _beyond_degrees(block: Floats) -> Floats:
-    """The block less the product of its row and column sums, in units of its mean row sum."""
+    """Return the block less the product of its row and column sums, in units of its mean row sum."""
     rows, columns, total = block.sum(axis=1), block.sum(axis=0), float(block.sum())
     if not total:
         return block

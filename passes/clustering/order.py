@@ -34,7 +34,11 @@ _SEED = 0
 
 
 def order_units(affinity: Floats, method: str) -> Order:
-    """The order of a method by name, see `METHODS`. Errors: `OptionError` for an unknown one."""
+    """Return the order of a method by name, see `METHODS`.
+
+    Raises:
+        OptionError: an unknown one.
+    """
     if method not in METHODS:
         raise OptionError(f"There is no method {method!r} for ordering; there are {', '.join(METHODS)}.")
     n = len(affinity)
@@ -44,7 +48,7 @@ def order_units(affinity: Floats, method: str) -> Order:
 
 
 def checked(affinity: Floats) -> Floats:
-    """The affinity as float64, made symmetric, with what is not finite as 0 and a diagonal of ones."""
+    """Return the affinity as float64, made symmetric, with what is not finite as 0 and a diagonal of ones."""
     clean = np.nan_to_num(np.asarray(affinity, np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     clean = clean + clean.T
     clean /= 2
@@ -54,7 +58,10 @@ def checked(affinity: Floats) -> Floats:
 
 
 def forwards(order: Order) -> Order:
-    """The order or its reverse, whichever goes with the old places: an order and its reverse are equally good."""
+    """Return the order or its reverse, whichever goes with the old places.
+
+    An order and its reverse are equally good.
+    """
     centred = np.arange(len(order)) - (len(order) - 1) / 2
     return np.asarray(order if centred @ order >= 0 else order[::-1], np.int64)
 
@@ -160,7 +167,7 @@ def _chained(edges: Floats, parts: list[Order]) -> Order:
 
 # ------------------------------------------------------------ path
 def path_order(affinity: Floats) -> Order:
-    """A short Hamiltonian path over 1 - affinity, as Neural Metamorphosis (Yang et al. 2024) orders channels.
+    """Return a short Hamiltonian path over 1 - affinity, as Neural Metamorphosis (Yang et al. 2024) orders channels.
 
     Starts from the leaf order; then reversals that bring a unit beside one of its nearest (2-opt with neighbour lists,
     Johnson and McGeoch 1997), until none shortens the path.
@@ -175,7 +182,7 @@ def path_order(affinity: Floats) -> Order:
 
 
 def path_length(affinity: Floats, order: Order) -> float:
-    """Sum of 1 - affinity over neighbours."""
+    """Return the sum of 1 - affinity over neighbours."""
     return float(distances(affinity)[order[:-1], order[1:]].sum())
 
 
@@ -222,7 +229,7 @@ def community_labels(affinity: Floats, resolution: float = 1.0) -> Order:
 
 
 def nearest_graph(affinity: Floats) -> nx.Graph[int]:
-    """Units as nodes; an edge where one is among the strongest neighbours of the other."""
+    """Return units as nodes; an edge where one is among the strongest neighbours of the other."""
     n = len(affinity)
     count = min(_NEIGHBOURS, n - 1)
     inner = affinity - np.diag(np.diag(affinity))
@@ -252,7 +259,7 @@ def grouped_order(affinity: Floats, label: Order) -> Order:
 
 
 def module_means(affinity: Floats, label: Order) -> Floats:
-    """Mean affinity between modules, (modules, modules)."""
+    """Return mean affinity between modules, (modules, modules)."""
     hot = np.eye(int(label.max()) + 1)[label]
     size = hot.sum(axis=0)
     return np.asarray(hot.T @ affinity @ hot / np.outer(size, size), np.float64)

@@ -72,7 +72,10 @@ def measure_all(shown: Shown) -> dict[str, Any]:
 
 
 def by_chance(found: Affinities, method: str, resolution: float, rng: np.random.Generator) -> dict[str, Any]:
-    """What the method makes of the same matrices with their entries shuffled: numbers to hold the real ones against."""
+    """Return what the method makes of the same matrices with their entries shuffled.
+
+    Numbers to hold the real ones against.
+    """
     shuffled = []
     for matrix in found.affinity:
         above = np.triu_indices(len(matrix), 1)
@@ -98,7 +101,7 @@ def _weight_mass(shown: Shown, *, moved: bool) -> float:
 
 
 def summary_of(shown: Shown, metrics: Mapping[str, Any], moved: int) -> str:
-    """One line for people."""
+    """Return one line for people."""
     modules = sum(entry["modules"] for entry in metrics["spaces"].values())
     if shown.made.shared:
         modules = len(np.unique(np.concatenate(shown.made.modules)))
@@ -155,7 +158,7 @@ def _bars(spaces: Mapping[str, Mapping[str, Any]]) -> Iterator[Figure]:
 
 
 def _coupling_maps(shown: Shown) -> Iterator[Figure]:
-    """The weights between neighbours: what `aligned` makes diagonal by blocks."""
+    """Yield the weights between neighbours: what `aligned` makes diagonal by blocks."""
     for (i, j), bound in shown.couplings.items():
         after = bound[np.ix_(shown.made.orders[i], shown.made.orders[j])]
         one, two = shown.found.spaces[i].name, shown.found.spaces[j].name

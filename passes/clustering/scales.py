@@ -140,7 +140,7 @@ def _mixed(one: Floats, two: Floats, strength: float) -> Floats:
 def _along(
     near: Sequence[tuple[int, Floats]], made: Arrangement, affinity: Floats, method: str, resolution: float
 ) -> tuple[Order, Labels]:
-    """The order of the method, its modules sorted by the mean place (0 to 1) of what they are bound to."""
+    """Return the order of the method, its modules sorted by the mean place (0 to 1) of what they are bound to."""
     order = order_units(affinity, method)
     label = split(affinity[np.ix_(order, order)], resolution)
     pull, mass = np.zeros(len(order)), np.zeros(len(order))
@@ -174,7 +174,7 @@ def _turned(order: Order, label: Labels, pull: Floats, mass: Floats) -> Order:
 def _network(
     affinities: Sequence[Floats], couplings: Couplings, method: str, resolution: float, strength: float
 ) -> Arrangement:
-    """One affinity over all units of all spaces, one order of it, one set of modules."""
+    """Return one affinity over all units of all spaces, one order of it, one set of modules."""
     sizes = [len(a) for a in affinities]
     joint = joint_affinity(affinities, couplings, strength)
     order = forwards(order_units(joint, method))
@@ -183,7 +183,7 @@ def _network(
 
 
 def _cut_up(order: Order, label: Labels, sizes: Sequence[int]) -> Arrangement:
-    """The order and the modules of the network, space by space."""
+    """Return the order and the modules of the network, space by space."""
     start = np.r_[0, np.cumsum(sizes)]
     space = np.searchsorted(start, order, side="right") - 1
     orders = [order[space == k] - start[k] for k in range(len(sizes))]
@@ -199,7 +199,10 @@ def _network_of_modules(
     strength: float,
     tick: Tick,
 ) -> Arrangement:
-    """The same with the modules of each layer in place of its units; the order inside a module is that of its layer."""
+    """Return the same with the modules of each layer in place of its units.
+
+    The order inside a module is that of its layer.
+    """
     made = _alone(affinities, method, resolution, tick)
     labels = []
     for order, label in zip(made.orders, made.modules, strict=True):

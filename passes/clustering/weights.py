@@ -51,7 +51,8 @@ class Weights:
 
     # ------------------------------------------------------------ inside a space
     def likeness(self, space: Space, measure: str) -> Likeness | None:
-        """How alike the units (or heads) of a space are; None where it has no weights but single numbers per unit.
+        """Return how alike the units (or heads) of a space are; None where it has no weights but single numbers per
+        unit.
 
         Args:
             space: one of the program's.
@@ -80,7 +81,7 @@ class Weights:
         return Likeness(signed, affinity)
 
     def _rows(self, space: Space) -> Iterator[Array]:
-        """One matrix (units, entries) per weight that moves with the space."""
+        """Yield one matrix (units, entries) per weight that moves with the space."""
         table = self.analysis.spaces[self.program.index(space)].table
         blocks, element = self._is_blocks(space), self.analysis.elements_of(self.program.index(space))
         for leaf, f in self._factors:
@@ -132,7 +133,7 @@ class Weights:
         return {key: part / max(float(part.mean()), 1e-300) for key, part in found.items()}
 
     def _pairs(self) -> Iterator[tuple[Leaf, LeafFactor, LeafFactor]]:
-        """Weights with units along two axes."""
+        """Yield weights with units along two axes."""
         by_leaf: dict[int, list[tuple[Leaf, LeafFactor]]] = {}
         for leaf, f in self._factors:
             if not f.groups and len(f.axes) == 1:
@@ -158,7 +159,7 @@ class Weights:
         return scaled
 
     def _evened(self, leaf: Leaf, f: LeafFactor) -> Array:
-        """The weight, where the units along another axis may be rescaled with these evened out."""
+        """Return the weight, where the units along another axis may be rescaled with these evened out."""
         array = self._array(leaf)
         plain = [one for _, one in self._factors if one.leaf == f.leaf and not one.groups and len(one.axes) == 1]
         free = {one.axes[0]: self._scaled[self._classes(one)] for one in plain}
@@ -175,7 +176,7 @@ class Weights:
         return np.asarray(self.analysis.classes.of[f.base : f.base + f.size])
 
     def _array(self, leaf: Leaf) -> Array:
-        """The weight as float32 or float64; looked up once where it is no copy."""
+        """Return the weight as float32 or float64; looked up once where it is no copy."""
         if leaf.name not in self._arrays:
             tensor = _tensor(self.program.model, leaf.name)
             array = np.asarray(tensor.numpy())
@@ -200,7 +201,7 @@ def _tensor(model: ir.Model, name: str) -> ir.TensorProtocol:
 
 
 def rows_of(array: Array, f: LeafFactor) -> Array:
-    """The entries at each position of a factor: (positions, entries), in the order of the factor's atoms."""
+    """Return the entries at each position of a factor: (positions, entries), in the order of the factor's atoms."""
     if f.groups:
         split = array.reshape(f.groups, array.shape[0] // f.groups, *array.shape[1:])
         return np.moveaxis(split, f.axes[-1] + 1, 1).reshape(f.size, -1)
@@ -208,7 +209,7 @@ def rows_of(array: Array, f: LeafFactor) -> Array:
 
 
 def normalized(rows: Array, *, centred: bool) -> Array:
-    """Rows of norm 1, their mean taken off before where ``centred``; rows of zeros stay."""
+    """Return rows of norm 1, their mean taken off before where ``centred``; rows of zeros stay."""
     moved = rows - rows.mean(axis=1, keepdims=True) if centred else rows
     norm = np.linalg.norm(moved, axis=1, keepdims=True)
     # A constant row leaves rounding noise when its mean is taken off.
@@ -223,7 +224,7 @@ def _energy(array: Array, one: int, two: int) -> Floats:
 
 
 def evened(energy: Floats, rows: npt.NDArray[np.bool_] | None, columns: npt.NDArray[np.bool_]) -> Floats:
-    """Factors of the columns that make a weight the same for all scales of the rows and columns that are free.
+    """Return factors of the columns that make a weight the same for all scales of the rows and columns that are free.
 
     Args:
         energy: squares of the weight, (n, m).
@@ -244,7 +245,10 @@ def _factors(sums: Floats, free: npt.NDArray[np.bool_], target: int) -> Floats:
 
 
 def balanced(energy: Floats) -> Floats:
-    """Rows and columns scaled in turn until each row sums to 1 and each column to the same number; zeros stay."""
+    """Return rows and columns scaled in turn until each row sums to 1 and each column to the same number.
+
+    Zeros stay.
+    """
     made = np.asarray(energy, np.float64)
     for _ in range(_BALANCING):
         made = made / np.maximum(made.sum(axis=0, keepdims=True), 1e-300) * (made.shape[0] / made.shape[1])

@@ -115,7 +115,7 @@ def _find_names(graph: ir.Graph) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def _value_names(graph: ir.Graph) -> Iterator[str]:
-    """Every name in use in the graph and its subgraphs; these see each other's."""
+    """Yield every name in use in the graph and its subgraphs; these see each other's."""
     for part in graphs_within(graph):
         values = [*part.inputs, *part.initializers.values(), *(v for node in part for v in node.outputs)]
         yield from (value.name for value in values if value.name)
@@ -147,7 +147,7 @@ def _find_name(value: ir.Value) -> str:
 
 
 def _name_at(node: ir.Node, place: int, value: ir.Value) -> str:
-    """The name according to one node that reads the value."""
+    """Return the name according to one node that reads the value."""
     if not _multiplies(node, place):
         raise UnsupportedPattern(f"a {node.op_type} reads it too")
     linear = _LINEAR.search(node.metadata_props.get(_FX_NODE, ""))
@@ -172,7 +172,7 @@ def _name_at(node: ir.Node, place: int, value: ir.Value) -> str:
 
 
 def _scope_weights(node: ir.Node) -> tuple[str, ...]:
-    """The weights that the innermost module of a node may multiply with, by their full names."""
+    """Return the weights that the innermost module of a node may multiply with, by their full names."""
     # Both lists end with the operation itself; torch.export may write a module's second call as `layer@1`.
     scopes, classes = listed(node.metadata_props.get(_SCOPES)), listed(node.metadata_props.get(_CLASSES))
     if len(scopes) < 2 or len(scopes) != len(classes):
@@ -183,7 +183,7 @@ def _scope_weights(node: ir.Node) -> tuple[str, ...]:
 
 
 def _spelled(name: str) -> str:
-    """A parameter's name as torch.export spells it behind the prefix ``p_``."""
+    """Return a parameter's name as torch.export spells it behind the prefix ``p_``."""
     # It takes `self_` for a trace of its own, also where the name of a module (self_attn) begins so.
     return re.sub(r"[^a-zA-Z0-9]", "_", name.removeprefix("self_")).lower()
 

@@ -86,7 +86,7 @@ class Context:
     sizes: Mapping[str, int] | None = None
 
     def sizes_of(self, program: Program) -> Mapping[str, int]:
-        """Sizes at which the costs of a program are counted; see `Program.count`."""
+        """Return sizes at which the costs of a program are counted; see `Program.count`."""
         if self.sizes is None:
             self.sizes = data_sizes(program.model, self.data)
         return self.sizes
@@ -143,7 +143,7 @@ def option(
     high: float | None = None,
     above: float | None = None,
 ) -> Any:
-    """A field of a pass with a line of documentation and, where not every value makes sense, what is allowed.
+    """Return a field of a pass with a line of documentation and, where not every value makes sense, what is allowed.
 
     ``low`` and ``high`` are included, ``above`` is not; for tuples they hold for each entry, and not for None.
     """

@@ -67,7 +67,7 @@ Figure: TypeAlias = HeatMap | Bars | Curves | Rows
 
 
 def pooled(matrix: npt.ArrayLike, cells: int = 256) -> npt.NDArray[np.float32]:
-    """A matrix of at most ``cells`` rows and columns: means over stretches of equal length, up to one row."""
+    """Return a matrix of at most ``cells`` rows and columns: means over stretches of equal length, up to one row."""
     made = np.asarray(matrix, np.float64)
     for axis in (0, 1):
         size = made.shape[axis]

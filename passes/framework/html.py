@@ -103,13 +103,15 @@ class ReportView(Protocol):
 def write_html(report: ReportView, path: str | os.PathLike[str], title: str = "") -> None:
     """Write a report as one self-contained file, whole or not at all.
 
-    Errors: `OutputError` where it cannot be written; `UnsupportedError` where there are pictures but no matplotlib.
+    Raises:
+        OutputError: it cannot be written.
+        UnsupportedError: there are pictures but no matplotlib.
     """
     write_text(path, render(report, title))
 
 
 def render(report: ReportView, title: str = "") -> str:
-    """The HTML text of a report; the same report gives the same text."""
+    """Return the HTML text of a report; the same report gives the same text."""
     steps = "".join(_step(step) for step in report.steps)
     name = html.escape(title or "CIPM-IR report")
     return (
@@ -177,7 +179,7 @@ def _step(step: StepView) -> str:
 
 
 def _folded(drawn: list[str]) -> list[str]:
-    """The first pictures in sight, the rest behind a line to click on."""
+    """Return the first pictures in sight, the rest behind a line to click on."""
     if len(drawn) <= _MANY + 4:
         return drawn
     rest = "".join(drawn[_MANY:])
@@ -187,7 +189,11 @@ def _folded(drawn: list[str]) -> list[str]:
 
 # ------------------------------------------------------------ pictures
 def draw(figure: Figure) -> str:
-    """One picture or table as an HTML ``figure``. Errors: `UnsupportedError` for a picture without matplotlib."""
+    """Return one picture or table as an HTML ``figure``.
+
+    Raises:
+        UnsupportedError: a picture without matplotlib.
+    """
     note = f"<br><small>{html.escape(figure.note)}</small>" if getattr(figure, "note", "") else ""
     caption = f"<figcaption>{html.escape(figure.title)}{note}</figcaption>"
     if isinstance(figure, HeatMap):
@@ -204,7 +210,7 @@ def draw(figure: Figure) -> str:
 
 
 def check_matplotlib() -> None:
-    """Raises: UnsupportedError, saying how to get it, where matplotlib cannot be imported."""
+    """Raise `UnsupportedError`, saying how to get it, where matplotlib cannot be imported."""
     _matplotlib()
 
 

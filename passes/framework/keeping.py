@@ -20,7 +20,8 @@ def check_kept(
         dry: only the report is wanted.
         report: it is written to a file.
 
-    Errors: `OptionError` for an approximate pass without either, or for both; as `parse_passes`.
+    Raises:
+        OptionError: an approximate pass without either, or for both; as `parse_passes`.
     """
     if output and dry:
         raise OptionError("--dry-run writes no model; leave out -o, or --dry-run.")

@@ -54,9 +54,10 @@ class Option:
 
 
 def options_of(cls: type[Any]) -> tuple[Option, ...]:
-    """The options of a pass class, in the order of its fields.
+    """Return the options of a pass class, in the order of its fields.
 
-    Errors: `OptionError` where an annotation is not one that can be written as text.
+    Raises:
+        OptionError: an annotation is not one that can be written as text.
     """
     try:
         hints = typing.get_type_hints(cls)
@@ -80,7 +81,7 @@ def options_of(cls: type[Any]) -> tuple[Option, ...]:
 
 
 def describe_type(annotation: Any) -> str:
-    """An annotation in words."""
+    """Return an annotation in words."""
     if annotation is type(None):
         return "none"
     simple = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
@@ -199,7 +200,8 @@ def _number(value: Any, annotation: type[Any]) -> Any:
 def check_options(made: Any, name: str) -> None:
     """Convert and check every option of a pass that was just made; converted values are stored in it.
 
-    Errors: `OptionError` naming the pass, the option, the value and what is allowed.
+    Raises:
+        OptionError: the message names the pass, the option, the value and what is allowed.
     """
     for option in options_of(type(made)):
         value = checked(getattr(made, option.name), option, name)
@@ -207,7 +209,7 @@ def check_options(made: Any, name: str) -> None:
 
 
 def checked(value: Any, option: Option, name: str) -> Any:
-    """A value that fits an option, converted where it must be."""
+    """Return a value that fits an option, converted where it must be."""
     try:
         fitting = _convert(value, option.annotation)
         if option.choices is not None and fitting is not None:
@@ -235,7 +237,7 @@ def _within(entry: Any, option: Option) -> bool:
 
 
 def print_options(made: Any, name: str) -> str:
-    """The text form of a pass: its name and the options that differ from their defaults."""
+    """Return the text form of a pass: its name and the options that differ from their defaults."""
     given = [
         f"{option.name}={_print_value(getattr(made, option.name))}"
         for option in options_of(type(made))
@@ -273,7 +275,7 @@ def _reads_as_other(text: str) -> bool:
 
 
 def as_share(text: str) -> float | None:
-    """The fraction that a percentage stands for: 0.5 for ``50%`` or ``50``; None where it is none."""
+    """Return the fraction that a percentage stands for: 0.5 for ``50%`` or ``50``; None where it is none."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%?)\s*", text)
     if found is None:
         return None
@@ -284,7 +286,7 @@ def as_share(text: str) -> float | None:
 
 
 def hint(value: Any, option: Option) -> str:
-    """How a value that does not fit would be written, in brackets; empty where that cannot be told."""
+    """Return how a value that does not fit would be written, in brackets; empty where that cannot be told."""
     text = str(value)
     share = as_share(text) if option.high == 1 else None
     if share is not None:

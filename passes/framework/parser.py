@@ -26,7 +26,8 @@ _TOKEN = re.compile(r'\s*(?:(?P<mark>[,{}()=])|(?P<quoted>"(?:[^"\\]|\\.)*")|(?P
 def parse_passes(source: str | Pass | Iterable[str | Pass | type[Pass]]) -> tuple[Pass, ...]:
     """Passes from names, pass objects, or a mix; a text may hold several passes joined by commas.
 
-    Errors: `OptionError` naming pass and option, with what is allowed.
+    Raises:
+        OptionError: the message names pass and option, with what is allowed.
     """
     if isinstance(source, str):
         try:
@@ -49,14 +50,15 @@ def parse_passes(source: str | Pass | Iterable[str | Pass | type[Pass]]) -> tupl
 
 
 def print_passes(passes: Iterable[Pass]) -> str:
-    """The text form of a pipeline; `parse_passes` reads it back."""
+    """Return the text form of a pipeline; `parse_passes` reads it back."""
     return ", ".join(map(str, passes))
 
 
 def make_pass(cls: type[Pass], values: dict[str, Any]) -> Pass:
-    """A pass with these options, by their names.
+    """Return a pass with these options, by their names.
 
-    Errors: `OptionError` for unknown, missing and unfit options.
+    Raises:
+        OptionError: unknown, missing and unfit options.
     """
     options = {option.name: option for option in options_of(cls)}
     for key in values:

@@ -99,7 +99,8 @@ def check_analysis(program: Program) -> None:
 
     Shape inference cannot see every contradiction: behind a computed reshape, for one, it knows no sizes.
 
-    Errors: `InputError` with what the runtime says, where the model can be neither analysed nor run.
+    Raises:
+        InputError: with what the runtime says, where the model can be neither analysed nor run.
     """
     try:
         _ = program.spaces
@@ -113,7 +114,8 @@ def check_analysis(program: Program) -> None:
 def check_properties(passes: Iterable[Pass]) -> None:
     """Refuse an order in which a pass does not get what it requires.
 
-    Errors: `OptionError` naming the pass, the property, and passes that ensure it.
+    Raises:
+        OptionError: the message names the pass, the property, and passes that ensure it.
     """
     have: frozenset[str] = frozenset()
     for one in passes:

@@ -28,7 +28,7 @@ def check_counted(name: str, counted: Count, instead: str) -> None:
 
 
 def within(what: str, cost: float, original: float, budget: float) -> str:
-    """Why a budget asks for nothing: how much there is, and how much there may be."""
+    """Return why a budget asks for nothing: how much there is, and how much there may be."""
     if not original:
         return f"nothing to remove: the model has no {what}"
     share, allowed = cost / original, budget / original
@@ -42,7 +42,7 @@ def listed(names: Sequence[str], limit: int = _NAMED) -> str:
 
 
 def left_alone(refused: Mapping[str, str]) -> str:
-    """Spaces that stay as they are, by reason, in one line; ``refused``: the reason for each by name."""
+    """Return spaces that stay as they are, by reason, in one line; ``refused``: the reason for each by name."""
     by_reason: dict[str, list[str]] = {}
     for name, why in refused.items():
         by_reason.setdefault(why.rstrip("."), []).append(f"@{name}")
@@ -52,18 +52,24 @@ def left_alone(refused: Mapping[str, str]) -> str:
 
 
 def idle(program: Program, what: str) -> str:
-    """Why a pass that moves spaces had nothing to do: what it looked for, and what keeps axes from being spaces."""
+    """Return why a pass that moves spaces had nothing to do.
+
+    What it looked for, and what keeps axes from being spaces.
+    """
     return "; ".join([what, *(pinned_note(program) if program.spaces else pins(program))])
 
 
 def rounding(program: Program) -> str:
-    """Spaces with scales that exact passes leave alone, since powers of two round; empty where there are none."""
+    """Return spaces with scales that exact passes leave alone, since powers of two round.
+
+    Empty where there are none.
+    """
     kept = [f"@{s.name}" for s in program.spaces if not all(s.exact)]
     return f"scales of {listed(kept)} stay, since powers of two round behind an epsilon" if kept else ""
 
 
 def pins(program: Program) -> list[str]:
-    """What keeps the axes of weights from being a space: the nodes that pin most of them, with the reason."""
+    """Return what keeps the axes of weights from being a space: the nodes that pin most of them, with the reason."""
     analysis = program.analysis
     walk, classes = analysis.walk, analysis.classes
     why = np.full(classes.count, -1, np.int64)

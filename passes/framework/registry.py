@@ -44,7 +44,8 @@ P = TypeVar("P", bound=type[Pass])
 def register(name: str) -> Callable[[P], P]:
     """Class decorator that makes a pass known by a name; put it above ``@dataclass(frozen=True)``.
 
-    Errors: `OptionError` for a name that is taken or not of the form `my-pass`, a class that is no frozen dataclass.
+    Raises:
+        OptionError: a name that is taken or not of the form `my-pass`, a class that is no frozen dataclass.
     """
 
     def decorate(cls: P) -> P:
@@ -77,9 +78,10 @@ def _check_class(cls: type[Pass], name: str) -> None:
 
 
 def lookup(name: str) -> type[Pass]:
-    """The class of a pass.
+    """Return the class of a pass.
 
-    Errors: `OptionError` for an unknown name, with the names near it.
+    Raises:
+        OptionError: an unknown name, with the names near it.
     """
     _import_built_in(name)
     if name in _PASSES:
@@ -94,7 +96,7 @@ def lookup(name: str) -> type[Pass]:
 
 
 def names() -> tuple[str, ...]:
-    """The names of all passes, sorted; those of other packages are not imported."""
+    """Return the names of all passes, sorted; those of other packages are not imported."""
     return tuple(sorted({*_BUILT_IN, *_PASSES, *_announced()}))
 
 
@@ -116,7 +118,7 @@ class Listing:
 
 
 def listing() -> tuple[Listing, ...]:
-    """All passes with their documentation and options, sorted by name."""
+    """Return all passes with their documentation and options, sorted by name."""
     return tuple(_listed(name) for name in names())
 
 
@@ -134,7 +136,7 @@ def _announced() -> dict[str, importlib.metadata.EntryPoint]:
 
 
 def _load(point: importlib.metadata.EntryPoint) -> type[Pass]:
-    """The class behind an entry point; a module is imported for what it registers."""
+    """Return the class behind an entry point; a module is imported for what it registers."""
     where = point.dist.name if point.dist is not None else "another package"
     try:
         loaded = point.load()

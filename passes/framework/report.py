@@ -174,7 +174,7 @@ class Report:
         return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
     def renderables(self) -> tuple[Any, ...]:
-        """The table and the lines below it, for a rich console."""
+        """Return the table and the lines below it, for a rich console."""
         return (self._table(), *(Text(line) for line in self._notes()))
 
     def _table(self) -> Table:
@@ -213,7 +213,7 @@ class Report:
         return lines + list(self.notes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as dicts, lists, strings and finite numbers."""
+        """Return everything as dicts, lists, strings and finite numbers."""
         made = {
             "before": vars(self.before),
             "after": vars(self.after),
@@ -233,7 +233,9 @@ class Report:
     def to_html(self, path: str | os.PathLike[str], title: str = "") -> None:
         """Write one self-contained HTML file with tables and pictures, whole or not at all.
 
-        Errors: `OutputError`; `UnsupportedError` where there are pictures and matplotlib (extra ``html``) is missing.
+        Raises:
+            OutputError: the result cannot be written.
+            UnsupportedError: there are pictures and matplotlib (extra ``html``) is missing.
         """
         from cipm_ir.passes.framework.html import write_html
 
@@ -241,19 +243,19 @@ class Report:
 
 
 def space_lines(program: Program) -> tuple[SpaceLine, ...]:
-    """The spaces of a program as the report shows them."""
+    """Return the spaces of a program as the report shows them."""
     return tuple(SpaceLine(space.name, space.kind, space.size, space.admits) for space in program.spaces)
 
 
 def pinned_note(program: Program) -> list[str]:
-    """A note that names what pins axes for want of a rule; none where there is nothing."""
+    """Return a note that names what pins axes for want of a rule; none where there is nothing."""
     names = [f"{node.op} {node.name!r}" for node in program.opaque]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return [f"what reaches {', '.join(names[:3])}{more} is pinned, for want of a rule"] if names else []
 
 
 def opaque_lines(program: Program) -> tuple[str, ...]:
-    """The opaque nodes of a program, one text each."""
+    """Return the opaque nodes of a program, one text each."""
     return tuple(f"{node.op} {node.name!r}: {node.reason}" for node in program.opaque)
 
 
@@ -280,7 +282,10 @@ def _shown(error: float | None) -> str:
 
 
 def _share(verification: Verification | None) -> str:
-    """The largest difference as a share of what the model's own rounding allows there; "" where no such limit held."""
+    """Return the largest difference as a share of what the model's own rounding allows there.
+
+    "" where no such limit held.
+    """
     known = verification is not None and verification.ok and verification.share
     return f" ({verification.share:.0%})" if verification and known else ""
 
@@ -296,7 +301,10 @@ def _verification(verification: Verification | None) -> dict[str, Any] | None:
 
 
 def as_plain(value: Any) -> Any:
-    """A value as JSON knows it: numpy scalars and arrays unwrapped, infinities and NaN as text, the rest as `str`."""
+    """Return a value as JSON knows it.
+
+    Numpy scalars and arrays unwrapped, infinities and NaN as text, the rest as `str`.
+    """
     if isinstance(value, Mapping):
         return {str(key): as_plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

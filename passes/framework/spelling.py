@@ -16,7 +16,7 @@ _PAIR = re.compile(
 
 
 def respelled(name: str, rest: str, options: tuple[Option, ...]) -> str:
-    """The pass with its options in braces, as far as they can be told; else what the form looks like.
+    """Return the pass with its options in braces, as far as they can be told; else what the form looks like.
 
     Args:
         name: of the pass.

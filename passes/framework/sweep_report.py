@@ -76,7 +76,7 @@ class Point:
         return self.status in ("dense", "done")
 
     def cost(self, budget: str) -> float:
-        """What the budget of this name counts; latency is relative to the dense model's."""
+        """Return what the budget of this name counts; latency is relative to the dense model's."""
         if budget == "latency":
             return math.nan if self.relative is None else self.relative
         return float({"macs": self.macs, "params": self.params, "bytes": self.bytes}[budget])
@@ -117,7 +117,7 @@ class SweepReport:
         return self.points[index]
 
     def flagged(self) -> SweepReport:
-        """The same with the points in order and `Point.pareto` set; the dense model competes as well."""
+        """Return the same with the points in order and `Point.pareto` set; the dense model competes as well."""
         points = sorted(self.points, key=lambda point: -point.budget)
         every = [self.dense, *points]
         good = pareto([p.cost(self.budget) for p in every], [p.quality for p in every], [p.made for p in every])
@@ -133,7 +133,7 @@ class SweepReport:
         return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as dicts, lists, strings and finite numbers."""
+        """Return everything as dicts, lists, strings and finite numbers."""
         made: dict[str, Any] = as_plain(
             {
                 "format": FORMAT,
@@ -147,7 +147,8 @@ class SweepReport:
 
 
 def pareto(costs: Sequence[float], qualities: Sequence[float], made: Sequence[bool]) -> list[bool]:
-    """Which points nothing beats: none costs at most as much and is at least as good, with one of the two strict.
+    """Return which points nothing beats: none costs at most as much and is at least as good, with one of the two
+    strict.
 
     A point without a model, or with a cost or quality that is not a number, neither is one nor beats one.
     """
@@ -212,7 +213,8 @@ def _short(number: int) -> str:
 def write_files(report: SweepReport, folder: Path, settings: Mapping[str, Any]) -> None:
     """Write ``sweep.json`` and ``sweep.csv``.
 
-    Errors: `OutputError`.
+    Raises:
+        OutputError: the result cannot be written.
     """
     record = {**report.to_dict(), "settings": as_plain(settings)}
     write_text(folder / "sweep.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
@@ -222,7 +224,8 @@ def write_files(report: SweepReport, folder: Path, settings: Mapping[str, Any]) 
 def write_picture(report: SweepReport, folder: Path) -> None:
     """Write ``sweep.svg`` where matplotlib is installed.
 
-    Errors: `OutputError`.
+    Raises:
+        OutputError: the result cannot be written.
     """
     picture = svg(report)
     if picture is not None:
@@ -230,9 +233,10 @@ def write_picture(report: SweepReport, folder: Path) -> None:
 
 
 def read_record(path: Path) -> tuple[Point, list[Point]] | None:
-    """The dense model and the points of an earlier run; None where there is no record.
+    """Return the dense model and the points of an earlier run; None where there is no record.
 
-    Errors: `InputError` where it cannot be read, which names the file and says what to do.
+    Raises:
+        InputError: it cannot be read, which names the file and says what to do.
     """
     advice = "delete or move it, and the sweep starts again"
     try:
@@ -250,7 +254,7 @@ def read_record(path: Path) -> tuple[Point, list[Point]] | None:
 
 
 def _point(entry: Mapping[str, Any]) -> Point:
-    """A point as `to_dict` wrote it; infinities come as text."""
+    """Return a point as `to_dict` wrote it; infinities come as text."""
     values = {field.name: entry[field.name] for field in fields(Point)}
     for name, value in values.items():
         wanted = Point.__annotations__[name]

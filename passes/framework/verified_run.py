@@ -327,7 +327,7 @@ class Run:
         return found
 
     def outcome(self, compare: bool = True) -> Outcome:
-        """What was made so far, the first program compared with the last."""
+        """Return what was made so far, the first program compared with the last."""
         changed = [step for step in self.steps if step.changed]
         verification: Verification | None = None
         checked = "unchanged" if not changed else self.unverifiable or "not verified: verification is off"

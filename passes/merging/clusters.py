@@ -19,7 +19,10 @@ _ROUNDS = 100
 
 
 def k_means(rows: Floats, count: int) -> Labels:
-    """Labels 0 .. count-1 of the rows: Lloyd's iteration from a cut of Ward's tree, so that nothing is random."""
+    """Return labels 0 ..
+
+    Count-1 of the rows: Lloyd's iteration from a cut of Ward's tree, so that nothing is random.
+    """
     if count >= len(rows):
         return np.arange(len(rows))
     labels = _cut(linkage(rows, "ward"), count)
@@ -35,7 +38,7 @@ def k_means(rows: Floats, count: int) -> Labels:
 
 
 def by_correlation(correlation: Floats, count: int) -> Labels:
-    """Labels 0 .. count-1 from average linkage on one minus the correlation."""
+    """Return labels 0 .. count-1 from average linkage on one minus the correlation."""
     n = len(correlation)
     if count >= n:
         return np.arange(n)
@@ -45,7 +48,7 @@ def by_correlation(correlation: Floats, count: int) -> Labels:
 
 
 def means(rows: Floats, labels: Labels) -> Floats:
-    """Mean row of each cluster."""
+    """Return mean row of each cluster."""
     return np.asarray((indicator(labels) / np.bincount(labels)).T @ rows)
 
 
@@ -55,7 +58,7 @@ def indicator(labels: Labels) -> Floats:
 
 
 def leaders(labels: Labels, scores: Floats) -> tuple[Labels, Labels]:
-    """The unit with the largest score of each cluster, sorted; and for each unit, which of these it goes to."""
+    """Return the unit with the largest score of each cluster, sorted; and for each unit, which of these it goes to."""
     order = np.lexsort((-scores, labels))
     first = order[np.flatnonzero(np.r_[True, np.diff(labels[order]) > 0])]
     rank = np.empty(len(first), np.int64)
@@ -95,7 +98,7 @@ def _cut(tree: Floats, count: int) -> Labels:
 
 
 def _filled(away: Floats, count: int) -> Labels:
-    """The nearest centre of each row; a cluster that would be empty takes the row farthest from its own."""
+    """Return the nearest centre of each row; a cluster that would be empty takes the row farthest from its own."""
     labels = away.argmin(axis=1)
     sizes = np.bincount(labels, minlength=count)
     for empty in np.flatnonzero(sizes == 0).tolist():

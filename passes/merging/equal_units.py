@@ -39,7 +39,7 @@ class Duplicates:
         return np.flatnonzero(self.leader != np.arange(len(self.leader)))
 
     def only(self, extra: Labels) -> Duplicates:
-        """The same with all other units leading themselves."""
+        """Return the same with all other units leading themselves."""
         chosen = np.zeros(len(self.leader), bool)
         chosen[extra] = True
         scale, sign = np.where(chosen, self.element.scale, 1.0), np.where(chosen, self.element.sign, 1)
@@ -111,7 +111,10 @@ def _looked_at(row: Row, directions: Sequence[Floats]) -> tuple[Floats, Floats, 
 
 
 def _keys(norms: Floats, along: Floats, weights: Sequence[float]) -> Floats:
-    """A number per unit, nearly the same for duplicates: a random projection of directions and logarithms of norms."""
+    """Return a number per unit, nearly the same for duplicates.
+
+    A random projection of directions and logarithms of norms.
+    """
     size = np.where(norms > 0, norms, 1.0)
     return np.asarray((along / size + np.log2(size) * weights).sum(axis=1))
 

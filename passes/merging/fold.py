@@ -59,8 +59,10 @@ class Fold(Pass):
 
     Refused, and named in the summary: spaces under a normalization or softmax, or read otherwise than by weights.
 
-    Errors: `OptionError` for contradictory options; `SymmetryError` where the budget is out of reach. Sources: Wang et
-    al., ICLR 2025 (model folding); Stoica et al., ICLR 2024 (ZipIt).
+    Raises:
+        OptionError: contradictory options.
+        SymmetryError: the budget is out of reach. Sources: Wang et al., ICLR 2025 (model folding); Stoica et al.,
+            ICLR 2024 (ZipIt).
     """
 
     kind: ClassVar[Kind] = Kind.EXACT
@@ -125,7 +127,7 @@ class Fold(Pass):
         return program
 
     def _readable(self, program: Program, tally: _Tally) -> tuple[dict[int, UnitRows], Members]:
-        """Rows of the spaces whose readers can absorb a mixing."""
+        """Return rows of the spaces whose readers can absorb a mixing."""
         members = Members(program, exact=False)
         out = {}
         for k in sorted(self._wanted(program)):
@@ -205,7 +207,7 @@ class Fold(Pass):
     def _limit(
         self, program: Program, choices: Sequence[Choice], ctx: Context, costs: CostModel, budget: str
     ) -> tuple[Callable[[Mask], float], float, float]:
-        """What a mask costs, what it may cost, and what the whole costs."""
+        """Return what a mask costs, what it may cost, and what the whole costs."""
         original = ctx.original or program
         if budget == "macs":
             whole = original.count(ctx.sizes_of(program)).total
@@ -229,14 +231,14 @@ class Fold(Pass):
     def _idle(
         self, program: Program, choices: Sequence[Choice], cost: float, whole: float, limit: float, budget: str
     ) -> str:
-        """Why nothing is merged for the budget."""
+        """Return why nothing is merged for the budget."""
         if not choices and budget == "ratio":
             return "; ".join(["no space can be merged", *pins(program)])
         return within(_WORDS[budget], cost, whole, limit)
 
 
 def _all_merged(program: Program, merges: Mapping[int, Merge]) -> tuple[Program, dict[int, str]]:
-    """All merges together, or why some of them cannot be."""
+    """Return all merges together, or why some of them cannot be."""
     try:
         return merge_spaces(program, merges), {}
     except SymmetryError as refusal:
@@ -251,7 +253,11 @@ def _all_merged(program: Program, merges: Mapping[int, Merge]) -> tuple[Program,
 
 
 def _matching(names: Sequence[str], patterns: Sequence[str], option_name: str) -> set[int]:
-    """Spaces whose names match. Errors: `OptionError` for a pattern that matches none."""
+    """Return spaces whose names match.
+
+    Raises:
+        OptionError: a pattern that matches none.
+    """
     found: set[int] = set()
     for pattern in patterns:
         hit = {k for k, name in enumerate(names) if fnmatchcase(name, pattern.removeprefix("@"))}

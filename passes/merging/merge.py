@@ -93,7 +93,7 @@ def _mean(array: Array, m: Member, places: Labels, weight: Floats, kept: Labels,
 
 
 def is_norm_scale(program: Program, member: Member) -> bool:
-    """Whether a tensor is the scale of a batch normalization."""
+    """Return whether a tensor is the scale of a batch normalization."""
     node, index = program.analysis.walk.leaves[member.factor.leaf].uses[0]
     return program.analysis.walk.nodes[node].op_type == "BatchNormalization" and index == 1
 

@@ -67,7 +67,11 @@ class Moments:
 
 # ---------------------------------------------------------------- from data
 def observation_sites(program: Program, rows: UnitRows) -> list[Site]:
-    """All values in which weights read the units. Errors: `SymmetryError` where they lie along no single axis."""
+    """Return all values in which weights read the units.
+
+    Raises:
+        SymmetryError: they lie along no single axis.
+    """
     element = program.analysis.elements_of(rows.index)
     names = sorted({r.source for r in readers(program, rows.space)})
     sites = [site for name in names if (site := site_of(program, name, element)) is not None and len(site.axes) == 1]
@@ -79,7 +83,8 @@ def observation_sites(program: Program, rows: UnitRows) -> list[Site]:
 def measured_moments(program: Program, sites: Mapping[int, list[Site]], ctx: Context) -> dict[int, Moments]:
     """Moments over data, positions and readers, of several spaces in one run.
 
-    Errors: as `cipm_ir.runtime.activations.observe.observe`.
+    Raises:
+        CipmError: as `cipm_ir.runtime.activations.observe.observe`.
     """
     if ctx.data is None or not sites:
         return {}
@@ -97,7 +102,8 @@ def measured_moments(program: Program, sites: Mapping[int, list[Site]], ctx: Con
 def estimated_moments(members: Members, rows: UnitRows) -> Moments:
     """Moments of one space from its weights.
 
-    Errors: `SymmetryError` where the units are not functions of products with a weight, each of one unit.
+    Raises:
+        SymmetryError: the units are not functions of products with a weight, each of one unit.
     """
     classes = members.analysis.spaces[rows.index].table[:, 0]
     return _product(members.program, find_origins(members, rows), classes)

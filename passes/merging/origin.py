@@ -54,7 +54,7 @@ class Origin:
 
 
 def is_stream(program: Program, classes: Labels) -> bool:
-    """Whether several computed values are added up in these classes, as on a residual stream."""
+    """Return whether several computed values are added up in these classes, as on a residual stream."""
     inside = np.zeros(program.analysis.classes.count, bool)
     inside[classes] = True
     for position in program.analysis.consumers.nodes(classes):
@@ -65,15 +65,16 @@ def is_stream(program: Program, classes: Labels) -> bool:
 
 
 def _carries(program: Program, value: ir.Value | None, inside: np.ndarray) -> bool:
-    """Whether a computed value has units among these classes."""
+    """Return whether a computed value has units among these classes."""
     state = None if value is None or value.producer() is None else program.analysis.walk.states.get(value.name or "")
     return state is not None and any(inside[program.analysis.classes.of[f.labels]].any() for f in state.factors)
 
 
 def places_of(program: Program, value: str, classes: Labels) -> tuple[int, Labels]:
-    """The axis of a value along which units lie, and the positions of each unit there: (units, occurrences).
+    """Return the axis of a value along which units lie, and the positions of each unit there: (units, occurrences).
 
-    Errors: `SymmetryError` where there is no such axis.
+    Raises:
+        SymmetryError: there is no such axis.
     """
     analysis = program.analysis
     state = analysis.walk.states.get(value)
@@ -88,9 +89,10 @@ def places_of(program: Program, value: str, classes: Labels) -> tuple[int, Label
 
 
 def find_origins(members: Members, rows: UnitRows) -> list[Origin]:
-    """The product that makes the units; of units that are gated, both.
+    """Return the product that makes the units; of units that are gated, both.
 
-    Errors: `SymmetryError` where the units are made or read in another way.
+    Raises:
+        SymmetryError: the units are made or read in another way.
     """
     sources = {r.source for r in readers(members.program, rows.space)}
     if len(sources) > 1:
@@ -128,7 +130,7 @@ class _Search:
         return value
 
     def _products(self, value: ir.Value) -> list[ir.Value]:
-        """The products with a weight from which a value is computed."""
+        """Return the products with a weight from which a value is computed."""
         found: dict[str, ir.Value] = {}
         pending, seen = [value], set()
         while pending:
@@ -150,12 +152,12 @@ class _Search:
         return list(found.values())
 
     def _weight(self, node: ir.Node) -> Row | None:
-        """Rows of the weight of a product that makes the units."""
+        """Return rows of the weight of a product that makes the units."""
         found = self.consumers.weight(self.consumers.position[node], 1)
         return None if found is None else next((row for row in self.rows.matrices if row.leaf == found[0]), None)
 
     def _vector(self, node: ir.Node, index: int) -> Floats | None:
-        """A parameter's number for each unit."""
+        """Return a parameter's number for each unit."""
         leaf = self.walk.use_leaf.get((self.consumers.position[node], index))
         found = (row for row in self.rows.producers if row.leaf == leaf and row.width == 1)
         return next((row.values[:, 0] for row in found), None)
@@ -187,7 +189,7 @@ class _Search:
         return Origin(*name, np.zeros(len(full)), np.linalg.norm(full, axis=1), cosine(full), dtype, inner, full)
 
     def _same_axis(self, before: ir.Value, after: ir.Value) -> bool:
-        """Whether nothing but functions of each unit lies between two values."""
+        """Return whether nothing but functions of each unit lies between two values."""
         pending, seen = [after], set()
         while pending:
             one = pending.pop()
@@ -210,7 +212,8 @@ def _elementwise(node: ir.Node) -> bool:
 def apply_function(program: Program, origin: Origin, classes: Labels, inputs: Floats) -> Floats:
     """(points, units): what units become behind their nonlinearity, for (points, units) before it.
 
-    Errors: `SymmetryError` where what lies between cannot be run alone.
+    Raises:
+        SymmetryError: what lies between cannot be run alone.
     """
     if origin.before == origin.after:
         return inputs

@@ -55,7 +55,7 @@ class Planner:
     _moments: dict[int, Moments] = field(default_factory=dict)
 
     def able(self, rows: Mapping[int, UnitRows], refuse: Callable[[Space, str], None]) -> dict[int, UnitRows]:
-        """Spaces that the method can merge; for the others, says why not."""
+        """Return spaces that the method can merge; for the others, says why not."""
         rows = dict(rows)
         for k, one in list(rows.items()):
             if not self.streams and is_stream(self.program, self.program.analysis.spaces[k].table[:, 0]):
@@ -103,7 +103,7 @@ class Planner:
     def merges(
         self, rows: Mapping[int, UnitRows], numbers: Mapping[int, int], ranks: Mapping[int, Labels]
     ) -> dict[int, Merge]:
-        """A merge of each space down to its number of units; ``ranks``: its units, the most important first."""
+        """Return a merge of each space down to its number of units; ``ranks``: its units, the most important first."""
         out = {}
         for count, (k, one) in enumerate(rows.items()):
             self.ctx.progress("merges", count / len(rows))
@@ -137,7 +137,7 @@ class Planner:
 
 
 def least_squares(moments: Moments, kept: Labels, reading: Floats, correct: bool) -> Merge:
-    """The mixing that makes E|h - mixing h_kept|^2 least, damped.
+    """Return the mixing that makes E|h - mixing h_kept|^2 least, damped.
 
     With ``correct``, times the factor with which what the readers (units, entries) sum has the variance that it had.
     """

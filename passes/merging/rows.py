@@ -45,16 +45,16 @@ class Row:
 
     @property
     def values(self) -> Floats:
-        """(units, entries) float64; of a variance, with epsilon added. Read anew each time."""
+        """(units, entries) float64; of a variance, with epsilon added. Read again each time."""
         return self.of(np.arange(len(self.places)))
 
     def of(self, units: Labels) -> Floats:
-        """The same for some units."""
+        """Return the same for some units."""
         values = by_position(self.array(), self.member)[self.places[units]].reshape(len(units), -1).astype(np.float64)
         return values if self.member.epsilon is None else values + self.member.epsilon
 
     def parts(self) -> Iterator[tuple[Labels, Floats]]:
-        """The same for all units, some at a time."""
+        """Yield the same for all units, some at a time."""
         step = max(1, CHUNK // max(self.width, 1))
         for lo in range(0, len(self.places), step):
             units = np.arange(lo, min(lo + step, len(self.places)))
@@ -81,9 +81,10 @@ class UnitRows:
 
 
 def unit_rows(members: Members, index: int) -> UnitRows:
-    """Rows of the units of a space.
+    """Return rows of the units of a space.
 
-    Errors: `SymmetryError` where something reads the units that cannot absorb a mixing of them.
+    Raises:
+        SymmetryError: something reads the units that cannot absorb a mixing of them.
     """
     program, analysis = members.program, members.analysis
     space, classes = program.spaces[index], analysis.spaces[index].table[:, 0]
@@ -125,7 +126,7 @@ def by_position(array: Array, m: Member) -> Array:
 
 
 def from_positions(flat: Floats, m: Member) -> Floats:
-    """The tensor in its own shape, from what `by_position` gave."""
+    """Return the tensor in its own shape, from what `by_position` gave."""
     if not m.groups:
         return np.ascontiguousarray(np.moveaxis(flat, 0, m.axis))
     front = flat.reshape(m.groups, flat.shape[0] // m.groups, *flat.shape[1:])

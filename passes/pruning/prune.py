@@ -34,11 +34,13 @@ class Prune(Pass):
     Rules: (1) every free space of units and of blocks may shrink, to the elements with the largest `importance`;
     (2) under ``global`` ranking scores are divided by the mean of their space and compared across spaces, under
     ``local`` every space keeps the same fraction; (3) unit spaces of sibling blocks keep equal numbers, each its own
-    best; (4) the largest model within the budget is taken; (5) with ``compensate`` what reads the units that go is
+    best; (4) the largest model within the budget is taken; (5) with ``compensate`` what reads the removed units is
     refitted first (`compress` also lets the outputs decide how much goes where). Refused: spaces whose rows would be
     uneven are left as they are, and the summary says so. Source: Fang et al. 2023, DepGraph (group magnitude).
 
-    Errors: `OptionError` for contradictory options; `SymmetryError` where the budget is out of reach.
+    Raises:
+        OptionError: contradictory options.
+        SymmetryError: the budget is out of reach.
     """
 
     kind: ClassVar[Kind] = Kind.APPROXIMATE
@@ -56,7 +58,7 @@ class Prune(Pass):
     blocks: bool = option(True, "also drop whole heads and groups")
     min_keep: float = option(0.1, "what every space keeps: a fraction below 1, or a number of units", low=0)
     importance: str | Importance | ScoreFunction = option("magnitude", "criterion: a name, or an object with score()")  # noqa: RUF009 — a field
-    compensate: bool = option(False, "refit what reads the units that go by least squares on the data")
+    compensate: bool = option(False, "refit what reads the removed units by least squares on the data")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,7 +95,7 @@ class Prune(Pass):
 
     # ------------------------------------------------------------ budget
     def _budget(self, program: Program, ctx: Context, costs: CostModel) -> tuple[Callable[[Mask], float], float, float]:
-        """What a mask costs, what it may cost, and what the original costs."""
+        """Return what a mask costs, what it may cost, and what the original costs."""
         original = ctx.original or program
         if self.macs is not None:
             check_counted("prune", costs.counted, "params= or ratio=")
@@ -122,7 +124,7 @@ class Prune(Pass):
 
     # ------------------------------------------------------------ choices
     def _choices(self, program: Program, ctx: Context) -> tuple[list[Choice], list[str], list[str]]:
-        """What may be chosen, notes on what may not, and remarks on the scores."""
+        """Return what may be chosen, notes on what may not, and remarks on the scores."""
         analysis = program.analysis
         links = link_spaces(analysis)
         wanted = wanted_spaces(program, "prune", self.include, self.exclude, self.blocks)
@@ -190,7 +192,7 @@ class Prune(Pass):
 
     # ------------------------------------------------------------ doing it
     def _applied(self, program: Program, keep: Mapping[Space, Labels], ctx: Context) -> tuple[Program, list[str]]:
-        """The program without the other units, and what could not be compensated."""
+        """Return the program without the other units, and what could not be compensated."""
         if not self.compensate or ctx.data is None:
             return program.restrict(keep), []
         stays = program.kept_classes(keep)
@@ -236,12 +238,12 @@ class Prune(Pass):
 
 
 def _untied(choice: Choice) -> Choice:
-    """The same with a falling curve: elements of equal worth would otherwise all stay, or all go."""
+    """Return the same with a falling curve: elements of equal worth would otherwise all stay, or all go."""
     return replace(choice, curve=choice.curve - _TIE * np.arange(len(choice.curve)) / len(choice.curve))
 
 
 def _fits(program: Program, choice: Choice, grids: Sequence[Labels]) -> bool:
-    """Whether the lowest level leaves grids that are grids."""
+    """Return whether the lowest level leaves grids that are grids."""
     if not grids:
         return True
     search = Search(program.analysis, [choice], lambda _: 0.0)
@@ -263,7 +265,7 @@ def _kept(program: Program, choices: Sequence[Choice], levels: Sequence[int]) ->
 def _without_refused(
     program: Program, choices: list[Choice], levels: Sequence[int], refusal: SymmetryError
 ) -> list[Choice]:
-    """The choices that can be restricted on their own at these levels; what cannot is left alone from now on."""
+    """Return the choices that can be restricted on their own at these levels; what cannot is left alone from now on."""
     good = []
     for choice, level in zip(choices, levels, strict=True):
         keep = _kept(program, [choice], [level])

@@ -75,19 +75,19 @@ class ActivationCache:
         return {**{name: v for name, v in known.items() if name in live}, **out}
 
     def tail(self, model: ir.Model, names: Sequence[str]) -> Iterator[dict[str, Array]]:
-        """Values of these names for each batch, from here on with the weights of ``model``."""
+        """Yield values of these names for each batch, from here on with the weights of ``model``."""
         with SuffixRunner(self, model, names) as rest:
             yield from rest.run()
 
     def _each(self, job: Callable[[int], Feeds]) -> list[Feeds]:
-        """What a job gives for each batch; several run at once."""
+        """Return what a job gives for each batch; several run at once."""
         if len(self.values) == 1:
             return [job(0)]
         with ThreadPoolExecutor(max(1, min(cores(), len(self.values)))) as pool:
             return list(pool.map(job, range(len(self.values))))
 
     def fork(self) -> ActivationCache:
-        """Another one at the same place, which shares what is kept."""
+        """Return another one at the same place, which shares what is kept."""
         twin = object.__new__(ActivationCache)
         twin.position, twin.values, twin.samples = self.position, list(self.values), self.samples
         twin._folder, twin._written, twin._lifetimes = None, 0, self._lifetimes
@@ -159,7 +159,10 @@ class SuffixRunner:
         self._runner = frontier._runner(model, self._missing, loose) if self._missing else None
 
     def run(self, weights: Mapping[str, Array] | None = None) -> list[dict[str, Array]]:
-        """The values for each batch. ``weights``: of the loose ones those that differ from the model's, any float."""
+        """Return the values for each batch.
+
+        ``weights``: of the loose ones those that differ from the model's, any float.
+        """
         given = {k: np.asarray((weights or {}).get(k, own)).astype(own.dtype) for k, own in self._own.items()}
         return self._frontier._each(lambda k: self._run(k, given))
 
@@ -238,7 +241,7 @@ def _array(model: ir.Model, name: str) -> Array:
 
 
 def moving(model: ir.Model) -> set[str]:
-    """Names of the values that depend on an input of the graph."""
+    """Return names of the values that depend on an input of the graph."""
     found = {v.name or "" for v in model.graph.inputs if v.name not in model.graph.initializers}
     for node in model.graph:
         inner = any(not v.is_initializer() for v in captured_values(node))

@@ -40,7 +40,11 @@ class LinearOpGeometry:
 
     @classmethod
     def of(cls, program: Program, reader: WeightConsumer) -> LinearOpGeometry:
-        """The geometry of a reader. Errors: `UnsupportedError` for a Conv with auto_pad."""
+        """Return the geometry of a reader.
+
+        Raises:
+            UnsupportedError: a Conv with auto_pad.
+        """
         analysis = program.analysis
         shape, node = analysis.walk.leaves[reader.leaf].shape, analysis.walk.nodes[reader.node]
         if reader.op != "Conv":
@@ -65,7 +69,7 @@ class LinearOpGeometry:
 
     # ------------------------------------------------------------ rows
     def positions(self, u: Array) -> int:
-        """How many rows a batch gives for each of its samples (of a MatMul: rows in all)."""
+        """Return how many rows a batch gives for each of its samples (of a MatMul: rows in all)."""
         if not self.kernel:
             return int(u.size // u.shape[-1])
         return math.prod(self.grid(u))
@@ -100,7 +104,10 @@ class LinearOpGeometry:
         return np.ascontiguousarray(np.moveaxis(flat, 1, 2)).reshape(-1, y.shape[1])
 
     def grid(self, u: Array, padded: bool = False) -> tuple[int, ...]:
-        """Positions of a convolution along each axis. ``padded``: of values that the padding is there already."""
+        """Return positions of a convolution along each axis.
+
+        ``padded``: of values that the padding is there already.
+        """
         d = len(self.kernel)
         extra = [0] * d if padded else [self.pads[k] + self.pads[d + k] for k in range(d)]
         sizes = zip(u.shape[2:], extra, self.kernel, self.dilations, self.strides, strict=True)
@@ -113,7 +120,7 @@ class LinearOpGeometry:
         return np.ascontiguousarray(np.moveaxis(moved, 1, -1)).reshape(self.size, self.width)
 
     def weight(self, matrix: Array) -> Array:
-        """The weight in its own shape, of a matrix."""
+        """Return the weight in its own shape, of a matrix."""
         full = matrix.reshape(self.shape[self.axis], *self.kernel, self.width)
         return np.ascontiguousarray(np.moveaxis(np.moveaxis(full, -1, 1), 0, self.axis))
 
@@ -162,13 +169,13 @@ class NormalEquations:
         self._xy = self._products(x, y)
 
     def gram(self, *, centred: bool) -> FloatArray:
-        """Mean of x xᵀ."""
+        """Return the mean of x xᵀ."""
         mean, (off, _) = self.x / max(self.rows, 1), self._offsets()
         inner = self._xx / max(self.rows, 1) - np.outer(off, off)
         return np.asarray(inner if centred else inner + np.outer(mean, mean))
 
     def cross(self, *, centred: bool) -> FloatArray:
-        """Mean of x yᵀ."""
+        """Return the mean of x yᵀ."""
         inner = self._xy / max(self.rows, 1) - np.outer(*self._offsets())
         return np.asarray(inner if centred else inner + np.outer(self.x, self.y) / max(self.rows, 1) ** 2)
 
@@ -189,7 +196,7 @@ class NormalEquations:
 
     @staticmethod
     def _parts(rows: Array, origin: Array) -> Iterator[Array]:
-        """A few rows at a time, relative to the origin."""
+        """Yield a few rows at a time, relative to the origin."""
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             part = rows[start : start + _ROWS_AT_ONCE]
             yield part - origin

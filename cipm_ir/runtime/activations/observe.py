@@ -147,7 +147,8 @@ def check_values(model: ir.Model, values: dict[str, Array], start: int, feeds: F
     """Refuse NaN and infinity; a mask may hold minus infinity, which a softmax turns into nothing.
 
     Raises:
-        InputError: naming the value, the node that made it, and the samples; and the input, where that is the cause.
+        InputError: the message names the value, the node that made it, and the samples; and the input, where that is
+            the cause.
     """
     for name, array in values.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all() and not _is_mask(array):
@@ -161,13 +162,13 @@ def check_values(model: ir.Model, values: dict[str, Array], start: int, feeds: F
 
 
 def _is_mask(array: Array) -> bool:
-    """Whether a value is zero where it is not minus infinity: what is added to scores before a softmax."""
+    """Return whether a value is zero where it is not minus infinity: what is added to scores before a softmax."""
     shown = array == 0
     return bool(shown.any() and (shown | np.isneginf(array)).all())
 
 
 def _bad_feed(feeds: Feeds, start: int) -> str:
-    """Which input is no number already; asked only where a value is none, as a mask may well hold infinities."""
+    """Return which input is no number already; asked only where a value is none, as a mask may well hold infinities."""
     for name, array in feeds.items():
         if array.dtype.kind == "f" and array.ndim and not np.isfinite(array).all():
             first = start + int(np.argmax(~np.isfinite(array).reshape(len(array), -1).all(axis=1)))
@@ -176,7 +177,7 @@ def _bad_feed(feeds: Feeds, start: int) -> str:
 
 
 def samples(feeds: Feeds) -> int:
-    """How many samples a batch holds."""
+    """Return how many samples a batch holds."""
     return max((len(a) for a in feeds.values() if a.ndim), default=1)
 
 

@@ -12,7 +12,7 @@ from cipm_ir.runtime.inputs.generate import RUNS_AT, Data, Feeds, batches, has_o
 from cipm_ir.runtime.session import Runner
 
 _PROBE = 3
-"""A model that runs with this many samples, which nobody bakes in, runs with any number."""
+"""A model that runs with this many samples, which no exporter fixes, runs with any number."""
 
 _BAKED = (1, 2, 4, 8, 16, 32, 64)
 

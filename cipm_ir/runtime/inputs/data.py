@@ -153,7 +153,7 @@ def _nested(x: Any, what: str) -> Array:
 
 
 def _is_number(x: Any) -> bool:
-    """Whether lists go down to a number."""
+    """Return whether lists go down to a number."""
     while isinstance(x, list | tuple) and x:
         x = x[0]
     return isinstance(x, int | float | np.number | np.bool_)
@@ -176,7 +176,10 @@ def _path(path: str | os.PathLike[str], names: tuple[str, ...]) -> Data:
 
 
 def _folder(folder: str, names: tuple[str, ...]) -> Data:
-    """The .npz files of a folder; without any its .npy files: one for each input, by name, or batches of one input."""
+    """Return the .npz files of a folder.
+
+    Without any its .npy files: one for each input, by name, or batches of one input.
+    """
     files = sorted(os.listdir(folder))
     archives = tuple(os.path.join(folder, name) for name in files if name.endswith(".npz"))
     if archives:

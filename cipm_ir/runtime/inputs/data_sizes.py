@@ -9,7 +9,7 @@ from cipm_ir.runtime.inputs.generate import Data, batches
 
 
 def data_sizes(model: ir.Model, data: Data | None) -> dict[str, int]:
-    """Sizes by name, from the first batch; first axes are left out, since costs are per sample.
+    """Return sizes by name, from the first batch; first axes are left out, since costs are per sample.
 
     Raises: `InputError` for data that does not fit the model.
     """

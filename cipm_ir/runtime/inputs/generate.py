@@ -31,7 +31,7 @@ _BATCH_NAMES = {"n", "b", "bs", "batch", "batch_size", "batchsize", "num_samples
 
 
 def true_inputs(model: ir.Model) -> list[ir.Value]:
-    """The graph inputs that must be fed: not those that are initializers too (ir_version 3)."""
+    """Return the graph inputs that must be fed: not those that are initializers too (ir_version 3)."""
     return [value for value in model.graph.inputs if value.name not in model.graph.initializers]
 
 
@@ -89,9 +89,10 @@ def random_inputs(
     index_limit: int | None = None,
     recipe: Recipe = NORMAL,
 ) -> Feeds:
-    """One random input by name for each graph input that is not an initializer.
+    """Return one random input by name for each graph input that is not an initializer.
 
-    Floats are N(0, 1) unless `recipe` says otherwise. Integers that index a table (Gather and its kin) stay below its
+    Floats are N(0, 1) unless `recipe` says otherwise. Integers that index a table (Gather and similar operators) stay
+    below its
     size, and none comes twice before all came; masks are rows of ones, then zeros; 8-bit integers take their whole
     range; other integers are 0 or 1, booleans a fair coin.
 
@@ -209,7 +210,10 @@ def _symbol_size(name: str, axis: int, batch: int, free_size: int) -> int:
 
 
 def _evaluate(dim: ir.SymbolicDim, sizes: dict[str, int], batch: int, free_size: int) -> int | None:
-    """The size of an axis whose name is an expression such as `past_length + 1`; None where it is a plain name."""
+    """Return the size of an axis whose name is an expression such as `past_length + 1`.
+
+    None where it is a plain name.
+    """
     if not set("+-*/%(") & set(dim.value or ""):
         return None
     try:
@@ -225,7 +229,7 @@ def _evaluate(dim: ir.SymbolicDim, sizes: dict[str, int], batch: int, free_size:
 
 
 def _mask(shape: tuple[int, ...], rng: np.random.Generator) -> Array:
-    """Rows of ones followed by at most half zeros: no row is empty, which softmax would turn into NaN."""
+    """Return rows of ones followed by at most half zeros: no row is empty, which softmax would turn into NaN."""
     if not shape:
         return np.ones(())
     lengths = rng.integers((shape[-1] + 1) // 2, shape[-1] + 1, shape[:-1])
@@ -258,9 +262,11 @@ def batches(data: Data, model: ir.Model, size: int = 8, *, limit: int | None = N
 
 
 def sample_count(data: Data, model: ir.Model, *, limit: int | None = None) -> int | None:
-    """How many samples `batches` gives, from shapes and the headers of a file; None where only reading them tells.
+    """Return how many samples `batches` gives, from shapes and the headers of a file; None where only reading them
+    tells.
 
-    Errors: as `batches`, where the data does not fit the model.
+    Raises:
+        CipmError: as `batches`, where the data does not fit the model.
     """
     held = data.source if isinstance(data, Named) else data
     if not isinstance(held, (str, os.PathLike, Mapping, list, tuple, Files)) and not is_array(held):
@@ -376,7 +382,8 @@ class _Cut:
 
 
 def _is_one_batch(counts: Mapping[str, int], model: ir.Model) -> bool:
-    """Whether arrays of different lengths are one batch: a state of (2, batch, 128) beside an input of (batch, 576).
+    """Return whether arrays of different lengths are one batch: a state of (2, batch, 128) beside an input of (batch,
+    576).
 
     The model fixes the first size of some inputs, which have it; all others are of one length.
     """
@@ -414,7 +421,7 @@ def _fitting(data: Mapping[str, Any], value: ir.Value) -> _Column:
 
 
 def _converts(given: np.dtype[Any], wanted: np.dtype[Any]) -> bool:
-    """Whether an array can be fed as another type; numpy does not know that bfloat16 is a float."""
+    """Return whether an array can be fed as another type; numpy does not know that bfloat16 is a float."""
     floats = [dtype.kind == "f" or dtype.name.startswith(("bfloat", "float")) for dtype in (given, wanted)]
     integer = given.kind in "iub" and floats[1]
     return given == wanted or all(floats) or integer or np.can_cast(given, wanted, casting="same_kind")

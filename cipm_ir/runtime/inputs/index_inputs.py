@@ -25,7 +25,7 @@ _MASKING |= {
 
 
 def table_size(value: ir.Value) -> int | None:
-    """The smallest axis that this integer value indexes downstream, None where none of known size was found."""
+    """Return the smallest axis that this integer value indexes downstream, None where none of known size was found."""
     found: list[int] = []
     seen: set[int] = set()
     stack = [value]
@@ -54,6 +54,6 @@ def _note(found: list[int], table: ir.Value | None, axis: int | None) -> None:
 
 
 def looks_like_mask(value: ir.Value) -> bool:
-    """Whether an input of two axes or more is consumed as a mask is, and by nothing else."""
+    """Return whether an input of two axes or more is consumed as a mask is, and by nothing else."""
     consumers = {node.op_type for node, _ in value.uses()}
     return value.shape is not None and len(value.shape) >= 2 and bool(consumers) and consumers <= _MASKING

@@ -49,7 +49,7 @@ class Archive(Mapping[str, "Rows"]):
         return len(self._names)
 
     def open(self, info: zipfile.ZipInfo) -> IO[bytes]:
-        """A member from its beginning; any number may be open at once, until the archive is closed."""
+        """Return a member from its beginning; any number may be open at once, until the archive is closed."""
         return self._opened.enter_context(self._zip.open(info))
 
     @contextlib.contextmanager
@@ -94,7 +94,11 @@ class Rows:
                 raise ValueError(f"the array {name!r} is cut off")
 
     def take(self, count: int) -> Array:
-        """The next ``count`` rows; the array itself where it has no axes. Errors: `InputError` on a damaged file."""
+        """Return the next ``count`` rows; the array itself where it has no axes.
+
+        Raises:
+            InputError: the file is damaged.
+        """
         with self._archive.errors():
             # By columns, the rows are spread over all of the member: only then it is read whole.
             if self._fortran or not self.shape:
@@ -136,7 +140,11 @@ class Files:
 
 
 def mapped(path: str | os.PathLike[str]) -> Array:
-    """The array of a ``.npy`` file, which stays on disk. Errors: `InputError`: no such file, damaged, or of objects."""
+    """Return the array of a ``.npy`` file, which stays on disk.
+
+    Raises:
+        InputError: no such file, damaged, or of objects.
+    """
     shown = repr(os.fspath(path))
     try:
         return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))

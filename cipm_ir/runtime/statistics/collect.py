@@ -116,12 +116,12 @@ def gather(
 
 
 def readable_again(data: Data) -> bool:
-    """Whether the data can be read a second time."""
+    """Return whether the data can be read a second time."""
     return isinstance(data, Mapping) or not hasattr(data, "__next__")
 
 
 def joined(first: Statistics, second: Statistics) -> Statistics:
-    """The parts of two runs over the same data. Raises: InputError where the data was not the same."""
+    """Return the parts of two runs over the same data. Raises: InputError where the data was not the same."""
     if first.samples != second.samples:
         raise InputError(
             f"The data gave {first.samples} samples in the first run and {second.samples} in the second; "

@@ -68,15 +68,15 @@ class Local:
     workers = 1
 
     def share(self, thing: Any) -> Any:
-        """The thing."""
+        """Return the thing."""
         return thing
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """The result itself."""
+        """Return the result itself."""
         return function(*arguments)
 
     def result(self, handle: Any) -> Any:
-        """The result."""
+        """Return the result."""
         return handle
 
     def close(self) -> None:
@@ -111,7 +111,7 @@ class Processes:
         self._shared = 0
 
     def share(self, thing: Any) -> Any:
-        """The file that holds it."""
+        """Return the file that holds it."""
         self._shared += 1
         path = Path(self._folder.name) / str(self._shared)
         with path.open("wb") as file:
@@ -119,11 +119,11 @@ class Processes:
         return _Stored(str(path))
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """A future."""
+        """Return a future."""
         return self._pool.submit(_resolved, function, arguments)
 
     def result(self, handle: Any) -> Any:
-        """The future's result."""
+        """Return the future's result."""
         return handle.result()
 
     def close(self) -> None:
@@ -135,7 +135,10 @@ class Processes:
 class Ray:
     """A Ray cluster: the one this process is connected to, or else a new one on this machine.
 
-    Its workers need this package installed. Errors: `UnsupportedError` where Ray is not installed.
+    Its workers need this package installed.
+
+    Raises:
+        UnsupportedError: ray is not installed.
     """
 
     def __init__(self, workers: int | None = None) -> None:
@@ -152,17 +155,17 @@ class Ray:
         self._remote: dict[Callable[..., Any], Any] = {}
 
     def share(self, thing: Any) -> Any:
-        """A reference in the object store."""
+        """Return a reference in the object store."""
         return self._ray.put(thing)
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """A reference to what will be the result."""
+        """Return a reference to what will be the result."""
         if function not in self._remote:
             self._remote[function] = self._ray.remote(function)
         return self._remote[function].remote(*arguments)
 
     def result(self, handle: Any) -> Any:
-        """The result; an error of this package comes back as itself."""
+        """Return the result; an error of this package comes back as itself."""
         try:
             return self._ray.get(handle)
         except self._ray.exceptions.RayTaskError as error:
@@ -197,7 +200,7 @@ def collect(
     progress: Progress | None = None,
     **options: Any,
 ) -> Statistics:
-    """The same as `cipm_ir.runtime.statistics.collect.collect`, by several workers.
+    """Return the same as `cipm_ir.runtime.statistics.collect.collect`, by several workers.
 
     At most two shards of the data for each worker are in flight. A path or a dict of arrays is cut into shards of
     ``shard`` samples; of an iterable (such as ``dataset.iter_batches()`` of a Ray data set), items are put together to
@@ -280,7 +283,7 @@ class _Job:
 
 
 def work(packed: Packed, plan: Plan, feeds: Feeds, size: int, start: int) -> Statistics:
-    """What a worker does with one shard; ``start`` is the number of its first sample."""
+    """Return what a worker does with one shard; ``start`` is the number of its first sample."""
     return gather(unpack(packed), plan, feeds, size=size, start=start)
 
 
@@ -313,7 +316,7 @@ class Packed:
 
 
 def pack(model: ir.Model) -> Packed:
-    """A model for another process."""
+    """Return a model for another process."""
     copy = model.clone()
     arrays = {}
     for name, value in copy.graph.initializers.items():
@@ -335,7 +338,7 @@ def pack(model: ir.Model) -> Packed:
 
 
 def unpack(packed: Packed) -> ir.Model:
-    """The model that was packed."""
+    """Return the model that was packed."""
     model: ir.Model = ir.from_proto(onnx.ModelProto.FromString(packed.structure))
     for name, array in packed.arrays.items():
         value = model.graph.initializers[name]

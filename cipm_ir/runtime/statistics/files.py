@@ -34,7 +34,8 @@ def write(
         facts: what JSON can hold.
         parts: of each space, by name.
 
-    Errors: `OutputError`; nothing is left behind.
+    Raises:
+        OutputError: the file cannot be written; nothing is left behind.
     """
     arrays: dict[str, Any] = {}
     kinds = []
@@ -62,7 +63,11 @@ def read(
     path: str | os.PathLike[str],
     build: Callable[[Mapping[str, Any], Sequence[Mapping[str, MergeableStatistic]]], _Built],
 ) -> _Built:
-    """Read what `write` wrote; ``build`` makes the result of facts and parts. Errors: `InputError`."""
+    """Read what `write` wrote; ``build`` makes the result of facts and parts.
+
+    Raises:
+        InputError: the model or the data cannot be used.
+    """
     shown = repr(os.fspath(path))
     try:
         with np.load(path, allow_pickle=False) as archive:

@@ -85,7 +85,7 @@ class Lagged:
         self.count = total
 
     def __add__(self, other: Lagged) -> Lagged:
-        """The pairs of both, and those across the seam where both are streams."""
+        """Return the pairs of both, and those across the seam where both are streams."""
         out = self.pooled(other)
         both = np.concatenate([self.tail, other.head])
         pairs = min(len(self.tail), len(both) - self.lag)
@@ -97,7 +97,7 @@ class Lagged:
         return out
 
     def pooled(self, other: Lagged) -> Lagged:
-        """The pairs of both, as of two streams that have nothing to do with each other."""
+        """Return the pairs of both, as of two streams that have nothing to do with each other."""
         same_size(self.size, other.size)
         if self.lag != other.lag:
             raise InputError(f"Products at lag {self.lag} and at lag {other.lag} cannot be added.")
@@ -119,6 +119,6 @@ class Lagged:
 
     @classmethod
     def restore(cls, state: Mapping[str, Array]) -> Lagged:
-        """The part that gave this state."""
+        """Return the part that gave this state."""
         arrays = {name: state[name] for name in ("early", "late", "products", "head", "tail")}
         return cls(int(state["lag"]), int(state["count"]), **arrays, length=int(state["length"]))

@@ -31,25 +31,25 @@ class MergeableStatistic(Protocol):
     """What a batch of rows is added to."""
 
     def __add__(self, other: Any) -> Any:
-        """What the rows of both would have given."""
+        """Return what the rows of both would have given."""
 
     def state(self) -> dict[str, Array]:
         """Plain arrays from which `restore` makes an equal part."""
 
     @classmethod
     def restore(cls, state: Mapping[str, Array]) -> Self:
-        """The part that gave this state."""
+        """Return the part that gave this state."""
 
 
 def chunks(rows: Array) -> Iterator[Array]:
-    """Rows in pieces of bounded size, as float64: copies, which may be overwritten."""
+    """Yield rows in pieces of bounded size, as float64: copies, which may be overwritten."""
     step = min(max(_ENTRIES // max(rows.shape[1], 1), 64), 16384)
     for start in range(0, len(rows), step):
         yield rows[start : start + step].astype(np.float64)
 
 
 def centred(rows: Floats) -> tuple[Floats, Floats]:
-    """The mean, and the rows minus it, in their place."""
+    """Return the mean, and the rows minus it, in their place."""
     if len(rows) == 0:
         return np.zeros(rows.shape[1]), rows
     mean = np.full(len(rows), 1.0 / len(rows)) @ rows
@@ -58,7 +58,7 @@ def centred(rows: Floats) -> tuple[Floats, Floats]:
 
 
 def check_squares(squares: Floats) -> None:
-    """Errors: `InputError` where sums of squares of activations do not fit into float64."""
+    """Raise `InputError`: sums of squares of activations do not fit into float64."""
     if not np.isfinite(squares).all():
         raise InputError("The squares of the activations are above what float64 holds; scale the data down.")
 
@@ -70,7 +70,7 @@ def add_outer(matrix: Floats, a: Floats, b: Floats, weight: float) -> None:
 
 
 def same_size(a: int, b: int) -> None:
-    """Raises: InputError where parts of different sizes are added."""
+    """Raise `InputError` where parts of different sizes are added."""
     if a != b:
         raise InputError(f"Statistics of {a} and of {b} units cannot be added; collect them from the same model.")
 
@@ -170,7 +170,7 @@ class Moments:
 
     @classmethod
     def restore(cls, state: Mapping[str, Array]) -> Moments:
-        """The part that gave this state."""
+        """Return the part that gave this state."""
         return cls(int(state["count"]), state["mean"], state["spread"])
 
 
@@ -224,7 +224,7 @@ class Marginals:
 
     @classmethod
     def restore(cls, state: Mapping[str, Array]) -> Marginals:
-        """The part that gave this state."""
+        """Return the part that gave this state."""
         return cls(int(state["count"]), state["positive"], state["minimum"], state["maximum"])
 
 
@@ -264,5 +264,5 @@ class Cofiring:
 
     @classmethod
     def restore(cls, state: Mapping[str, Array]) -> Cofiring:
-        """The part that gave this state."""
+        """Return the part that gave this state."""
         return cls(int(state["count"]), state["together"])

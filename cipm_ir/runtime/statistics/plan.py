@@ -109,12 +109,16 @@ class Plan:
 
 
 def several(given: Any) -> tuple[Any, ...]:
-    """A tuple of what was given, of which one alone may stand without brackets."""
+    """Return a tuple of what was given, of which one alone may stand without brackets."""
     return (given,) if isinstance(given, str | int) else tuple(given)
 
 
 def make_plan(program: Program, request: Request, spaces: Iterable[Space | str] | None = None) -> Plan:
-    """Find where the units of each space can be seen. Errors: as `cipm_ir.runtime.statistics.collect.collect`."""
+    """Find where the units of each space can be seen.
+
+    Raises:
+        CipmError: as `cipm_ir.runtime.statistics.collect.collect`.
+    """
     named = spaces is not None
     chosen = [
         program.space(s if isinstance(s, str) else s.name) for s in (program.spaces if spaces is None else spaces)
@@ -168,7 +172,10 @@ def _patches(program: Program, space: Space, sites: tuple[Site, ...], form: str)
 
 
 def follow(plan: Plan, found: Statistics) -> Plan | None:
-    """The second run: exact products for the strongest pairs of sketched spaces. None where there is nothing to do."""
+    """Return the second run: exact products for the strongest pairs of sketched spaces.
+
+    None where there is nothing to do.
+    """
     chosen = []
     for one in plan.spaces:
         part = found[one.name].parts.get("sketch")
@@ -194,7 +201,7 @@ class Collector:
             one.update(values, numbers)
 
     def result(self, samples: int) -> Statistics:
-        """The statistics of all batches, ``samples`` in all."""
+        """Return the statistics of all batches, ``samples`` in all."""
         spaces = {one.plan.name: one.result(samples) for one in self._spaces}
         return Statistics(spaces, samples, self._plan.unseen, self._plan.model)
 
@@ -297,7 +304,7 @@ class _SpaceCollector:
 
 
 def sample_numbers(feeds: Mapping[str, Array], start: int, count: int) -> Hashes:
-    """A number for each of ``count`` samples, of which the first is number ``start``, however the data is cut.
+    """Return a number for each of ``count`` samples, of which the first is number ``start``, however the data is cut.
 
     It is a hash of the sample, too: what is collected elsewhere starts at 0 as well, and rows that share their number
     would be added to the same bucket of a sketch with the same sign.
@@ -312,7 +319,7 @@ def sample_numbers(feeds: Mapping[str, Array], start: int, count: int) -> Hashes
 
 
 def row_numbers(samples: Hashes, rows: int) -> Hashes:
-    """A number for each row of a batch, from those of its samples."""
+    """Return a number for each row of a batch, from those of its samples."""
     each = max(rows // max(len(samples), 1), 1)
     index = np.arange(rows)
     owner = samples[np.minimum(index // each, len(samples) - 1)]

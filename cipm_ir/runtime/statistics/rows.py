@@ -117,7 +117,7 @@ class RowSample:
 
     @classmethod
     def restore(cls, state: Mapping[str, Array]) -> RowSample:
-        """The part that gave this state."""
+        """Return the part that gave this state."""
         return cls(int(state["capacity"]), int(state["seen"]), state["keys"], state["rows"])
 
 

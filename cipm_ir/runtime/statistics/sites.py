@@ -57,13 +57,14 @@ class Site:
 
 
 def find_sites(program: Program, space: Space, computed: Mapping[str, None] | None = None) -> tuple[Site, ...]:
-    """The values that products sum over the units of a space, in graph order.
+    """Return the values that products sum over the units of a space, in graph order.
 
     Products with weights are preferred: their inputs are what the sources of `readers` are, too. A space that is only
     read by products of activations (queries and keys) is seen there; one that nothing contracts, in the last value that
     holds it whole. ``computed``: what `computed_values` gives, where it is at hand.
 
-    Errors: `SymmetryError` where no value depends on the inputs and holds every element equally often.
+    Raises:
+        SymmetryError: no value depends on the inputs and holds every element equally often.
     """
     analysis = program.analysis
     raw = analysis.spaces[program.index(space)]
@@ -87,7 +88,7 @@ def find_sites(program: Program, space: Space, computed: Mapping[str, None] | No
 
 
 def computed_values(model: ir.Model) -> dict[str, None]:
-    """Names of the values that depend on the inputs, in graph order."""
+    """Return names of the values that depend on the inputs, in graph order."""
     found = {value.name or "": None for value in true_inputs(model)}
     for node in model.graph:
         if any(v is not None and (v.name or "") in found for v in node.inputs):

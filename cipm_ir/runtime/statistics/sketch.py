@@ -114,7 +114,7 @@ class Sketch:
         return out
 
     def strongest(self, mean: Floats, variance: Floats, partners: int) -> Index:
-        """Pairs (i, j), i < j, such that i is among the ``partners`` strongest of j by the estimate, or j of i.
+        """Return pairs (i, j), i < j, such that i is among the ``partners`` strongest of j by the estimate, or j of i.
 
         Takes size² k products, a block at a time.
         """
@@ -135,7 +135,7 @@ class Sketch:
 
     @classmethod
     def restore(cls, state: Mapping[str, Array]) -> Sketch:
-        """The part that gave this state."""
+        """Return the part that gave this state."""
         return cls(int(state["count"]), state["sums"], state["signs"])
 
 
@@ -216,5 +216,5 @@ class Pairs:
 
     @classmethod
     def restore(cls, state: Mapping[str, Array]) -> Pairs:
-        """The part that gave this state."""
+        """Return the part that gave this state."""
         return cls(state["pairs"], Moments.restore(state), state["products"])

@@ -80,7 +80,7 @@ class SpaceStatistics:
     gramless: str = ""
 
     def __add__(self, other: SpaceStatistics) -> SpaceStatistics:
-        """The statistics of the data of both; exact. Raises: InputError where they are of different kinds."""
+        """Return the statistics of the data of both; exact. Raises: InputError where they are of different kinds."""
         # Pairs that were followed depend on the data, and data that can be read once has none: what both have is added.
         parts = [one.parts.keys() - {"pairs"} for one in (self, other)]
         if (self.name, self.kind, self.size, parts[0]) != (other.name, other.kind, other.size, parts[1]):
@@ -196,7 +196,7 @@ class SpaceStatistics:
         return out
 
     def strongest(self, count: int | None = None, minimum: float = 0.0) -> tuple[Index, Floats, Floats]:
-        """The pairs of units with the largest absolute correlations.
+        """Return the pairs of units with the largest absolute correlations.
 
         Args:
             count: at most so many; None takes all (of a sketched space, all that were followed).
@@ -232,7 +232,7 @@ class SpaceStatistics:
         return total.correlation
 
     def similarity(self, measure: str = "correlation") -> Floats:
-        """How alike pairs of units are, (size, size), between -1 and 1.
+        """Return how alike pairs of units are, (size, size), between -1 and 1.
 
         * ``correlation``: Pearson's.
         * ``cosine``: of the uncentred vectors.
@@ -241,7 +241,8 @@ class SpaceStatistics:
         * ``information``: mutual information, as the correlation of a Gaussian pair with as much, on that sample.
         * ``lagged``: of the lags that were asked for, the correlation of largest size in either direction.
 
-        Errors: `OptionError` for another name, or one that was not asked for.
+        Raises:
+            OptionError: another name, or one that was not asked for.
         """
         known: dict[str, Callable[[], Floats]] = {
             "correlation": lambda: self.correlation,
@@ -343,7 +344,7 @@ class Statistics(Mapping[str, SpaceStatistics]):
         return f"Statistics({len(self)} spaces, {self.samples} samples)"
 
     def __add__(self, other: Statistics) -> Statistics:
-        """Raises: InputError where the two are of different models or were collected with different options."""
+        """Raise `InputError` where the two are of different models or were collected with different options."""
         if not isinstance(other, Statistics):
             return NotImplemented
         if set(self.spaces) != set(other.spaces):
@@ -367,14 +368,22 @@ class Statistics(Mapping[str, SpaceStatistics]):
         return tuple(text for one in self.spaces.values() for text in (one.warning, one.gramless) if text)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write an ``.npz`` file, whole or not at all; `load` reads it. Errors: `OutputError`."""
+        """Write an ``.npz`` file, whole or not at all; `load` reads it.
+
+        Raises:
+            OutputError: the result cannot be written.
+        """
         spaces = [{key: getattr(one, key) for key in _FACTS} | {"readers": dict(one.readers)} for one in self.values()]
         facts = {"samples": self.samples, "unseen": self.unseen, "spaces": spaces, "model": self.model}
         statistics_files.write(path, facts, [one.parts for one in self.values()])
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Statistics:
-        """Read what `save` wrote. Errors: `InputError`: no such file, or not one of these."""
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: no such file, or not one of these.
+        """
         return statistics_files.read(path, cls._restored)
 
     @classmethod

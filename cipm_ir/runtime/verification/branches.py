@@ -117,7 +117,7 @@ class _Counter:
         return paths, self._summed(node.graph, out)
 
     def _summed(self, graph: ir.Graph, value: ir.Value) -> ir.Value:
-        """The sum over all runs of a body."""
+        """Return the sum over all runs of a body."""
         attributes: dict[str, Any] = {"keepdims": 0}
         inputs = [value]
         if self._opset < 13:

@@ -72,7 +72,8 @@ def own_cases(
 ) -> list[Case]:
     """Draw inputs by each recipe, of the first sizes that the model runs with, and run it on them.
 
-    Errors: `InputError` where the model runs on none of the sizes.
+    Raises:
+        InputError: the model runs on none of the sizes.
     """
     noted = {value: value.meta.get(SUGGESTED) for value in true_inputs(model)}
     try:

@@ -37,7 +37,8 @@ class Closeness:
 def closeness(first: Run, second: Run, feeds: Iterable[Feeds]) -> Closeness:
     """Run both models on every batch; outputs are paired by position.
 
-    Errors: `InputError` where there are no samples, or where the numbers of outputs or their shapes differ.
+    Raises:
+        InputError: there are no samples, or where the numbers of outputs or their shapes differ.
     """
     squares: dict[int, list[float]] = {}
     same = votes = samples = 0

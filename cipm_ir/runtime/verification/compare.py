@@ -219,7 +219,7 @@ class Reference:
         return self._measured
 
     def _doubtful(self, actual: Sequence[Outputs], tolerance: Tolerance) -> list[int]:
-        """The inputs on which some output differs by more than is allowed."""
+        """Return the inputs on which some output differs by more than is allowed."""
         return [
             place
             for place, (one, got) in enumerate(zip(self.sticks, actual, strict=True))
@@ -308,5 +308,8 @@ def _compare_exact(stick: Yardstick, b: Array) -> Found:
 
 
 def _informative(array: Array) -> bool:
-    """Whether there is anything to compare: an empty output (no box found) says nothing of how it is computed."""
+    """Return whether there is anything to compare.
+
+    An empty output (no box found) says nothing of how it is computed.
+    """
     return array.size > 0 and (not is_float(array) or bool(np.isfinite(widened(array)).any()))

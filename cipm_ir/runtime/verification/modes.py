@@ -138,7 +138,7 @@ class _Search:
         return new
 
     def _combinations(self, values: Mapping[str, Sequence[float]]) -> Iterator[tuple[str, Feeds]]:
-        """Inputs with other values for modes, few changes first."""
+        """Yield inputs with other values for modes, few changes first."""
         for base in self._bases:
             options = [(name, [None, *given]) for name, given in values.items() if name in base]
             choices = itertools.islice(itertools.product(*(given for _, given in options)), 16 * _COMBINATIONS)
@@ -150,7 +150,7 @@ class _Search:
                 yield label, base | changed
 
     def _sizes(self, base: Feeds, good: Sequence[Mapping[str, tuple[int, ...]]]) -> Iterator[tuple[str, Feeds]]:
-        """The same input at other sizes: at those that were found to run, then with one open size changed."""
+        """Yield the same input at other sizes: at those that were found to run, then with one open size changed."""
         for shapes in good:
             made = {name: _fitted(x, shapes[name]) for name, x in base.items()}
             yield _sizes_in_words(made), made
@@ -182,7 +182,7 @@ def _sizes_in_words(feeds: Feeds) -> str:
 
 
 def _fitted(array: Array, shape: tuple[int, ...]) -> Array:
-    """An array cut, or repeated, to a shape of the same rank."""
+    """Return an array cut, or repeated, to a shape of the same rank."""
     for axis, size in enumerate(shape):
         if size != array.shape[axis]:
             array = np.take(array, np.arange(size) % array.shape[axis], axis)
@@ -210,7 +210,7 @@ def mode_values(model: ir.Model) -> dict[str, list[float]]:
 
 
 def _deciding(graph: ir.Graph) -> set[ir.Value]:
-    """Values that the condition of an If is computed from."""
+    """Return values that the condition of an If is computed from."""
     found: set[ir.Value] = set()
     stack = [node.inputs[0] for node in graph.all_nodes() if node.op_type == "If" and node.domain in ("", "ai.onnx")]
     while stack:
@@ -250,7 +250,7 @@ def _undone(undo: Undo, numbers: Sequence[float]) -> Iterator[float]:
 
 
 def _through(node: ir.Node, index: int, undo: Undo) -> Undo | None:
-    """How to undo an operation with a constant, and what came before it."""
+    """Return how to undo an operation with a constant, and what came before it."""
     op = node.op_type
     if op == "Neg":
         return lambda number: undo(-number)
@@ -271,7 +271,7 @@ def _through(node: ir.Node, index: int, undo: Undo) -> Undo | None:
 
 
 def _number(value: ir.Value | None) -> float | None:
-    """The number that a constant is; None for other values and constants of several numbers."""
+    """Return the number that a constant is; None for other values and constants of several numbers."""
     while value is not None and (maker := value.producer()) is not None and maker.op_type in _SAME:
         value = maker.inputs[0]
     tensor = None if value is None else ir.convenience.get_const_tensor(value)

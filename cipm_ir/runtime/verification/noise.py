@@ -88,7 +88,7 @@ def nudged(array: Array, rng: np.random.Generator) -> Array:
 
 
 def _exact(array: Array, kind: tuple[Any, int]) -> bool:
-    """Whether an array holds a few short numbers only."""
+    """Return whether an array holds a few short numbers only."""
 
     def few(entries: Array) -> bool:
         found = np.unique(entries)
@@ -167,12 +167,12 @@ def _shuffle_sums(model: ir.Model, rng: np.random.Generator) -> None:
 
 
 def _is_weight_of_one(value: ir.Value) -> bool:
-    """Whether a value is an initializer that one node reads, and nobody else."""
+    """Return whether a value is an initializer that exactly one node reads."""
     return is_parameter(value) and len(value.uses()) == 1 and not value.is_graph_output()
 
 
 def _taken(tensor: ir.TensorProtocol | None, order: Array, axis: int) -> ir.TensorProtocol:
-    """A tensor with its entries along an axis in another order, made when it is read."""
+    """Return a tensor with its entries along an axis in another order, made when it is read."""
     assert tensor is not None
 
     def take() -> ir.TensorProtocol:
@@ -182,7 +182,10 @@ def _taken(tensor: ir.TensorProtocol | None, order: Array, axis: int) -> ir.Tens
 
 
 def _summed_axes(node: ir.Node) -> tuple[int, int] | None:
-    """The axes of both operands that a contraction sums over; None for other nodes, and where sizes are not known."""
+    """Return the axes of both operands that a contraction sums over.
+
+    None for other nodes, and where sizes are not known.
+    """
     if node.domain not in ("", "ai.onnx") or len(node.inputs) < 2:
         return None
     second = _dims(node.inputs[1])
@@ -200,7 +203,7 @@ def _summed_axes(node: ir.Node) -> tuple[int, int] | None:
 
 
 def _sizes(node: ir.Node, axes: tuple[int, int]) -> list[Any]:
-    """What is known of the size of the axis that is summed over, from the second operand first."""
+    """Return what is known of the size of the axis that is summed over, from the second operand first."""
     found = [(_dims(node.inputs[place]), axes[place]) for place in (1, 0)]
     return [dims[axis] for dims, axis in found if dims]
 

@@ -145,7 +145,7 @@ class Verifier:
         return None if inner is None or second is None else inner.check(second, tolerance)
 
     def _alike(self, model: ir.Model, path: str, own: bool) -> Verifier:
-        """A verifier of a variant that takes a branch, for what is in it."""
+        """Return a verifier of a variant that takes a branch, for what is in it."""
         made = Verifier(model, seed=self._seed, cases=min(self._cases or LEAST, LEAST) if own else 0)
         made._given = [] if own else self._reaching(path)
         made._forces, made._below = self._forces // 2, f"{path}/"
@@ -282,7 +282,9 @@ def _reference(
 ) -> Reference:
     """Run a model on data and on inputs of our own that it accepts.
 
-    Errors: `InputError`, `UnsupportedError` where it runs on none.
+    Raises:
+        InputError: it runs on none.
+        UnsupportedError: it runs on none.
     """
     pairs = [(ending, ending) for ending in found]
     with _runner(model, pairs, backend, model) as runner:
@@ -348,7 +350,7 @@ def _interface_difference(a: ir.Model, b: ir.Model) -> str:
 
 
 def _random_node(model: ir.Model) -> str:
-    """The first node whose result is not a function of its inputs, described; "" if there is none.
+    """Return the first node whose result is not a function of its inputs, described; "" if there is none.
 
     A node with a `seed` gives the same stream in both models and is allowed.
     """

@@ -123,7 +123,7 @@ def consumers(analysis: Analysis, members: Labels) -> list[Contraction]:
 
 
 def _keeps_units(analysis: Analysis, node: ir.Node, inside: np.ndarray) -> bool:
-    """Whether a reduction runs over other axes than these classes': what came in per unit goes out per unit."""
+    """Return whether a reduction runs over other axes than these classes': what came in per unit goes out per unit."""
     if node.domain or not node.op_type.startswith("Reduce"):
         return False
     walk, of = analysis.walk, analysis.classes.of

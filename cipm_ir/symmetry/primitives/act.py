@@ -15,7 +15,7 @@ from cipm_ir.symmetry.primitives.edits import Edit
 
 
 def act_edits(analysis: Analysis, elements: Mapping[int, Element | DenseElement]) -> dict[int, Edit]:
-    """One edit per parameter that moves. Matrices act first, on the places before anything is exchanged."""
+    """Return one edit per parameter that moves. Matrices act first, on the places before anything is exchanged."""
     edits = _monomial_edits(analysis, {k: g for k, g in elements.items() if isinstance(g, Element)})
     add_dense_edits(analysis, edits, {k: g for k, g in elements.items() if isinstance(g, DenseElement)})
     return edits

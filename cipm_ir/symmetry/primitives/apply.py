@@ -108,7 +108,7 @@ class Editor:
 
     # ------------------------------------------------------------ new values
     def fresh_name(self, base: str) -> str:
-        """A value name that is not taken."""
+        """Return a value name that is not taken."""
         k = 1
         while f"{base}.{k}" in self.taken:
             k += 1

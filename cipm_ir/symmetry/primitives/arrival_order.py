@@ -22,7 +22,7 @@ from cipm_ir.symmetry.walk import Walk, walk
 
 
 def interleaved(analysis: Analysis, keep: Labels) -> bool:
-    """Whether some grid that is not laid out row by row keeps different columns in its rows (``keep`` is per atom)."""
+    """Return whether some grid that is not laid out row by row keeps different columns in its rows."""
     seen: set[int] = set()
     for state in analysis.walk.states.values():
         for f in state.factors:
@@ -42,9 +42,13 @@ def interleaved(analysis: Analysis, keep: Labels) -> bool:
 
 
 def arrival_order(model: ir.Model, analysis: Analysis, keep: Labels) -> dict[int, Labels]:
-    """The slices that must be reordered: for the base of a parameter's factor, the kept atoms in the order of arrival.
+    """Return the slices that must be reordered: for the base of a parameter's factor, the kept atoms in the order of
+    arrival.
 
-    ``model`` is the graph restricted by slices in the old order. Errors: `SymmetryError` where no order would do.
+    ``model`` is the graph restricted by slices in the old order.
+
+    Raises:
+        SymmetryError: no order would do.
     """
     walked = walk(model)
     classes = find_classes(walked)

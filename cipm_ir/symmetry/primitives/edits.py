@@ -64,7 +64,7 @@ class Edit:
         return digest.digest()
 
     def shape(self, old: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the result."""
+        """Return the shape of the result."""
         new = list(old)
         for axis, index in self.take.items():
             new[axis] = len(index)
@@ -73,12 +73,12 @@ class Edit:
         return tuple(new)
 
     def apply(self, array: Array) -> Array:
-        """The edited array, in the dtype of ``array``."""
+        """Return the edited array, in the dtype of ``array``."""
         parts = list(self.blocks(array))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def blocks(self, array: Array) -> Iterator[Array]:
-        """The edited array, some rows of its first axis at a time, so that the work stays in the cache."""
+        """Yield the edited array, some rows of its first axis at a time, so that the work stays in the cache."""
         dtype = array.dtype
         if not array.ndim:
             yield self._scaled(array, slice(None), np.dtype(np.float64), dtype)
@@ -116,7 +116,7 @@ class Edit:
         return part
 
     def _width(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
-        """The dtype to multiply in: the tensor's own where it holds every product of the scales exactly."""
+        """Return the dtype to multiply in: the tensor's own where it holds every product of the scales exactly."""
         scales = [*self.scale.values(), *self.inner_scale.values()]
         if dtype not in (np.float32, np.float64) or self.epsilon is not None:
             return np.dtype(np.float64)
@@ -171,7 +171,10 @@ def _mixed(array: Array, axis: int, pairs: list[tuple[Labels, Array]]) -> Array:
 
 
 def _multiplied(matrix: Array) -> Any:
-    """A matrix in float64, sparse where it only adds up: its double precision would take eight times its memory."""
+    """Return a matrix in float64, sparse where it only adds up.
+
+    Its double precision would take eight times its memory.
+    """
     if matrix.dtype != np.uint8:
         return matrix.astype(np.float64, copy=False)
     from scipy.sparse import csr_array  # slow to import, and rarely needed

@@ -78,7 +78,7 @@ class NodeResize(Resize):
         )
 
     def patched(self, current: ir.Value, now: Literal, value: Array) -> ir.Value:
-        """The computed literal with some entries replaced: in its Concat, or by nodes that the opset has."""
+        """Return the computed literal with some entries replaced: in its Concat, or by nodes that the opset has."""
         editor = self.parent.editor
         moving = (now[0] != value) & (now[0] != now[1])
         varies = self.parent.analysis.walk.varying.get(current.name or "")
@@ -239,7 +239,7 @@ class Literals:
         node.replace_input_with(one.index, out)
 
     def _expands(self, value: ir.Value, axis: int, old: int, length: int) -> bool:
-        """Whether an Expand that nothing else uses could be told the new length of an axis itself."""
+        """Return whether an Expand that nothing else uses could be told the new length of an axis itself."""
         maker, name = value.producer(), value.name or ""
         if maker is None or maker.op_type != "Expand" or len(value.uses()) > 1 or value.is_graph_output():
             return False
@@ -259,7 +259,7 @@ class Literals:
         return [use[position, k] for k in range(len(self.names[position])) if (position, k) in use]
 
     def shape_of(self, position: int, index: int) -> Shape | None:
-        """New shape of an input."""
+        """Return new shape of an input."""
         leaf = self.analysis.walk.use_leaf.get((position, index))
         if leaf is not None:
             shape = self.analysis.walk.leaves[leaf].shape
@@ -333,7 +333,7 @@ class Literals:
                 outputs[place] = held
 
     def _as_before(self, name: str, value: ir.Value, node: ir.Node, position: int) -> ir.Value:
-        """The number that a value was, in front of a node."""
+        """Return the number that a value was, in front of a node."""
         old, now = self.analysis.walk.literals[name], self.now[name]
         if name in self.analysis.walk.varying and np.array_equal(old[0], old[1]):
             raise SymmetryError(

@@ -18,7 +18,7 @@ from cipm_ir.symmetry.primitives.sizes import Sizes
 
 
 def closed_keep(analysis: Analysis, keep: np.ndarray) -> np.ndarray:
-    """Classes that stay, when blocks go with their contents and empty blocks go too (per class, in place).
+    """Return classes that stay, when blocks go with their contents and empty blocks go too (per class, in place).
 
     A part goes with the classes that it lies in, and these go with the last of the parts that they consist of.
     """

@@ -26,7 +26,7 @@ def outer_first(labels: Labels) -> list[int]:
 
 
 def grid_shape(mask: Mask, order: list[int]) -> tuple[int, ...] | None:
-    """Sizes of what remains of a grid, None where it is ragged."""
+    """Return sizes of what remains of a grid, None where it is ragged."""
     table = mask.transpose(order)
     sizes = []
     alive: Mask = np.ones((), bool)
@@ -53,7 +53,7 @@ class Sizes:
         self._cache: dict[int, tuple[Labels, tuple[int, ...] | None]] = {}
 
     def factor(self, f: Factor) -> tuple[int, ...] | None:
-        """Sizes of a factor's axes afterwards; None where the rest is ragged."""
+        """Return sizes of a factor's axes afterwards; None where the rest is ragged."""
         known = self._cache.get(id(f.labels))
         if known is None:
             mask = self.keep[f.labels]
@@ -67,7 +67,7 @@ class Sizes:
         return known[1]
 
     def shape(self, state: State, name: str) -> tuple[int, ...]:
-        """Shape of a value afterwards."""
+        """Return the shape of a value afterwards."""
         new = list(state.shape)
         for f in state.factors:
             sizes = self.factor(f)

@@ -1,4 +1,4 @@
-"""Lowering of matrix products: linear layers, matmul and its kin, einsum, bilinear layers."""
+"""Lowering of matrix products: linear layers, matmul and similar operators, einsum, bilinear layers."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Fourier transforms and complex numbers, which have no form in ONNX that keeps their type.
 
-They stay calls of torch. It is said which axes they mix: units along the others move.
+They stay calls of torch. The node lists the axes they mix: units along the others move.
 """
 
 from __future__ import annotations

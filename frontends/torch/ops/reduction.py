@@ -217,7 +217,7 @@ def _moments(b: Lowering, x: Tensor, dim: Any, keepdim: bool, correction: Any) -
 
 
 def _spread(b: Lowering, input: Tensor, args: tuple[Any, ...], names: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Arguments of var, std and their kin: (unbiased), or (dim, unbiased, keepdim), or by name."""
+    """Arguments of var, std and similar functions: (unbiased), or (dim, unbiased, keepdim), or by name."""
     _check_out(names)
     dim, unbiased, keepdim = names.get("dim", names.get("axis")), names.get("unbiased", True), False
     if len(args) == 1 and isinstance(args[0], bool):

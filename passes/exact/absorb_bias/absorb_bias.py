@@ -35,7 +35,8 @@ class AbsorbBias(Pass):
     Refused: units that something else than products with weights reads (a residual sum), zero-padded convolutions (a
     constant is none at their border), a bias that is shared, computed or missing.
 
-    Errors: `OptionError` for ``observed`` without data, or a quantile without ``observed``.
+    Raises:
+        OptionError: ``observed`` without data, or a quantile without ``observed``.
     """
 
     kind: ClassVar[Kind] = Kind.EXACT
@@ -184,7 +185,8 @@ class _Moved:
     def move(self, name: str, c: Floats) -> None:
         """Take c from the bias of one space, and give it to the readers.
 
-        Errors: `SymmetryError` where a reader cannot take it; nothing is changed then.
+        Raises:
+            SymmetryError: a reader cannot take it; nothing is changed then.
         """
         places, refused = find_places(self.program)
         place = next((p for p in places if self.program.spaces[p.space].name == name), None)

@@ -47,7 +47,7 @@ class Place:
 
 
 def find_places(program: Program) -> tuple[list[Place], dict[str, str]]:
-    """All places in graph order; and by the name of a space behind a Relu, why its constants stay."""
+    """Return all places in graph order; and by the name of a space behind a Relu, why its constants stay."""
     found: list[Place] = []
     refused: dict[str, str] = {}
     search = _Search(program)
@@ -86,14 +86,14 @@ class _Search:
                 self.space_of[raw.table[:, 0]] = k
 
     def spaces_of(self, name: str) -> list[int]:
-        """Spaces of units that a value carries."""
+        """Return spaces of units that a value carries."""
         state = self.analysis.walk.states.get(name)
         labels = [f.labels.ravel() for f in state.factors] if state is not None else []
         spaces = self.space_of[self.analysis.classes.of[np.concatenate(labels)]] if labels else np.zeros(0, np.int64)
         return [int(k) for k in np.unique(spaces) if k >= 0]
 
     def place(self, relu: ir.Node, space: int) -> Place:
-        """The place of one space behind one Relu."""
+        """Return the place of one space behind one Relu."""
         before = relu.inputs[0]
         assert before is not None
         if before.is_graph_output() or len(before.uses()) != 1:
@@ -112,7 +112,7 @@ class _Search:
         return Place(space, before.name or "", leaf.name, positions)
 
     def _bias(self, before: ir.Value) -> tuple[Leaf, Labels]:
-        """The parameter that is added last, and the class of each of its entries."""
+        """Return the parameter that is added last, and the class of each of its entries."""
         node = before.producer()
         if node is None or node not in self.position:
             raise UnsupportedPattern("no bias is added before the Relu")
@@ -135,7 +135,7 @@ class _Search:
         return leaf, self.analysis.classes.of[factors[0].base : factors[0].base + factors[0].size]
 
     def _readers(self, value: ir.Value, inside: np.ndarray) -> set[int]:
-        """Products that read a value, through operators that move it but do not change it."""
+        """Return products that read a value, through operators that move it but do not change it."""
         found: set[int] = set()
         todo, seen = [value], set[str]()
         while todo:
@@ -159,7 +159,7 @@ class _Search:
         return found
 
     def _only(self, node: ir.Node, value: ir.Value, inside: np.ndarray) -> bool:
-        """Whether no other input of a node carries the same units."""
+        """Return whether no other input of a node carries the same units."""
         walk, of = self.analysis.walk, self.analysis.classes.of
         others = [v for v in node.inputs if v is not None and v is not value]
         states = [walk.states.get(v.name or "") for v in others]

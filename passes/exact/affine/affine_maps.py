@@ -77,7 +77,7 @@ def _norm(node: ir.Node, version: int) -> Map | None:
 
 
 def _floats(value: ir.Value | None) -> Array | None:
-    """The entries of a constant of a floating-point type, all finite, in double precision."""
+    """Return the entries of a constant of a floating-point type, all finite, in double precision."""
     tensor = constant(value)
     if tensor is None or not tensor.dtype.is_floating_point() or tensor.size > _LIMIT:
         return None

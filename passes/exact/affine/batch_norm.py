@@ -60,7 +60,10 @@ def _is_norm(node: ir.Node) -> bool:
 
 
 def _obstacle(norm: ir.Node, version: int) -> str:
-    """Why a normalization is no fixed affine map right after a contraction that has room for it; "" where it is."""
+    """Return why a normalization is no fixed affine map right after a contraction that has room for it.
+
+    "" where it is.
+    """
     value = norm.inputs[0]
     before = value.producer() if value is not None else None
     if norm.graph is None or sum(out is norm.outputs[0] for out in norm.graph.outputs) > 1:
@@ -101,7 +104,7 @@ def no_fixed_map(norm: ir.Node, version: int) -> str:
 
 
 def _parameters(norm: ir.Node) -> list[ir.Value | None]:
-    """The weight and bias of the contraction, if any, then the parameters of the normalization."""
+    """Return the weight and bias of the contraction, if any, then the parameters of the normalization."""
     before = _inbound(norm)
     given = [value for value in before.inputs[2:] if value is not None]
     return [before.inputs[1], *given, *norm.inputs[1:]]

@@ -148,12 +148,12 @@ class _Folder:
 
     # ------------------------------------------------------------ conditions
     def _alone(self, value: ir.Value) -> bool:
-        """Whether exactly one node reads a value of the main graph, and no output."""
+        """Return whether exactly one node reads a value of the main graph, and no output."""
         uses = list(value.uses())
         return len(uses) == 1 and not value.is_graph_output() and uses[0].node.graph is self.graph
 
     def _has_constants(self, node: ir.Node, found: Map) -> bool:
-        """Whether a node is a product whose weight and bias are constants of one type that may be changed."""
+        """Return whether a node is a product whose weight and bias are constants of one type that may be changed."""
         if node.op_type not in PRODUCTS or node.domain not in _STANDARD or node.graph is not self.graph:
             return False
         if any(a.is_ref() for a in node.attributes.values()) or node.inputs[0] is None:
@@ -174,7 +174,7 @@ class _Folder:
         return bias is not None and bias.dtype == weight.dtype and bias.shape.numpy() == (channels(node)[1],)
 
     def _rank(self, node: ir.Node) -> int | None:
-        """The number of axes of what a product takes and gives, which is known but for MatMul."""
+        """Return the number of axes of what a product takes and gives, which is known but for MatMul."""
         weight = constant(node.inputs[1])
         if node.op_type in ("Conv", "ConvTranspose") and weight is not None:
             return len(weight.shape)
@@ -210,12 +210,12 @@ class _Folder:
 
 
 def _axis(node: ir.Node) -> int:
-    """The axis of channels of what a product takes and gives."""
+    """Return the axis of channels of what a product takes and gives."""
     return -1 if node.op_type in ("Gemm", "MatMul") else 1
 
 
 def _takes_shift(node: ir.Node) -> bool:
-    """Whether a shift of all that a product takes is the same shift of all that it gives, which it can hold."""
+    """Return whether a shift of all that a product takes is the same shift of all that it gives, which it can hold."""
     if node.op_type == "Gemm":
         return True
     unpadded = attribute(node, "auto_pad", "NOTSET") in ("NOTSET", "VALID") and not any(attribute(node, "pads", ()))
@@ -223,7 +223,7 @@ def _takes_shift(node: ir.Node) -> bool:
 
 
 def _visible(shift: np.ndarray, bias: np.ndarray | None, factor: np.ndarray | None) -> bool:
-    """Whether no entry of a shift would vanish in the bias that is there."""
+    """Return whether no entry of a shift would vanish in the bias that is there."""
     if bias is None:
         return True
     there = np.abs(bias if factor is None else bias * factor)

@@ -27,7 +27,7 @@ _SILENT = 1e-30
 
 
 def names_of(graph: ir.Graph) -> Names:
-    """The names of all values of a main graph and its bodies."""
+    """Return the names of all values of a main graph and its bodies."""
     return {value.name for value in all_values(graph)}
 
 
@@ -159,7 +159,7 @@ def channels(node: ir.Node) -> tuple[int, int]:
 
 
 def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
-    """The tensor that a value is in every run, through copies."""
+    """Return the tensor that a value is in every run, through copies."""
     for node in copies(value):
         if node.domain not in _STANDARD or node.op_type not in ("Identity", "Constant"):
             return None
@@ -168,7 +168,10 @@ def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
 
 
 def copies(value: ir.Value | None) -> Iterator[ir.Node]:
-    """The Identity and Constant nodes that a parameter comes through, the last one first; or what else makes it."""
+    """Yield the Identity and Constant nodes that a parameter comes through, the last one first.
+
+    Or what else makes it.
+    """
     node = value.producer() if value is not None else None
     while node is not None:
         yield node
@@ -205,7 +208,7 @@ def _loses_channels(
     dtype: ir.DataType,
     view: Callable[[ir.Node, Array], Array],
 ) -> bool:
-    """Whether a channel lost digits because its weights are below the smallest normal number of the type."""
+    """Return whether a channel lost digits because its weights are below the smallest normal number of the type."""
 
     def norms(weight: Array) -> Array:
         return np.asarray(np.sqrt((view(node, weight) ** 2).sum(axis=(1, 3))).reshape(-1))
@@ -243,7 +246,7 @@ def _set_parameter(node: ir.Node, index: int, tensor: ir.TensorProtocol, base: s
 
 
 def _initializer(tensor: ir.TensorProtocol, name: str, taken: Names, place: ir.Graph) -> ir.Value:
-    """A new initializer of ``place``, the main graph or a body below it, under a name that nothing else has."""
+    """Return a new initializer of ``place``, the main graph or a body below it, under a name that nothing else has."""
     unique, number = name, 1
     while unique in taken:
         unique, number = f"{name}_{number}", number + 1

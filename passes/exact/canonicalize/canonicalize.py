@@ -54,7 +54,10 @@ class Canonicalize(Pass):
 
 
 def canonical_elements(program: Program, *, exact: bool = True) -> dict[Space, Element]:
-    """The element per space that takes a program to the canonical form of its orbit; spaces that stay are left out."""
+    """Return the element per space that takes a program to the canonical form of its orbit.
+
+    Spaces that stay are left out.
+    """
     members = Members(program, exact=exact)
     gauge = Gauge(members)
     gauge.fix()
@@ -78,7 +81,10 @@ def _element(space: Space, classes: Labels, colour: Labels, gauge: Gauge) -> Ele
 def undo(program: Program, witness: Mapping[str, Mapping[str, Any]]) -> Program:
     """Take a canonicalized program back to the labels and the gauge of the model that the witness was made for.
 
-    Exact where the scales are powers of two. Errors: `SymmetryError` where the program lacks a space of the witness.
+    Exact where the scales are powers of two.
+
+    Raises:
+        SymmetryError: the program lacks a space of the witness.
     """
     unknown = set(witness) - {space.name for space in program.spaces}
     if unknown:
@@ -97,7 +103,7 @@ def undo(program: Program, witness: Mapping[str, Mapping[str, Any]]) -> Program:
 
 
 def as_lists(element: Element) -> dict[str, Any]:
-    """An element as a witness holds it."""
+    """Return an element as a witness holds it."""
     return {"perm": element.perm.tolist(), "scale": element.scale.tolist(), "sign": element.sign.tolist()}
 
 

@@ -62,7 +62,10 @@ class CanonicalizeSigns(Pass):
 
 
 def sign_elements(program: Program, signs: Gauge) -> dict[Space, Element]:
-    """The element per space that multiplies every class by its sign in a table; spaces that stay are left out."""
+    """Return the element per space that multiplies every class by its sign in a table.
+
+    Spaces that stay are left out.
+    """
     found = {}
     for space, raw in zip(program.spaces, program.analysis.spaces, strict=True):
         if raw.kind == "blocks" or raw.table.shape[1] > 1 or not space.group.signs:

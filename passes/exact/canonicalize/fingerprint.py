@@ -98,7 +98,7 @@ class _Hasher:
         return [repr(attribute.value)]
 
     def _source(self, value: ir.Value | None) -> bytes | str:
-        """What a value is: a number, or the content of a constant."""
+        """Return what a value is: a number, or the content of a constant."""
         if value is None:
             return "nothing"
         if value in self._number:

@@ -45,23 +45,23 @@ class Gauge:
         self._sweep(signs=True)
 
     def magnitude(self, m: Member) -> Floats:
-        """What each position of a member is to be multiplied by, up to sign."""
+        """Return what each position of a member is to be multiplied by, up to sign."""
         return magnitude(self.members, m, self.scale)
 
     def weight(self, m: Member) -> Floats:
-        """The same with signs; open signs count as plus."""
+        """Return the same with signs; open signs count as plus."""
         return self.magnitude(m) * self.parity(m)
 
     def parity(self, m: Member) -> Floats:
-        """The sign of each position of a member."""
+        """Return the sign of each position of a member."""
         return np.asarray(np.where(m.sign == 1, self._at(m, self.sign), 1).prod(1), np.float64)
 
     def settled(self, m: Member) -> Array:
-        """Positions of a member whose sign is fixed, or plays no part."""
+        """Return positions of a member whose sign is fixed, or plays no part."""
         return np.asarray((self._at(m, self.signed) | (m.sign == 0)).all(1))
 
     def _at(self, m: Member, table: Array, position: Labels | slice = slice(None)) -> Array:
-        """A table by class and direction, at positions of a member and the directions that play a part there."""
+        """Return a table by class and direction, at positions of a member and the directions that play a part there."""
         on = m.sign_at if table is self.sign or table is self.signed else m.scale_at
         return np.asarray(table[m.classes[position][:, None], on])
 
@@ -75,7 +75,10 @@ class Gauge:
             pass
 
     def _open(self, m: Member, *, signs: bool) -> tuple[Labels, Labels, Labels]:
-        """Classes with exactly one open direction at a member: a position, the direction and the class of each."""
+        """Return classes with exactly one open direction at a member.
+
+        A position, the direction and the class of each.
+        """
         exponent, fixed = (m.sign, self.signed) if signs else (m.scale, self.scaled)
         todo = (exponent != 0) & ~self._at(m, fixed)
         here = np.flatnonzero(todo.sum(1) == 1)
@@ -83,7 +86,7 @@ class Gauge:
         return here[first], todo[here[first]].argmax(1), classes
 
     def _weights(self, m: Member, *, signs: bool) -> list[Array]:
-        """Weights of the other axes: zero where they are not fixed yet."""
+        """Return weights of the other axes: zero where they are not fixed yet."""
         out = []
         for o in self.members.on_leaf[m.factor.leaf]:
             if o is not m:
@@ -93,7 +96,7 @@ class Gauge:
         return out
 
     def _seen(self, m: Member, weights: list[Array], open_classes: Labels, *, signs: bool) -> bool:
-        """Whether this member was read before with the same other axes and found nothing for these classes."""
+        """Return whether this member was read before with the same other axes and found nothing for these classes."""
         state = hash((open_classes.tobytes(), *(w.tobytes() for w in weights)))
         key = (m.factor.base, signs)
         if self._read.get(key) == state:

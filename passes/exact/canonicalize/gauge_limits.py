@@ -14,7 +14,7 @@ _ROUNDS = 8
 
 
 def magnitude(members: Members, m: Member, scale: Floats) -> Floats:
-    """What each position of a member is multiplied by, for log2-scales by class and direction."""
+    """Return what each position of a member is multiplied by, for log2-scales by class and direction."""
     power = (m.scale * scale[m.classes[:, None], m.scale_at]).sum(1)
     return np.asarray(np.ldexp(1.0, power.astype(np.int64)) if members.exact else np.exp2(power))
 
@@ -41,7 +41,7 @@ def give_up_rounding(members: Members, scale: Floats) -> int:
 
 
 def _may_round(members: Members, leaf: int, found: list[Member], scale: Floats) -> bool:
-    """Whether some entry could leave the normal range of its type, by the exponents that the parameter holds."""
+    """Return whether some entry could leave the normal range of its type, by the exponents that the parameter holds."""
     moved = [np.abs((m.scale * scale[m.classes[:, None], m.scale_at]).sum(1)).max() for m in found]
     if not max(moved):
         return False

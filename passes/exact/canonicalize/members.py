@@ -65,7 +65,7 @@ class Member:
         return self.factor.groups
 
     def spread(self, vector: Array) -> Array:
-        """A value per position, shaped so that it broadcasts against the parameter."""
+        """Return a value per position, shaped so that it broadcasts against the parameter."""
         shape = [1] * len(self.shape)
         shape[self.axis] = self.shape[self.axis]
         if not self.groups:
@@ -79,7 +79,7 @@ class Member:
         return np.asarray(np.arange(rows) * self.groups // rows, np.int64)
 
     def at(self, vector: Array, index: Sequence[Array]) -> Array:
-        """A value per position, read at entries of the parameter: one index array per axis."""
+        """Return a value per position, read at entries of the parameter: one index array per axis."""
         if not self.groups:
             return np.asarray(vector[index[self.axis]])
         return np.asarray(vector[index[0] * self.groups // self.shape[0] * self.factor.shape[1] + index[self.axis]])
@@ -137,7 +137,7 @@ class Members:
         return rank
 
     def _moving(self) -> npt.NDArray[np.bool_]:
-        """Classes and cells that some space exchanges or rescales."""
+        """Return classes and cells that some space exchanges or rescales."""
         moving = np.zeros(self.count + len(self.analysis.classes.parts.cell_class), bool)
         for k in range(len(self.analysis.spaces)):
             moving[self.analysis.places_of(k)[0]] = True
@@ -175,7 +175,7 @@ class Members:
 
     # ------------------------------------------------------------ values
     def array(self, leaf: int) -> Array:
-        """The parameter itself, unedited and in its own dtype."""
+        """Return the parameter itself, unedited and in its own dtype."""
         known = self._arrays.get(leaf)
         if known is not None:
             return known
@@ -190,7 +190,7 @@ class Members:
         return array
 
     def finite(self, leaf: int) -> bool:
-        """Whether a parameter of a floating-point type holds no NaN and no infinity."""
+        """Return whether a parameter of a floating-point type holds no NaN and no infinity."""
         if leaf not in self._finite:
             array = self.array(leaf)
             step = max(1, CHUNK // max(1, array[:1].size))
@@ -202,7 +202,7 @@ class Members:
     def blocks(
         self, leaf: int, weights: Sequence[Array], epsilon: float | None, *, narrow: bool = False
     ) -> Iterator[tuple[slice, Array]]:
-        """The parameter times some weights that broadcast, in slices of axis 0 that fit into the cache.
+        """Yield the parameter times some weights that broadcast, in slices of axis 0 that fit into the cache.
 
         With ``narrow``, products with moderate powers of two stay float32: exact unless they leave the normal range.
         """
@@ -240,7 +240,7 @@ class Members:
         return np.asarray(out)
 
     def entries(self, leaf: int, index: Sequence[Array], weight: Callable[[Member], Floats]) -> Floats:
-        """Entries of the parameter at one index array per axis, times the weights of all its members."""
+        """Return entries of the parameter at one index array per axis, times the weights of all its members."""
         values = np.asarray(self.array(leaf)[tuple(index)]).astype(np.float64)
         for m in self.on_leaf[leaf]:
             values = (values if m.epsilon is None else values + m.epsilon) * m.at(weight(m), index)
@@ -253,7 +253,7 @@ def _moderate(weights: Sequence[Array]) -> bool:
 
 
 def _tensor(nodes: Sequence[ir.Node], leaf: Leaf) -> ir.TensorProtocol:
-    """The tensor of a parameter in a graph with these nodes; of a filled one, the tensor with its only entry."""
+    """Return the tensor of a parameter in a graph with these nodes; of a filled one, the tensor with its only entry."""
     node, slot = leaf.uses[0]
     value = nodes[node].inputs[slot]
     producer = None if value is None else value.producer()
@@ -268,6 +268,6 @@ def _tensor(nodes: Sequence[ir.Node], leaf: Leaf) -> ir.TensorProtocol:
 
 
 def fill_of(node: ir.Node) -> ir.TensorProtocol:
-    """The tensor with the one entry that a ConstantOfShape repeats."""
+    """Return the tensor with the one entry that a ConstantOfShape repeats."""
     attribute = node.attributes.get("value")
     return ir.tensor(np.zeros(1, np.float32)) if attribute is None else attribute.as_tensor()

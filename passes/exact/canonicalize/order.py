@@ -48,7 +48,7 @@ class Ordering:
         self._find_open_signs()
 
     def run(self) -> Labels:
-        """The final colours: equal only where nothing distinguishes and nothing may be exchanged."""
+        """Return the final colours: equal only where nothing distinguishes and nothing may be exchanged."""
         for m in self.members.all:
             if m.line:
                 self._by_row(m)
@@ -145,15 +145,15 @@ class Ordering:
         return int(np.prod(m.shape)) // (m.factor.shape[-1] * max(1, m.groups))
 
     def _unsigned(self, m: Member) -> bool:
-        """Whether signs on this parameter are still open, so that only magnitudes may be compared."""
+        """Return whether signs on this parameter are still open, so that only magnitudes may be compared."""
         return not all(self.gauge.settled(o).all() for o in self.members.on_leaf[m.factor.leaf])
 
     def _entries(self, m: Member, positions: Labels, columns: Labels) -> Floats:
-        """Entries (positions, columns) of a parameter, columns counted in the order of the colours."""
+        """Return entries (positions, columns) of a parameter, columns counted in the order of the colours."""
         return self.members.entries(m.factor.leaf, self._index(m, positions, columns), self.gauge.weight)
 
     def _index(self, m: Member, positions: Labels, columns: Labels) -> list[Array]:
-        """One index array per axis, (positions, columns)."""
+        """Return one index array per axis, (positions, columns)."""
         sizes = [1 if a == m.axis else n for a, n in enumerate(m.shape)]
         if m.groups:
             sizes[0] //= m.groups
@@ -180,7 +180,7 @@ class Ordering:
         return index
 
     def _leading(self, m: Member, positions: Labels, *, zeros: bool) -> Floats:
-        """The first entry of each row that tells a sign; 0 where there is none."""
+        """Return the first entry of each row that tells a sign; 0 where there is none."""
         out = np.zeros(len(positions))
         total, lo = self._row_length(m), 0
         others = [o for o in self.members.on_leaf[m.factor.leaf] if o is not m]
@@ -202,7 +202,10 @@ class Ordering:
 
     # ------------------------------------------------------------ rows of unordered columns
     def _labels(self, m: Member, axis: int) -> Hashes:
-        """A hash per index of an axis (shaped to broadcast) of what lies there; zero on the member's own axis."""
+        """Return a hash per index of an axis (shaped to broadcast) of what lies there.
+
+        Zero on the member's own axis.
+        """
         shape = [1] * len(m.shape)
         shape[axis] = m.shape[axis]
         base = mix(np.arange(m.shape[axis]) + (1 << 40))
@@ -270,5 +273,5 @@ def _sortable(values: Floats) -> Labels:
 
 
 def _uniform(hashes: npt.NDArray[np.uint64]) -> Floats:
-    """Numbers in [-1, 1) from hashes."""
+    """Return numbers in [-1, 1) from hashes."""
     return np.asarray((hashes >> np.uint64(11)).astype(np.float64) * 2.0**-52 - 1.0)

@@ -50,7 +50,7 @@ class Partition:
         self._orbit = label
 
     def tied(self) -> npt.NDArray[np.bool_]:
-        """Classes that share their colour."""
+        """Return classes that share their colour."""
         if self._tied is None:
             self._tied = np.bincount(self.colour, minlength=len(self.colour))[self.colour] > 1
         return self._tied
@@ -135,7 +135,10 @@ class Partition:
         return classes[whole], keys[whole]
 
     def _cut(self, classes: Labels, colour: Labels, between: npt.NDArray[np.bool_]) -> bool:
-        """New colours for classes in order of (colour, key), with a cut wherever ``between`` neighbours of one cell."""
+        """Return new colours for classes in order of (colour, key).
+
+        With a cut wherever ``between`` neighbours of one cell.
+        """
         cell = np.r_[True, colour[1:] != colour[:-1]]
         group = cell | np.r_[True, between]
         place = np.arange(len(classes))

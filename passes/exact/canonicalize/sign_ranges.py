@@ -61,7 +61,7 @@ class Ranges:
         self._extremes: dict[int, tuple[Floats, Floats]] = {}
 
     def total(self) -> float:
-        """Mean over the matrices that a sign reaches of the log of the range."""
+        """Return mean over the matrices that a sign reaches of the log of the range."""
         found = [r for leaf in self.leaves if (r := self._range(leaf)) > 0]
         return float(np.mean(np.log(found))) if found else 0.0
 
@@ -84,7 +84,7 @@ class Ranges:
         self.reset()
 
     def _found_groups(self) -> list[tuple[int, int]]:
-        """Pairs (space, direction) that some matrix has a sign of, in graph order."""
+        """Return pairs (space, direction) that some matrix has a sign of, in graph order."""
         found: dict[tuple[int, int], list[Member]] = {}
         for m in self.matrices:
             for column, direction in enumerate(m.sign_at.tolist()):
@@ -99,7 +99,7 @@ class Ranges:
         return float(max(high.max(), 0.0) - min(low.min(), 0.0))
 
     def _ends(self, m: Member) -> tuple[Floats, Floats]:
-        """Largest and smallest entry of every position of a member, with all signs."""
+        """Return largest and smallest entry of every position of a member, with all signs."""
         known = self._extremes.get(id(m))
         if known is None:
             known = self._extremes[id(m)] = self.signs.extremes(m)
@@ -132,7 +132,7 @@ class Ranges:
         return count > 0
 
     def _side(self, m: Member, unit: Labels, count: int, direction: int) -> Side | None:
-        """The part of one tensor; None where it is zero."""
+        """Return the part of one tensor; None where it is zero."""
         column = int(np.flatnonzero(m.sign_at == direction)[0])
         owner = np.where(m.sign[:, column] == 1, unit[m.classes], -1)
         high, low = self._ends(m)
@@ -157,7 +157,7 @@ class Signs(Gauge):
         self.signed[:] = True
 
     def extremes(self, m: Member) -> tuple[Floats, Floats]:
-        """Largest and smallest entry of every position of a member, with the signs of the other axes."""
+        """Return largest and smallest entry of every position of a member, with the signs of the other axes."""
         weights = self._weights(m, signs=True)
         return self._reduce(m, weights, np.maximum, "value"), self._reduce(m, weights, np.minimum, "value")
 

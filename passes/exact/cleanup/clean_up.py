@@ -228,7 +228,7 @@ def _consistent(model: ir.Model) -> bool:
 
 
 def _taken_branch(node: ir.Node, *, in_function: bool) -> ir.Graph | None:
-    """The branch of an If whose condition is constant; functions have no place for a branch's initializers."""
+    """Return the branch of an If whose condition is constant; functions have no place for a branch's initializers."""
     tensor = parameter_tensor(node.inputs[0]) if node.op_type == "If" and node.domain in ("", "ai.onnx") else None
     if tensor is None or tensor.size != 1:
         return None
@@ -245,7 +245,7 @@ def _names(model: ir.Model) -> Iterator[str]:
 
 
 def _signature(model: ir.Model) -> Counter[str]:
-    """Nodes with their inputs and outputs, and initializers, of all graphs: what a clean-up can change."""
+    """Return nodes with their inputs and outputs, and initializers, of all graphs: what a clean-up can change."""
     return Counter(_entries(model))
 
 

@@ -115,7 +115,7 @@ class ConstantFolder:
         return [tensor for tensor in tensors if tensor is not None]
 
     def _sizes(self, node: ir.Node) -> ir.TensorProtocol | None:
-        """The result of a node that only moves proven sizes."""
+        """Return the result of a node that only moves proven sizes."""
         found = self.facts.constant_entries(node.outputs[0]) if len(node.outputs) == 1 else None
         dtype = self.facts.dtype(node.outputs[0])
         return None if found is None or dtype is None else ir.tensor(found.astype(dtype.numpy()), dtype=dtype)
@@ -130,14 +130,14 @@ class ConstantFolder:
         return integers and 0 < self._size(node.outputs[0]) <= _SMALL
 
     def _too_large(self, size: int, node: ir.Node) -> bool:
-        """Whether a result is above the limit, and more than the constants that it makes superfluous."""
+        """Return whether a result is above the limit, and more than the constants that it makes superfluous."""
         if size <= self.output_limit:
             return False
         alone = [value for value in node.inputs if value is not None and len(value.uses()) == 1]
         return size > sum(tensor.size for value in alone if (tensor := parameter_tensor(value)) is not None)
 
     def _transposed(self, node: ir.Node) -> list[ir.TensorProtocol] | None:
-        """A large weight that only this Transpose consumes, turned when it is written."""
+        """Return a large weight that only this Transpose consumes, turned when it is written."""
         value = node.inputs[0]
         tensor = parameter_tensor(value)
         if node.op_type != "Transpose" or value is None or tensor is None or len(value.uses()) != 1:
@@ -162,7 +162,7 @@ def scalar_bounds(node: ir.Node, name: Callable[[str], str]) -> None:
 
 
 def _sources(node: ir.Node) -> list[str]:
-    """Names of the values that a node computes with, and of what these were computed from."""
+    """Return names of the values that a node computes with, and of what these were computed from."""
     found: set[str] = set()
     for value in node.inputs:
         if value is not None and value.name:
@@ -171,7 +171,7 @@ def _sources(node: ir.Node) -> list[str]:
 
 
 def listed(note: str | None) -> tuple[str, ...]:
-    """The names in a note that is a list literal; none where it is anything else."""
+    """Return the names in a note that is a list literal; none where it is anything else."""
     try:
         names = ast.literal_eval(note or "[]")
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
@@ -180,14 +180,14 @@ def listed(note: str | None) -> tuple[str, ...]:
 
 
 def _tensor(array: Array, dtype: ir.DataType | None) -> ir.TensorProtocol | None:
-    """The array as a tensor, where its type is the one that the operator's definition says."""
+    """Return the array as a tensor, where its type is the one that the operator's definition says."""
     if dtype in _UNFIT or (dtype is not None and array.dtype != dtype.numpy()):
         return None
     return ir.tensor(array) if dtype is None else ir.tensor(array, dtype=dtype)
 
 
 def _moved(node: ir.Node, tensors: list[ir.TensorProtocol]) -> list[Array] | None:
-    """The result of a node that only moves entries, which is the same in every runtime."""
+    """Return the result of a node that only moves entries, which is the same in every runtime."""
     if node.op_type not in _MOVES or len(tensors) != len(node.inputs):
         return None
     found = evaluate(node, [tensor.numpy() for tensor in tensors], None, 0, limit=sys.maxsize)
@@ -197,7 +197,7 @@ def _moved(node: ir.Node, tensors: list[ir.TensorProtocol]) -> list[Array] | Non
 def _run(
     node: ir.Node, tensors: list[ir.TensorProtocol], domains: dict[str, int], ir_version: int
 ) -> list[Array] | None:
-    """Outputs of a node whose inputs are given; None where no runtime can evaluate it."""
+    """Return outputs of a node whose inputs are given; None where no runtime can evaluate it."""
     version = node.version or domains.get("", domains.get("ai.onnx", 1))
     waiting = iter(tensors)
     made: dict[int, ir.Value] = {}

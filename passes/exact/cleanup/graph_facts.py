@@ -198,7 +198,7 @@ class GraphFacts:
             self._entries[node.outputs[0]] = found
 
     def _times_one(self, left: ir.Value | None, right: ir.Value | None) -> Array | None:
-        """A size times 1; other products of symbols are not followed."""
+        """Return a size times 1; other products of symbols are not followed."""
         a, b = self._coded(left), self._coded(right)
         if a is None or b is None or a.shape != b.shape:
             return None
@@ -318,7 +318,7 @@ def _left_over(shape: Dims, made: list[Dim]) -> Dim:
 
 
 def _exact_product(size: Dim, scale: float) -> bool:
-    """Whether a size times a scale is the same number in single and in double precision."""
+    """Return whether a size times a scale is the same number in single and in double precision."""
     if not isinstance(size, int):
         return scale == 1
     return float(np.float32(size) * np.float32(scale)) == float(size) * float(scale)

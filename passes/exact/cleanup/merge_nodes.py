@@ -59,7 +59,7 @@ def _key(node: ir.Node, repeatable: set[ir.OperatorIdentifier]) -> Hashable | No
 
 
 def _content(attribute: ir.Attr) -> Hashable | None:
-    """An attribute to compare by its bits; None where it is not to be compared."""
+    """Return an attribute to compare by its bits; None where it is not to be compared."""
     kind = attribute.type
     if attribute.is_ref():
         return "reference", kind, attribute.ref_attr_name
@@ -79,7 +79,7 @@ def _content(attribute: ir.Attr) -> Hashable | None:
 
 
 def _repeats(node: ir.Node, repeatable: set[ir.OperatorIdentifier]) -> bool:
-    """Whether a node gives the same for the same inputs in one run."""
+    """Return whether a node gives the same for the same inputs in one run."""
     if any(True for _ in subgraphs(node)):
         return False
     if node.op_identifier() in repeatable:

@@ -90,7 +90,7 @@ def _is_neutral(node: ir.Node, x: ir.Value, c: ir.Value, constant: float, facts:
 
 
 def _keeps_shape(shape: Dims | None, other: Dims) -> bool:
-    """Whether broadcasting with another shape leaves a shape as it is."""
+    """Return whether broadcasting with another shape leaves a shape as it is."""
     if shape is None:
         return not other
     tail = shape[len(shape) - len(other) :] if len(other) <= len(shape) else None
@@ -98,7 +98,10 @@ def _keeps_shape(shape: Dims | None, other: Dims) -> bool:
 
 
 def _meets_division(value: ir.Value) -> bool:
-    """Whether an operator that tells 0 from -0, or an unknown one, computes with a value or with what comes from it."""
+    """Return whether an operator that tells 0 from -0, or an unknown one.
+
+    Computes with a value or with what comes from it.
+    """
     waiting, seen = [value], {value}
     while waiting:
         for use in waiting.pop().uses():

@@ -107,7 +107,7 @@ def shape_of_input(node: ir.Node, facts: GraphFacts) -> None:
 
 
 def _taken(sizes: ir.Value) -> set[int] | None:
-    """The entries of a vector of sizes that are used, where each use is a Gather at constant places."""
+    """Return the entries of a vector of sizes that are used, where each use is a Gather at constant places."""
     found: set[int] = set()
     for use in sizes.uses():
         node = use.node
@@ -220,7 +220,7 @@ def _joins(value: ir.Value | None, node: ir.Node) -> bool:
 
 
 def _gathered(before: ir.Node, node: ir.Node, version: int, name: Callable[[str], str]) -> ir.Value | None:
-    """One entry along an axis, then that axis again: a Gather with a list of one index."""
+    """Return one entry along an axis, then that axis again: a Gather with a list of one index."""
     indices, axis = parameter_tensor(before.inputs[1]), int(attribute(before, "axis", 0))
     if version < 13:
         axes = list(attribute(node, "axes"))
@@ -268,7 +268,7 @@ def _same_rounding(before: ir.Node, node: ir.Node, facts: GraphFacts) -> bool:
 
 
 def _holds(wide: ir.DataType, narrow: ir.DataType) -> bool:
-    """Whether each number of one type is a number of the other."""
+    """Return whether each number of one type is a number of the other."""
     if narrow == ir.DataType.BOOL:
         return wide in _FLOATS or wide in _INTEGERS
     if narrow in _FLOATS and wide in _FLOATS:

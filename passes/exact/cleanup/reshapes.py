@@ -159,7 +159,7 @@ def merged_axes(shape: Dims, merged: Dims) -> list[list[int]] | None:
 
 
 def _product_ends(sizes: Dims, size: Dim) -> int | None:
-    """How many of the first sizes multiply to one; None where that is not proven, or none does."""
+    """Return how many of the first sizes multiply to one; None where that is not proven, or none does."""
     if sizes and size is not None and sizes[0] == size:
         return 1
     product = 1
@@ -177,7 +177,10 @@ def _needed_elsewhere(value: ir.Value) -> bool:
 
 
 def _fits(entries: Sequence[Dim], shape: Dims | None) -> bool:
-    """Whether sizes hold as many entries as a shape, whatever the symbols stand for, or one of them is left to -1."""
+    """Return whether sizes hold as many entries as a shape, whatever the symbols stand for.
+
+    Or one of them is left to -1.
+    """
     if shape is None or None in shape or None in entries:
         return False
     sizes = _without_copies(entries, shape)
@@ -192,7 +195,7 @@ def _fits(entries: Sequence[Dim], shape: Dims | None) -> bool:
 
 
 def _contradicts(value: ir.Value, made: np.ndarray) -> bool:
-    """Whether the file states another shape for an output: it is valid only as long as nothing can tell."""
+    """Return whether the file states another shape for an output: it is valid only as long as nothing can tell."""
     if not value.is_graph_output() or value.shape is None:
         return False
     pairs = zip(value.shape, made.tolist(), strict=False)
@@ -208,7 +211,7 @@ def _without_copies(entries: Sequence[Dim], shape: Dims | None) -> list[Dim]:
 
 
 def _target(entries: Sequence[Dim], shape: Dims | None, *, copies: bool) -> np.ndarray | None:
-    """The constant target that gives these sizes for an input of this shape; None where there is none.
+    """Return the constant target that gives these sizes for an input of this shape; None where there is none.
 
     Args:
         entries: numbers, symbols, None for what is not known, -1 as in ONNX; 0 too where ``copies``.

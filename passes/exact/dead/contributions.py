@@ -1,4 +1,4 @@
-"""Where hidden units end: the sums over their positions, and which entries of the operands are zero there."""
+"""Where hidden units are summed: the sums over their positions, and which entries of the operands are zero there."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Sum:
                     yield operand, marked
 
     def reached(self, marked: Marked, alive: Mask) -> Mask:
-        """Positions with a term that may be nonzero in a result that matters."""
+        """Return positions with a term that may be nonzero in a result that matters."""
         terms: list[Any] = []
         number = {x: k for k, x in enumerate(self._alphabet())}
         for operand in self.operands:
@@ -82,7 +82,7 @@ class Sum:
 
 
 def find_sums(found: Intervals) -> list[Sum]:
-    """All sums over labelled positions, in graph order."""
+    """Return all sums over labelled positions, in graph order."""
     sums = []
     for position, node in enumerate(found.analysis.walk.nodes):
         if node.op_type in SUMS and not node.domain and (made := _sum(found, position)) is not None:
@@ -171,7 +171,7 @@ def _channels(found: Intervals, state: State, group: int, letter: str) -> list[M
 
 
 def _attention(found: Intervals, position: int) -> Sum | None:
-    """Products of queries and keys, per head; they matter where one of the head's results does."""
+    """Return products of queries and keys, per head; they matter where one of the head's results does."""
     node, of = found.analysis.walk.nodes[position], found.analysis.classes.of
     out = found.analysis.walk.states.get(node.outputs[0].name or "")
     q = found.state(position, 0)
@@ -200,7 +200,7 @@ def _attention(found: Intervals, position: int) -> Sum | None:
 
 
 def _by_head(state: State, bounds: Interval, of: Labels, heads: int) -> tuple[Interval, list[Labels]]:
-    """Bounds and classes of a value of Attention by (head, position in the head)."""
+    """Return bounds and classes of a value of Attention by (head, position in the head)."""
     if state.rank == 4:
         grid = bounds.merged((0, 2)).map(lambda e: e.reshape(e.shape[1], e.shape[3]))
         wide = (heads, state.shape[3])
@@ -239,7 +239,10 @@ def _finish(found: Intervals, made: Sum) -> None:
 
 
 def is_depthwise(found: Intervals, position: int) -> bool:
-    """Whether each group of a convolution has one channel: positions stay apart, nothing is summed over units."""
+    """Return whether each group of a convolution has one channel.
+
+    Positions stay apart, nothing is summed over units.
+    """
     node = found.analysis.walk.nodes[position]
     if node.op_type not in ("Conv", "ConvTranspose"):
         return False
@@ -256,6 +259,6 @@ def mark(alive: Mask, classes: Labels, hit: Mask) -> bool:
 
 
 def all_classes(of: Labels, states: Iterable[State]) -> Labels:
-    """Classes of every label of some values."""
+    """Return classes of every label of some values."""
     parts = [of[f.labels].ravel() for s in states for f in s.factors]
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)

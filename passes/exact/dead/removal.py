@@ -105,7 +105,7 @@ class _Plan:
         }
 
     def refused(self, keep: Keep) -> Mask:
-        """Classes of what cannot be restricted on its own, or of everything where each part alone could."""
+        """Return classes of what cannot be restricted on its own, or of everything where each part alone could."""
         bad = np.zeros(self.analysis.classes.count, bool)
         for group in self.groups:
             spaces = [self.program.spaces[k] for k in group]

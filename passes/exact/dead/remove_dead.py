@@ -45,7 +45,8 @@ class RemoveDead(Pass):
     zero-padded convolution (not constant at the border), units whose rows (heads, groups) would become uneven: sibling
     blocks lose equally many. Exact as long as no value of the model overflows.
 
-    Errors: `OptionError` for ``never_firing`` without data.
+    Raises:
+        OptionError: ``never_firing`` without data.
     """
 
     kind: ClassVar[Kind] = Kind.EXACT
@@ -117,7 +118,7 @@ class _Seen:
 
 # ---------------------------------------------------------------- data
 def _observed(seen: _Seen, ctx: Context) -> Intervals:
-    """Bounds in which what is read by a sum, and zero on all the data, is zero."""
+    """Return bounds in which what is read by a sum, and zero on all the data, is zero."""
     found, walk = seen.found, seen.program.analysis.walk
     labelled: dict[str, set[int]] = {}
     for one in seen.sums:
@@ -134,7 +135,7 @@ def _observed(seen: _Seen, ctx: Context) -> Intervals:
 
 
 def _largest(program: Program, labelled: Mapping[str, set[int]], ctx: Context) -> dict[str, npt.NDArray[Any]]:
-    """Largest absolute values on the data, by position along the labelled axes of some values."""
+    """Return largest absolute values on the data, by position along the labelled axes of some values."""
     largest: dict[str, npt.NDArray[Any]] = {}
     names = sorted(labelled)
     if not names or ctx.data is None:
@@ -151,7 +152,7 @@ def _largest(program: Program, labelled: Mapping[str, set[int]], ctx: Context) -
 
 # ---------------------------------------------------------------- constants
 def _constants(program: Program, tally: _Tally) -> Program:
-    """The program with the constant units of each space absorbed into the biases of what reads them."""
+    """Return the program with the constant units of each space absorbed into the biases of what reads them."""
     shift = _shifts(_Seen.of(program, rounding=False), _SAME)
     values = {
         space.name: shift[program.analysis.spaces[k].table[:, 0]]
@@ -214,7 +215,7 @@ class _Tally:
         """Per space, why its dead units stay."""
 
     def fits(self, keep: Mapping[Space, Labels]) -> bool:
-        """Whether the spaces are those that came in, as far as they are left."""
+        """Return whether the spaces are those that came in, as far as they are left."""
         return all(s.name in self.kept and len(self.kept[s.name]) == s.size for s in keep)
 
     def note(self, keep: Mapping[Space, Labels], shift: npt.NDArray[np.float64] | None = None) -> None:

@@ -88,7 +88,7 @@ class Equalize(Pass):
 
 
 def _elements(program: Program, scale: Floats) -> dict[Space, Element]:
-    """An element for each space that is scaled."""
+    """Return an element for each space that is scaled."""
     found = {}
     for space, raw in zip(program.spaces, program.analysis.spaces, strict=True):
         chosen = scale[raw.table[:, 0], : space.group.scales].T
@@ -101,7 +101,8 @@ def _elements(program: Program, scale: Floats) -> dict[Space, Element]:
 def channels(program: Program, names: set[str], data: Data, limit: int) -> dict[str, tuple[Floats, Floats]]:
     """Second moment and largest magnitude of each channel of some values: axis 1 where a Conv reads it, else the last.
 
-    Errors: `InputError` for data that does not fit.
+    Raises:
+        InputError: data that does not fit.
     """
     own = {value.name for value in program.model.graph.inputs}
     own |= {value.name for node in program.model.graph for value in node.outputs}

@@ -154,7 +154,7 @@ class Grid:
         return up, across, total
 
     def size(self) -> Floats:
-        """All magnitudes, in memory."""
+        """Return all magnitudes, in memory."""
         out = np.empty(self.shape)
         for place, size in self.magnitudes():
             out[place] = size
@@ -162,7 +162,7 @@ class Grid:
 
 
 def _over(laid: Array, axes: tuple[int, ...]) -> Array:
-    """Largest over some axes; none need no copy."""
+    """Return largest over some axes; none need no copy."""
     return np.asarray(laid.max(axes)) if axes else laid
 
 
@@ -192,7 +192,7 @@ class Dense:
         return np.asarray(top)
 
     def products(self, v: Floats, weigh: Weigh) -> tuple[Floats, Floats]:
-        """Sums of rows with ``v``, and of columns with what ``weigh`` makes of the former."""
+        """Return sums of rows with ``v``, and of columns with what ``weigh`` makes of the former."""
         seen = np.matmul(self._norm, v[..., None])[..., 0]
         return seen, np.matmul(weigh(seen, ())[:, :, None, :], self._norm)[:, :, 0]
 
@@ -253,7 +253,7 @@ _SHIFT, _BIAS = 20, 96 << 3
 
 
 def encoded(norm: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """Numbers from 0 to 1 in a byte each; less than 2^-31 becomes that."""
+    """Return numbers from 0 to 1 in a byte each; less than 2^-31 becomes that."""
     bits = np.maximum(norm, np.float32(2.0**-31)).view(np.uint32)
     bits -= np.uint32((_BIAS << _SHIFT) - (1 << (_SHIFT - 1)))
     bits >>= np.uint32(_SHIFT)
@@ -261,7 +261,7 @@ def encoded(norm: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
 
 
 def decoded(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """What `encoded` was given, rounded."""
+    """Return what `encoded` was given, rounded."""
     bits = codes.astype(np.uint32)
     bits += np.uint32(_BIAS)
     bits <<= np.uint32(_SHIFT)

@@ -85,7 +85,7 @@ def _mean_square(part: Floats) -> float:
 
 
 def summary_of(metrics: Mapping[str, Any], spaces: int, lost: int) -> str:
-    """One line for people."""
+    """Return one line for people."""
     before, after = metrics["sqnr"]
     units = sum(entry["units"] for entry in metrics["spaces"].values())
     line = (

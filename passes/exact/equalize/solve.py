@@ -180,7 +180,7 @@ class Objective:
             one.top = one.norm.expand(r if self.per == "tensor" else None, c, sharpness)
 
     def __call__(self, t: Floats) -> tuple[float, Floats]:
-        """Value and gradient near where it was expanded."""
+        """Return value and gradient near where it was expanded."""
         found = self.shares(t)
         return found.value, np.asarray(self._back @ (2 * found.peak - 2 * found.noise))
 
@@ -195,7 +195,7 @@ class Objective:
         return np.asarray(np.bincount(where, up + down, minlength=self.count), np.float64)
 
     def shares(self, t: Floats) -> Shares:
-        """Value near where it was expanded, and what it is due to."""
+        """Return value near where it was expanded, and what it is due to."""
         level = np.asarray(self.table @ t)
         out = Shares(0.0, np.zeros_like(level), np.zeros_like(level))
         weigh = self._tensor if self.per == "tensor" else self._channel
@@ -219,7 +219,7 @@ class Objective:
     def _tensor(
         self, one: _Stack, r: Floats, c: Floats, dr: Floats, dc: Floats
     ) -> tuple[float, tuple[Floats, Floats], tuple[Floats, Floats]]:
-        """Value and shares by rows and columns, one step for each weight."""
+        """Return value and shares by rows and columns, one step for each weight."""
         tops = [x.max((1, 2), keepdims=True) for x in (dr, dc)]
         u, v = (np.exp(self._p * (x - top)) for x, top in zip((dr, dc), tops, strict=True))
         seen, back = one.norm.products(v, lambda _, at: u[at])
@@ -239,7 +239,7 @@ class Objective:
     def _channel(
         self, one: _Stack, r: Floats, c: Floats, dr: Floats, dc: Floats
     ) -> tuple[float, tuple[Floats, Floats], tuple[Floats, Floats]]:
-        """The same with a step for each row, in which the scale of the row cancels."""
+        """Return the same with a step for each row, in which the scale of the row cancels."""
         still, top = np.zeros_like(r), dc.max((1, 2), keepdims=True)
         v = np.exp(self._p * (dc - top))
         least = one.gain * one.top**2 * np.exp(2 * top)
@@ -272,7 +272,7 @@ class Objective:
 
 
 def _side(term: Term, free: npt.NDArray[np.int64], per: Per) -> _Side | None:
-    """What an objective needs of a weight; None where nothing of it is free.
+    """Return what an objective needs of a weight; None where nothing of it is free.
 
     A weight of which only one side moves is a vector to an objective with one step per tensor.
     """

@@ -78,7 +78,7 @@ Look = Callable[[set[str]], Mapping[str, tuple[Floats, Floats]]]
 
 
 def terms_of(members: Members, look: Look | None = None) -> list[Term]:
-    """Every weight matrix or kernel that some scale moves.
+    """Return every weight matrix or kernel that some scale moves.
 
     Args:
         members: all axes of all parameters.
@@ -106,7 +106,8 @@ def terms_of(members: Members, look: Look | None = None) -> list[Term]:
 
 
 def _roles(nodes: Sequence[ir.Node], leaf: Leaf) -> tuple[int, int] | None:
-    """The axes of a parameter that its first reader gives out, and sums over; None for what is no weight of a product.
+    """Return the axes of a parameter that its first reader gives out, and sums over; None for what is no weight of a
+    product.
 
     An embedding sums over its entries with weights 0 and 1.
     """
@@ -134,7 +135,7 @@ def _roles(nodes: Sequence[ir.Node], leaf: Leaf) -> tuple[int, int] | None:
 
 
 def _term(members: Members, leaf: int, found: list[Member], roles: tuple[int, int]) -> Term | None:
-    """Rows: the axis that is given out and all other axes that move; columns: the axis that is summed."""
+    """Return rows: the axis that is given out and all other axes that move; columns: the axis that is summed."""
     one = members.analysis.walk.leaves[leaf]
     groups = next((m.groups for m in found if m.groups), 0) or 1
     out, summed = roles
@@ -199,7 +200,7 @@ class _Flow:
         return _powers(-term.columns, self.energy).reshape(term.moment.shape)
 
     def gain(self, term: Term) -> Floats:
-        """What noise on an output of a weight counts, as far as the leaves behind it tell."""
+        """Return what noise on an output of a weight counts, as far as the leaves behind it tell."""
         known = (self.energy > 0) & (self.use > 0)
         counts = np.divide(self.use, self.energy, out=np.zeros_like(self.use), where=known)
         made = _powers(term.rows.maximum(0), counts) * _powers(-term.rows.minimum(0), self.energy)
@@ -222,13 +223,13 @@ class _Flow:
 
 
 def _powers(table: Exponents, known: Floats) -> Floats:
-    """Products of powers; what is not known (0) counts as 1."""
+    """Return products of powers; what is not known (0) counts as 1."""
     logs = np.log(known, out=np.zeros_like(known), where=known > 0)
     return np.asarray(np.exp(np.clip(table @ logs, -_FAR, _FAR)))
 
 
 def _entries(table: Exponents) -> tuple[Labels, Labels, Floats]:
-    """Places, unknowns and exponents of the positive entries."""
+    """Return places, unknowns and exponents of the positive entries."""
     entries = table.tocoo()
     positive = entries.data > 0
     place, unknown = (np.asarray(axis[positive], np.int64) for axis in entries.coords)

@@ -53,7 +53,7 @@ def centre_streams(draft: GraphRewriter) -> Centred:
 
 
 def _gaining(draft: GraphRewriter) -> set[str]:
-    """The streams whose writers may change sign once all streams are centred."""
+    """Return the streams whose writers may change sign once all streams are centred."""
     model = draft.model.clone()
     trial = GraphRewriter(model, draft.split)
     written = {_name(stream): _carry_out(trial, stream, changes) for stream, changes in _streams(trial, Counter())}
@@ -63,7 +63,10 @@ def _gaining(draft: GraphRewriter) -> set[str]:
 
 
 def _streams(draft: GraphRewriter, kept: Counter[str]) -> list[tuple[Stream, list[Write]]]:
-    """The streams that can be centred, with the changes of their writers; why others cannot, by normalization."""
+    """Return the streams that can be centred, with the changes of their writers.
+
+    Why others cannot, by normalization.
+    """
     norms = [norm for norm in find_norms(draft) if norm.centred]
     found: list[tuple[Stream, list[Write]]] = []
     for norm in norms:
@@ -97,7 +100,7 @@ def _centring(draft: GraphRewriter, weight: Weight, axis: int) -> Write:
 
 
 def centred(array: Array, axis: int) -> Array:
-    """An array minus its mean along one axis."""
+    """Return an array minus its mean along one axis."""
     return np.asarray(array - array.mean(axis=axis, keepdims=True))
 
 
@@ -106,7 +109,7 @@ def to_rms(draft: GraphRewriter, norm: Norm) -> None:
 
     From opset 23 on by RMSNormalization; before, spelled out in the way that onnxruntime fuses into one kernel.
     """
-    # read anew: folding may have changed it
+    # read again: folding may have changed it
     beta = None if norm.beta is None else draft.weight(norm.beta.node, norm.beta.index)
     if norm.centre is not None:
         norm.centre.outputs[0].replace_all_uses_with(norm.source)

@@ -20,7 +20,7 @@ MIN_OPSET = 8
 
 @dataclass
 class Unclipped:
-    """How many clips were written anew, and why others stayed."""
+    """How many clips were written again, and why others stayed."""
 
     clips: int = 0
     kept: Counter[str] = field(default_factory=Counter)
@@ -71,7 +71,7 @@ def write_bounds(draft: GraphRewriter, *, relu6: bool = True, hardtanh: bool = T
 
 
 def clip_bounds(draft: GraphRewriter, node: ir.Node) -> tuple[float, float] | None:
-    """The constant bounds of a Clip of floating-point values, infinite where there is none."""
+    """Return the constant bounds of a Clip of floating-point values, infinite where there is none."""
     if node.op_type != "Clip" or node.domain not in STANDARD or node.inputs[0] is None:
         return None
     if draft.dtype(node.inputs[0]) not in REAL:
@@ -89,7 +89,7 @@ def clip_bounds(draft: GraphRewriter, node: ir.Node) -> tuple[float, float] | No
 
 
 def _units(analysis: Analysis, node: ir.Node) -> tuple[int, int, int] | None:
-    """The one axis of the Clip's input along which units lie, how many, and the number of axes."""
+    """Return the one axis of the Clip's input along which units lie, how many, and the number of axes."""
     value = node.inputs[0]
     state = analysis.walk.states.get("" if value is None else value.name or "")
     if state is None:
@@ -104,7 +104,7 @@ def _units(analysis: Analysis, node: ir.Node) -> tuple[int, int, int] | None:
 
 
 def _freed(draft: GraphRewriter, sites: list[Site]) -> list[Site]:
-    """The sites whose bounds are free to scale when all are written with vectors."""
+    """Return the sites whose bounds are free to scale when all are written with vectors."""
     if not sites:
         return []
     model = draft.model.clone()

@@ -23,7 +23,7 @@ from cipm_ir.passes.framework.base import Context, Kind, Pass, PassResult, optio
 from cipm_ir.passes.framework.registry import register
 from cipm_ir.symmetry.program import Program
 
-# The count of free scales falls by these, which is said so that nobody takes it for a loss.
+# The count of free scales falls by these, which is said so that it is not mistaken for a loss.
 _FOLDED = "folded, and the scales between it and its product with it"
 
 
@@ -110,7 +110,7 @@ class _Done:
     said: list[str] = field(default_factory=list)
 
     def note(self, key: str, count: int, what: str, did: str, kept: Mapping[str, int]) -> None:
-        """Count one kind of rewrite; the two commonest reasons against it are said, the others counted."""
+        """Count one kind of rewrite; the two commonest reasons against it are listed, the others counted."""
         self.counts[key] = count
         reasons = Counter({reason: number for reason, number in kept.items() if number})
         if count:
@@ -130,7 +130,7 @@ class _Done:
 
 
 def _plain_copy(program: Program) -> ir.Model:
-    """The model without functions, and with initializers that are no inputs (ir_version 3 had them be both)."""
+    """Return the model without functions, and with initializers that are no inputs (ir_version 3 had them be both)."""
     model = program.emit()
     if model.functions:
         model = InlinePass()(model).model

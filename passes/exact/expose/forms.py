@@ -45,7 +45,7 @@ class Norm:
 
 
 def find_norms(draft: GraphRewriter) -> list[Norm]:
-    """All normalizations of the main graph that run over exactly one axis, in graph order."""
+    """Return all normalizations of the main graph that run over exactly one axis, in graph order."""
     found = []
     for node in draft.graph:
         if node.op_type in _FUSED and node.domain in (*STANDARD, "com.microsoft"):
@@ -103,14 +103,14 @@ def _spelled(draft: GraphRewriter, node: ir.Node) -> Norm | None:
 
 
 def _is_mean(draft: GraphRewriter, average: ir.Node, centre: ir.Node, axis: int) -> bool:
-    """Whether ``centre`` takes the mean along the axis away, and nothing else reads that mean."""
+    """Return whether ``centre`` takes the mean along the axis away, and nothing else reads that mean."""
     mean = average.outputs[0]
     alone = not mean.is_graph_output() and {use.node for use in mean.uses()} == {centre}
     return alone and _over(draft, average) == axis and _same(draft, average.inputs[0], centre.inputs[0])
 
 
 def _quotients(draft: GraphRewriter, node: ir.Node) -> list[tuple[ir.Value, ir.Value | None]]:
-    """Pairs (x, v) for which the node may be x / sqrt(v)."""
+    """Return pairs (x, v) for which the node may be x / sqrt(v)."""
     a, b = node.inputs[:2]
     if a is None or b is None:
         return []
@@ -149,7 +149,7 @@ def _mean_square(draft: GraphRewriter, x: ir.Value, power: ir.Value | None) -> t
 
 
 def _over(draft: GraphRewriter, mean: ir.Node) -> int | None:
-    """The one axis that a ReduceMean keeps at size 1."""
+    """Return the one axis that a ReduceMean keeps at size 1."""
     axes = attribute(mean, "axes")
     if axes is None and len(mean.inputs) > 1:
         axes = draft.constant(mean.inputs[1])
@@ -164,7 +164,7 @@ def _same(draft: GraphRewriter, a: ir.Value | None, b: ir.Value | None) -> bool:
 
 
 def _copies(draft: GraphRewriter, source: ir.Value, entries: set[ir.Node]) -> set[ir.Node]:
-    """Copies of x that only the normalization reads."""
+    """Return copies of x that only the normalization reads."""
     found: set[ir.Node] = set()
     for node in [use.node for use in source.uses()]:
         if node.op_type in ("Cast", "Identity") and node.graph is draft.graph:
@@ -183,7 +183,7 @@ def _affine(draft: GraphRewriter, value: ir.Value, axis: int) -> tuple[Weight | 
 
 
 def _factor(draft: GraphRewriter, value: ir.Value, op: str, axis: int) -> Weight | None:
-    """The vector along the axis that the only reader of a value multiplies it by, or adds."""
+    """Return the vector along the axis that the only reader of a value multiplies it by, or adds."""
     sizes = draft.sizes(value)
     while len(value.uses()) == 1 and not value.is_graph_output():
         (use,) = value.uses()
@@ -201,7 +201,7 @@ def _factor(draft: GraphRewriter, value: ir.Value, op: str, axis: int) -> Weight
 
 
 def aligned(shape: tuple[int, ...], rank: int, axis: int, size: int) -> bool:
-    """Whether a constant of this shape, aligned from the right, varies along that axis only."""
+    """Return whether a constant of this shape, aligned from the right, varies along that axis only."""
     behind = rank - axis - 1
     place = len(shape) - 1 - behind
     if not 0 <= place <= axis or shape[place] != size:

@@ -21,7 +21,7 @@ def directions(program: Program) -> Mapping[str, int]:
 
 
 def free_parameters(program: Program, what: Literal["scale", "sign"]) -> set[str]:
-    """Names of the parameters that some free scaling, or sign, changes along at least one axis."""
+    """Return names of the parameters that some free scaling, or sign, changes along at least one axis."""
     analysis = program.analysis
     free = {var for one in analysis.directions for var, exponents in getattr(one, what).items() if any(exponents)}
     walk = analysis.walk

@@ -47,7 +47,8 @@ def carry_out(draft: GraphRewriter, steps: list[Step]) -> None:
 
 
 def absorb_input(draft: GraphRewriter, node: ir.Node, index: int, axis: int, scale: Array, shift: Array) -> list[Step]:
-    """What makes ``node`` compute from x what it computed from ``scale * x + shift`` along the axis of its input.
+    """Return what makes ``node`` compute from x what it computed from ``scale * x + shift`` along the axis of its
+    input.
 
     Refuses (`UnsupportedPattern`) anything but a MatMul, Gemm or Conv that sums over the axis with a weight of its own.
     """
@@ -66,7 +67,7 @@ def absorb_input(draft: GraphRewriter, node: ir.Node, index: int, axis: int, sca
 
 
 def _summed_axis(draft: GraphRewriter, node: ir.Node, weight: Weight, axis: int) -> int | None:
-    """The axis of the weight that is summed, where it meets this axis of the input."""
+    """Return the axis of the weight that is summed, where it meets this axis of the input."""
     rank = draft.rank(node.inputs[0])
     if node.op_type == "MatMul":
         return 0 if rank is not None and axis == rank - 1 and len(weight.shape) == 2 else None
@@ -97,7 +98,8 @@ def _shifted(draft: GraphRewriter, node: ir.Node, weight: Weight, vector: Array)
 
 
 def bias_of(draft: GraphRewriter, node: ir.Node, width: int) -> Weight | ir.Value | None:
-    """The constant that a product adds along its last axis (Conv: its channels), a value where it is computed, or None.
+    """Return the constant that a product adds along its last axis (Conv: its channels), a value where it is computed,
+    or None.
 
     Behind a MatMul, an Add of a constant counts if it is the only reader.
     """

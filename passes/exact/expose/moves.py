@@ -14,7 +14,7 @@ Rule = Callable[[GraphRewriter, ir.Node, int], int | None]
 
 
 def moved_axis(draft: GraphRewriter, node: ir.Node, index: int, axis: int) -> int | None:
-    """The axis of the outputs that carries an axis of input ``index``; None where the node is no such move.
+    """Return the axis of the outputs that carries an axis of input ``index``; None where the node is no such move.
 
     The node acts on every unit of the axis alike and on its own, and takes a constant to itself; no unit goes.
     """
@@ -23,13 +23,13 @@ def moved_axis(draft: GraphRewriter, node: ir.Node, index: int, axis: int) -> in
 
 
 def source_axis(draft: GraphRewriter, node: ir.Node, axis: int) -> int | None:
-    """The axis of the data that a move carries to this axis of its output."""
+    """Return the axis of the data that a move carries to this axis of its output."""
     rank = draft.rank(node.inputs[0]) or 0
     return next((a for a in range(rank) if moved_axis(draft, node, 0, a) == axis), None)
 
 
 def moved_outputs(node: ir.Node) -> list[ir.Value]:
-    """The outputs of a move that carry the data."""
+    """Return the outputs of a move that carry the data."""
     return list(node.outputs) if node.op_type == "Split" else [node.outputs[0]]
 
 

@@ -75,7 +75,7 @@ def _fold(draft: GraphRewriter, norm: Norm, scale: Array, shift: Array) -> int:
 
 
 def axis_readers(draft: GraphRewriter, value: ir.Value, axis: int) -> list[tuple[ir.Node, int, int]]:
-    """Everything that reads a value otherwise than by moving it: (node, input, axis there).
+    """Return everything that reads a value otherwise than by moving it: (node, input, axis there).
 
     Refuses graph outputs and what subgraphs read.
     """

@@ -62,7 +62,7 @@ class Weight:
         return array
 
     def stored(self, array: Array) -> Array:
-        """What must be stored for the node to read this."""
+        """Return what must be stored for the node to read this."""
         for node in self.path:
             array = array.transpose(np.argsort(_perm(node, array.ndim)))
         return array
@@ -75,7 +75,7 @@ class Weight:
 
 
 def _shapes(model: ir.Model) -> Shapes:
-    """Shapes of all values; onnxruntime's own normalization, unknown to ONNX, passes for a product meanwhile."""
+    """Return shapes of all values; onnxruntime's own normalization, unknown to ONNX, passes for a product meanwhile."""
     foreign = [node for node in model.graph if node.op_type == "SimplifiedLayerNormalization"]
     domains = [node.domain for node in foreign]
     for node in foreign:
@@ -126,7 +126,7 @@ class GraphRewriter:
 
     # ------------------------------------------------------------ reading
     def sizes(self, value: ir.Value | None) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-        """The shape under two assignments of the dynamic sizes, None where it is unknown."""
+        """Return the shape under two assignments of the dynamic sizes, None where it is unknown."""
         name = "" if value is None else value.name or ""
         tensor = parameter_tensor(value)
         if tensor is not None:
@@ -136,16 +136,16 @@ class GraphRewriter:
         return None if first is None or second is None else (first, second)
 
     def rank(self, value: ir.Value | None) -> int | None:
-        """Number of axes, None where it is unknown."""
+        """Return the number of axes, None where it is unknown."""
         sizes = self.sizes(value)
         return None if sizes is None else len(sizes[0])
 
     def dtype(self, value: ir.Value) -> ir.DataType | None:
-        """Element type, None where it is unknown."""
+        """Return element type, None where it is unknown."""
         return value.dtype or self.shapes.types.get(value.name or "")
 
     def weight(self, node: ir.Node, index: int) -> Weight | None:
-        """The floating-point constant at an input: an initializer that no caller can override, or a Constant."""
+        """Return the floating-point constant at an input: an initializer that no caller can override, or a Constant."""
         value = node.inputs[index] if index < len(node.inputs) else None
         path: list[ir.Node] = []
         while value is not None and not value.is_initializer():
@@ -178,18 +178,18 @@ class GraphRewriter:
         return np.asarray(tensor.numpy())
 
     def scalar(self, value: ir.Value | None) -> float | None:
-        """The number that a value of one entry is known to be."""
+        """Return the number that a value of one entry is known to be."""
         array = self.constant(value)
         return float(array.reshape(())) if array is not None and array.size == 1 else None
 
     def made_by(self, value: ir.Value | None, *ops: str) -> ir.Node | None:
-        """The node of the main graph that makes a value, if it is one of these operators."""
+        """Return the node of the main graph that makes a value, if it is one of these operators."""
         node = None if value is None else self.through(value).producer()
         right = node is not None and node.op_type in ops and node.domain in STANDARD and node.graph is self.graph
         return node if right else None
 
     def through(self, value: ir.Value) -> ir.Value:
-        """The value behind copies of it: Identity, and Cast to the type that it has."""
+        """Return the value behind copies of it: Identity, and Cast to the type that it has."""
         node = value.producer()
         while node is not None and node.domain in STANDARD and node.op_type in ("Identity", "Cast"):
             source = node.inputs[0]
@@ -208,12 +208,12 @@ class GraphRewriter:
         raise UnsupportedPattern(f"{weight.name} is read in several places (shared=all splits it)")
 
     def may_split(self, tensor: ir.TensorProtocol) -> bool:
-        """Whether a shared constant of this size may become several."""
+        """Return whether a shared constant of this size may become several."""
         vector = sum(size > 1 for size in tensor.shape.numpy()) <= 1
         return self.split == "all" or (self.split == "vectors" and vector)
 
     def change(self, weight: Weight, make: Callable[[Array], Array]) -> Write:
-        """A decided change of a weight, as a function of its content in float64.
+        """Return a decided change of a weight, as a function of its content in float64.
 
         Refuses what other places read, overflow, and rounding to half precision.
         """
@@ -242,7 +242,7 @@ class GraphRewriter:
         weight.node.replace_input_with(weight.index, self.stored(weight.name, self._changed(change, None)))
 
     def _changed(self, change: Write, place: Weight | None) -> ir.TensorProtocol:
-        """The new tensor, in the layout of where it is stored."""
+        """Return the new tensor, in the layout of where it is stored."""
         dtype, shape = change.weight.tensor.dtype, change.weight.shape
         name = None if place is None else place.holder.name
 
@@ -253,11 +253,11 @@ class GraphRewriter:
         return on_demand(made, dtype, shape if place is None else tuple(place.tensor.shape.numpy()), name)
 
     def initializer(self, name: str, array: Array, dtype: ir.DataType) -> ir.Value:
-        """A new constant under this name, or the next one that is free."""
+        """Return a new constant under this name, or the next one that is free."""
         return self.stored(name, ir.tensor(np.asarray(array).astype(dtype.numpy()), dtype=dtype))
 
     def stored(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-        """A tensor, which may be shared, as an initializer under this name, or the next one that is free."""
+        """Return a tensor, which may be shared, as an initializer under this name, or the next one that is free."""
         name, dtype = self.fresh(name), tensor.dtype
         shape = ir.Shape(tensor.shape.numpy())
         value = ir.Value(name=name, type=ir.TensorType(dtype), shape=shape, const_value=named(tensor, name))
@@ -265,11 +265,11 @@ class GraphRewriter:
         return value
 
     def fresh(self, name: str) -> str:
-        """A name that no value has; it counts as taken from now on."""
+        """Return a name that no value has; it counts as taken from now on."""
         return _free(name, self._names)
 
     def twin(self, value: ir.Value, name: str) -> ir.Value:
-        """A new value of the same shape and type under this name, or the next one that is free."""
+        """Return a new value of the same shape and type under this name, or the next one that is free."""
         return ir.Value(name=self._same_shape(value, name), shape=value.shape, type=value.type)
 
     def _same_shape(self, value: ir.Value, name: str) -> str:
@@ -282,7 +282,10 @@ class GraphRewriter:
     def new_node(
         self, place: ir.Node, op: str, inputs: list[ir.Value], out: ir.Value, name: str | None = None, **attrs: Any
     ) -> ir.Node:
-        """A node to stand beside another one, with the other's metadata; its name is free, or given up by another."""
+        """Return a node to stand beside another one, with the other's metadata.
+
+        Its name is free, or given up by another.
+        """
         if name is None:
             name = _free(out.name or op, self._nodes)
         metadata = dict(place.metadata_props)
@@ -290,7 +293,7 @@ class GraphRewriter:
         return ir.Node("", op, inputs, attributes, outputs=[out], name=name, metadata_props=metadata)
 
     def take_over(self, value: ir.Value, aside: str) -> ir.Value:
-        """A new value that gets the name and all readers of this one, which goes on as ``aside``."""
+        """Return a new value that gets the name and all readers of this one, which goes on as ``aside``."""
         successor = ir.Value(name=value.name, shape=value.shape, type=value.type)
         successor.metadata_props.update(value.metadata_props)
         successor.meta.update(value.meta)

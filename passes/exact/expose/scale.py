@@ -55,7 +55,10 @@ def _multiplied(draft: GraphRewriter, part: Weight, axis: int, vector: Array) ->
 
 
 def _scale(draft: GraphRewriter, node: ir.Node) -> tuple[Weight, list[tuple[Weight, int]], Array] | None:
-    """The vector that a Mul holds, the constants of the product before with their axes of units, and its entries."""
+    """Return the vector that a Mul holds, the constants of the product before with their axes of units.
+
+    And its entries.
+    """
     if node.op_type != "Mul" or node.domain not in STANDARD or node.outputs[0].is_graph_output():
         return None
     weight = draft.weight(node, 0) or draft.weight(node, 1)
@@ -104,7 +107,7 @@ def _parts_of(draft: GraphRewriter, node: ir.Node) -> list[tuple[Weight, int]]:
 
 
 def _only(draft: GraphRewriter, value: ir.Value, *ops: str) -> ir.Node | None:
-    """The node that makes a value which only one node reads, if it is one of these operators."""
+    """Return the node that makes a value which only one node reads, if it is one of these operators."""
     node = value.producer()
     if node is None or node.op_type not in ops or node.domain not in STANDARD or node.graph is not draft.graph:
         return None

@@ -50,7 +50,10 @@ def _tied(value: ir.Value) -> bool:
 
 
 def _shared(draft: GraphRewriter, value: ir.Value) -> bool:
-    """A constant of several floating-point entries that several places of the main graph read, and may be split."""
+    """Return a constant of several floating-point entries that several places of the main graph read.
+
+    And may be split.
+    """
     tensor = value.const_value
     if tensor is None or tensor.dtype not in REAL or tensor.size < 2 or not draft.may_split(tensor):
         return False
@@ -71,7 +74,7 @@ def _split(draft: GraphRewriter, value: ir.Value) -> int:
 
 
 def _freeing(model: ir.Model, names: list[str]) -> set[str]:
-    """Those of some initializers with which the group grows when each reader gets its own."""
+    """Return those of some initializers with which the group grows when each reader gets its own."""
     if not names:
         return set()
     before = _freedom(model, [])

@@ -29,7 +29,7 @@ class Stream:
 
 
 def stream_of(draft: GraphRewriter, norm: Norm, norms: list[Norm]) -> Stream:
-    """Everything that is added to what a normalization reads, back to its writers and on to all other readers.
+    """Return everything that is added to what a normalization reads, back to its writers and on to all other readers.
 
     Refuses (`UnsupportedPattern`) a stream that something reads otherwise than through a layer normalization, and one
     that is written by anything but products with a weight, biases and tables.
@@ -92,7 +92,7 @@ class _Search:
         self._add(value, axis)
 
     def _operands(self, node: ir.Node, axis: int) -> Iterator[tuple[int, int]]:
-        """The inputs of a node that carry the units of its output, with their axes."""
+        """Yield the inputs of a node that carry the units of its output, with their axes."""
         if node.op_type in _SUMS:
             yield from ((k, self._aligned(node, k, axis)) for k in range(len(node.inputs)))
         elif node.op_type in ("Mul", "Div"):
@@ -109,7 +109,7 @@ class _Search:
             yield 0, place
 
     def _aligned(self, node: ir.Node, index: int, axis: int) -> int:
-        """The axis of an operand that meets this axis of the sum."""
+        """Return the axis of an operand that meets this axis of the sum."""
         sizes, total = self.draft.sizes(node.inputs[index]), self.draft.rank(node.outputs[0])
         place = -1 if sizes is None or total is None else axis - total + len(sizes[0])
         if sizes is None or place < 0 or sizes[0][place] != self.size:
@@ -117,7 +117,7 @@ class _Search:
         return place
 
     def _scaled(self, node: ir.Node, axis: int) -> tuple[int, int]:
-        """The operand of a product that has the units, where the other one is the same for all units."""
+        """Return the operand of a product that has the units, where the other one is the same for all units."""
         total = self.draft.rank(node.outputs[0])
         found = []
         for index in range(2):
@@ -174,7 +174,10 @@ class _Search:
             self._add(out, place)
 
     def _results(self, node: ir.Node, index: int, axis: int) -> Iterator[tuple[ir.Value, int]]:
-        """The outputs of a node that carry on the units, with their axes; what else they are made of is seen there."""
+        """Yield the outputs of a node that carry on the units, with their axes.
+
+        What else they are made of is seen there.
+        """
         if node.op_type in (*_SUMS, "Mul", "Div", "Concat"):
             rank, total = self.draft.rank(node.inputs[index]), self.draft.rank(node.outputs[0])
             if rank is None or total is None:

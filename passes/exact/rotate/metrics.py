@@ -64,7 +64,7 @@ class Comparison:
     after: Mapping[str, Spread]
 
     def metrics(self) -> dict[str, Any]:
-        """Mean and largest outlier ratio, and the relative four-bit error of all weights together."""
+        """Return mean and largest outlier ratio, and the relative four-bit error of all weights together."""
         found: dict[str, Any] = {"tensors": len(self.before)}
         for when, side in (("before", self.before), ("after", self.after)):
             ratios = [one.outlier for one in side.values()] or [0.0]

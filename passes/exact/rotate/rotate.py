@@ -105,21 +105,22 @@ class Rotate(Pass):
 
 
 def draw(method: str, n: int, rng: np.random.Generator) -> DenseElement:
-    """An orthogonal matrix: "hadamard" or "random"."""
+    """Return an orthogonal matrix: "hadamard" or "random"."""
     return DenseElement.hadamard(n, rng) if method == "hadamard" else DenseElement.orthogonal(n, rng)
 
 
 def undo(program: Program, witness: Mapping[str, Mapping[str, Any]]) -> Program:
     """Turn every space of a witness back, up to rounding.
 
-    Errors: `SymmetryError` where the program lacks a space of the witness.
+    Raises:
+        SymmetryError: the program lacks a space of the witness.
     """
     return program.act({program.space(name): DenseElement(one["matrix"]).inverse() for name, one in witness.items()})
 
 
 # ---------------------------------------------------------------- which spaces
 def dense_roles(program: Program) -> dict[Space, str]:
-    """Spaces with a dense group: "stream" (normalized), "heads" (a weight reads it) or "scores" (Q meets K)."""
+    """Return spaces with a dense group: "stream" (normalized), "heads" (a weight reads it) or "scores" (Q meets K)."""
     analysis = program.analysis
     dense = {k: space for k, space in enumerate(program.spaces) if space.dense}
     owner = np.full(analysis.classes.count, -1)
@@ -137,7 +138,7 @@ def dense_roles(program: Program) -> dict[Space, str]:
 
 
 def _is_weight(program: Program, position: int, index: int) -> bool:
-    """Whether an input of a node is a parameter, or one that only changed its shape."""
+    """Return whether an input of a node is a parameter, or one that only changed its shape."""
     walk = program.analysis.walk
     node = walk.nodes[position]
     if (position, index) in walk.use_leaf or index >= len(node.inputs):
@@ -154,7 +155,7 @@ def _is_constant(value: ir.Value) -> bool:
 
 
 def obstacles(program: Program) -> str:
-    """Why no residual stream admits a rotation, and what would make one; empty where there is nothing to say."""
+    """Return why no residual stream admits a rotation, and what would make one; empty where there is nothing to say."""
     gammas = {k for space in program.spaces if not space.dense for k in space.linearity.gammas}
     means = sum(node.op_type == "LayerNormalization" for node in program.model.graph)
     if gammas:
@@ -164,7 +165,7 @@ def obstacles(program: Program) -> str:
         what = f"{means} LayerNormalizations subtract a mean"
     else:
         return "no residual stream admits a rotation: none is linear but for normalizations by its length"
-    cure = "run expose right before, which takes out what it can (equalize scales gains anew)"
+    cure = "run expose right before, which takes out what it can (equalize scales gains again)"
     return f"the residual stream stays, as {what}; {cure}"
 
 

@@ -137,7 +137,7 @@ class _Counter:
         self.full = self.sizes(np.ones(int(self.of.max(initial=-1)) + 1, bool))
 
     def sizes(self, stays: Mask) -> Labels:
-        """All sizes; a ragged grid counts as its longest row."""
+        """Return all sizes; a ragged grid counts as its longest row."""
         out = np.zeros(self.count, np.int64)
         if len(self._index):
             out[self._slots] = np.add.reduceat(stays[self._index], self._start, dtype=np.int64)
@@ -174,7 +174,7 @@ class CostModel:
 
     # ------------------------------------------------------------ costs
     def macs(self, stays: Mask) -> int:
-        """Multiply-accumulates as `Program.count` counts them."""
+        """Return multiply-accumulates as `Program.count` counts them."""
         return self._part_macs(self._part, self._counter.sizes(self._refined(stays)))
 
     def _refined(self, stays: Mask) -> Mask:
@@ -188,11 +188,11 @@ class CostModel:
         return total + sum(trips * self._part_macs(one, sizes) for trips, one in part.repeated)
 
     def params(self, stays: Mask) -> int:
-        """Entries of floating-point parameters."""
+        """Return entries of floating-point parameters."""
         return self._weights("params", stays)
 
     def bytes(self, stays: Mask) -> int:
-        """Bytes of floating-point parameters."""
+        """Return bytes of floating-point parameters."""
         return self._weights("bytes", stays)
 
     def _weights(self, unit: str, stays: Mask) -> int:
@@ -206,7 +206,7 @@ class CostModel:
         return total
 
     def _sum_of(self, unit: str, tensors: list[_Tensor]) -> _Sum:
-        """The sum over tensors with one leaf, in a unit."""
+        """Return the sum over tensors with one leaf, in a unit."""
         follows = [np.asarray([slot for _, slot in tensor.shapes[0][1]], np.int64) for tensor in tensors]
         return _Sum(
             follows, lambda k, sizes: _in_unit(unit, tensors[k], math.prod(self._shape(tensors[k].shapes[0], sizes)))
@@ -249,7 +249,10 @@ class CostModel:
         part.nodes.append(_Node(site_of(place), inputs, outputs))
 
     def _value(self, name: str, shape: tuple[int, ...] | None) -> Sized | None:
-        """A value with the axes that labels move along; at other sizes than those of the analysis it has the same."""
+        """Return a value with the axes that labels move along.
+
+        At other sizes than those of the analysis it has the same.
+        """
         if shape is None:
             return None
         state = self.program.analysis.walk.states.get(name)
@@ -289,7 +292,7 @@ class CostModel:
 
     # ------------------------------------------------------------ sizes
     def _shape(self, sized: Sized, sizes: Labels) -> tuple[int, ...]:
-        """The shape that would remain: an axis shrinks as its labels do."""
+        """Return the shape that would remain: an axis shrinks as its labels do."""
         base, slots = sized
         if not slots:
             return base
@@ -299,7 +302,7 @@ class CostModel:
         return tuple(out)
 
     def _node_macs(self, node: _Node, sizes: Labels) -> int:
-        """The operator's own rule, on the shapes that would remain."""
+        """Return the operator's own rule, on the shapes that would remain."""
         key = sizes[node.follows].tobytes()
         if key not in node.known:
             inputs = [None if p is None else self._shape(p, sizes) for p in node.inputs]
@@ -317,5 +320,5 @@ def _in_unit(unit: str, tensor: _Tensor, count: int) -> int:
 
 
 def _first_output(node: ir.Node) -> str:
-    """What a node goes by: names of values are unique in an analysed graph, and clones of it keep them."""
+    """Return what a node goes by: names of values are unique in an analysed graph, and clones of it keep them."""
     return next((value.name for value in node.outputs if value.name), None) or ""

@@ -111,8 +111,10 @@ class LatencyTable:
             seconds: time limit for all runs together; each model has at least four turns. None: no limit.
             progress: called with the fraction done.
 
-        Errors: `UnsupportedError` where onnxruntime lacks a kernel; `InputError` where the feeds do not fit;
-            `OptionError` for numbers below one.
+        Raises:
+            UnsupportedError: onnxruntime lacks a kernel.
+            InputError: the feeds do not fit.
+            OptionError: numbers below one.
         """
         if points < 1:
             raise OptionError(f"Measuring latency takes at least 1 level per choice, not {points}.")
@@ -145,18 +147,19 @@ class LatencyTable:
         return max(base + self.rate * parts[0] + self.overlap * parts[1] - self.bonus * parts[2], 0.0)
 
     def fraction(self, levels: Sequence[int]) -> float:
-        """The same as a fraction of the whole program's."""
+        """Return the same as a fraction of the whole program's."""
         return self.seconds(levels) / self.full
 
     def measured(self, levels: Sequence[int]) -> float:
         """Measured seconds with each choice at its level, scaled to ``full``.
 
-        Errors: `SymmetryError` where the program cannot be restricted to these levels.
+        Raises:
+            SymmetryError: the program cannot be restricted to these levels.
         """
         return self._bench.one(tuple(levels), self.full)
 
     def to_dict(self) -> dict[str, Any]:
-        """Numbers for a report."""
+        """Return numbers for a report."""
         shown = {
             self._macs.names[k]: {int(self.choices[k].levels[i]): float(alone[i]) for i in _few(len(alone))}
             for k, alone in enumerate(self.curves.saved)
@@ -184,7 +187,8 @@ def fit_to_budget(
     rounds: int = 5,
     close: float = 0.03,
 ) -> tuple[tuple[int, ...], float]:
-    """Levels whose measured seconds are within a budget, and these seconds: estimates are put right by measuring.
+    """Return levels whose measured seconds are within a budget, and these seconds: estimates are put right by
+    measuring.
 
     What was chosen is measured, and where it misses, the next choice is made for a budget that is off by as much.
 
@@ -195,7 +199,8 @@ def fit_to_budget(
         rounds: how often to choose and measure, at most.
         close: stop where less than this fraction of the budget is left.
 
-    Errors: `SymmetryError` where no choice came down to the budget, and what ``choose`` raises before one did.
+    Raises:
+        SymmetryError: no choice came down to the budget, and what ``choose`` raises before one did.
     """
     target, best, fastest = budget, None, math.inf
     tried: set[tuple[int, ...]] = set()
@@ -227,7 +232,7 @@ def fit_to_budget(
 
 # ---------------------------------------------------------------- what to measure
 def measurement_grid(numbers: npt.ArrayLike, points: int) -> list[int]:
-    """Places of at most ``points`` of ascending numbers, evenly spaced, the first and the last among them."""
+    """Return places of at most ``points`` of ascending numbers, evenly spaced, the first and the last among them."""
     given = np.asarray(numbers, np.float64)
     if not len(given):
         return []
@@ -236,12 +241,12 @@ def measurement_grid(numbers: npt.ArrayLike, points: int) -> list[int]:
 
 
 def replaced(levels: Sequence[int], k: int, level: int) -> tuple[int, ...]:
-    """The levels with another one for choice ``k``."""
+    """Return the levels with another one for choice ``k``."""
     return (*levels[:k], level, *levels[k + 1 :])
 
 
 def _curves(program: Program, choice: Choice) -> list[Places]:
-    """Levels below the whole that lie on one curve: widths on and off the blocks of channels; all for heads."""
+    """Return levels below the whole that lie on one curve: widths on and off the blocks of channels; all for heads."""
     below = np.arange(len(choice.levels) - 1)
     if program.spaces[choice.spaces[0]].kind != "units":
         return [below]
@@ -250,7 +255,10 @@ def _curves(program: Program, choice: Choice) -> list[Places]:
 
 
 def _joint(choices: Sequence[Choice], last: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Levels at which every choice keeps the same or some fraction, as it is and on the next block of channels."""
+    """Return levels at which every choice keeps the same or some fraction.
+
+    As it is and on the next block of channels.
+    """
     if len(choices) < 2:
         return []
     made: set[tuple[int, ...]] = set()
@@ -290,7 +298,7 @@ class CommonMacs:
         self._saved: dict[tuple[int, int], int] = {}
 
     def __call__(self, levels: Sequence[int]) -> int:
-        """What would be subtracted twice if each choice's savings were added up; 0 where only one is lowered."""
+        """Return what would be subtracted twice if each choice's savings were added up; 0 where only one is lowered."""
         lower = [k for k, (level, last) in enumerate(zip(levels, self.last, strict=True)) if level != last]
         if len(lower) < 2:
             return 0
@@ -307,8 +315,8 @@ class CommonMacs:
 
 
 def _parts(full: float, curves: Curves, macs: CommonMacs, levels: Sequence[int]) -> tuple[float, float, float, float]:
-    """What is known of the seconds at some levels; the common multiply-accumulates; the prices of odd widths that
-    neighbours may share; and what all but the most useful choice save.
+    """Return what is known of the seconds at some levels; the common multiply-accumulates; the prices of odd widths
+    that neighbours may share; and what all but the most useful choice save.
 
     Where only one choice is lowered, the first number is what was measured, and the others are zero.
     """
@@ -327,7 +335,7 @@ def _parts(full: float, curves: Curves, macs: CommonMacs, levels: Sequence[int])
 def _fitted(
     full: float, curves: Curves, macs: CommonMacs, joint: Sequence[Measured]
 ) -> tuple[tuple[float, float, float], list[float]]:
-    """The three rates, by least squares of relative errors with none negative, and the errors that remain."""
+    """Return the three rates, by least squares of relative errors with none negative, and the errors that remain."""
     if not joint:
         return (0.0, 0.0, 0.0), []
     parts = np.array([_parts(full, curves, macs, one.levels) for one in joint]) * [1.0, 1.0, 1.0, -1.0]

@@ -59,7 +59,10 @@ class Bench:
         self.refused: dict[str, str] = {}
 
     def run(self, wanted: Sequence[tuple[int, ...]]) -> list[Measured]:
-        """Every model that can be built; its seconds come from its ratio to the whole program in the same group."""
+        """Return every model that can be built.
+
+        Its seconds come from its ratio to the whole program in the same group.
+        """
         whole = self.program.emit()
         size = max(1, min(_GROUP, _GROUP_BYTES // max(_bytes(whole), 1)))
         groups = [wanted[start : start + size] for start in range(0, len(wanted), size)] or [[]]
@@ -79,9 +82,10 @@ class Bench:
         return [Measured(levels, ratio * self.full) for levels, ratio in ratios]
 
     def one(self, levels: tuple[int, ...], full: float) -> float:
-        """Seconds of one model, scaled to the whole program's ``full``.
+        """Return seconds of one model, scaled to the whole program's ``full``.
 
-        Errors: `SymmetryError` where the program cannot be restricted so.
+        Raises:
+            SymmetryError: the program cannot be restricted so.
         """
         model = self.program.restrict(kept(self.program, self.choices, levels)).emit()
         timings = compare_latency(
@@ -115,7 +119,7 @@ class Bench:
 
 
 def kept(program: Program, choices: Sequence[Choice], levels: Sequence[int]) -> dict[Space, npt.NDArray[np.int64]]:
-    """The elements that stay in every space that shrinks."""
+    """Return the elements that stay in every space that shrinks."""
     found: dict[Space, npt.NDArray[np.int64]] = {}
     for choice, level in zip(choices, levels, strict=True):
         for k, elements in zip(choice.spaces, choice.kept(int(choice.levels[level])), strict=True):

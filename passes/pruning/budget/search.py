@@ -38,7 +38,10 @@ class Links:
 
 
 def link_spaces(analysis: Analysis) -> Links:
-    """Spaces that must keep equally many elements each, because they share grids whose rows stay equally long."""
+    """Return spaces that must keep equally many elements each.
+
+    Because they share grids whose rows stay equally long.
+    """
     owner = np.full(analysis.classes.count, -1, np.int64)
     for k, space in enumerate(analysis.spaces):
         if space.kind == "blocks":
@@ -74,13 +77,13 @@ def link_spaces(analysis: Analysis) -> Links:
 
 
 def _partition(rows: list[Counter[int]]) -> dict[int, int]:
-    """Which row each space lies in, for those that lie in one."""
+    """Return which row each space lies in, for those that lie in one."""
     times = Counter(k for row in rows for k in row)
     return {k: r for r, row in enumerate(rows) for k in row if k >= 0 and times[k] == 1}
 
 
 def _crossings(partitions: list[dict[int, int]]) -> Iterable[list[int]]:
-    """Spaces on which two partitions cross like rows and columns: neither row decides the other."""
+    """Yield spaces on which two partitions cross like rows and columns: neither row decides the other."""
     of_space: dict[int, list[int]] = {}
     for p, partition in enumerate(partitions):
         for k in partition:
@@ -94,7 +97,7 @@ def _crossings(partitions: list[dict[int, int]]) -> Iterable[list[int]]:
 
 
 def _row_tables(analysis: Analysis) -> Iterable[Labels]:
-    """Classes in grids whose rows must stay equally long, one row each."""
+    """Yield classes in grids whose rows must stay equally long, one row each."""
     of, walk = analysis.classes.of, analysis.walk
     for link in walk.rec.links:
         if len(link.children) > 1:
@@ -148,8 +151,8 @@ def _union(root: list[int], a: int, b: int) -> None:
 class Choice:
     """One number to choose: how many elements each of some linked spaces keeps.
 
-    ``ranked[i]``: the classes of space i that go with each element, best element first. ``curve``: what the next
-    element is worth, not increasing. ``levels``: the numbers allowed, ascending; the last keeps everything.
+    ``ranked[i]``: the classes of space i that are removed with each element, best element first. ``curve``: what the
+    next element is worth, not increasing. ``levels``: the numbers allowed, ascending; the last keeps everything.
     """
 
     spaces: list[int]
@@ -163,11 +166,11 @@ class Choice:
         return [np.sort(order[:number]) for order in self.order]
 
     def worth(self, level: int) -> float:
-        """What the first element above a level is worth."""
+        """Return what the first element above a level is worth."""
         return float(self.curve[self.levels[level]])
 
     def at(self, threshold: float) -> int:
-        """Which level keeps what is worth at least ``threshold``, rounded down."""
+        """Return which level keeps what is worth at least ``threshold``, rounded down."""
         number = int(np.searchsorted(-self.curve, -threshold, side="right"))
         return max(0, int(np.searchsorted(self.levels, number, side="right")) - 1)
 
@@ -188,7 +191,7 @@ def make_choice(
 
 
 def allowed_levels(least: int, most: int, floor: int, round_to: int) -> Labels:
-    """Numbers that may be kept: multiples of ``round_to`` from ``floor`` on, or all.
+    """Return numbers that may be kept: multiples of ``round_to`` from ``floor`` on, or all.
 
     ``least`` and ``most``: sizes of the smallest and the largest space of the link.
     """
@@ -216,7 +219,7 @@ class Search:
         self.cost = cost
 
     def mask(self, levels: Sequence[int]) -> Mask:
-        """Classes that stay, closed under blocks."""
+        """Return classes that stay, closed under blocks."""
         stays = np.ones(self.analysis.classes.count, bool)
         for choice, level in zip(self.choices, levels, strict=True):
             for ranked in choice.ranked:
@@ -271,7 +274,7 @@ class Search:
 
 
 def even(analysis: Analysis, grids: Sequence[Labels], stays: Mask) -> bool:
-    """Whether every grid stays a grid: equally many entries in each row that is left."""
+    """Return whether every grid stays a grid: equally many entries in each row that is left."""
     refined = analysis.classes.stays(stays)
     for labels in grids:
         mask = refined[analysis.classes.refined(labels)]

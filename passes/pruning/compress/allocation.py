@@ -29,7 +29,7 @@ class Allocation:
 
 
 def allocate(curves: Sequence[npt.NDArray[np.float64]], price: Price, budget: float) -> Allocation | None:
-    """Levels with the least sum of divergences whose cost is within the budget; None where there are none.
+    """Return levels with the least sum of divergences whose cost is within the budget; None where there are none.
 
     ``curves[k][level]``: divergence of candidate k, not increasing, 0 at the last level. ``price``: cost of levels.
     """

@@ -28,9 +28,10 @@ from cipm_ir.symmetry.space import Space
 def wanted_spaces(
     program: Program, name: str, include: tuple[str, ...], exclude: tuple[str, ...], blocks: bool
 ) -> set[int]:
-    """Spaces that the patterns and ``blocks`` let through; a link with one that is excluded stays as it is.
+    """Return spaces that the patterns and ``blocks`` let through; a link with one that is excluded stays as it is.
 
-    Errors: `OptionError` naming the pass, for a pattern that matches nothing.
+    Raises:
+        OptionError: the message names the pass, for a pattern that matches nothing.
     """
     spaces = program.spaces
     chosen = {k for k, s in enumerate(spaces) if s.kind != "cells" and (blocks or s.kind != "blocks")}
@@ -46,7 +47,7 @@ def wanted_spaces(
 
 
 def _matching(spaces: Sequence[Space], patterns: Sequence[str], name: str, option_name: str) -> set[int]:
-    """Indices of the spaces whose names match, or else of those with a tensor that does."""
+    """Return indices of the spaces whose names match, or else of those with a tensor that does."""
     found: set[int] = set()
     for pattern in patterns:
         hit = {k for k, s in enumerate(spaces) if fnmatchcase(s.name, pattern.removeprefix("@"))}
@@ -62,7 +63,7 @@ def _matching(spaces: Sequence[Space], patterns: Sequence[str], name: str, optio
 
 
 def kept_numbers(spaces: Sequence[Space], min_keep: float, round_to: int) -> Labels:
-    """Numbers of elements that linked spaces may keep, ascending; the last is all."""
+    """Return numbers of elements that linked spaces may keep, ascending; the last is all."""
     sizes = [s.size for s in spaces]
     floor = ceil(min_keep * max(sizes)) if min_keep < 1 else int(min_keep)
     return allowed_levels(min(sizes), max(sizes), floor, round_to if spaces[0].kind == "units" else 1)
@@ -125,7 +126,7 @@ class Candidate:
         return min([*made, *(r.node for found in self.readers for r in found)])
 
     def finer(self) -> Candidate:
-        """The same with more of the allowed numbers as levels; what they keep lies between what was chosen."""
+        """Return the same with more of the allowed numbers as levels; what they keep lies between what was chosen."""
         chosen = np.unique(np.linspace(0, len(self.numbers) - 1, _FINE).round().astype(int))
         levels = np.union1d(self.numbers[chosen], self.levels)
         made = Candidate(self.spaces, self.readers, levels, self.numbers, [], self.order, self.pairs)
@@ -152,7 +153,7 @@ def find_candidates(
     steps: int,
     pairs: Mapping[int, Pair] | None = None,
 ) -> tuple[list[Candidate], list[str]]:
-    """Spaces that only weights read, so that what goes can be made up for; and why others are left alone.
+    """Return spaces that only weights read, so that a removal can be compensated; and why others are left alone.
 
     ``pairs``: spaces that activations may read too: their units are in the order of what they matter.
     """
@@ -192,7 +193,7 @@ def find_candidates(
 
 
 def group_statistics(analysis: Analysis) -> list[Labels]:
-    """The classes over which each normalization in groups takes its statistics, (groups, members)."""
+    """Return the classes over which each normalization in groups takes its statistics, (groups, members)."""
     found = []
     for node in analysis.walk.nodes:
         value = node.inputs[0] if node.op_type in ("GroupNormalization", "InstanceNormalization") else None
@@ -205,7 +206,7 @@ def group_statistics(analysis: Analysis) -> list[Labels]:
 
 
 def _mixed(analysis: Analysis, table: Labels, inner: Sequence[Labels]) -> bool:
-    """Whether statistics of a group are taken over several elements of a space."""
+    """Return whether statistics of a group are taken over several elements of a space."""
     element = np.full(analysis.classes.count, -1)
     element[table] = np.arange(len(table))[:, None]
     owners = [element[analysis.classes.of[labels]] for labels in inner]
@@ -221,7 +222,7 @@ def _refusal(
     numbers: Labels,
     grids: list[Labels],
 ) -> str:
-    """Why linked spaces cannot shrink with compensation; empty where they can. ``read``: by weights alone."""
+    """Return why linked spaces cannot shrink with compensation; empty where they can. ``read``: by weights alone."""
     analysis = program.analysis
     tables = [analysis.spaces[k].table for k in group]
     if any(analysis.part_atoms(k) is not None for k in group):
@@ -251,7 +252,7 @@ def _refusal(
 
 
 def _recurrent(analysis: Analysis, tables: Sequence[Labels]) -> ir.Node | None:
-    """The recurrent layer whose state these units are."""
+    """Return the recurrent layer whose state these units are."""
     walk = analysis.walk
     for position in analysis.consumers.nodes(np.concatenate([t.ravel() for t in tables])):
         node = walk.nodes[position]
@@ -266,7 +267,7 @@ def _recurrent(analysis: Analysis, tables: Sequence[Labels]) -> ir.Node | None:
 
 
 def mask_of(program: Program, kept: Iterable[tuple[int, Labels]]) -> Mask:
-    """Classes that stay, for pairs (space, kept elements); blocks go with their contents."""
+    """Return classes that stay, for pairs (space, kept elements); blocks go with their contents."""
     analysis = program.analysis
     stays = np.ones(analysis.classes.count, bool)
     for k, elements in kept:
@@ -300,7 +301,7 @@ class LevelMask:
         return closed_keep(self._analysis, self._times == 0)
 
     def _drops(self, k: int, level: int) -> Labels:
-        """The classes that a candidate drops at a level; none at the last."""
+        """Return the classes that a candidate drops at a level; none at the last."""
         if (k, level) not in self._dropped:
             one = self._candidates[k]
             kept = zip(one.spaces, one.kept[level], strict=True) if level + 1 < len(one.levels) else ()

@@ -1,4 +1,4 @@
-"""Prune and make up for it: half the cost from a trained model and some inputs, without training and without labels."""
+"""Prune and compensate: half the cost from a trained model and some inputs, without training and without labels."""
 
 from __future__ import annotations
 
@@ -35,14 +35,16 @@ class Compress(Pass):
     swaps. (3) Each candidate alone is brought to each level, its readers refitted, the rest of the model run: the
     divergence of the outputs. (4) Levels that minimize the sum of the divergences within the budget (Lagrange
     multipliers). (5) Every product behind the first change is refitted in graph order by least squares: inputs from the
-    model as it is by then, targets from the original one, drift of shortcuts taken up; two with a Relu between them
+    model as refitted so far, targets from the original one, drift of shortcuts taken up; two with a Relu between them
     first together, if that helps on samples left out. (6) What nothing reads any more is removed, which changes
     nothing: checked on real runs.
     Refused, and said in the summary: units under a normalization, softmax or sum over them, and such as something else
     than a Conv (group 1), Gemm or MatMul with a weight of its own reads. Sources: He et al. 2017; Hassibi & Stork 1993.
 
-    Errors: `OptionError` without data or for contradictory options; `InputError` for data that does not fit;
-        `SymmetryError` where the budget is out of reach.
+    Raises:
+        OptionError: there is no data or for contradictory options.
+        InputError: data that does not fit.
+        SymmetryError: the budget is out of reach.
     """
 
     kind: ClassVar[Kind] = Kind.APPROXIMATE
@@ -121,7 +123,7 @@ class Compress(Pass):
         )
 
     def _plan(self, program: Program, ctx: Context) -> Plan:
-        """What is measured before the budget matters: taken from an earlier run of a sweep, where there is one.
+        """Return what is measured before the budget matters: taken from an earlier run of a sweep, where there is one.
 
         ``ctx.options["plans"]``: a dictionary that the runs share.
         """

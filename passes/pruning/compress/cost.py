@@ -29,7 +29,7 @@ class Allocator(Protocol):
     """What a budget asks of a plan."""
 
     def allocation(self, target: float, curves: Sequence[Curve] | None = None) -> Allocation:
-        """The cheapest levels for a target."""
+        """Return the cheapest levels for a target."""
 
 
 class Budget(Protocol):
@@ -42,7 +42,7 @@ class Budget(Protocol):
         """Cost with each candidate at its level."""
 
     def settle(self, plan: Allocator, target: float, curves: Sequence[Curve] | None) -> Settled:
-        """Levels for a target, their cost, and notes; ``curves`` None: as they were measured first."""
+        """Return levels for a target, their cost, and notes; ``curves`` None: as they were measured first."""
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Counted:
         return float(count(stays))
 
     def settle(self, plan: Allocator, target: float, curves: Sequence[Curve] | None) -> Settled:
-        """The allocation for a target."""
+        """Return the allocation for a target."""
         found = plan.allocation(target, curves)
         return found.levels, found.cost, []
 
@@ -78,7 +78,7 @@ class Seconds:
         return self.table.seconds(levels)
 
     def settle(self, plan: Allocator, target: float, curves: Sequence[Curve] | None) -> Settled:
-        """The allocation for a target, put right by measuring."""
+        """Return the allocation for a target, put right by measuring."""
         levels, seconds = fit_to_budget(self.table, lambda t: plan.allocation(t, curves).levels, target)
         return list(levels), seconds, [f"measured {seconds / self.table.full:.1%} of the seconds ({self.table.how})"]
 
@@ -92,7 +92,11 @@ def make_budget(
     threads: int,
     progress: Progress,
 ) -> Budget:
-    """What one of `BUDGETS` counts. Errors: as `LatencyTable.measure` for latency."""
+    """Return what one of `BUDGETS` counts.
+
+    Raises:
+        CipmError: as `LatencyTable.measure` for latency.
+    """
     original = ctx.original or program
     if kind == "latency":
         if ctx.data is None:
@@ -112,7 +116,7 @@ def make_budget(
 
 
 def _choice(program: Program, candidate: Candidate) -> Choice:
-    """The same as a `Choice`; which units go makes no difference to the seconds."""
+    """Return the same as a `Choice`; which units go makes no difference to the seconds."""
     order = [np.arange(program.spaces[k].size) for k in candidate.spaces]
     ranked = [program.analysis.spaces[k].table for k in candidate.spaces]
     return Choice(list(candidate.spaces), ranked, np.ones(max(map(len, order))), candidate.levels, order)

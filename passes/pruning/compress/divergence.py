@@ -33,9 +33,10 @@ class Divergence:
 
     @classmethod
     def of(cls, model: ir.Model, outputs: Mapping[str, Array], asked: str = "auto") -> Divergence:
-        """What suits the outputs of a model, seen on one batch: logits, or anything else.
+        """Return what suits the outputs of a model, seen on one batch: logits, or anything else.
 
-        Errors: `InputError` where the model gives out no floating-point value.
+        Raises:
+            InputError: the model gives out no floating-point value.
         """
         found: dict[str, Measure] = {}
         for value in model.graph.outputs:
@@ -57,7 +58,7 @@ class Divergence:
         return frozenset(name for name, measure in self.measures.items() if measure != "error")
 
     def batch(self, a: Mapping[str, Array], b: Mapping[str, Array]) -> Array:
-        """Sums for one batch, (outputs, 2): numerator and denominator, to be added over batches."""
+        """Return sums for one batch, (outputs, 2): numerator and denominator, to be added over batches."""
         rows = []
         for name, measure in self.measures.items():
             x, y = np.asarray(a[name], np.float64), np.asarray(b[name], np.float64)
@@ -69,7 +70,7 @@ class Divergence:
         return np.asarray(rows)
 
     def total(self, sums: Sequence[Array]) -> float:
-        """The divergence, from the sums of all batches; infinite where a value is NaN."""
+        """Return the divergence, from the sums of all batches; infinite where a value is NaN."""
         whole = np.sum(sums, axis=0)
         ratio = whole[:, 0] / np.maximum(whole[:, 1], 1e-30)
         return max(float(ratio.mean()), 0.0) if np.isfinite(ratio).all() else float("inf")
@@ -94,7 +95,7 @@ def _logarithm(probabilities: Array) -> Array:
 
 
 def _is_logits(value: ir.Value, array: Array) -> bool:
-    """A product with a weight, of moderate size: what a classifier ends with."""
+    """Return a product with a weight, of moderate size: what a classifier ends with."""
     if array.ndim < 2 or array.shape[-1] < 2 or np.abs(array).max(initial=0.0) > _LARGE:
         return False
     node = value.producer()

@@ -76,17 +76,21 @@ class Plan:
         return self._prices[key]
 
     def stays(self, levels: Sequence[int]) -> Mask:
-        """Classes that stay."""
+        """Return classes that stay."""
         return self._mask.at(levels)
 
     def kept(self, levels: Sequence[int]) -> Iterator[tuple[int, Labels]]:
-        """Spaces that shrink, and their elements that are kept."""
+        """Yield spaces that shrink, and their elements that are kept."""
         for candidate, level in zip(self.candidates, levels, strict=True):
             if level + 1 < len(candidate.levels):
                 yield from zip(candidate.spaces, candidate.kept[level], strict=True)
 
     def allocation(self, target: float, curves: Sequence[Curve] | None = None) -> Allocation:
-        """Levels for a budget. Errors: `SymmetryError` where it is out of reach."""
+        """Return levels for a budget.
+
+        Raises:
+            SymmetryError: it is out of reach.
+        """
         fine = curves or self.curves
         places = [c.measured.tolist() for c in self.candidates]
         found = allocate(
@@ -106,7 +110,10 @@ class Plan:
         return fill(fine, self.price, target, levels)
 
     def at(self, target: float, ctx: Context) -> Made:
-        """The compensated program for a budget, at full shapes; measured again around the choice while that helps."""
+        """Return the compensated program for a budget, at full shapes.
+
+        Measured again around the choice while that helps.
+        """
         ctx.progress("allocate", 0.5)
         levels, cost, notes = self.budget.settle(self, target, None)
         best: tuple[float, Compensated] | None = None
@@ -130,7 +137,10 @@ class Plan:
         return Made(compensated, levels, cost, divergence, [*notes, *compensated.notes])
 
     def _tried(self, levels: Levels, progress: Progress) -> tuple[float, Compensated]:
-        """The divergence of levels, and the program: compensated on a part of the samples, enough to compare levels."""
+        """Return the divergence of levels, and the program.
+
+        Compensated on a part of the samples, enough to compare levels.
+        """
         limit = max(_TRIED, self.settings.samples // _PART)
         rows = self.compensation.rows // _PART
         few = replace(
@@ -162,7 +172,8 @@ def make_plan(
 ) -> Plan:
     """Look at the data, choose units for each level, measure how sensitive the outputs are.
 
-    Errors: `InputError` for data that does not fit; as `LatencyTable.measure` for a budget of seconds.
+    Raises:
+        InputError: data that does not fit; as `LatencyTable.measure` for a budget of seconds.
     """
     assert ctx.data is not None
     samples, damping = settings.samples, settings.damping
@@ -197,7 +208,10 @@ def make_plan(
 
 
 def between(levels: Labels, measured: Labels, curve: Curve) -> Curve:
-    """Divergences at levels between those measured: they grow by factors, and about with the square of what goes."""
+    """Divergences at levels between those measured.
+
+    They grow by factors, and about with the square of what is removed.
+    """
     safe = np.log(np.maximum(curve[:-1], max(float(curve[0]) * _TINY, 1e-300)))
     made = np.exp(np.interp(levels, measured[:-1], safe))
     last, all_of = int(measured[-2]), int(measured[-1])
@@ -217,7 +231,7 @@ def share(ctx: Context, low: float, high: float) -> Progress:
 
 
 def _alike(data: Iterable[Feeds], count: int) -> list[str]:
-    """A warning where every sample is the same: whatever units do elsewhere, on it a few of them are enough."""
+    """Return a warning where every sample is the same: whatever units do elsewhere, on it a few of them are enough."""
     first: Feeds = {}
     seen = 0
     for feeds in data:
@@ -232,7 +246,10 @@ def _alike(data: Iterable[Feeds], count: int) -> list[str]:
 
 
 def _still(grams: Iterable[tuple[Layer, NormalEquations]]) -> list[str]:
-    """A warning that names readers most of whose inputs never change, which therefore look as if they could go."""
+    """Return a warning that names readers most of whose inputs never change.
+
+    Which therefore look as if they could go.
+    """
     found, worst = [], 0.0
     for layer, sums in grams:
         variance = np.diagonal(sums.gram(centred=True))
@@ -254,7 +271,7 @@ def _still(grams: Iterable[tuple[Layer, NormalEquations]]) -> list[str]:
 
 
 def _few(grams: Iterable[tuple[Layer, NormalEquations]], count: int) -> list[str]:
-    """A warning where there are fewer rows than unknowns."""
+    """Return a warning where there are fewer rows than unknowns."""
     worst = max(grams, key=lambda pair: pair[0].linear.size / max(pair[1].rows, 1), default=None)
     if worst is None or worst[1].rows >= 2 * worst[0].linear.size:
         return []

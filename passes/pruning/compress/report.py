@@ -41,7 +41,7 @@ def metrics_of(program: Program, plan: Plan, made: Made) -> dict[str, Any]:
 
 
 def figures_of(program: Program, plan: Plan, made: Made) -> tuple[Figure, ...]:
-    """Widths before and after, and how the divergence grows with what goes."""
+    """Widths before and after, and how the divergence grows with what is removed."""
     names = names_of(program, plan.candidates)
     before = [int(c.levels[-1]) for c in plan.candidates]
     after = [int(c.levels[level]) for c, level in zip(plan.candidates, made.levels, strict=True)]
@@ -67,7 +67,7 @@ def figures_of(program: Program, plan: Plan, made: Made) -> tuple[Figure, ...]:
 
 
 def names_of(program: Program, candidates: Sequence[Candidate]) -> list[str]:
-    """A name for each candidate: its first space, and how many others are linked to it."""
+    """Return a name for each candidate: its first space, and how many others are linked to it."""
     made = []
     for candidate in candidates:
         more = len(candidate.spaces) - 1

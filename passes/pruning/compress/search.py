@@ -27,11 +27,13 @@ _STEPS = 6
 
 
 def smallest_within(plan: Plan, max_drop: float, evaluate: Evaluate | None, ctx: Context) -> Made:
-    """The smallest model whose divergence from the original, or whose drop of a score, is at most ``max_drop``.
+    """Return the smallest model whose divergence from the original, or whose drop of a score, is at most ``max_drop``.
 
     The divergence is measured after compensation, on the samples on which sensitivity is. Gives what `Plan.at` gives.
 
-    Errors: `OptionError` where the score is no finite number; `SymmetryError` where even the least step drops more.
+    Raises:
+        OptionError: the score is no finite number.
+        SymmetryError: even the least step drops more.
     """
     score = None if evaluate is None else _scored(plan.program, evaluate)
     what = "divergence" if score is None else "drop of the score"
@@ -70,7 +72,7 @@ def _scored(program: Program, evaluate: Evaluate) -> float:
 
 
 def _number(score: object) -> float:
-    """What a number, or an array or tensor of one, holds; NaN for anything else."""
+    """Return what a number, or an array or tensor of one, holds; NaN for anything else."""
     if not hasattr(score, "__float__") or math.prod(getattr(score, "shape", ())) != 1:
         return float("nan")
     return float(score.item() if hasattr(score, "item") else score)

@@ -57,7 +57,10 @@ class Problem:
         return self._damped
 
     def seen_by(self, root: Matrix | None) -> Problem:
-        """The same problem with errors ``e`` of the outputs measured as ``|root e|²``; None leaves it as it is."""
+        """Return the same problem with errors ``e`` of the outputs measured as ``|root e|²``.
+
+        None leaves it as it is.
+        """
         if root is None or not np.isfinite(self.energy):
             return self
         weight = self.weight @ root
@@ -66,18 +69,18 @@ class Problem:
         )
 
     def stays(self, keep: Labels) -> Labels:
-        """Rows that stay when these elements do."""
+        """Return rows that stay when these elements do."""
         mask = np.ones(len(self.gram), bool)
         mask[self.rows.ravel()] = False
         mask[self.rows[keep].ravel()] = True
         return np.flatnonzero(mask)
 
     def refit(self, keep: Labels) -> Matrix:
-        """The best weight with zeros in the rows of all other elements."""
+        """Return the best weight with zeros in the rows of all other elements."""
         return self.without(np.setdiff1d(np.arange(len(self.gram)), self.stays(keep), assume_unique=True))
 
     def without(self, rows: Labels) -> Matrix:
-        """The best weight with zeros in some rows."""
+        """Return the best weight with zeros in some rows."""
         stays = np.setdiff1d(np.arange(len(self.gram)), rows)
         gram = self.damped
         out = np.zeros_like(self.weight)
@@ -85,7 +88,7 @@ class Problem:
         return out
 
     def error(self, weight: Matrix) -> float:
-        """Mean squared error of the output with another weight, relative to its variance."""
+        """Return mean squared error of the output with another weight, relative to its variance."""
         gap = weight - self.weight
         return float(np.einsum("ko,kl,lo->", gap, self.gram, gap, optimize=True)) / max(self.energy, 1e-30)
 
@@ -123,7 +126,10 @@ def removal_costs(inverse: Matrix, weight: Matrix, rows: Labels) -> Matrix:
 
 
 def eliminate(problems: Sequence[Problem], count: int, floor: int = 1) -> Labels:
-    """Elements in the order in which they should go, first to go first; the last ``floor`` in no special order."""
+    """Return elements in the order in which they should go, first to go first.
+
+    The last ``floor`` in no special order.
+    """
     states = [_State.of(p) for p in problems]
     left = np.arange(count)
     order: list[int] = []
@@ -141,7 +147,7 @@ def eliminate(problems: Sequence[Problem], count: int, floor: int = 1) -> Labels
 
 
 def _within(states: Sequence[_State], pool: Labels, number: int) -> Labels:
-    """The first ``number`` of a pool, one by one, each after the others' absence is made up for."""
+    """Return the first ``number`` of a pool, one by one, each after the others' absence is made up for."""
     small = [s.on(pool) for s in states]
     inside = np.arange(len(pool))
     gone: list[int] = []
@@ -175,7 +181,7 @@ class _State:
         return cls(inverse, problem.weight.copy(), problem.rows, max(problem.energy, 1e-30))
 
     def on(self, elements: Labels) -> _State:
-        """The same for these elements alone: what happens to the others does not change their costs."""
+        """Return the same for these elements alone: what happens to the others does not change their costs."""
         rows = self.rows[elements]
         flat = rows.ravel()
         block = self.inverse[np.ix_(flat, flat)]
@@ -206,7 +212,7 @@ class _State:
 
 @dataclass
 class Swaps:
-    """Finds better sets of kept elements by exchanging one for another, from set to set without factorizing anew."""
+    """Finds better sets of kept elements by exchanging one for another, from set to set without factorizing again."""
 
     problems: Sequence[Problem]
     count: int
@@ -235,7 +241,10 @@ class Swaps:
         return kept
 
     def _exchange(self, kept: Labels, enters: int, gain: float) -> tuple[float, int, int]:
-        """What is saved when an element comes and the one that is missed least then goes; 0 where that is rounding."""
+        """Return what is saved when an element comes and the one that is missed least then goes.
+
+        0 where that is rounding.
+        """
         assert self._swept is not None
         cost = np.sum([s.drops(kept, enters) for s in self._swept], axis=0)
         worst = int(np.argmin(cost))
@@ -244,7 +253,7 @@ class Swaps:
 
 
 def improve(problems: Sequence[Problem], keep: Labels, count: int) -> Labels:
-    """The kept elements, sorted, after swaps that lower the error; see `Swaps`."""
+    """Return the kept elements, sorted, after swaps that lower the error; see `Swaps`."""
     return Swaps(problems, count).improve(keep)
 
 
@@ -293,11 +302,11 @@ class _Swept:
         self.stays[elements] = enter
 
     def gains(self, gone: Labels) -> Matrix:
-        """How much each absent element would lower the error."""
+        """Return how much each absent element would lower the error."""
         return self._worth(self.matrix[self._blocks(gone)], self.target[self.rows[gone]])
 
     def drops(self, kept: Labels, enters: int | None = None) -> Matrix:
-        """How much the error would grow without each kept element, once another one has entered."""
+        """Return how much the error would grow without each kept element, once another one has entered."""
         block, aim = self.matrix[self._blocks(kept)], self.target[self.rows[kept]]
         if enters is not None:
             rows = self.rows[enters]
@@ -318,14 +327,14 @@ class _Swept:
 
 
 def _gains(p: Problem, kept: Labels, gone: Labels) -> Matrix:
-    """How much each absent element would lower the error."""
+    """Return how much each absent element would lower the error."""
     swept = _Swept.of(p)
     swept.move(kept)
     return swept.gains(gone)
 
 
 def _drops(p: Problem, kept: Labels) -> Matrix:
-    """How much the error would grow without each kept element."""
+    """Return how much the error would grow without each kept element."""
     swept = _Swept.of(p)
     swept.move(kept)
     return swept.drops(kept)

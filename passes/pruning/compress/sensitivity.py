@@ -78,7 +78,7 @@ def gather(
 
 
 def problem_of(program: Program, layer: Layer, sums: NormalEquations, columns: Labels, damping: float) -> Problem:
-    """The least-squares problem of one reader."""
+    """Return the least-squares problem of one reader."""
     weight = layer.linear.matrix(parameter_array(program, layer.reader.weight)).astype(np.float64)
     gram = sums.gram(centred=layer.bias is not None)
     energy = float(np.einsum("ko,ko->", weight, gram @ weight))
@@ -118,7 +118,7 @@ def _problems(
     reading: DownstreamMetric,
     damping: float,
 ) -> list[Problem]:
-    """One for each reader, in which errors of the outputs count as they are read further on."""
+    """Return one for each reader, in which errors of the outputs count as they are read further on."""
     made = []
     for reader in found:
         if reader.node in grams:
@@ -141,7 +141,11 @@ class Probe:
 
     @classmethod
     def of(cls, program: Program, data: Data, *, size: int, limit: int, damping: float, asked: str = "auto") -> Probe:
-        """Run the original model. Errors: `InputError` where its outputs cannot be compared."""
+        """Run the original model.
+
+        Raises:
+            InputError: its outputs cannot be compared.
+        """
         names = [v.name or "" for v in program.model.graph.outputs]
         data = list(spread(program, data, size, limit))
         first, out = next(observe(program.model, names, data, size=size))
@@ -153,7 +157,7 @@ class Probe:
         return cls(program, data, size, limit, damping, Divergence.of(program.model, dense[0], asked), dense)
 
     def frontier(self, program: Program) -> ActivationCache:
-        """The same samples, to run another program on."""
+        """Return the same samples, to run another program on."""
         return ActivationCache(program.model, self.data, size=self.size, limit=self.limit)
 
     def compare(self, program: Program, frontier: ActivationCache) -> float:
@@ -169,7 +173,10 @@ class Probe:
     def _each(
         self, frontier: ActivationCache, ends: SharedEnds, changes: Iterable[tuple[int, dict[str, Array]]]
     ) -> Iterator[tuple[int, float]]:
-        """Levels and divergences of a program with other weights; the changes have the same names at all levels."""
+        """Yield levels and divergences of a program with other weights.
+
+        The changes have the same names at all levels.
+        """
         rest: SuffixRunner | None = None
         for level, weights in changes:
             rest = rest or SuffixRunner(frontier, ends.model, ends.names, list(weights), ends)
@@ -211,7 +218,7 @@ class Probe:
         stays: Callable[[Sequence[int]], Mask],
         progress: Progress | None = None,
     ) -> list[Curve]:
-        """The same with all others as they were chosen and compensated: measured near, continued by ``curves``.
+        """Return the same with all others as they were chosen and compensated: measured near, continued by ``curves``.
 
         ``candidates`` may have more levels than are measured; between these the curves are interpolated.
         """
@@ -235,7 +242,7 @@ class Probe:
         return found
 
     def _again(self, made: Compensated, nodes: Sequence[int], stays: Mask) -> dict[str, Array]:
-        """Weights of some products, refitted to other classes."""
+        """Return weights of some products, refitted to other classes."""
         weights: dict[str, Array] = {}
         for layer, sums in (made.sums[node] for node in nodes):
             gone = gone_places(self.program, layer.reader, stays)
@@ -244,7 +251,7 @@ class Probe:
 
 
 def _continued(candidate: Candidate, seen: Mapping[int, float], old: Curve) -> Curve:
-    """A curve through what was measured, with the differences of an old one beyond; zero at the last level."""
+    """Return a curve through what was measured, with the differences of an old one beyond; zero at the last level."""
     places = sorted(seen)
     low, high = places[0], places[-1]
     curve = np.interp(candidate.levels, candidate.levels[places], [seen[k] for k in places])
@@ -261,7 +268,10 @@ def shrunk(
     grams: Mapping[int, tuple[Layer, NormalEquations]],
     damping: float,
 ) -> Iterator[tuple[int, dict[str, Array]]]:
-    """For each level the weights and biases of the readers of one candidate, which do without what goes then."""
+    """For each level the weights and biases of the readers of one candidate.
+
+    Refitted without the units removed at that level.
+    """
     nodes = sorted({reader.node for found in candidate.readers for reader in found} & set(grams))
     problems = {node: problem_of(program, *grams[node], np.zeros((0, 1), np.int64), damping) for node in nodes}
     for level in levels:

@@ -33,7 +33,7 @@ class Importance(Protocol):
     """A criterion for `prune`. One that looks at inner values says so by an attribute ``observes = True``."""
 
     def score(self, program: Program, space: Space, ctx: Context) -> Scores:
-        """One number for each element of the space, not negative; the larger, the rather it stays.
+        """Return one number for each element of the space, not negative; the larger, the rather it stays.
 
         Under global ranking, scores of different spaces are divided by the mean of their space.
         """
@@ -44,7 +44,7 @@ class ScoreFunction(Protocol):
     """The same as one plain function."""
 
     def __call__(self, program: Program, space: Space, ctx: Context, /) -> Scores:
-        """One number for each element of the space, not negative; the larger, the rather it stays."""
+        """Return one number for each element of the space, not negative; the larger, the rather it stays."""
 
 
 ImportanceFactory = Callable[[str], Importance]
@@ -60,7 +60,8 @@ def register_importance(name: str, criterion: Importance | ScoreFunction | Impor
     It is a function of (program, space, context), an object with ``score``, or a factory: a class or a function of one
     argument, called once for each run. Take a factory where ``score`` keeps something between spaces.
 
-    Errors: `OptionError` for a name that is taken.
+    Raises:
+        OptionError: a name that is taken.
     """
     _load()
     if name in _REGISTERED and _REGISTERED[name][0] is not criterion:
@@ -69,7 +70,7 @@ def register_importance(name: str, criterion: Importance | ScoreFunction | Impor
 
 
 def registered_importances() -> tuple[str, ...]:
-    """The names of all criteria, sorted."""
+    """Return the names of all criteria, sorted."""
     _load()
     return tuple(sorted(_REGISTERED))
 
@@ -81,7 +82,11 @@ def _load() -> None:
 
 
 def make_importance(what: str | Importance | ScoreFunction, norm: str) -> Importance:
-    """The criterion of this name, or the one that was given. Errors: `OptionError` for an unknown name."""
+    """Return the criterion of this name, or the one that was given.
+
+    Raises:
+        OptionError: an unknown name.
+    """
     if not isinstance(what, str):
         return _factory(what)(norm)
     _load()
@@ -108,7 +113,7 @@ def _factory(criterion: Any) -> ImportanceFactory:
 
 
 def _takes(function: Any, *arguments: Any) -> bool:
-    """Whether a call with these arguments fits the function."""
+    """Return whether a call with these arguments fits the function."""
     try:
         inspect.signature(function).bind(*arguments)
     except TypeError:
@@ -125,7 +130,7 @@ class _Scored:
     function: ScoreFunction
 
     def score(self, program: Program, space: Space, ctx: Context) -> Scores:
-        """What the function says."""
+        """Return what the function says."""
         return self.function(program, space, ctx)
 
 
@@ -192,7 +197,11 @@ def _is_statistic(program: Program, leaf: Leaf) -> bool:
 
 
 def parameter_array(program: Program, name: str) -> npt.NDArray[Any]:
-    """The value of a parameter, as floats of 32 bits or more. Errors: `InputError` where it has none."""
+    """Return the value of a parameter, as floats of 32 bits or more.
+
+    Raises:
+        InputError: it has none.
+    """
     value = program.model.graph.initializers.get(name)
     tensor = parameter_tensor(value)
     if tensor is None:
@@ -219,7 +228,10 @@ def _marginals(array: npt.NDArray[Any], factors: list[LeafFactor], norm: str) ->
 
 
 def _summed(size: npt.NDArray[Any], axes: list[int]) -> npt.NDArray[Any]:
-    """Sum over some axes: of last and first ones by a product with ones, several times faster than a sum in float64."""
+    """Return sum over some axes.
+
+    Of last and first ones by a product with ones, several times faster than a sum in float64.
+    """
     if not size.size:  # a layer without units
         return np.asarray(size.sum(axis=tuple(axes), dtype=np.float64))
     left = sorted(axes)

@@ -44,7 +44,11 @@ class _Observed:
 
     @classmethod
     def of(cls, program: Program, ctx: Context, name: str, limit: int, more: Sequence[Place] = ()) -> _Observed:
-        """Run the model once over the data. Errors: `InputError` without data."""
+        """Run the model once over the data.
+
+        Raises:
+            InputError: there is no data.
+        """
         data, found = needed_data(ctx, name), find_reads(program)
         moments: dict[Place, Moments] = {}
         places = list(dict.fromkeys([*((r.value, r.axes) for r in found.reads), *more]))
@@ -59,7 +63,7 @@ class _Observed:
         return cls(found, moments)
 
     def at(self, p: Places) -> Moments:
-        """The moments of what is read there."""
+        """Return the moments of what is read there."""
         read = self.reads.reads[p.read]
         return self.moments[read.value, read.axes]
 
@@ -112,7 +116,11 @@ class ActivationVariance:
     _known: tuple[Program, _Observed] | None = field(default=None, repr=False, compare=False)
 
     def score(self, program: Program, space: Space, ctx: Context) -> Scores:
-        """A variance per element. Errors: `InputError` without data, or where it makes a value NaN or infinite."""
+        """Return a variance per element.
+
+        Raises:
+            InputError: there is no data, or where it makes a value NaN or infinite.
+        """
         if self._known is None or self._known[0] is not program:
             self._known = program, _Observed.of(program, ctx, "activation-variance", self.limit)
         return self._known[1].variance(space)
@@ -131,7 +139,11 @@ class Wanda:
     _known: tuple[Program, _Observed] | None = field(default=None, repr=False, compare=False)
 
     def score(self, program: Program, space: Space, ctx: Context) -> Scores:
-        """A number per element. Errors: `InputError` without data, or where it makes a value NaN or infinite."""
+        """Return a number per element.
+
+        Raises:
+            InputError: there is no data, or where it makes a value NaN or infinite.
+        """
         if self._known is None or self._known[0] is not program:
             sources = [_source(program, reader) for _, reader in _all_readers(program)]
             self._known = program, _Observed.of(program, ctx, "wanda", self.limit, sources)
@@ -150,13 +162,13 @@ class Wanda:
 
 
 def _source(program: Program, reader: WeightConsumer) -> Place:
-    """What a reader reads, along the axis that it sums."""
+    """Return what a reader reads, along the axis that it sums."""
     state = program.analysis.walk.states[reader.source]
     return reader.source, (1 if reader.op == "Conv" else state.rank - 1,)
 
 
 def _all_readers(program: Program) -> list[tuple[Space, WeightConsumer]]:
-    """Every product with a weight that reads a space, of all spaces that such products alone sum over."""
+    """Return every product with a weight that reads a space, of all spaces that such products alone sum over."""
     found = []
     for space in program.spaces:
         if program.unseen(space):
@@ -193,10 +205,11 @@ class BrainSurgeon:
     _known: tuple[Program, dict[str, Scores]] | None = field(default=None, repr=False, compare=False)
 
     def score(self, program: Program, space: Space, ctx: Context) -> Scores:
-        """A cost per element; the first call computes those of all spaces.
+        """Return a cost per element; the first call computes those of all spaces.
 
-        Errors: `InputError` without data, or where it makes a value NaN or infinite; `UnsupportedError` for a Conv with
-        auto_pad.
+        Raises:
+            InputError: there is no data, or where it makes a value NaN or infinite.
+            UnsupportedError: a Conv with auto_pad.
         """
         if self._known is None or self._known[0] is not program:
             self._known = program, self._measured(program, ctx)
@@ -283,7 +296,11 @@ class _Gram:
 
 
 def _squared(u: Array) -> Floats:
-    """uᵀ u, in float32 where that holds it. Errors: `InputError` where float64 does not, either."""
+    """uᵀ u, in float32 where that holds it.
+
+    Raises:
+        InputError: float64 does not, either.
+    """
     with np.errstate(over="ignore", invalid="ignore"):
         made = (u.T @ u).astype(np.float64)
         if not np.isfinite(np.diagonal(made)).all():

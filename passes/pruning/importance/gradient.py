@@ -56,10 +56,11 @@ class Taylor:
     _known: tuple[Program, Reads, Scores] | None = field(default=None, repr=False, compare=False)
 
     def score(self, program: Program, space: Space, ctx: Context) -> Scores:
-        """A number per element of the space; the first call computes those of all spaces.
+        """Return a number per element of the space; the first call computes those of all spaces.
 
-        Errors: `InputError` without data; `UnsupportedError` without torch, for an operator that torch lacks, and
-        where no gradient arrives.
+        Raises:
+            InputError: there is no data.
+            UnsupportedError: torch is not installed, for an operator that torch lacks, and where no gradient arrives.
         """
         if self._known is None or self._known[0] is not program:
             self._known = (program, *self._measured(program, ctx))
@@ -109,7 +110,11 @@ class Taylor:
 
 
 def needed_data(ctx: Context, name: str) -> Data:
-    """The calibration data. Errors: `InputError` where there is none."""
+    """Return the calibration data.
+
+    Raises:
+        InputError: there is none.
+    """
     if ctx.data is None:
         raise InputError(
             f"The criterion {name!r} needs calibration data; give data=... (a path to .npz, or a dict of arrays; "

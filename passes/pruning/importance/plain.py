@@ -14,9 +14,12 @@ from cipm_ir.symmetry.space import Space
 
 
 def batch_norm_scale(program: Program, space: Space, ctx: Context) -> Scores:
-    """Mean |γ| over the batch normalizations of a unit; a head or group adds up its units.
+    """Return mean |γ| over the batch normalizations of a unit; a head or group adds up its units.
 
-    Source: Liu et al. 2017, network slimming. Errors: `SymmetryError` for a space that no batch normalization scales.
+    Source: Liu et al. 2017, network slimming.
+
+    Raises:
+        SymmetryError: a space that no batch normalization scales.
     """
     analysis = program.analysis
     walk, element = analysis.walk, analysis.elements_of(program.index(space))

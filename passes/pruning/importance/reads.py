@@ -54,12 +54,12 @@ class Reads:
         return int(self.start[-1])
 
     def of(self, space: Space) -> slice:
-        """The elements of one space."""
+        """Return the elements of one space."""
         k = self.program.index(space)
         return slice(int(self.start[k]), int(self.start[k + 1]))
 
     def require(self, space: Space) -> None:
-        """Errors: `UnsupportedError` for a space of which no value of real numbers is read."""
+        """Raise `UnsupportedError`: a space of which no value of real numbers is read."""
         mine = self.of(space)
         if not any(((p.elements >= mine.start) & (p.elements < mine.stop)).any() for p in self.places):
             raise UnsupportedError(
@@ -68,7 +68,7 @@ class Reads:
             )
 
     def first(self) -> list[tuple[Read, csr_array]]:
-        """What is read through first inputs, each with the matrix (places, elements) that adds up its places."""
+        """Return what is read through first inputs, each with the matrix (places, elements) that adds up its places."""
         by_read: dict[int, list[Labels]] = {}
         for p in self.places:
             if not p.turn:
@@ -83,7 +83,7 @@ class Reads:
 
 
 def find_reads(program: Program) -> Reads:
-    """The reads of all spaces, in graph order."""
+    """Return the reads of all spaces, in graph order."""
     return _Finder(program).run()
 
 
@@ -135,7 +135,7 @@ class _Finder:
                 turns.append(left[left >= 0])
 
     def _elements(self, name: str, element: Labels) -> Iterator[tuple[Factor, Labels]]:
-        """The factors of a value that hold elements, with these, flat."""
+        """Yield the factors of a value that hold elements, with these, flat."""
         state = self.walk.states.get(name)
         for f in () if state is None else state.factors:
             found = element[self.of[f.labels.ravel()]]
@@ -165,7 +165,7 @@ class _Finder:
 
 
 def _batch(program: Program) -> tuple[int, int] | None:
-    """The stand-ins for the number of samples, which is the first size of every input."""
+    """Return the stand-ins for the number of samples, which is the first size of every input."""
     shapes, initializers = program.analysis.walk.shapes, program.model.graph.initializers
     names = [v.name or "" for v in program.model.graph.inputs if v.name not in initializers]
     pairs = {(a[0], b[0]) for n in names if (a := shapes.first.get(n)) and (b := shapes.second.get(n))}

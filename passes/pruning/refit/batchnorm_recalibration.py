@@ -52,7 +52,7 @@ def norms_of(program: Program, layers: Sequence[Layer]) -> list[Norm]:
 
 
 def re_estimated(program: Program, norm: Norm, now: ActivationCache, dense: ActivationCache) -> dict[str, Array]:
-    """Mean and variance after the same change as on the data: calibration need not look like training did.
+    """Return mean and variance after the same change as on the data: calibration need not look like training did.
 
     The variance (with epsilon) grows by the ratio of the variances; the mean goes along, and by the difference of the
     means: ``m' = m_after + sqrt(ratio) (m - m_before)``, so that a shift and a scaling of the input are undone.
@@ -65,7 +65,7 @@ def re_estimated(program: Program, norm: Norm, now: ActivationCache, dense: Acti
 
 
 def _statistics(frontier: ActivationCache, name: str) -> tuple[Array, Array]:
-    """Mean and variance over all but the channel axis."""
+    """Return mean and variance over all but the channel axis."""
     count, total, squares = 0, np.zeros(1), np.zeros(1)
     for values in frontier.values:
         x = np.asarray(values[name], np.float64)

@@ -28,7 +28,7 @@ from cipm_ir.symmetry.program import Program
 
 Matrix = npt.NDArray[np.float64]
 Weights = Callable[[str], Matrix]
-"""Gives a parameter by name, as it is by then; it may be written to."""
+"""Gives a parameter by name, as refitted so far; it may be written to."""
 LARGEST = 1024
 """Spaces of more units than this keep their basis: it costs a decomposition of a matrix of that size."""
 _FLOOR = 1e-6
@@ -53,7 +53,7 @@ _PASSED = {
 
 
 def find_pairs(program: Program, layers: Sequence[Layer] | None = None) -> dict[int, Pair]:
-    """Spaces of units on which everything is linear, by index: one maker and one reader, or two factors."""
+    """Return spaces of units on which everything is linear, by index: one maker and one reader, or two factors."""
     analysis = program.analysis
     layers = layers_of(program) if layers is None else layers
     by_leaf = {layer.reader.leaf: layer for layer in layers if not layer.linear.kernel}
@@ -132,7 +132,7 @@ def _fused(program: Program, k: int, layer: Layer, table: Labels) -> Pair | None
 
 
 def _keys_follow(node: ir.Node) -> bool:
-    """Whether a softmax runs over the positions of the second factor of this sum."""
+    """Return whether a softmax runs over the positions of the second factor of this sum."""
     return node.op_type == "Attention" or (node.op_type == "MatMul" and _softmax_follows(node))
 
 
@@ -144,7 +144,7 @@ def _places(table: Labels, classes: Labels) -> Labels | None:
 
 
 def _key(program: Program, first: Layer, second: Layer, table: Labels) -> Layer | None:
-    """The factor over whose positions a softmax runs; None where there is none."""
+    """Return the factor over whose positions a softmax runs; None where there is none."""
     analysis = program.analysis
     nodes = analysis.walk.nodes
     own = {id(nodes[layer.reader.node]): layer for layer in (first, second)}
@@ -165,7 +165,10 @@ def _key(program: Program, first: Layer, second: Layer, table: Labels) -> Layer 
 
 
 def _softmax_follows(node: ir.Node) -> bool:
-    """Whether what a node makes goes to a softmax over its last axis, and nowhere else, but for shifts and scales."""
+    """Return whether what a node makes goes to a softmax over its last axis, and nowhere else.
+
+    But for shifts and scales.
+    """
     while True:
         uses = list(node.outputs[0].uses())
         if len(uses) != 1 or node.outputs[0].is_graph_output():
@@ -179,7 +182,10 @@ def _softmax_follows(node: ir.Node) -> bool:
 
 
 def outputs_to_zero(program: Program, pairs: Mapping[int, Pair], stays: Mask) -> dict[int, Labels]:
-    """Outputs of products that must be zero for units to be without effect, by node; not those of blocks that go."""
+    """Return outputs of products that must be zero for units to be without effect, by node.
+
+    Not those of removed blocks.
+    """
     found: defaultdict[int, list[Labels]] = defaultdict(list)
     for pair in pairs.values():
         raw = program.analysis.spaces[pair.space]
@@ -194,7 +200,8 @@ def outputs_to_zero(program: Program, pairs: Mapping[int, Pair], stays: Mask) ->
 def diagonalize_bases(
     program: Program, wanted: set[int], data: Data, *, size: int, limit: int, seed: int
 ) -> tuple[Program, dict[int, Pair]]:
-    """The same function in a basis in which units may go, and the pairs that are in it: in the order of what matters.
+    """Return the same function in a basis in which units may go, and the pairs that are in it: in the order of what
+    matters.
 
     Whether a space is linear is checked on the outputs: where they move by more than rounding, its basis stays.
     """
@@ -218,7 +225,10 @@ def diagonalize_bases(
 
 
 def sorted_basis(program: Program, pairs: Iterable[Pair], sums: Mapping[str, NormalEquations]) -> Program:
-    """The units of these spaces in the order of what they matter; ``sums``: of the rows that products read, by name."""
+    """Return the units of these spaces in the order of what they matter.
+
+    ``sums``: of the rows that products read, by name.
+    """
     weights: dict[str, Matrix] = {}
 
     def of(name: str) -> Matrix:
@@ -250,7 +260,7 @@ def _turn(layer: Layer, of: Weights, places: Labels, turn: Matrix) -> None:
 
 
 def _basis(pair: Pair, sums: Mapping[str, NormalEquations], of: Weights) -> Matrix:
-    """Columns by which the units of ``first`` are turned."""
+    """Return columns by which the units of ``first`` are turned."""
     if pair.chain:
         gram = sums[pair.second.reader.source].gram(centred=pair.second.bias is not None)
         gram = gram[np.ix_(pair.right, pair.right)]
@@ -276,7 +286,7 @@ def _moment(layer: Layer, places: Labels, sums: Mapping[str, NormalEquations], o
 
 
 def _roots(moment: Matrix) -> tuple[Matrix, Matrix]:
-    """The square root of a matrix of moments, and its inverse."""
+    """Return the square root of a matrix of moments, and its inverse."""
     values, vectors = np.linalg.eigh((moment + moment.T) / 2)
     values = np.sqrt(np.maximum(values, max(_FLOOR * float(values[-1]), 1e-20)))
     return (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
@@ -285,7 +295,7 @@ def _roots(moment: Matrix) -> tuple[Matrix, Matrix]:
 def _observed(
     program: Program, pairs: Iterable[Pair], data: Data, size: int, limit: int | None, count: int, seed: int
 ) -> dict[str, NormalEquations]:
-    """Sums of the rows that the products of pairs read, by the name of the value."""
+    """Return sums of the rows that the products of pairs read, by the name of the value."""
     layers: dict[str, Layer] = {}
     for pair in pairs:
         for layer in (pair.second,) if pair.chain else (pair.first, pair.second):

@@ -1,6 +1,7 @@
-"""Least-squares compensation: weights learn to do without what goes, one product after the other.
+"""Least-squares compensation: each product is refitted without the removed units, in graph order.
 
-Inputs come from the network as it is by then, targets from the dense one (He et al. 2017; sequential as in GPTQ). Where
+Inputs come from the network as refitted so far, targets from the dense one (He et al. 2017; sequential as in GPTQ).
+Where
 the product is added to a shortcut, the target takes up the shortcut's drift: ``y = W u + (shortcut_dense - shortcut)``.
 """
 
@@ -187,7 +188,7 @@ class Compensation:
     def _sharpen(
         self, program: Program, layer: Layer, fitted: dict[str, Array], gone: Labels, x: Array, target: Array
     ) -> None:
-        """Refit a product that gives logits by the divergence of the classes; it still does without what goes."""
+        """Refit a product that gives logits by the divergence of the classes; the removed units stay unused."""
         assert layer.bias is not None
         logits = target
         if layer.reader.bias != layer.bias.name:  # what is added behind the product; a bias of its own stays
@@ -219,7 +220,8 @@ class _Duos:
 
 @dataclass
 class Compensated:
-    """A program that reads nothing of what goes, the one it was made of, the sums behind its weights by node, notes.
+    """A program that reads none of the removed units, the one it was made of, the sums behind its weights by node,
+    notes.
 
     ``working``: what holds the program while products are refitted.
     """
@@ -267,7 +269,7 @@ class _Rows:
         return self.at(layer, self._known[_geometry(layer.linear)][1])
 
     def at(self, layer: Layer, places: Sequence[Labels | None]) -> tuple[Array, Array | None]:
-        """The same at places that are given for each batch."""
+        """Return the same at places that are given for each batch."""
         ys, zs = [], []
         way, linear = layer.way, layer.linear
         for a, b, where in zip(self.now.values, self.dense.values, places, strict=True):
@@ -304,7 +306,10 @@ def _geometry(linear: LinearOpGeometry) -> tuple[object, ...]:
 
 
 def refitted(program: Program, layer: Layer, sums: NormalEquations, gone: Labels, damping: float) -> dict[str, Array]:
-    """The best weight and bias without some places of the summed axis: ridge regression around the old weight."""
+    """Return the best weight and bias without some places of the summed axis.
+
+    Ridge regression around the old weight.
+    """
     old = layer.linear.matrix(parameter_array(program, layer.reader.weight)).astype(np.float64)
     out = np.zeros_like(old)
     mask = np.ones(len(old), bool)
@@ -328,7 +333,7 @@ def refitted(program: Program, layer: Layer, sums: NormalEquations, gone: Labels
 
 
 def _shifted(program: Program, layer: Layer, sums: NormalEquations, weight: Matrix) -> Array:
-    """The bias that gives the mean of the target."""
+    """Return the bias that gives the mean of the target."""
     assert layer.bias is not None
     mean = (sums.y - sums.x @ weight) / max(sums.rows, 1)
     if layer.reader.bias == layer.bias.name:
@@ -340,7 +345,7 @@ def _shifted(program: Program, layer: Layer, sums: NormalEquations, weight: Matr
 
 
 def zero_input_rows(program: Program, layer: Layer, gone: Labels) -> dict[str, Array]:
-    """The weight with zeros in some places of the summed axis."""
+    """Return the weight with zeros in some places of the summed axis."""
     matrix = layer.linear.matrix(parameter_array(program, layer.reader.weight)).copy()
     matrix[layer.linear.rows_of(gone[:, None]).ravel()] = 0.0
     return {layer.reader.weight: layer.linear.weight(matrix)}

@@ -34,7 +34,7 @@ class DownstreamMetric:
         self._known: dict[int, Matrix | None] = {}
 
     def root(self, layer: Layer) -> Matrix | None:
-        """The square root of M, (outputs, outputs); None where no product reads the outputs."""
+        """Return the square root of M, (outputs, outputs); None where no product reads the outputs."""
         node = layer.reader.node
         if node not in self._known:
             self._known[node] = self._root(layer)
@@ -64,7 +64,7 @@ class DownstreamMetric:
         return np.asarray((vectors * np.sqrt(np.maximum(values, 0.0) + _FLOOR * mean)) @ vectors.T)
 
     def _outputs(self, layer: Layer) -> npt.NDArray[np.int64] | None:
-        """The class of each output, where the axis may move and each class has one place."""
+        """Return the class of each output, where the axis may move and each class has one place."""
         analysis = self._program.analysis
         found = analysis.consumers.axis(layer.reader.leaf, 1 - layer.reader.axis)
         return None if found is None else analysis.classes.of[found.base : found.base + found.size]

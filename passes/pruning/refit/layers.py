@@ -68,7 +68,7 @@ class Layer:
 
 
 def layers_of(program: Program) -> list[Layer]:
-    """Products whose weights may be refitted, in graph order."""
+    """Return products whose weights may be refitted, in graph order."""
     uses = weight_uses(program)
     live = moving(program.model)
     nodes = nodes_in_order(program.model.graph)
@@ -91,7 +91,7 @@ def layers_of(program: Program) -> list[Layer]:
 
 
 def left_out(program: Program, layers: Sequence[Layer], stays: Mask) -> list[str]:
-    """Products with a weight that lose some of their units and are not refitted, with the reason."""
+    """Return products with a weight that lose some of their units and are not refitted, with the reason."""
     analysis, fitted = program.analysis, {layer.reader.node for layer in layers}
     uses, by_node = weight_uses(program), {reader.node: reader for reader in products(program)}
     live = moving(program.model)
@@ -162,7 +162,7 @@ def _surroundings(
 
 
 def _classes(program: Program, value: ir.Value) -> str | None:
-    """The output that a value is, or of which it holds the logits."""
+    """Return the output that a value is, or of which it holds the logits."""
     if value.is_graph_output():
         return value.name
     node = next(iter(value.uses()))[0] if len(value.uses()) == 1 else None
@@ -173,7 +173,7 @@ def _classes(program: Program, value: ir.Value) -> str | None:
 
 
 def _ready(value: ir.Value, start: int, place: dict[int, int]) -> bool:
-    """Whether a value is made without products from this node on: those may still change."""
+    """Return whether a value is made without products from this node on: those may still change."""
     todo, seen = [value.producer()], set[int]()
     while todo:
         node = todo.pop()
@@ -187,7 +187,10 @@ def _ready(value: ir.Value, start: int, place: dict[int, int]) -> bool:
 
 
 def grouped(program: Program, layers: list[Layer]) -> list[list[Layer]]:
-    """Products in a row that read one value; one that is added to another of them comes after it, in a group alone."""
+    """Return products in a row that read one value.
+
+    One that is added to another of them comes after it, in a group alone.
+    """
     nodes = nodes_in_order(program.model.graph)
     place = {id(n): k for k, n in enumerate(nodes)}
     made = {v.name: v for n in nodes for v in n.outputs}
@@ -209,7 +212,7 @@ def _constant(value: ir.Value | None) -> Array | None:
 
 
 def _bias(program: Program, value: ir.Value | None, gain: Array, uses: dict[str, int], spatial: int = 0) -> Bias | None:
-    """A parameter with one entry for each output, ``spatial`` axes before its last, that nothing else uses."""
+    """Return a parameter with one entry for each output, ``spatial`` axes before its last, that nothing else uses."""
     if value is None or value.const_value is None or not is_parameter(value) or uses.get(value.name or "") != 1:
         return None
     shape = tuple(value.const_value.shape.numpy())
@@ -218,7 +221,7 @@ def _bias(program: Program, value: ir.Value | None, gain: Array, uses: dict[str,
 
 
 def gone_places(program: Program, reader: WeightConsumer, stays: Mask) -> Labels:
-    """Places along the summed axis of a weight whose units go."""
+    """Return places along the summed axis of a weight whose units go."""
     classes = summed_classes(program, reader)
     return np.flatnonzero((classes >= 0) & ~stays[classes])
 
@@ -236,11 +239,11 @@ def zero_outputs(program: Program, layer: Layer, outputs: Labels, weights: dict[
 
 
 def rows_wanted(linear: LinearOpGeometry, least: int) -> int:
-    """How many rows of a product are enough: so many for each unknown, within the memory."""
+    """Return how many rows of a product are enough: so many for each unknown, within the memory."""
     most = max(_ENTRIES // max(linear.size, 1), 2 * linear.size)
     return min(max(least, _ROWS_PER_PLACE * linear.size), most)
 
 
 def draw_places(linear: LinearOpGeometry, u: Array, share: float, rng: np.random.Generator) -> Labels | None:
-    """Positions of a batch, ``share`` rows for each of its samples; None takes all."""
+    """Return positions of a batch, ``share`` rows for each of its samples; None takes all."""
     return sample_places(linear.positions(u), int(np.ceil(share * (1 if linear.kernel else len(u)))), rng)

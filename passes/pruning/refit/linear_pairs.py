@@ -1,4 +1,4 @@
-"""Two products with a Relu between them, fitted together: the units that stay learn to stand in for those that go.
+"""Two products with a Relu between them, fitted together: the kept units take over from the removed ones.
 
 Least squares, one product after the other, asks each unit that stays to do what it did. Here only what the second
 product gives counts: ``min E |R (relu(t) - relu(t_dense))|²`` over both weights, where t is the sum that the second one
@@ -76,7 +76,7 @@ class Window:
     total: Array | None
 
     def halves(self) -> tuple[Window, Window]:
-        """All but some samples, and these."""
+        """Return all but some samples, and these."""
         out = len(self.x) - len(self.x) // _LEFT_OUT
         cut = out * len(self.index)
         total = (None, None) if self.total is None else (self.total[:cut], self.total[cut:])
@@ -98,7 +98,7 @@ def box(grid: tuple[int, ...], wanted: int, rng: np.random.Generator) -> Labels:
 def reads(
     linear: LinearOpGeometry, grid: tuple[int, ...], hidden: tuple[int, ...], places: Labels
 ) -> tuple[Labels, Labels]:
-    """Positions of its input that a convolution reads at some places, and for (places, taps) which of these."""
+    """Return positions of its input that a convolution reads at some places, and for (places, taps) which of these."""
     out = np.unravel_index(places, grid)
     taps = np.unravel_index(np.arange(int(np.prod(linear.kernel))), linear.kernel)
     flat = np.zeros((len(places), len(taps[0])), np.int64)
@@ -127,12 +127,12 @@ class _Fit:
         return self.turns[0] @ a.reshape(k1, h), b, self.turns[1] @ c.reshape(k2, o), d
 
     def loss(self, flat: Matrix, windows: Sequence[Window]) -> float:
-        """Mean squared error."""
+        """Return mean squared error."""
         parts = self.split(flat)
         return sum(self._forward(parts, w)[0] for w in windows) / sum(len(w.target) for w in windows)
 
     def slope(self, flat: Matrix, windows: Sequence[Window]) -> tuple[float, Matrix]:
-        """Mean squared error and its gradient."""
+        """Return mean squared error and its gradient."""
         parts = self.split(flat)
         _, _, w2, _ = parts
         sums = [np.zeros_like(p) for p in parts]
@@ -195,7 +195,7 @@ class _Search:
 
 
 def whitening(gram: Matrix) -> Array:
-    """A matrix T with ``Tᵀ gram T`` nearly the identity."""
+    """Return a matrix T with ``Tᵀ gram T`` nearly the identity."""
     values, vectors = np.linalg.eigh(gram)
     values = np.maximum(values, 0.0) + _DAMPING * max(float(values.mean()), 1e-12)
     return np.asarray((vectors / np.sqrt(values)) @ vectors.T, np.float32)
@@ -204,7 +204,7 @@ def whitening(gram: Matrix) -> Array:
 def fit_together(
     windows: Sequence[Window], weight: Matrix, shift: Matrix, factors: tuple[Array, Array], root: Array | None
 ) -> tuple[Matrix, Matrix, float] | None:
-    """The first weight (K1, units), its shift behind the factor, and the error that is left as a fraction.
+    """Return the first weight (K1, units), its shift behind the factor, and the error that is left as a fraction.
 
     The second weight starts where least squares has it, and is varied too. None where samples that were left out gain
     nothing.
@@ -285,7 +285,7 @@ def fit_pair(
     root: Array | None,
     seed: int,
 ) -> dict[str, Array]:
-    """New weight and bias of the first product; nothing where nothing is gained."""
+    """Return new weight and bias of the first product; nothing where nothing is gained."""
     one, two = duo.first, duo.second
     windows = duo.windows(held, dense, seed, targets)
     matrix = one.linear.matrix(parameter_array(program, one.reader.weight)).astype(np.float64)
@@ -303,7 +303,7 @@ def fit_pair(
 
 
 def _shift(program: Program, duo: LinearPair, held: ActivationCache, matrix: Matrix) -> Matrix:
-    """What is added behind the first product's factor, as seen on one batch."""
+    """Return what is added behind the first product's factor, as seen on one batch."""
     one = duo.first
     with held.fork() as few:
         few.values, few.samples = few.values[:1], few.samples[:1]
