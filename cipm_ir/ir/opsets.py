@@ -12,8 +12,7 @@ def name_standard_domain(model: ir.Model) -> None:
 
     onnx_ir gives every node the first name; a look-up of the version under that name would find none.
     """
-    for holder in (model.graph, *model.functions.values()):
-        imports = holder.opset_imports
+    for imports in (model.graph.opset_imports, *(function.opset_imports for function in model.functions.values())):
         if _ALIAS in imports:
             version = imports.pop(_ALIAS)
             imports.setdefault("", version)
