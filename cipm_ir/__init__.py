@@ -9,6 +9,7 @@ Names are imported when they are first used, so that `import cipm_ir` is fast.
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from cipm_ir import moved
@@ -26,11 +27,13 @@ from cipm_ir.version import __version__
 
 deferred_imports.install()
 moved.install()
+logging.getLogger("cipm_ir").addHandler(logging.NullHandler())
 
 if TYPE_CHECKING:
     from cipm_ir import passes
     from cipm_ir.algebra import Element, Group
     from cipm_ir.api import Result, apply_plan, fingerprint, load, optimize, to_torch, torch_backend, verify
+    from cipm_ir.ir_passes import IrPass
     from cipm_ir.symmetry.program import Program
     from cipm_ir.symmetry.space import Space
 
@@ -39,6 +42,7 @@ __all__ = [
     "Element",
     "Group",
     "InputError",
+    "IrPass",
     "OptionError",
     "OutputError",
     "Program",
@@ -63,6 +67,7 @@ __all__ = [
 _HOMES = {
     "Element": "cipm_ir.algebra",
     "Group": "cipm_ir.algebra",
+    "IrPass": "cipm_ir.ir_passes",
     "Program": "cipm_ir.symmetry.program",
     "Result": "cipm_ir.api",
     "Space": "cipm_ir.symmetry.space",

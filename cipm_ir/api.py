@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,8 @@ from cipm_ir.backends.onnx.save import emit_proto
 from cipm_ir.errors import InputError, OptionError, UnsupportedError
 from cipm_ir.frontends.onnx.load import check_finite
 from cipm_ir.ir.input_shapes import InputShapes
-from cipm_ir.passes.framework.base import Kind, Pass, Progress, ignore_progress
-from cipm_ir.passes.framework.parser import parse_passes
+from cipm_ir.passes.framework.base import Kind, Progress, ignore_progress
+from cipm_ir.passes.framework.parser import Passes, parse_passes
 from cipm_ir.passes.framework.pipeline import (
     OnFailure,
     Outcome,
@@ -149,7 +149,7 @@ def load(
 
 def optimize(
     source: Source,
-    passes: str | Pass | Iterable[str | Pass] | None = None,
+    passes: Passes | None = None,
     data: Data | None = None,
     output: str | os.PathLike[str] | None = None,
     verify: Verify = True,
@@ -350,7 +350,7 @@ def apply_plan(module: Any, path: str | os.PathLike[str]) -> Any:
 
 
 def torch_backend(
-    passes: str | Pass | Iterable[str | Pass] = DEFAULT_COMPILE_PASSES, *, then: Any = "inductor", verify: bool = True
+    passes: Passes = DEFAULT_COMPILE_PASSES, *, then: Any = "inductor", verify: bool = True
 ) -> Callable[..., Any]:
     """Return a backend for ``torch.compile(model, backend=...)`` that runs exact passes in front of another backend.
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from cipm_ir.passes.exact.rotate.rotate import Rotate
     from cipm_ir.passes.framework.base import Context, Kind, Pass, PassResult, Progress, option
     from cipm_ir.passes.framework.figures import Bars, Curves, Figure, HeatMap, Rows
+    from cipm_ir.passes.framework.onnx_ir_pass import OnnxIrPass
     from cipm_ir.passes.framework.parser import parse_passes, print_passes
     from cipm_ir.passes.framework.pipeline import Outcome, RolledBack, Witness, run_passes
     from cipm_ir.passes.framework.registry import Listing, listing, lookup, names, register
@@ -50,6 +51,7 @@ __all__ = [
     "HeatMap",
     "Kind",
     "Listing",
+    "OnnxIrPass",
     "Outcome",
     "Pass",
     "PassResult",
@@ -93,6 +95,7 @@ _HOMES = {
     "HeatMap": "framework.figures",
     "Kind": "framework.base",
     "Listing": "framework.registry",
+    "OnnxIrPass": "framework.onnx_ir_pass",
     "Outcome": "framework.pipeline",
     "Pass": "framework.base",
     "PassResult": "framework.base",

@@ -12,18 +12,23 @@ import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
+
+import onnx_ir as ir
 
 from cipm_ir.errors import OptionError
 from cipm_ir.passes.framework.base import Pass
+from cipm_ir.passes.framework.onnx_ir_pass import OnnxIrPass
 from cipm_ir.passes.framework.options import Word, options_of
 from cipm_ir.passes.framework.registry import lookup, names
 from cipm_ir.passes.framework.spelling import NAME, respelled
 
+Passes: TypeAlias = str | Pass | ir.passes.PassBase | Iterable[str | Pass | type[Pass] | ir.passes.PassBase]
+"""What names passes: text, pass objects, passes of onnx_ir, or a mix of these."""
 _TOKEN = re.compile(r'\s*(?:(?P<mark>[,{}()=])|(?P<quoted>"(?:[^"\\]|\\.)*")|(?P<word>[^\s,{}()="\\]+))')
 
 
-def parse_passes(source: str | Pass | Iterable[str | Pass | type[Pass]]) -> tuple[Pass, ...]:
+def parse_passes(source: Passes) -> tuple[Pass, ...]:
     """Passes from names, pass objects, or a mix; a text may hold several passes joined by commas.
 
     Raises:
@@ -36,13 +41,15 @@ def parse_passes(source: str | Pass | Iterable[str | Pass | type[Pass]]) -> tupl
             raise OptionError(str(error)) from None
     if isinstance(source, Pass):
         return (source,)
+    if isinstance(source, ir.passes.PassBase):
+        return (OnnxIrPass(source),)
     if not isinstance(source, Iterable):
         raise OptionError(f"passes= takes names, pass objects, or a list of these, not {type(source).__name__}.")
     made: list[Pass] = []
     for item in source:
         if isinstance(item, type) and issubclass(item, Pass):
             made.append(make_pass(item, {}))
-        elif isinstance(item, str | Pass):
+        elif isinstance(item, str | Pass | ir.passes.PassBase):
             made += parse_passes(item)
         else:
             raise OptionError(f"passes= takes names and pass objects; {item!r} is a {type(item).__name__}.")

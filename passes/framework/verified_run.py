@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,9 @@ OnFailure: TypeAlias = Literal["skip", "raise"]
 
 Verify: TypeAlias = bool | Literal["strict"]
 """Whether to run the model before and after each pass; "strict": refuse a pass whose result could not be run."""
+
+
+_LOG = logging.getLogger("cipm_ir")
 
 
 @dataclass(frozen=True)
@@ -181,6 +185,7 @@ class Run:
             others = ", ".join(repr(other.name) for other in steps if other is not step)
             said = f"{checked}{TOGETHER}{others}" if others and found is not None else checked
             self.steps[place] = replace(step, verification=found, checked=said)
+            _LOG.debug("%s: %s", step.name, said)
         self.mark, self.waiting = None, []
 
     def step(self, one: Pass, index: int, count: int) -> None:
@@ -239,6 +244,7 @@ class Run:
         said = result.summary, before, after, seconds, verification, checked, result.metrics, result.figures
         made = Step(str(one), kind.value, changed, *said)
         self.steps.append(made)
+        _LOG.info("%s: %s (%.2f s)", one, result.summary or ("done" if changed else "no change"), seconds)
         kept = self.properties if one.kind is Kind.ANALYSIS else self.properties & one.preserves
         self.properties = kept | one.ensures
         if changed and kind is not Kind.EXACT:
@@ -259,6 +265,7 @@ class Run:
         said = f"left out: {why}"
         step = Step(str(one), one.kind.value, False, said, sizes, sizes, seconds, verification, said, {}, skipped=True)
         self.steps.append(step)
+        _LOG.warning("%s %s", one, said)
 
     def _call(self, one: Pass, ctx: Context) -> PassResult:
         try:

@@ -33,6 +33,7 @@ RANKS = {
     "sources": 7,
     "api": 8,
     "sweeps": 9,
+    "ir_passes": 9,
     "cli_shapes": 10,
     "cli_sweep": 10,
     "cli": 11,

@@ -15,6 +15,7 @@ import pytest
 from tests import zoo
 from tests.paths import DIGITS
 
+import cipm_ir
 from cipm_ir.api import load, optimize
 from cipm_ir.errors import InputError, OptionError, VerificationError
 from cipm_ir.passes.framework import base, registry
@@ -262,3 +263,16 @@ def test_a_defect_of_the_analysis_is_not_called_a_damaged_model(monkeypatch: pyt
     monkeypatch.setattr(Program, "spaces", property(broken))
     with pytest.raises(ZeroDivisionError, match="a defect"):
         load(DIGITS)
+
+
+def test_steps_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("DEBUG", logger="cipm_ir"):
+        cipm_ir.optimize(DIGITS, ["canonicalize", "clean-up"])
+    said = [(record.levelname, record.getMessage()) for record in caplog.records if record.name == "cipm_ir"]
+    assert [level for level, text in said if text.startswith("canonicalize")] == ["INFO", "DEBUG"]
+    assert any(level == "INFO" and text.startswith("clean-up") for level, text in said)
+
+
+def test_nothing_is_printed_where_nobody_listens(capfd: pytest.CaptureFixture[str]) -> None:
+    cipm_ir.optimize(DIGITS, ["canonicalize"])
+    assert capfd.readouterr() == ("", "")
