@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import onnx_ir as ir
 
+from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Labels, State
 from cipm_ir.ops.events import Contraction
 from cipm_ir.symmetry.classes import Classes, unique_pairs
@@ -36,11 +38,28 @@ class Incidence:
         """Return the numbers of the arrays that hold any of these classes, sorted, each once."""
         known = classes[classes < len(self.start) - 1]
         if len(known) == 1:
-            return self.holders[self.start[known[0]] : self.start[known[0] + 1]]
+            return np.asarray(self.holders[self.start[known[0]] : self.start[known[0] + 1]])
         first, width = self.start[known], self.start[known + 1] - self.start[known]
         offset = np.arange(int(width.sum())) - np.repeat(np.cumsum(width) - width, width)
         found = np.sort(self.holders[np.repeat(first, width) + offset])
         return np.asarray(found[np.r_[True, found[1:] != found[:-1]][: len(found)]])
+
+
+def element_places(owner: Labels, count: int) -> Labels | None:
+    """Return where each element of a space stands: (elements, occurrences) positions, in ascending order.
+
+    Args:
+        owner: the element at each position; -1: none.
+        count: of elements.
+
+    Returns:
+        None where some elements stand in more places than others.
+    """
+    owner = owner.ravel()
+    times = np.bincount(owner[owner >= 0], minlength=count)
+    if (times != times[0]).any():
+        return None
+    return np.argsort(owner, kind="stable")[int((owner < 0).sum()) :].reshape(count, -1)
 
 
 class Consumers:
@@ -110,6 +129,28 @@ class Consumers:
         return [self._walk.rec.contractions[int(k)] for k in index.holding(classes)]
 
     # ------------------------------------------------------------ weights
+    @cached_property
+    def position(self) -> dict[ir.Node, int]:
+        """The position of each node of the walk."""
+        return {node: k for k, node in enumerate(self._walk.nodes)}
+
+    def weight(self, position: int, k: int) -> tuple[int, tuple[int, ...]] | None:
+        """Return the leaf that is input k of a node, and the permutation of a Transpose between them (else empty)."""
+        leaf = self._walk.use_leaf.get((position, k))
+        if leaf is not None:
+            return leaf, ()
+        value = self._walk.nodes[position].inputs[k] if k < len(self._walk.nodes[position].inputs) else None
+        maker = None if value is None else value.producer()
+        if maker is None or maker.op_type != "Transpose":
+            return None
+        leaf = self._walk.use_leaf.get((self.position.get(maker, -1), 0))
+        return None if leaf is None else (leaf, tuple(attribute(maker, "perm", (1, 0))))
+
+    def axis(self, leaf: int, axis: int) -> LeafFactor | None:
+        """Return the labels of a whole axis of a parameter; None where it is fixed, joint or grouped."""
+        factors = self._walk.leaves[leaf].factors
+        return next((f for f in factors if f.active and f.axes == (axis,) and not f.groups), None)
+
     @cached_property
     def _owners(self) -> tuple[Labels, list[LeafFactor]]:
         found = sorted((f for f in self._walk.leaf_factors if f.active and f.size), key=lambda f: f.base)

@@ -21,6 +21,7 @@ from cipm_ir.ir.bodies import is_control_flow, merge_bodies, nodes_in_order, put
 from cipm_ir.ir.input_shapes import InputShapes, fix_input_shapes, note_input_shapes, noted_sizes
 from cipm_ir.ir.labels import Array
 from cipm_ir.ir.lifted import held_weights, lift_weights, put_back
+from cipm_ir.ir.opsets import name_standard_domain
 from cipm_ir.ir.parameters import is_parameter, note_ir_version, overridable_inputs
 from cipm_ir.ir.shapes import forget_impossible_sizes
 from cipm_ir.ir.stand_ins import share_sizes
@@ -89,6 +90,7 @@ class Program:
         """
         clone = model if own else model.clone()
         note_ir_version(clone)
+        name_standard_domain(clone)
         forget_impossible_sizes(clone.graph)
         if input_shapes is not None:
             note_input_shapes(clone.graph, input_shapes)

@@ -11,7 +11,7 @@ from cipm_ir.errors import SymmetryError
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Labels
 from cipm_ir.symmetry.analysis import Analysis
-from cipm_ir.symmetry.leaves import Leaf, LeafFactor
+from cipm_ir.symmetry.consumers import element_places
 from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.space import Space
 
@@ -81,27 +81,20 @@ def products(program: Program) -> list[WeightConsumer]:
 
 def summed_classes(program: Program, reader: WeightConsumer) -> Labels:
     """Return the class of each place along the axis of the weight that a reader sums."""
-    factor = _summed(program.analysis, reader.leaf, reader.axis)
+    factor = program.analysis.consumers.axis(reader.leaf, reader.axis)
     if factor is None:  # the axis is fixed
         return np.full(program.analysis.walk.leaves[reader.leaf].shape[reader.axis], -1)
     return program.analysis.classes.of[factor.base : factor.base + factor.size]
 
 
-def _summed(analysis: Analysis, leaf: int, axis: int) -> LeafFactor | None:
-    factors = analysis.walk.leaves[leaf].factors
-    return next((f for f in factors if f.active and f.axes == (axis,) and not f.groups), None)
-
-
 def _reader(analysis: Analysis, position: int, element: Labels, count: int) -> WeightConsumer | None:
     made = _product(analysis, position)
-    factor = None if made is None else _summed(analysis, made.leaf, made.axis)
+    factor = None if made is None else analysis.consumers.axis(made.leaf, made.axis)
     if made is None or factor is None:
         return None
     owner = element[analysis.classes.refined(slice(factor.base, factor.base + factor.size))]
-    columns = np.argsort(owner, kind="stable")[int((owner < 0).sum()) :]
-    if len(columns) % count or (np.bincount(owner[columns], minlength=count) != len(columns) // count).any():
-        return None
-    return replace(made, columns=columns.reshape(count, -1))
+    columns = element_places(owner, count)
+    return None if columns is None else replace(made, columns=columns)
 
 
 def _product(analysis: Analysis, position: int) -> WeightConsumer | None:
@@ -128,17 +121,11 @@ def _weight(analysis: Analysis, position: int, node: ir.Node) -> tuple[int, int]
     """Return the parameter that is input 1 of a product, and which of its axes is summed."""
     if node.domain or node.op_type not in ("Conv", "Gemm", "MatMul") or len(node.inputs) < 2:
         return None
-    walk = analysis.walk
-    leaf, turned = walk.use_leaf.get((position, 1)), False
-    maker = None if node.inputs[1] is None else node.inputs[1].producer()
-    if leaf is None and maker is not None and maker.op_type == "Transpose" and node.op_type != "Conv":
-        place = walk.nodes.index(maker)
-        leaf, turned = walk.use_leaf.get((place, 0)), list(attribute(maker, "perm", (1, 0))) == [1, 0]
-        if not turned:
-            return None
-    if leaf is None:
+    found = analysis.consumers.weight(position, 1)
+    if found is None or (found[1] and (node.op_type == "Conv" or found[1] != (1, 0))):
         return None
-    one: Leaf = walk.leaves[leaf]
+    leaf, turned = found[0], bool(found[1])
+    one = analysis.walk.leaves[leaf]
     if node.op_type == "Conv":
         return (leaf, 1) if attribute(node, "group", 1) == 1 else None
     if len(one.shape) != 2:

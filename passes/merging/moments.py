@@ -19,9 +19,11 @@ from cipm_ir.errors import SymmetryError
 from cipm_ir.ir.labels import Labels
 from cipm_ir.passes.exact.canonicalize.members import Floats, Members
 from cipm_ir.passes.framework.base import Context
-from cipm_ir.passes.merging.origin import Origin, apply_function, find_origins, places_of
+from cipm_ir.passes.merging.origin import Origin, apply_function, find_origins
 from cipm_ir.passes.merging.rows import UnitRows
 from cipm_ir.runtime.activations.observe import observe
+from cipm_ir.runtime.statistics.moments import Moments as RowMoments
+from cipm_ir.runtime.statistics.sites import Site, site_of
 from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.readers import readers
 
@@ -64,24 +66,18 @@ class Moments:
 
 
 # ---------------------------------------------------------------- from data
-@dataclass(frozen=True, eq=False)
-class Site:
-    """Where the units of a space are read: the value, the axis, and the positions (units, occurrences)."""
-
-    value: str
-    axis: int
-    places: Labels
-
-
 def observation_sites(program: Program, rows: UnitRows) -> list[Site]:
     """Return all values in which weights read the units.
 
     Raises:
         SymmetryError: they lie along no single axis.
     """
-    classes = program.analysis.spaces[rows.index].table[:, 0]
+    element = program.analysis.elements_of(rows.index)
     names = sorted({r.source for r in readers(program, rows.space)})
-    return [Site(name, *places_of(program, name, classes)) for name in names]
+    sites = [site for name in names if (site := site_of(program, name, element)) is not None and len(site.axes) == 1]
+    if len(sites) < len(names):
+        raise SymmetryError("the units do not lie along one axis of the values that are read")
+    return sites
 
 
 def measured_moments(program: Program, sites: Mapping[int, list[Site]], ctx: Context) -> dict[int, Moments]:
@@ -93,20 +89,13 @@ def measured_moments(program: Program, sites: Mapping[int, list[Site]], ctx: Con
     if ctx.data is None or not sites:
         return {}
     names = sorted({site.value for found in sites.values() for site in found})
-    second = {k: np.zeros((len(found[0].places),) * 2) for k, found in sites.items()}
-    total = {k: np.zeros(len(found[0].places)) for k, found in sites.items()}
-    count = dict.fromkeys(sites, 0)
+    sums = {k: RowMoments.zero(len(found[0].positions)) for k, found in sites.items()}
     seen = observe(program.model, names, ctx.data, limit=_SAMPLES, progress=ctx.progress, what="moments of units")
     for _, values in seen:
         for k, found in sites.items():
             for site in found:
-                flat = np.moveaxis(values[site.value], site.axis, -1)
-                for column in site.places.T:
-                    h = flat[..., column].reshape(-1, len(column)).astype(np.float64)
-                    second[k] += h.T @ h
-                    total[k] += h.sum(axis=0)
-                    count[k] += len(h)
-    return {k: Moments(second[k] / count[k], total[k] / count[k], count[k]) for k in sites}
+                sums[k].update(site.read(values[site.value]).reshape(-1, sums[k].size))
+    return {k: Moments(one.second, one.mean, one.count) for k, one in sums.items()}
 
 
 # ---------------------------------------------------------------- from weights

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from cipm_ir.passes.merging.clusters import cosine
 from cipm_ir.passes.merging.rows import Row, UnitRows
 from cipm_ir.runtime.activations.observe import extract_subgraph
 from cipm_ir.runtime.session import Runner
+from cipm_ir.symmetry.consumers import element_places
 from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.readers import readers
 
@@ -56,7 +57,8 @@ def is_stream(program: Program, classes: Labels) -> bool:
     """Return whether several computed values are added up in these classes, as on a residual stream."""
     inside = np.zeros(program.analysis.classes.count, bool)
     inside[classes] = True
-    for node in program.analysis.walk.nodes:
+    for position in program.analysis.consumers.nodes(classes):
+        node = program.analysis.walk.nodes[position]
         if node.op_type in _JOINS and sum(_carries(program, v, inside) for v in node.inputs) > 1:
             return True
     return False
@@ -79,11 +81,10 @@ def places_of(program: Program, value: str, classes: Labels) -> tuple[int, Label
     element = np.full(analysis.classes.count, -1, np.int64)
     element[classes] = np.arange(len(classes))
     for f in () if state is None else state.factors:
-        owner = element[analysis.classes.of[f.labels]].ravel()
-        if len(f.axes) == 1 and (owner >= 0).any():
-            columns = np.argsort(owner, kind="stable")[int((owner < 0).sum()) :]
-            if len(columns) % len(classes) == 0:
-                return f.axes[0], columns.reshape(len(classes), -1)
+        owner = element[analysis.classes.of[f.labels]]
+        columns = element_places(owner, len(classes)) if len(f.axes) == 1 else None
+        if columns is not None and columns.size:
+            return f.axes[0], columns
     raise SymmetryError("the units do not lie along one axis of the values that are read")
 
 
@@ -103,11 +104,10 @@ def find_origins(members: Members, rows: UnitRows) -> list[Origin]:
 class _Search:
     members: Members
     rows: UnitRows
-    position: dict[int, int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.program, self.walk = self.members.program, self.members.analysis.walk
-        self.position = {id(node): k for k, node in enumerate(self.walk.nodes)}
+        self.consumers = self.members.analysis.consumers
         self.inside = np.zeros(self.members.count, bool)
         self.inside[self.members.analysis.spaces[self.rows.index].table[:, 0]] = True
 
@@ -153,15 +153,12 @@ class _Search:
 
     def _weight(self, node: ir.Node) -> Row | None:
         """Return rows of the weight of a product that makes the units."""
-        leaf = self.walk.use_leaf.get((self.position[id(node)], 1))
-        maker = None if node.inputs[1] is None else node.inputs[1].producer()
-        if leaf is None and maker is not None and maker.op_type == "Transpose":
-            leaf = self.walk.use_leaf.get((self.position[id(maker)], 0))
-        return next((row for row in self.rows.matrices if row.leaf == leaf), None)
+        found = self.consumers.weight(self.consumers.position[node], 1)
+        return None if found is None else next((row for row in self.rows.matrices if row.leaf == found[0]), None)
 
     def _vector(self, node: ir.Node, index: int) -> Floats | None:
         """Return a parameter's number for each unit."""
-        leaf = self.walk.use_leaf.get((self.position[id(node)], index))
+        leaf = self.walk.use_leaf.get((self.consumers.position[node], index))
         found = (row for row in self.rows.producers if row.leaf == leaf and row.width == 1)
         return next((row.values[:, 0] for row in found), None)
 

@@ -9,13 +9,14 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
 from tests import zoo
 from tests.models.compress_nets import array_of, images, mlp, names_in, program, residual, rows, values
 from tests.zoo.net import Net
 
 from cipm_ir.errors import InputError
 from cipm_ir.runtime.activations import cache as frontier_module
-from cipm_ir.runtime.activations.cache import ActivationCache, SuffixRunner, moving
+from cipm_ir.runtime.activations.cache import ActivationCache, SharedEnds, SuffixRunner, moving
 from cipm_ir.runtime.activations.observe import extract_subgraph, observe
 from cipm_ir.runtime.session import run
 from cipm_ir.symmetry.program import Program
@@ -227,3 +228,47 @@ def test_files_that_nothing_needs_go(monkeypatch: pytest.MonkeyPatch, tmp_path: 
             frontier.advance(made.model, position)
             counts.append(len(list(tmp_path.glob("cipm-ir-*/*.npy"))))
         assert counts == [2, 2, 2] and frontier._written == 6
+
+
+def deep(layers: int = 24) -> ir.Model:
+    """MatMul, a bias and a Relu, many times; the first weight is transposed, and used in the middle again."""
+    rng = np.random.default_rng(3)
+    nodes, weights, x = [helper.make_node("Transpose", ["w0"], ["turned"], perm=[1, 0])], [], "x"
+    for k in range(layers):
+        weight = "turned" if k in (0, layers // 2) else f"w{k}"
+        nodes += [
+            helper.make_node("MatMul", [x, weight], [f"m{k}"]),
+            helper.make_node("Add", [f"m{k}", f"b{k}"], [f"a{k}"]),
+            helper.make_node("Relu", [f"a{k}"], [f"r{k}"]),
+        ]
+        if k != layers // 2:
+            weights.append(numpy_helper.from_array(rng.normal(size=(4, 4)).astype(np.float32), f"w{k}"))
+        weights.append(numpy_helper.from_array(np.ones(4, np.float32), f"b{k}"))
+        x = f"r{k}"
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 4]) for name in ("x", x)]
+    graph = helper.make_graph(nodes, "deep", ends[:1], ends[1:], weights)
+    return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+
+
+@pytest.mark.parametrize(("weight", "end"), [("w0", 48), ("w1", 16), ("b1", 16), ("w20", None), ("w23", None)])
+def test_shared_ends_compute_the_same(weight: str, end: int | None) -> None:
+    """Also for a weight that is used far behind, through a Transpose in front of the place where the end begins."""
+    model, data = deep(), {"x": np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)}
+    name = model.graph.outputs[0].name or ""
+    rng = np.random.default_rng(1)
+    old = model.graph.initializers[weight].const_value
+    assert old is not None
+    trials = [rng.normal(size=tuple(old.shape.numpy())) for _ in range(2)]
+    with ActivationCache(model, data, size=4) as cache, SharedEnds(model, [name]) as ends:
+        cache.advance(model, 1 + 3 * int(weight[1:]))
+        with (
+            SuffixRunner(cache, model, [name], [weight], ends) as cut,
+            SuffixRunner(cache, model, [name], [weight]) as one,
+        ):
+            for trial in trials:
+                a, b = (np.concatenate([x[name] for x in runner.run({weight: trial})]) for runner in (cut, one))
+                np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(b).max())
+        assert ends.behind(cache, [weight]) == end
+        with SuffixRunner(cache, model, [name], [weight], ends) as cut:  # a control: the model's own weight
+            own = np.concatenate([x[name] for x in cut.run()])
+        assert np.abs(own - b).max() > 1e-3 * np.abs(b).max()

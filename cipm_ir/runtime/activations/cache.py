@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from math import isqrt
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import onnx_ir as ir
@@ -22,6 +24,8 @@ from cipm_ir.runtime.session import Array, Runner, cores
 
 _IN_MEMORY = 1 << 30
 """Bytes of kept values above which they go to a temporary file."""
+_LEAST_STEP = 16
+"""Nodes between two positions behind which the rest of a graph is shared, at least."""
 
 
 class ActivationCache:
@@ -90,9 +94,12 @@ class ActivationCache:
         return twin
 
     def _runner(self, model: ir.Model, names: Sequence[str], loose: Sequence[str] = ()) -> Runner:
+        return self._opened(extract_subgraph(model, self.values[0], names, loose))
+
+    def _opened(self, part: ir.Model) -> Runner:
         # a batch per core leaves less waiting than a product spread over the cores
         threads = 1 if len(self.values) >= cores() else None
-        return Runner(extract_subgraph(model, self.values[0], names, loose), fast=True, threads=threads, own=True)
+        return Runner(part, fast=True, threads=threads, own=True)
 
     def _spill(self) -> None:
         """Move arrays to files once there is too much of them; files that nothing here needs any more go."""
@@ -129,17 +136,26 @@ class ActivationCache:
 
 
 class SuffixRunner:
-    """The rest of a graph, ready to run from where a frontier is; some weights may differ from run to run.
+    """The rest of a graph, ready to run from where a cache is; some weights may differ from run to run.
 
-    ``loose``: names of these weights. Use it as a context manager, or call `close`.
+    ``loose``: names of these weights. ``ends``: where given, only the nodes up to a position behind all loose weights
+    are opened, and what follows is shared with others. Use it as a context manager, or call `close`.
     """
 
     def __init__(
-        self, frontier: ActivationCache, model: ir.Model, names: Sequence[str], loose: Sequence[str] = ()
+        self,
+        frontier: ActivationCache,
+        model: ir.Model,
+        names: Sequence[str],
+        loose: Sequence[str] = (),
+        ends: SharedEnds | None = None,
     ) -> None:
         self._frontier, self._names = frontier, list(names)
-        self._missing = [name for name in names if name not in frontier.values[0]]
         self._own = {name: _array(model, name) for name in loose}
+        self._ends = ends
+        self._cut = None if ends is None else ends.behind(frontier, loose)
+        wanted = self._names if self._cut is None else frontier._lifetimes.across(self._cut)
+        self._missing = [name for name in wanted if name not in frontier.values[0]]
         self._runner = frontier._runner(model, self._missing, loose) if self._missing else None
 
     def run(self, weights: Mapping[str, Array] | None = None) -> list[dict[str, Array]]:
@@ -152,10 +168,13 @@ class SuffixRunner:
 
     def _run(self, k: int, given: Feeds) -> Feeds:
         known, runner = self._frontier.values[k], self._runner
-        out: Feeds = {}
+        out = known
         if runner is not None:
-            out = runner.run({n: v for n, v in {**known, **given}.items() if n in runner.inputs}, self._missing)
-        return {name: out[name] if name in out else known[name] for name in self._names}
+            fed = {n: v for n, v in {**known, **given}.items() if n in runner.inputs}
+            out = {**known, **runner.run(fed, self._missing)}
+        if self._ends is not None and self._cut is not None:
+            out = {**out, **self._ends.run(self._cut, out, self._frontier)}
+        return {name: out[name] for name in self._names}
 
     def close(self) -> None:
         """Free the session."""
@@ -163,6 +182,52 @@ class SuffixRunner:
             self._runner.close()
 
     def __enter__(self) -> SuffixRunner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class SharedEnds:
+    """The ends of a graph behind some positions, each opened once, for many runs that differ in front of them.
+
+    Without them, a run of the rest of the graph for each of n layers opens sessions of about n * n / 2 layers in all.
+
+    Args:
+        model: its weights must not change meanwhile.
+        names: the values that the ends compute.
+    """
+
+    def __init__(self, model: ir.Model, names: Sequence[str]) -> None:
+        self.model, self.names = model, list(names)
+        self._runners: dict[int, tuple[Runner, list[str]]] = {}
+        self._lock = Lock()
+
+    def behind(self, cache: ActivationCache, loose: Sequence[str]) -> int | None:
+        """Return the first shared position behind a cache and all uses of some weights; None where little is left."""
+        lifetimes = cache._lifetimes
+        step = max(_LEAST_STEP, 2 * isqrt(lifetimes.count))
+        last = max([cache.position, *(lifetimes.reach.get(name, lifetimes.count) for name in loose)])
+        cut = (last // step + 1) * step
+        return cut if cut + step <= lifetimes.count else None
+
+    def run(self, cut: int, values: Feeds, cache: ActivationCache) -> dict[str, Array]:
+        """Run the end behind a position, on the values of one batch that are live there."""
+        with self._lock:
+            if cut not in self._runners:
+                live = {name: values[name] for name in cache._lifetimes.across(cut)}
+                missing = [name for name in self.names if name not in live]
+                self._runners[cut] = cache._opened(extract_subgraph(self.model, live, missing)), missing
+        runner, missing = self._runners[cut]
+        return runner.run({name: v for name, v in values.items() if name in runner.inputs}, missing)
+
+    def close(self) -> None:
+        """Free the sessions."""
+        for runner, _ in self._runners.values():
+            runner.close()
+        self._runners.clear()
+
+    def __enter__(self) -> SharedEnds:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -193,11 +258,15 @@ class _Lifetimes:
         names: of the values, in the order of the graph.
         made: position of the producer of each; -1 for inputs of the graph.
         last: the last position that uses each; outputs of the graph are used behind all nodes.
+        reach: by name of what depends on no input, the last position that uses it, or what is computed from it alone.
+        count: of all nodes.
     """
 
     names: list[str]
     made: Labels
     last: Labels
+    reach: dict[str, int]
+    count: int
 
     @classmethod
     def of(cls, model: ir.Model) -> _Lifetimes:
@@ -211,8 +280,17 @@ class _Lifetimes:
                 last.update((v.name or "", k) for v in (*node.inputs, *captured_values(node)) if v is not None)
                 made.update((v.name or "", k) for v in node.outputs if v.name in known)
         last.update((v.name or "", len(nodes)) for v in graph.outputs)
+        reach: dict[str, int] = {}
+        for k, node in reversed(list(enumerate(nodes))):
+            if node.graph is graph:
+                moves = any(v.name in known for v in node.outputs)
+                end = k if moves else max((reach.get(v.name or "", k) for v in node.outputs), default=k)
+                for v in (*node.inputs, *captured_values(node)):
+                    if v is not None and v.name not in known:
+                        reach[v.name or ""] = max(reach.get(v.name or "", end), end)
         names = list(made)
-        return cls(names, np.asarray([made[x] for x in names]), np.asarray([last.get(x, -1) for x in names]))
+        first, final = (np.asarray([found.get(x, -1) for x in names]) for found in (made, last))
+        return cls(names, first, final, reach, len(nodes))
 
     def across(self, position: int) -> list[str]:
         """Return the values computed before a position, and used from there on or given out, in graph order."""

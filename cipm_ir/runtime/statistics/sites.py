@@ -12,6 +12,7 @@ from cipm_ir.errors import SymmetryError
 from cipm_ir.ir.labels import Labels, State
 from cipm_ir.runtime.inputs.generate import true_inputs
 from cipm_ir.runtime.statistics.moments import Array
+from cipm_ir.symmetry.consumers import element_places
 from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.space import Space
 
@@ -70,15 +71,15 @@ def find_sites(program: Program, space: Space, computed: Mapping[str, None] | No
     element = analysis.elements_of(program.index(space))
     whole = raw.kind == "blocks" or raw.table.shape[1] > 1
     computed = computed_values(program.model) if computed is None else computed
-    refined = analysis.classes.refined()
-    nodes = sorted({c.node for c in analysis.walk.rec.contractions if (element[refined[c.a]] >= 0).any()})
+    inside = np.flatnonzero(element >= 0)
+    nodes = sorted({c.node for c in analysis.consumers.contractions(inside, refined=True)})
     strong: list[Site] = []
     weak: list[Site] = []
     for position in nodes:
         node = analysis.walk.nodes[position]
         names = [v.name or "" for v in node.inputs if v is not None]
         live = [name for name in dict.fromkeys(names) if name in computed]
-        sites = [s for name in live if (s := _site(program, name, element, whole)) is not None]
+        sites = [s for name in live if (s := site_of(program, name, element, whole)) is not None]
         (strong if len(live) < len(dict.fromkeys(names[:2])) else weak).extend(sites)
     found = strong or weak or list(_last(program, computed, element, whole))
     if not found:
@@ -97,13 +98,14 @@ def computed_values(model: ir.Model) -> dict[str, None]:
 
 def _last(program: Program, computed: Mapping[str, None], element: Labels, whole: bool) -> Iterator[Site]:
     for name in reversed(list(computed)):
-        site = _site(program, name, element, whole)
+        site = site_of(program, name, element, whole)
         if site is not None:
             yield site
             return
 
 
-def _site(program: Program, name: str, element: Labels, whole: bool) -> Site | None:
+def site_of(program: Program, name: str, element: Labels, whole: bool = False) -> Site | None:
+    """Return how a value holds the elements of a space (of each class, its element); None where not all alike."""
     analysis = program.analysis
     state: State | None = analysis.walk.states.get(name)
     touching = [f for f in state.factors if (element[analysis.classes.refined(f.labels)] >= 0).any()] if state else []
@@ -111,10 +113,9 @@ def _site(program: Program, name: str, element: Labels, whole: bool) -> Site | N
         return None
     factor = touching[0]
     owner = element[analysis.classes.refined(factor.labels)].ravel()
-    times = np.bincount(owner[owner >= 0], minlength=int(element.max()) + 1)
-    if (times != times[0]).any():
+    positions = element_places(owner, int(element.max()) + 1)
+    if positions is None:
         return None
-    positions = np.argsort(owner, kind="stable")[int((owner < 0).sum()) :].reshape(len(times), -1)
     where = np.unravel_index(positions, factor.labels.shape)
     box = tuple((int(at.min()), int(at.max()) + 1) for at in where)
     inside = tuple(at - start for at, (start, _) in zip(where, box, strict=True))

@@ -12,6 +12,7 @@ from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Labels
 from cipm_ir.ir.parameters import is_parameter, parameter_tensor
 from cipm_ir.symmetry.analysis import Analysis
+from cipm_ir.symmetry.consumers import element_places
 from cipm_ir.symmetry.leaves import Leaf
 from cipm_ir.symmetry.program import Program
 
@@ -78,7 +79,7 @@ class _Search:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.analysis: Analysis = program.analysis
-        self.position = {node: k for k, node in enumerate(self.analysis.walk.nodes)}
+        self.position = self.analysis.consumers.position
         self.space_of = np.full(self.analysis.classes.count, -1, np.int64)
         for k, raw in enumerate(self.analysis.spaces):
             if raw.kind == "units" and raw.table.shape[1] == 1:
@@ -98,21 +99,17 @@ class _Search:
         if before.is_graph_output() or len(before.uses()) != 1:
             raise UnsupportedPattern("what enters the Relu is read elsewhere, too")
         leaf, classes = self._bias(before)
-        inside = np.zeros(self.analysis.classes.count, bool)
-        inside[self.analysis.spaces[space].table[:, 0]] = True
-        read = self._readers(relu.outputs[0], inside)
-        of = self.analysis.classes.of
-        every = {c.node for c in self.analysis.walk.rec.contractions if inside[of[c.a]].any()}
+        members = self.analysis.spaces[space].table[:, 0]
+        unit = np.full(self.analysis.classes.count, -1, np.int64)
+        unit[members] = np.arange(len(members))
+        read = self._readers(relu.outputs[0], unit >= 0)
+        every = {c.node for c in self.analysis.consumers.contractions(members)}
         if not read or read != every:
             raise UnsupportedPattern("its units are read in other places, too, which this Relu does not feed")
-        unit = np.full(self.analysis.classes.count, -1, np.int64)
-        unit[self.analysis.spaces[space].table[:, 0]] = np.arange(len(self.analysis.spaces[space].table))
-        owner = unit[classes]
-        count = np.bincount(owner[owner >= 0], minlength=int(inside.sum()))
-        if not count.all() or (count != count[0]).any():
+        positions = element_places(unit[classes], len(members))
+        if positions is None or not positions.size:
             raise UnsupportedPattern("the bias does not hold every unit alike")
-        order = np.argsort(owner, kind="stable")[int((owner < 0).sum()) :]
-        return Place(space, before.name or "", leaf.name, order.reshape(len(count), -1))
+        return Place(space, before.name or "", leaf.name, positions)
 
     def _bias(self, before: ir.Value) -> tuple[Leaf, Labels]:
         """Return the parameter that is added last, and the class of each of its entries."""

@@ -254,7 +254,8 @@ def _refusal(
 def _recurrent(analysis: Analysis, tables: Sequence[Labels]) -> ir.Node | None:
     """Return the recurrent layer whose state these units are."""
     walk = analysis.walk
-    for position, node in enumerate(walk.nodes):
+    for position in analysis.consumers.nodes(np.concatenate([t.ravel() for t in tables])):
+        node = walk.nodes[position]
         value = node.inputs[2] if node.op_type in ("LSTM", "GRU", "RNN") else None
         leaf = walk.use_leaf.get((position, 2))
         state = None if value is None else walk.states.get(value.name or "")

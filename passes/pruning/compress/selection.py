@@ -111,6 +111,20 @@ def _each(blocks: Matrix, targets: Matrix) -> Matrix:
         return np.asarray(np.linalg.pinv(blocks) @ targets)
 
 
+def removal_costs(inverse: Matrix, weight: Matrix, rows: Labels) -> Matrix:
+    """Return ``tr(W_Sᵀ [(G⁻¹)_SS]⁻¹ W_S)`` for each set S: the growth of the squared error without these rows of W.
+
+    Args:
+        inverse: of the Gram matrix, (K, K).
+        weight: (K, outputs).
+        rows: (sets, k), the rows in each set.
+    """
+    blocks, own = inverse[rows[:, :, None], rows[:, None, :]], weight[rows]
+    if rows.shape[1] == 1:
+        return np.asarray((own[:, 0] ** 2).sum(axis=1) / blocks[:, 0, 0])
+    return np.asarray((own * _each(blocks, own)).sum(axis=(1, 2)))
+
+
 def eliminate(problems: Sequence[Problem], count: int, floor: int = 1) -> Labels:
     """Return elements in the order in which they should go, first to go first.
 
@@ -174,12 +188,7 @@ class _State:
         return _State(block, self.weight[flat].copy(), np.arange(rows.size).reshape(rows.shape), self.energy)
 
     def costs(self, elements: Labels) -> Matrix:
-        rows = self.rows[elements]
-        blocks = self.inverse[rows[:, :, None], rows[:, None, :]]
-        weights = self.weight[rows]
-        if rows.shape[1] == 1:
-            return np.asarray((weights[:, 0] ** 2).sum(axis=1) / blocks[:, 0, 0]) / self.energy
-        return np.asarray((weights * _each(blocks, weights)).sum(axis=(1, 2))) / self.energy
+        return removal_costs(self.inverse, self.weight, self.rows[elements]) / self.energy
 
     def remove(self, elements: Labels) -> None:
         rows = self.rows[elements].ravel()

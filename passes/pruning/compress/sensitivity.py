@@ -18,7 +18,7 @@ from cipm_ir.passes.pruning.importance.criteria import parameter_array
 from cipm_ir.passes.pruning.refit.compensation import LARGEST, Compensated, refitted
 from cipm_ir.passes.pruning.refit.downstream_metric import DownstreamMetric
 from cipm_ir.passes.pruning.refit.layers import Layer, draw_places, gone_places, layers_of, rows_wanted, zero_outputs
-from cipm_ir.runtime.activations.cache import ActivationCache, SuffixRunner
+from cipm_ir.runtime.activations.cache import ActivationCache, SharedEnds, SuffixRunner
 from cipm_ir.runtime.activations.linear_geometry import Array, NormalEquations
 from cipm_ir.runtime.activations.observe import count_samples, observe, samples
 from cipm_ir.runtime.inputs.generate import Data, Feeds, batches, true_inputs
@@ -167,8 +167,11 @@ class Probe:
     def _far(self, outs: Iterable[Mapping[str, Array]]) -> float:
         return self.divergence.total([self.divergence.batch(a, b) for a, b in zip(self.dense, outs, strict=True)])
 
+    def _ends(self, program: Program) -> SharedEnds:
+        return SharedEnds(program.model, list(self.divergence.measures))
+
     def _each(
-        self, program: Program, frontier: ActivationCache, changes: Iterable[tuple[int, dict[str, Array]]]
+        self, frontier: ActivationCache, ends: SharedEnds, changes: Iterable[tuple[int, dict[str, Array]]]
     ) -> Iterator[tuple[int, float]]:
         """Yield levels and divergences of a program with other weights.
 
@@ -176,7 +179,7 @@ class Probe:
         """
         rest: SuffixRunner | None = None
         for level, weights in changes:
-            rest = rest or SuffixRunner(frontier, program.model, list(self.divergence.measures), list(weights))
+            rest = rest or SuffixRunner(frontier, ends.model, ends.names, list(weights), ends)
             yield level, self._far(rest.run(weights))
         if rest is not None:
             rest.close()
@@ -194,14 +197,14 @@ class Probe:
     ) -> list[Curve]:
         """Divergence when one candidate alone is brought to each of its levels and its readers are refitted."""
         found: list[Curve] = []
-        with self.frontier(self.program) as frontier:
+        with self.frontier(self.program) as frontier, self._ends(self.program) as ends:
             for number, candidate in enumerate(candidates):
                 if progress is not None:
                     progress("measure sensitivity", number / len(candidates))
                 frontier.advance(self.program.model, candidate.first)
                 changes = shrunk(self.program, candidate, range(len(candidate.levels) - 1), grams, self.damping)
                 curve = np.zeros(len(candidate.levels))
-                for level, far in self._each(self.program, frontier, changes):
+                for level, far in self._each(frontier, ends, changes):
                     curve[level] = far
                 found.append(np.minimum.accumulate(curve))  # more units never cost more: the rest is noise
         return found
@@ -220,7 +223,7 @@ class Probe:
         ``candidates`` may have more levels than are measured; between these the curves are interpolated.
         """
         found: list[Curve] = []
-        with self.frontier(made.program) as frontier:
+        with self.frontier(made.program) as frontier, self._ends(made.program) as ends:
             start = self.compare(made.program, frontier)
             for number, (candidate, now, old) in enumerate(zip(candidates, levels, curves, strict=True)):
                 if progress is not None:
@@ -234,7 +237,7 @@ class Probe:
                     if level != now and nodes
                 )
                 changes = ((level, self._again(made, nodes, mask)) for level, mask in left)
-                seen = {now: start, **dict(self._each(made.program, frontier, changes))}
+                seen = {now: start, **dict(self._each(frontier, ends, changes))}
                 found.append(_continued(candidate, seen, old))
         return found
 

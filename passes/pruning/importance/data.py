@@ -11,13 +11,14 @@ import numpy.typing as npt
 
 from cipm_ir.errors import SymmetryError
 from cipm_ir.passes.framework.base import Context
+from cipm_ir.passes.pruning.compress.selection import removal_costs
 from cipm_ir.passes.pruning.importance.criteria import Scores, parameter_array, register_importance
 from cipm_ir.passes.pruning.importance.gradient import needed_data
 from cipm_ir.passes.pruning.importance.reads import Places, Reads, find_reads
 from cipm_ir.runtime.activations.linear_geometry import LinearOpGeometry, sample_places
 from cipm_ir.runtime.activations.observe import observe, samples
 from cipm_ir.runtime.inputs.generate import Array
-from cipm_ir.runtime.statistics.moments import check_squares
+from cipm_ir.runtime.statistics.moments import Moments, check_squares
 from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.readers import WeightConsumer, readers
 from cipm_ir.symmetry.space import Space
@@ -30,37 +31,6 @@ _BYTES = 1 << 28
 
 
 # ---------------------------------------------------------------- moments
-@dataclass
-class _Moments:
-    """Count, mean and sum of squared deviations along some axes, merged batch by batch (Chan et al. 1979)."""
-
-    count: int = 0
-    mean: Floats = field(default_factory=lambda: np.zeros(1))
-    spread: Floats = field(default_factory=lambda: np.zeros(1))
-
-    def add(self, value: Array, axes: Sequence[int]) -> None:
-        """Take in a batch: every axis that is not in ``axes`` counts."""
-        others = [a for a in range(value.ndim) if a not in axes]
-        flat = value.transpose(*others, *axes).reshape(-1, int(np.prod([value.shape[a] for a in axes])))
-        new = len(flat)
-        mean = flat.mean(axis=0, dtype=np.float64)
-        spread = np.square(flat - mean).sum(axis=0)
-        shift, whole = mean - self.mean, self.count + new
-        self.spread = self.spread + spread + np.square(shift) * (self.count * new / whole)
-        self.mean = self.mean + shift * (new / whole)
-        self.count = whole
-
-    @property
-    def variance(self) -> Floats:
-        """Mean squared deviation."""
-        return self.spread / max(self.count, 1)
-
-    @property
-    def energy(self) -> Floats:
-        """Mean square."""
-        return self.variance + np.square(self.mean)
-
-
 Place = tuple[str, tuple[int, ...]]
 """Name of a value, and the axes to tell apart."""
 
@@ -70,7 +40,7 @@ class _Observed:
     """The moments of every read of a program, and of other values that were asked for."""
 
     reads: Reads
-    moments: dict[Place, _Moments]
+    moments: dict[Place, Moments]
 
     @classmethod
     def of(cls, program: Program, ctx: Context, name: str, limit: int, more: Sequence[Place] = ()) -> _Observed:
@@ -80,15 +50,19 @@ class _Observed:
             InputError: there is no data.
         """
         data, found = needed_data(ctx, name), find_reads(program)
-        moments = {place: _Moments() for place in [*((r.value, r.axes) for r in found.reads), *more]}
-        names = list(dict.fromkeys(value for value, _ in moments))
+        moments: dict[Place, Moments] = {}
+        places = list(dict.fromkeys([*((r.value, r.axes) for r in found.reads), *more]))
+        names = list(dict.fromkeys(value for value, _ in places))
         if names:
             for _, values in observe(program.model, names, data, limit=limit, progress=ctx.progress, what=name):
-                for (value, axes), one in moments.items():
-                    one.add(values[value], axes)
+                for value, axes in places:
+                    rows = _rows(values[value], axes)
+                    if (value, axes) not in moments:
+                        moments[value, axes] = Moments.zero(rows.shape[1], full=False)
+                    moments[value, axes].update(rows)
         return cls(found, moments)
 
-    def at(self, p: Places) -> _Moments:
+    def at(self, p: Places) -> Moments:
         """Return the moments of what is read there."""
         read = self.reads.reads[p.read]
         return self.moments[read.value, read.axes]
@@ -111,7 +85,7 @@ class _Observed:
         for p in self.reads.places:
             inside = p.elements >= 0
             energy = np.zeros(self.reads.total)
-            np.add.at(energy, p.elements[inside], self.at(p).energy[inside])
+            np.add.at(energy, p.elements[inside], self.at(p).second[inside])
             node = self.reads.reads[p.read].node
             if not p.turn:
                 product[node] = product.get(node, 0.0) + energy
@@ -121,6 +95,12 @@ class _Observed:
         self.reads.require(space)
         total = sum(product.values(), np.zeros(self.reads.total))
         return np.asarray(total[self.reads.of(space)])
+
+
+def _rows(value: Array, axes: Sequence[int]) -> Array:
+    """(rows, places): every axis that is not in ``axes`` counts as rows."""
+    others = [a for a in range(value.ndim) if a not in axes]
+    return value.transpose(*others, *axes).reshape(-1, int(np.prod([value.shape[a] for a in axes])))
 
 
 # ---------------------------------------------------------------- criteria
@@ -177,7 +157,7 @@ class Wanda:
             moments = observed.moments[_source(program, reader)]
             weight = np.abs(parameter_array(program, reader.weight)).astype(np.float64)
             size = np.moveaxis(weight, reader.axis, 0).reshape(weight.shape[reader.axis], -1).sum(axis=1)
-            total += (np.sqrt(moments.energy) * size)[reader.columns].sum(axis=1)
+            total += (np.sqrt(moments.second) * size)[reader.columns].sum(axis=1)
         return total
 
 
@@ -256,7 +236,7 @@ class BrainSurgeon:
                         gram.linear.matrix(parameter_array(program, reader.weight)).astype(np.float64) * size[:-1, None]
                     )
                     rows = gram.linear.rows_of(reader.columns)
-                    costs[space.name] += gram.places * _block_costs(inside, matrix, rows)
+                    costs[space.name] += 0.5 * gram.places * removal_costs(inside, matrix, rows)
             for gram in group:
                 gram.total = None
         self.warnings = _too_few(short)
@@ -356,13 +336,6 @@ def _groups(grams: Sequence[_Gram]) -> list[list[_Gram]]:
         groups[-1].append(gram)
         room -= need
     return groups
-
-
-def _block_costs(inverse: Floats, matrix: Floats, rows: npt.NDArray[np.int64]) -> Scores:
-    """½ tr(W_u [(G⁻¹)_uu]⁻¹ W_uᵀ) for each row of ``rows``, which lists the rows of the matrix that a unit owns."""
-    block = inverse[rows[:, :, None], rows[:, None, :]]
-    own = matrix[rows]
-    return np.asarray(0.5 * (own * np.linalg.solve(block, own)).sum(axis=(1, 2)))
 
 
 register_importance("activation-variance", lambda _norm: ActivationVariance())

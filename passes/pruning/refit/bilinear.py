@@ -115,9 +115,9 @@ def _pair(
 def _fused(program: Program, k: int, layer: Layer, table: Labels) -> Pair | None:
     """Both factors of a sum made by one product, as queries and keys are by one that makes the values too."""
     walk, of = program.analysis.walk, program.analysis.classes.of
-    factor = next(f for f in walk.leaves[layer.reader.leaf].factors if f.active and f.axes == (1 - layer.reader.axis,))
-    sums = [c for c in walk.rec.contractions if np.isin(of[c.a], table).any()]
-    if len(sums) != 1:
+    consumers = program.analysis.consumers
+    factor, sums = consumers.axis(layer.reader.leaf, 1 - layer.reader.axis), consumers.contractions(table)
+    if factor is None or len(sums) != 1:
         return None
     places = []
     for labels in (np.unique(sums[0].a), np.unique(sums[0].b)):
@@ -148,8 +148,8 @@ def _key(program: Program, first: Layer, second: Layer, table: Labels) -> Layer 
     analysis = program.analysis
     nodes = analysis.walk.nodes
     own = {id(nodes[layer.reader.node]): layer for layer in (first, second)}
-    for c in analysis.walk.rec.contractions:
-        if not np.isin(analysis.classes.of[c.a], table).any() or nodes[c.node].op_type not in ("MatMul", "Attention"):
+    for c in analysis.consumers.contractions(table):
+        if nodes[c.node].op_type not in ("MatMul", "Attention"):
             continue
         if not _keys_follow(nodes[c.node]):
             return None

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from cipm_ir.passes.pruning.importance.criteria import parameter_array
 from cipm_ir.passes.pruning.refit.layers import Layer
+from cipm_ir.symmetry.consumers import Incidence
 from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.readers import summed_classes
 
@@ -28,6 +29,7 @@ class DownstreamMetric:
         self._program = program
         self._layers = layers
         self._classes = [summed_classes(program, layer.reader) for layer in layers]
+        self._by_class = Incidence.of(classes[classes >= 0] for classes in self._classes)
         self._rows: dict[int, Matrix] = {}
         self._known: dict[int, Matrix | None] = {}
 
@@ -45,10 +47,11 @@ class DownstreamMetric:
             return None
         place[of] = np.arange(len(of))
         metric = np.zeros((len(of), len(of)))
-        for k, (later, classes) in enumerate(zip(self._layers, self._classes, strict=True)):
+        for k in self._by_class.holding(of).tolist():
+            later, classes = self._layers[k], self._classes[k]
             read = np.flatnonzero(classes >= 0)
             read = read[place[classes[read]] >= 0]
-            if later.reader.node <= layer.reader.node or not len(read):
+            if later.reader.node <= layer.reader.node:
                 continue
             rows = self._weight(k)
             summed = np.zeros((len(of), rows.shape[1]))
@@ -63,9 +66,7 @@ class DownstreamMetric:
     def _outputs(self, layer: Layer) -> npt.NDArray[np.int64] | None:
         """Return the class of each output, where the axis may move and each class has one place."""
         analysis = self._program.analysis
-        factors = analysis.walk.leaves[layer.reader.leaf].factors
-        axis = 1 - layer.reader.axis
-        found = next((f for f in factors if f.active and f.axes == (axis,) and not f.groups), None)
+        found = analysis.consumers.axis(layer.reader.leaf, 1 - layer.reader.axis)
         return None if found is None else analysis.classes.of[found.base : found.base + found.size]
 
     def _weight(self, k: int) -> Matrix:

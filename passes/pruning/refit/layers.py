@@ -96,10 +96,10 @@ def left_out(program: Program, layers: Sequence[Layer], stays: Mask) -> list[str
     uses, by_node = weight_uses(program), {reader.node: reader for reader in products(program)}
     live = moving(program.model)
     why: dict[int, str] = {}
-    for event in analysis.walk.rec.contractions:
+    for event in analysis.consumers.contractions(np.flatnonzero(~stays)):
         node = analysis.walk.nodes[event.node]
         weighted = any(v is not None and v.name not in live for v in node.inputs[:2])
-        if event.node in fitted or not weighted or stays[analysis.classes.of[event.a]].all():
+        if event.node in fitted or not weighted:
             continue
         reader = by_node.get(event.node)
         if analysis.walk.paths[event.node]:
