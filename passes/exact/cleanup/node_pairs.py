@@ -74,7 +74,7 @@ def join_pair(node: ir.Node, facts: GraphFacts, version: int, name: Callable[[st
         return _gathered(before, node, version, name)
     if value.is_graph_output():
         return None
-    if pair == ("Pad", "Conv") and all(_can_pad(use, before) for use in value.uses()):
+    if pair == ("Pad", "Conv") and all(_can_pad(use.node, use.idx, before) for use in value.uses()):
         _padded(before, node, version)
     if len(value.uses()) != 1:
         return None
@@ -152,10 +152,9 @@ def _unsqueezes(before: ir.Node, node: ir.Node, facts: GraphFacts, name: Callabl
     node.replace_input_with(0, before.inputs[0])
 
 
-def _can_pad(use: ir.Usage, pad: ir.Node) -> bool:
-    """Return whether a consumer of what a Pad makes is a Conv of the same graph that could do the padding."""
-    node = use.node
-    plain = node.op_type == "Conv" and node.domain in _STANDARD and use.idx == 0 and node.graph is pad.graph
+def _can_pad(node: ir.Node, index: int, pad: ir.Node) -> bool:
+    """Return whether what takes the result of a Pad at some input is a Conv of its graph that could do the padding."""
+    plain = node.op_type == "Conv" and node.domain in _STANDARD and index == 0 and node.graph is pad.graph
     explicit = not any(a.is_ref() for a in node.attributes.values()) and attribute(node, "auto_pad", "NOTSET")
     return plain and explicit == "NOTSET"
 

@@ -20,8 +20,8 @@ _BINS = np.arange(-24.5, 25.0)
 def metrics_of(program: Program, terms: Sequence[Term], scale: Floats, per: Per) -> dict[str, Any]:
     """By space: group, range and histogram of log2-scales, range imbalance; by weight: the predicted SQNR in dB.
 
-    ``sqnr`` and ``tensors`` are of the entries of weights; ``product_sqnr`` is of what weights are multiplied into, with
-    what inputs carry and outputs count. The two can disagree: a column that is large since its input is small has most
+    ``sqnr`` and ``tensors`` are of the entries of weights; ``product_sqnr`` is of their products, weighed by what
+    inputs carry and outputs count. The two can disagree: a column that is large since its input is small has most
     of a weight's energy, but no more of the noise that counts. The objective is the mean of the second.
 
     Imbalance: standard deviation, in bits, of log2 of the largest magnitudes of a space's units over the weights that
@@ -74,7 +74,7 @@ def _sqnr(term: Term, rows: Floats, energy: float, per: Per) -> float:
 
 
 def _product_sqnr(term: Term, levels: tuple[Floats, Floats], rows: Floats, per: Per) -> float:
-    """Signal to quantization noise in dB of the products of a weight, each input and output weighed as in the objective.
+    """Return signal to quantization noise of the products of a weight in dB, weighed as in the objective.
 
     Args:
         term: the weight.
