@@ -64,31 +64,43 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark the listed tests as slow; with --fast, keep the case in the middle of every other function's list."""
+    """Mark the listed tests as slow, and leave out what the tier does not run."""
     listed = slow_functions()
     for item in items:
         if function_of(item.nodeid) in listed:
             item.add_marker("slow")
     if config.getoption("--share"):
-        every, counts, kept = strides(), Counter[str](), []
-        for item in items:
-            name = function_of(item.nodeid)
-            k = every.get(name, 1)
-            if k and (counts[name] + zlib.crc32(name.encode())) % k == 0:
-                kept.append(item)
-            counts[name] += 1
-        chosen = {id(item) for item in kept}
-        config.hook.pytest_deselected(items=[item for item in items if id(item) not in chosen])
-        items[:] = kept
-    if not config.getoption("--fast"):
-        return
+        _keep(config, items, _shares(items))
+    if config.getoption("--fast"):
+        _keep(config, items, _middles(items))
+
+
+def _keep(config: pytest.Config, items: list[pytest.Item], kept: list[pytest.Item]) -> None:
+    chosen = {id(item) for item in kept}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in chosen])
+    items[:] = kept
+
+
+def _shares(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Return every k-th case of a costly function, from a place that differs from function to function."""
+    every, counts, kept = strides(), Counter[str](), []
+    for item in items:
+        name = function_of(item.nodeid)
+        k = every.get(name, 1)
+        if k and (counts[name] + zlib.crc32(name.encode())) % k == 0:
+            kept.append(item)
+        counts[name] += 1
+    return kept
+
+
+def _middles(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Return the case in the middle of every function that is not slow."""
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         if item.get_closest_marker("slow") is None:
             cases.setdefault(function_of(item.nodeid), []).append(item)
-    kept = {id(found[len(found) // 2]) for found in cases.values()}
-    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
-    items[:] = [item for item in items if id(item) in kept]
+    chosen = {id(found[len(found) // 2]) for found in cases.values()}
+    return [item for item in items if id(item) in chosen]
 
 
 @pytest.hookimpl(wrapper=True)
