@@ -13,7 +13,7 @@ endif
 
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help demo test test-all test-fast corpus check bench format clean
+.PHONY: help demo test test-all test-fast corpus check docs bench format clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -41,6 +41,10 @@ check: $(VENV)/.installed-dev ## Lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-dev ## Build the documentation into site/
+	$(PIP_INSTALL) --editable '.[docs]'
+	$(BIN)/mkdocs build --quiet --config-file docs/mkdocs.yml
 
 bench: $(VENV)/.installed-dev ## Measure speed and memory, one at a time
 	$(PIP_INSTALL) --editable '.[bench]'
