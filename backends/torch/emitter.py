@@ -17,6 +17,7 @@ import torch
 from onnx_ir.passes.common import InlinePass
 from torch import fx, nn
 
+from cipm_ir.backends.torch.arguments import part_arguments
 from cipm_ir.backends.torch.facts import Facts, Int, argument_default, held_tensor, is_default, refuse
 from cipm_ir.backends.torch.ops.sizes import size_entries, tensor_of_sizes
 from cipm_ir.backends.torch.places import attribute_at, free_path, identifier, register
@@ -333,5 +334,6 @@ def graph_module(model: ir.Model) -> fx.GraphModule:
     outputs = [emitter.value(v) for v in model.graph.outputs]
     graph.output(outputs[0] if len(outputs) == 1 else tuple(outputs))
     _drop_unused(graph)
+    part_arguments(graph)
     graph.lint()
     return fx.GraphModule(root, graph, class_name=identifier(model.graph.name or "GraphModule")).eval()

@@ -19,6 +19,7 @@ from onnx_ir import tensor_adapters
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from cipm_ir.backends.torch.arguments import part_arguments
 from cipm_ir.backends.torch.emitter import Emitter
 from cipm_ir.backends.torch.slices import Difference, Slices
 from cipm_ir.backends.torch.training import Trained
@@ -179,6 +180,7 @@ class _Writer:
                 self.graph.erase_node(node)
         self._part_inputs()
         self.graph._codegen = self.old._codegen
+        part_arguments(self.graph)
         self.graph.lint()
         module = fx.GraphModule(self.root, self.graph, type(self.capture.source).__name__)
         module.training = self.root.training

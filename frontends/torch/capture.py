@@ -309,18 +309,19 @@ def _flat_inputs(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str
     values = dict(zip((n.name for n in nodes), args, strict=False))
     if len(args) > len(nodes):
         raise InputError(f"The GraphModule takes {len(nodes)} inputs, but {len(args)} example inputs are given.")
-    for n in nodes:
-        if str(n.target) in kwargs:
-            values[n.name] = kwargs[str(n.target)]
+    # What a caller says: the code may have other names for the same arguments.
+    for n, argument in zip(nodes, inspect.signature(module.forward).parameters, strict=True):
+        if argument in kwargs:
+            values[n.name] = kwargs[argument]
         elif n.name not in values:
             if not n.args:
-                raise InputError(f"The example inputs lack {n.target!r}.")
+                raise InputError(f"The example inputs lack {argument!r}.")
             values[n.name] = n.args[0]
     return values
 
 
 def _is_pytree(graph: fx.Graph) -> bool:
-    return type(graph._codegen).__name__ == "_PyTreeCodeGen"
+    return isinstance(graph._codegen, fx.graph._PyTreeCodeGen)
 
 
 def _check_runs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], cause: Exception) -> None:

@@ -6,7 +6,8 @@ runtime evaluates it, so that the result is the number that the model would have
 round differently. Never evaluated:
 
 * operators that draw at random, Dropout, operators with subgraphs, calls of functions and operators of other domains;
-* a ConstantOfShape that is no short list of integers (a size stored as a tensor);
+* a ConstantOfShape that is no short list of integers (a size stored as a tensor), unless constants are scattered over
+  it (a sparse weight, which becomes a dense one);
 * the quantizing operators (their result is larger, and says less);
 * products of 8-bit integers, which saturate on some processors;
 * nodes with an attribute that refers to one of the function around them;
@@ -16,6 +17,7 @@ round differently. Never evaluated:
 from __future__ import annotations
 
 import ast
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ from cipm_ir.ir.nested import subgraphs
 from cipm_ir.ir.parameters import parameter_tensor
 from cipm_ir.passes.exact.cleanup.graph_facts import GraphFacts
 from cipm_ir.passes.exact.cleanup.replace_values import constant_before, replace_value
+from cipm_ir.passes.exact.cleanup.reshapes import keeps_order
 from cipm_ir.runtime.session import Runner
 
 _STANDARD = ("", "ai.onnx")
@@ -43,6 +46,7 @@ _KEPT = DRAWS | {"Identity", "Constant"}
 _KEPT |= {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
 _KEPT |= {"QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"}  # may saturate, by processor
 _MOVES = ("Reshape", "Transpose", "Concat")
+_SCATTERS = ("Scatter", "ScatterElements", "ScatterND")
 _SMALL = 64
 _UNFIT = {ir.DataType.STRING, ir.DataType.UNDEFINED}
 
@@ -98,12 +102,14 @@ class ConstantFolder:
         sizes = self._sizes(node)
         if sizes is not None:
             return [sizes]
+        fill = self._fill(node) if node.op_type in _SCATTERS else None
         inputs = [parameter_tensor(value) for value in node.inputs if value is not None]
+        inputs = inputs if fill is None else [fill, *inputs[1:]]
         given = [tensor for tensor in inputs if tensor is not None]
         if not given or len(given) != len(inputs) or any(tensor.dtype in _UNFIT for tensor in given):
             return None
-        if any(tensor.size > self.input_limit for tensor in given):
-            return self._transposed(node)
+        if any(tensor.size > self.input_limit for tensor in given if tensor is not fill):
+            return self._rearranged(node)
         if any(self._too_large(self._size(value), node) for value in node.outputs):
             return None
         arrays = _moved(node, given) or _run(node, given, domains, max(self.model.ir_version, 4))
@@ -136,21 +142,46 @@ class ConstantFolder:
         alone = [value for value in node.inputs if value is not None and len(value.uses()) == 1]
         return size > sum(tensor.size for value in alone if (tensor := parameter_tensor(value)) is not None)
 
-    def _transposed(self, node: ir.Node) -> list[ir.TensorProtocol] | None:
-        """Return a large weight that only this Transpose consumes, turned when it is written."""
+    def _fill(self, node: ir.Node) -> ir.TensorProtocol | None:
+        """Return what a ConstantOfShape of known sizes, within the limit on results, gives as the first input."""
+        maker = None if node.inputs[0] is None else node.inputs[0].producer()
+        if maker is None or maker.op_type != "ConstantOfShape" or maker.domain not in _STANDARD:
+            return None
+        sizes, value = parameter_tensor(maker.inputs[0]), maker.attributes.get("value")
+        if sizes is None or (value is not None and value.is_ref()):
+            return None
+        shape = [int(size) for size in np.asarray(sizes.numpy()).reshape(-1)]
+        if min(shape, default=0) < 0 or math.prod(shape) > self.output_limit:
+            return None
+        one = ir.tensor(np.zeros(1, np.float32)) if value is None else value.as_tensor()
+        if one.dtype in _UNFIT:
+            return None
+        return ir.tensor(np.full(shape, one.numpy().reshape(-1)[0]), dtype=one.dtype)
+
+    def _rearranged(self, node: ir.Node) -> list[ir.TensorProtocol] | None:
+        """Return a large weight that only this Transpose or change of shape consumes, rearranged when it is written."""
         value = node.inputs[0]
         tensor = parameter_tensor(value)
-        if node.op_type != "Transpose" or value is None or tensor is None or len(value.uses()) != 1:
+        if tensor is None or value is None or len(value.uses()) != 1 or value.is_graph_output():
             return None
-        perm = node.attributes.get_ints("perm", tuple(range(len(tensor.shape)))[::-1])
         shape, source = tensor.shape.numpy(), tensor
-        if value.is_graph_output():
+        perm: tuple[int, ...] = tuple(range(len(shape)))
+        if node.op_type == "Transpose":
+            perm = tuple(node.attributes.get_ints("perm", perm[::-1]))
+            made: tuple[int, ...] = tuple(shape[k] for k in perm)
+        elif keeps_order(node, self.facts):
+            proven = self.facts.shape(node.outputs[0])
+            made = tuple(size for size in proven or () if isinstance(size, int))
+            if proven is None or len(made) != len(proven) or math.prod(made) != tensor.size:
+                return None
+        else:
             return None
 
-        def turn() -> ir.TensorProtocol:
-            return ir.tensor(np.ascontiguousarray(np.transpose(source.numpy(), perm)), dtype=source.dtype)
+        def rearrange() -> ir.TensorProtocol:
+            array = np.ascontiguousarray(np.transpose(source.numpy(), perm)).reshape(made)
+            return ir.tensor(array, dtype=source.dtype)
 
-        return [ir.LazyTensor(turn, tensor.dtype, ir.Shape([shape[k] for k in perm]))]
+        return [ir.LazyTensor(rearrange, tensor.dtype, ir.Shape(made))]
 
 
 def scalar_bounds(node: ir.Node, name: Callable[[str], str]) -> None:

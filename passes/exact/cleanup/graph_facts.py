@@ -43,6 +43,7 @@ class GraphFacts:
         self._types: dict[ir.Value, ir.DataType] = {}
         self._shapes: dict[ir.Value, Dims] = {}
         self._entries: dict[ir.Value, Array] = {}
+        self._taken: dict[tuple[ir.Value, int], str] = {}
         self._numbers = itertools.count()
         for value in model.graph.inputs:
             if value.shape is not None and not is_parameter(value):
@@ -83,6 +84,8 @@ class GraphFacts:
             self._learn_quantized_lstm(node)
         if node.domain not in _STANDARD or any(True for _ in subgraphs(node)) or node.op_type == "Constant":
             return
+        if node.op_type in ("Shape", "Size"):
+            self._types[node.outputs[0]] = ir.DataType.INT64  # whatever their input is
         self._infer(node, version)
         self._learn_entries(node, version)
         if node.op_type == "Reshape" and len(node.inputs) > 1:
@@ -186,6 +189,12 @@ class GraphFacts:
                 return
         elif node.op_type == "Mul":
             found = self._times_one(*node.inputs)
+        elif node.op_type == "Equal":
+            found = self._compared(*node.inputs)
+        elif node.op_type == "Where":
+            found = self._chosen(*node.inputs)
+        elif node.op_type == "Gather" and self._coded(node.inputs[0]) is None:
+            found = self._sizes_taken(node)
         elif node.op_type in _MOVES:
             args = [self._coded(value) for value in node.inputs]
             moved = args if node.op_type == "Concat" else args[:1]
@@ -203,6 +212,39 @@ class GraphFacts:
         if a is None or b is None or a.shape != b.shape:
             return None
         return a if (b == 1).all() else b if (a == 1).all() else None
+
+    def _compared(self, left: ir.Value | None, right: ir.Value | None) -> Array | None:
+        """Return which entries are equal, where that holds for every size; a size is never a negative number."""
+        a, b = self._coded(left), self._coded(right)
+        if a is None or b is None or not _broadcast(a, b):
+            return None
+        equal, symbols = a == b, _are_symbols(a) | _are_symbols(b)
+        negative = ((a < 0) & ~_are_symbols(a)) | ((b < 0) & ~_are_symbols(b))
+        return equal if (equal | negative | ~symbols).all() else None
+
+    def _chosen(self, condition: ir.Value | None, left: ir.Value | None, right: ir.Value | None) -> Array | None:
+        tensor = parameter_tensor(condition)
+        proven = None if condition is None else self.constant_entries(condition)
+        which = proven if tensor is None or tensor.size > _SMALL else np.asarray(tensor.numpy())
+        a, b = self._coded(left), self._coded(right)
+        if which is None or a is None or b is None or not _broadcast(which, a, b):
+            return None
+        return np.where(which, a, b)
+
+    def _sizes_taken(self, node: ir.Node) -> Array | None:
+        """Return symbols for what is taken of the sizes of a value whose rank is not known."""
+        maker = None if node.inputs[0] is None else node.inputs[0].producer()
+        tensor = parameter_tensor(node.inputs[1])
+        if maker is None or (maker.op_type, maker.domain in _STANDARD) != ("Shape", True) or _partial(maker):
+            return None
+        source = maker.inputs[0]
+        if source is None or tensor is None or not 0 < tensor.size <= _SMALL or self.shape(source) is not None:
+            return None
+        indices = np.asarray(tensor.numpy())
+        for index in indices.reshape(-1).tolist():
+            self._taken.setdefault((source, index), self._symbol())
+        codes = [_code(self._taken[source, index]) for index in indices.reshape(-1).tolist()]
+        return np.array(codes, np.int64).reshape(indices.shape)
 
     def _learn_reshape(self, node: ir.Node) -> None:
         out, target = node.outputs[0], self.entries(node.inputs[1])
@@ -302,6 +344,19 @@ def _code(symbol: str) -> int:
 
 def _are_symbols(coded: Array) -> Array:
     return (coded > -2 * _FIRST_SYMBOL) & (coded <= -_FIRST_SYMBOL)
+
+
+def _partial(shape: ir.Node) -> bool:
+    """Return whether a Shape gives only some of the sizes."""
+    return attribute(shape, "start", 0) != 0 or attribute(shape, "end") is not None
+
+
+def _broadcast(*arrays: Array) -> bool:
+    try:
+        np.broadcast_shapes(*(array.shape for array in arrays))
+    except ValueError:
+        return False
+    return True
 
 
 def _left_over(shape: Dims, made: list[Dim]) -> Dim:

@@ -14,6 +14,7 @@ This table is all that clean-up removes. Nothing is compared by a tolerance, and
 | Reshape | each entry of the target keeps its axis: the same size or symbol, 0 without allowzero, one -1 |
 | Transpose | the permutation is 0, 1, 2, ... |
 | Concat, Max, Min, Sum | of a single input |
+| Split | into a single part, whose size, if it is given, is proven to be all there is |
 | Slice | from 0 in steps of 1 to the end: the size, or 2^31 - 1, by which ONNX says "to the end" |
 | Pad | all amounts are 0 |
 | Flatten, Squeeze, Unsqueeze, Transpose | as Reshape, where the shape stays and the entries keep their order |
@@ -171,6 +172,25 @@ def _single(node: ir.Node, facts: GraphFacts, version: int) -> ir.Value | None:
     return node.inputs[0] if len(node.inputs) == 1 else None
 
 
+def _split(node: ir.Node, facts: GraphFacts, version: int) -> ir.Value | None:
+    if len(node.outputs) != 1:
+        return None
+    if version == 1 or version >= 13:
+        given = node.inputs[1] if len(node.inputs) > 1 else None
+        tensor = parameter_tensor(given)
+        sizes = None if tensor is None else np.asarray(tensor.numpy()).reshape(-1).tolist()
+        if given is not None and sizes is None:
+            return None
+    if version < 13 and "split" in node.attributes:
+        sizes = list(attribute(node, "split"))
+    elif version < 13 and version != 1:
+        sizes = None
+    if sizes is None:
+        return node.inputs[0]
+    shape, axis = facts.shape(node.inputs[0]), int(attribute(node, "axis", 0))
+    return node.inputs[0] if shape is not None and sizes == [shape[axis]] else None
+
+
 def _slice(node: ir.Node, facts: GraphFacts, version: int) -> ir.Value | None:
     bounds, shape = slice_bounds(node, version), facts.shape(node.inputs[0])
     if bounds is None:
@@ -218,6 +238,7 @@ _RULES: dict[str, _Rule] = {
     "Min": _single,
     "Sum": _single,
     "Slice": _slice,
+    "Split": _split,
     "Pad": _pad,
     "SequenceAt": _sequence_at,
 }

@@ -6,7 +6,7 @@
 | two that keep the order of all entries, see `reshapes` | one Reshape | the sizes are proven but for one |
 | Reshape that merges axes, Transpose, Reshape | Transpose, Reshape | see `reshapes.turn_before_merging` |
 | a node that only a Shape consumes | the Shape of its input | all entries that are taken of it are proven the same |
-| Pad, Conv | Conv | zeros, constant amounts that are not negative, of the axes that the Conv slides over |
+| Pad, Conv | Conv | zeros, constant amounts that are not negative, of the axes that the Conv slides over; see below |
 | Concat of Concats | one Concat | along the same axis |
 | Unsqueeze, Unsqueeze | one Unsqueeze | the axes are constant, not negative unless the rank is known (opset 13 on) |
 | Gather, Unsqueeze | Gather | a single constant index, and the axis that it took away |
@@ -14,7 +14,8 @@
 | Cast, Cast | the second | the first loses nothing, and the second rounds or wraps the same way from either type |
 | ConcatFromSequence of a SequenceConstruct | Concat | along an existing axis |
 
-The value between may have no other consumer, unless the pair becomes nothing. Shapes come last, when all others have
+The value between may have no other consumer, unless the pair becomes nothing, or all consumers are a Conv that pads
+itself. Shapes come last, when all others have
 taken their inputs.
 """
 
@@ -71,12 +72,14 @@ def join_pair(node: ir.Node, facts: GraphFacts, version: int, name: Callable[[st
             node.replace_input_with(0, same)
     if pair == ("Gather", "Unsqueeze"):
         return _gathered(before, node, version, name)
-    if len(value.uses()) != 1 or value.is_graph_output():
+    if value.is_graph_output():
+        return None
+    if pair == ("Pad", "Conv") and all(_can_pad(use, before) for use in value.uses()):
+        _padded(before, node, version)
+    if len(value.uses()) != 1:
         return None
     if pair == ("Unsqueeze", "Unsqueeze") and version >= 13:
         _unsqueezes(before, node, facts, name)
-    elif pair == ("Pad", "Conv"):
-        _padded(before, node, version)
     elif pair == ("Slice", "Slice"):
         _slices(before, node, facts, version, name)
     elif pair == ("Cast", "Cast") and _same_rounding(before, node, facts):
@@ -149,9 +152,17 @@ def _unsqueezes(before: ir.Node, node: ir.Node, facts: GraphFacts, name: Callabl
     node.replace_input_with(0, before.inputs[0])
 
 
+def _can_pad(use: ir.Usage, pad: ir.Node) -> bool:
+    """Return whether a consumer of what a Pad makes is a Conv of the same graph that could do the padding."""
+    node = use.node
+    plain = node.op_type == "Conv" and node.domain in _STANDARD and use.idx == 0 and node.graph is pad.graph
+    explicit = not any(a.is_ref() for a in node.attributes.values()) and attribute(node, "auto_pad", "NOTSET")
+    return plain and explicit == "NOTSET"
+
+
 def _padded(before: ir.Node, node: ir.Node, version: int) -> None:
     """Let a Conv, which pads by zeros too, do what a Pad does before it."""
-    if attribute(before, "mode", "constant") != "constant" or attribute(node, "auto_pad", "NOTSET") != "NOTSET":
+    if attribute(before, "mode", "constant") != "constant":
         return
     if version < 11:
         amounts, fill = attribute(before, "pads"), attribute(before, "value", 0.0)

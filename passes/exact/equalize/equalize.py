@@ -81,6 +81,10 @@ class Equalize(Pass):
                 what = f"scales of {lost} units would help, but a weight could not take them exactly"
             return PassResult(program, False, "; ".join([what, *notes]))
         metrics = metrics_of(program, terms, scale, self.per)
+        before, after = metrics["product_sqnr"]
+        if not objective.alpha and after < before:  # what was cut off or given up may be what the rest rested on
+            what = f"left alone: the mean SQNR of the weights' products would fall from {before:.2f} to {after:.2f} dB"
+            return PassResult(program, False, "; ".join([what, *notes]))
         witness = {space.name: as_lists(element) for space, element in elements.items()}
         summary = "; ".join([summary_of(metrics, len(elements), lost), *notes])
         acted, pictures = program.act(elements), figures_of(metrics)

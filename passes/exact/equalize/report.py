@@ -20,18 +20,26 @@ _BINS = np.arange(-24.5, 25.0)
 def metrics_of(program: Program, terms: Sequence[Term], scale: Floats, per: Per) -> dict[str, Any]:
     """By space: group, range and histogram of log2-scales, range imbalance; by weight: the predicted SQNR in dB.
 
+    ``sqnr`` and ``tensors`` are of the entries of weights; ``product_sqnr`` is of what weights are multiplied into, with
+    what inputs carry and outputs count. The two can disagree: a column that is large since its input is small has most
+    of a weight's energy, but no more of the noise that counts. The objective is the mean of the second.
+
     Imbalance: standard deviation, in bits, of log2 of the largest magnitudes of a space's units over the weights that
     they are rows or columns of, before and after; 0 where all units fill the range of their tensors equally.
     """
     t = scale.ravel() * float(np.log(2.0))
     tensors: dict[str, list[float]] = {}
+    products: list[list[float]] = []
     spread = np.zeros((len(scale), 2)), np.zeros((len(scale), 2))
     for term in terms:
         grid = term.grid
         still = grid.row_size, grid.column_size, float(grid.row_energy.sum())
         tensors[term.name] = []
-        for (rows, columns, energy), found in zip((still, grid.scaled(*term.levels(t))), spread, strict=True):
+        products.append([])
+        levels = term.levels(t)
+        for k, ((rows, columns, energy), found) in enumerate(zip((still, grid.scaled(*levels)), spread, strict=True)):
             tensors[term.name].append(_sqnr(term, rows, energy, per))
+            products[-1].append(_product_sqnr(term, (k * levels[0], k * levels[1]), rows, per))
             _add_imbalance(found, ((term.rows, rows), (term.columns, columns)), scale.shape[1])
     spaces = {}
     for space, raw in zip(program.spaces, program.analysis.spaces, strict=True):
@@ -48,7 +56,8 @@ def metrics_of(program: Program, terms: Sequence[Term], scale: Floats, per: Per)
         }
     both = np.asarray(list(tensors.values()))
     mean = [float(x) for x in both.mean(0)]
-    return {"sqnr": mean, "bits": BITS, "per": per, "spaces": spaces, "tensors": tensors}
+    product = [float(x) for x in np.asarray(products).mean(0)]
+    return {"sqnr": mean, "product_sqnr": product, "bits": BITS, "per": per, "spaces": spaces, "tensors": tensors}
 
 
 def _sqnr(term: Term, rows: Floats, energy: float, per: Per) -> float:
@@ -62,6 +71,22 @@ def _sqnr(term: Term, rows: Floats, energy: float, per: Per) -> float:
     else:
         noise = float(np.square(rows / steps).sum()) / 12 * shape[2] * count
     return float(10 * np.log10(energy / max(noise, 1e-300)))
+
+
+def _product_sqnr(term: Term, levels: tuple[Floats, Floats], rows: Floats, per: Per) -> float:
+    """Signal to quantization noise in dB of the products of a weight, each input and output weighed as in the objective.
+
+    Args:
+        term: the weight.
+        levels: log-scales of its rows and columns, (groups, rows) and (groups, columns).
+        rows: largest magnitudes of its rows at these scales.
+        per: one step for a whole weight, or one for each row.
+    """
+    gain, moment = term.gain * np.exp(-2 * levels[0]), term.moment * np.exp(-2 * levels[1])
+    steps = (rows.max() if per == "tensor" else rows.reshape(gain.shape)) / (2.0 ** (BITS - 1) - 1)
+    noise = float(((gain * steps**2).sum(1) * moment.sum(1)).sum()) / 12 * term.grid.count
+    signal = float((term.counts() * term.moment).sum())  # what surrounds a weight undoes its scales
+    return float(10 * np.log10(max(signal, 1e-300) / max(noise, 1e-300)))
 
 
 def _add_imbalance(found: Floats, ends: Sequence[tuple[Exponents, Floats]], scales: int) -> None:
@@ -86,11 +111,12 @@ def _mean_square(part: Floats) -> float:
 
 def summary_of(metrics: Mapping[str, Any], spaces: int, lost: int) -> str:
     """Return one line for people."""
-    before, after = metrics["sqnr"]
+    before, after = metrics["product_sqnr"]
+    own = "{:.2f} -> {:.2f}".format(*metrics["sqnr"])
     units = sum(entry["units"] for entry in metrics["spaces"].values())
     line = (
-        f"{spaces} spaces scaled; mean int{BITS} weight SQNR per {metrics['per']} {before:.2f} -> {after:.2f} dB "
-        f"over {len(metrics['tensors'])} weights"
+        f"{spaces} spaces scaled; mean SQNR of the products of int{BITS} weights per {metrics['per']} "
+        f"{before:.2f} -> {after:.2f} dB over {len(metrics['tensors'])} weights (of their entries {own} dB)"
     )
     return line + (f"; {lost} of {units} units keep their scale, which a weight could not take exactly" if lost else "")
 
