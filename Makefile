@@ -13,7 +13,7 @@ endif
 
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help demo test test-fast corpus check bench format clean
+.PHONY: help demo test test-all test-fast corpus check docs bench format clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -24,6 +24,9 @@ demo: $(VENV)/.installed-base ## Inspect, prune and compress a digit classifier 
 # One thread each, for the workers fill the cores. Each worker takes tests that follow one another, for they share what
 # was built for them. Bytecode is written whatever the environment says, for some tests start new interpreters.
 test: $(VENV)/.installed-dev ## Run the tests, models and torch included
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m 'not corpus and not sample' --share
+
+test-all: $(VENV)/.installed-dev ## Run every case of every test (a quarter of an hour)
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m 'not corpus and not sample'
 
 test-fast: $(VENV)/.installed-dev ## Run one case of every quick test: all layers in about a minute
@@ -38,6 +41,10 @@ check: $(VENV)/.installed-dev ## Lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-dev ## Build the documentation into site/
+	$(PIP_INSTALL) --editable '.[docs]'
+	$(BIN)/mkdocs build --quiet --config-file docs/mkdocs.yml
 
 bench: $(VENV)/.installed-dev ## Measure speed and memory, one at a time
 	$(PIP_INSTALL) --editable '.[bench]'

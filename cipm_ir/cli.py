@@ -96,12 +96,13 @@ def inspect(
         str | None, typer.Option("--annotate", metavar="OUT", help="Write a copy with the groups in its metadata.")
     ] = None,
     input_shape: InputShapeOption = None,
+    full: Annotated[bool, typer.Option("--full", help="Show every block of nodes, also where blocks repeat.")] = False,
+    short: Annotated[bool, typer.Option("--summary", help="Show the summary alone.")] = False,
 ) -> None:
-    """Show the annotated graph: which axes move with which space of hidden units, and by which group."""
+    """Show a summary and the annotated graph: which axes move with which space of hidden units, by which group."""
     from cipm_ir.api import load
-    from cipm_ir.passes.framework.report import Totals
+    from cipm_ir.passes.framework.summary import summary_lines
     from cipm_ir.sources import check_annotated, save_annotated
-    from cipm_ir.symmetry.pinned import opaque_summary
 
     if annotate is not None:
         check_annotated(annotate)
@@ -111,12 +112,11 @@ def inspect(
     if as_json:
         print(json.dumps(_described(program), indent=2))
         return
-    below = [*opaque_summary(program.analysis), *Totals.of(program).costs]
+    print(*(f"// {line}" for line in summary_lines(program)), sep="\n")
     if spaces:
         _print_spaces(program)
-        print(*below, sep="\n")
-    else:
-        print(program, *(f"// {line}" for line in below), sep="\n")
+    elif not short:
+        print(program.text(fold=not full))
 
 
 @app.command()

@@ -1,6 +1,12 @@
-"""Tiers of the tests: the full one, and a fast one of a single case of every test function that is not slow.
+"""Tiers of the tests.
 
-`slow_tests.txt` lists the slow functions. To write it anew from a run of the full tier:
+* all: every case (``make test-all``, plain pytest);
+* share: of every test function, cases for two CPU seconds, at least one (``make test``, which CI runs, ``--share``);
+* fast: one case of every test function that is not slow (``make test-fast``, ``--fast``).
+
+`slow_tests.txt` lists the slow functions, `costly_tests.txt` the functions of which ``--share`` runs every k-th case
+only, and k; 0 leaves a single expensive case to ``make test-all``. Which cases are taken differs from function to
+function, so that every model of a long list meets most of the functions. To write both lists from a run of all tests:
 
     python -m pytest -n 2 --dist worksteal --cpu-times times.jsonl
     python -m tests.tiers times.jsonl
@@ -9,14 +15,22 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
+import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 SLOW_TESTS = Path(__file__).with_name("slow_tests.txt")
+COSTLY_TESTS = Path(__file__).with_name("costly_tests.txt")
+SHARE = 2.0
+"""CPU seconds of one test function in the tier ``--share``."""
+ALONE = 15.0
+"""CPU seconds above which a single case is left to the tier of all tests."""
 LIMIT = 0.2
 """CPU seconds of one case, above which the fast tier leaves a test function out."""
 
@@ -24,6 +38,11 @@ LIMIT = 0.2
 def slow_functions() -> set[str]:
     """Return the slow test functions, as "test_file.py::test_name"."""
     return set(SLOW_TESTS.read_text().split())
+
+
+def strides() -> dict[str, int]:
+    """Return of which test functions the tier of shares runs every k-th case only, and k."""
+    return {name: int(k) for name, k in map(str.split, COSTLY_TESTS.read_text().splitlines())}
 
 
 def function_of(nodeid: str) -> str:
@@ -39,25 +58,49 @@ def id_without_folders(nodeid: str) -> str:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fast", action="store_true", help="one case of every test function that is not slow")
+    parser.addoption("--share", action="store_true", help="of costly test functions, some of their cases")
     parser.addoption("--cpu-times", metavar="FILE", help="append the CPU seconds of every test to a file")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark the listed tests as slow; with --fast, keep the case in the middle of every other function's list."""
+    """Mark the listed tests as slow, and leave out what the tier does not run."""
     listed = slow_functions()
     for item in items:
         if function_of(item.nodeid) in listed:
             item.add_marker("slow")
-    if not config.getoption("--fast"):
-        return
+    if config.getoption("--share"):
+        _keep(config, items, _shares(items))
+    if config.getoption("--fast"):
+        _keep(config, items, _middles(items))
+
+
+def _keep(config: pytest.Config, items: list[pytest.Item], kept: list[pytest.Item]) -> None:
+    chosen = {id(item) for item in kept}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in chosen])
+    items[:] = kept
+
+
+def _shares(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Return every k-th case of a costly function, from a place that differs from function to function."""
+    every, counts, kept = strides(), Counter[str](), []
+    for item in items:
+        name = function_of(item.nodeid)
+        k = every.get(name, 1)
+        if k and (counts[name] + zlib.crc32(name.encode())) % k == 0:
+            kept.append(item)
+        counts[name] += 1
+    return kept
+
+
+def _middles(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Return the case in the middle of every function that is not slow."""
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         if item.get_closest_marker("slow") is None:
             cases.setdefault(function_of(item.nodeid), []).append(item)
-    kept = {id(found[len(found) // 2]) for found in cases.values()}
-    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
-    items[:] = [item for item in items if id(item) in kept]
+    chosen = {id(found[len(found) // 2]) for found in cases.values()}
+    return [item for item in items if id(item) in chosen]
 
 
 @pytest.hookimpl(wrapper=True)
@@ -82,6 +125,22 @@ def slow_of(times: dict[str, float]) -> list[str]:
     )
 
 
+def costly_of(times: dict[str, float]) -> dict[str, int]:
+    """Return the functions that take longer than their share, with the stride that brings them below it."""
+    functions: dict[str, list[float]] = {}
+    for nodeid, seconds in times.items():
+        functions.setdefault(function_of(nodeid), []).append(seconds)
+    found = {}
+    for name, taken in sorted(functions.items()):
+        if len(taken) == 1:
+            if taken[0] > ALONE:
+                found[name] = 0
+        elif sum(taken) > SHARE:
+            found[name] = min(math.ceil(sum(taken) / SHARE), len(taken))
+    return found
+
+
 if __name__ == "__main__":
-    lines = Path(sys.argv[1]).read_text().splitlines()
-    SLOW_TESTS.write_text("\n".join(slow_of(dict(map(json.loads, lines)))) + "\n")
+    measured: dict[str, float] = dict(map(json.loads, Path(sys.argv[1]).read_text().splitlines()))
+    SLOW_TESTS.write_text("\n".join(slow_of(measured)) + "\n")
+    COSTLY_TESTS.write_text("".join(f"{name} {k}\n" for name, k in costly_of(measured).items()))

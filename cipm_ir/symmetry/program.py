@@ -227,6 +227,12 @@ class Program:
 
         return render(self)
 
+    def text(self, *, fold: bool = False) -> str:
+        """Return the annotated graph, as `str` does; with ``fold``, blocks of nodes that repeat themselves once."""
+        from cipm_ir.symmetry.text import render
+
+        return render(self, fold=fold)
+
     def to_networkx(self) -> Any:
         """Return spaces and tensors as a bipartite `networkx.Graph`; see `cipm_ir.symmetry.text.to_networkx`."""
         from cipm_ir.symmetry.text import to_networkx

@@ -6,7 +6,7 @@ sibling spaces of a layer's blocks (the units of each head), ``@a+@b`` for an ax
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -18,6 +18,7 @@ from cipm_ir.ir.nested import captured_values
 from cipm_ir.ir.parameters import free_inputs, is_overridable, parameters
 from cipm_ir.symmetry.analysis import Analysis
 from cipm_ir.symmetry.leaves import Leaf, OpaqueNode
+from cipm_ir.symmetry.short_names import repeats, short_names
 from cipm_ir.symmetry.space import Space
 
 if TYPE_CHECKING:
@@ -56,10 +57,10 @@ class ProgramView(Protocol):
 class _Annotator:
     """Which spaces the axes of a value move with."""
 
-    def __init__(self, program: ProgramView) -> None:
+    def __init__(self, program: ProgramView, short: Mapping[str, str] | None = None) -> None:
         analysis = program.analysis
         self.classes = analysis.classes
-        self.names = [s.name for s in program.spaces]
+        self.names = [s.name if short is None else short[s.name] for s in program.spaces]
         self.dual = dual_atoms(program)
         self.parents = [
             (-1, -1) if s.parent is None else (program.index(s.parent[0]), s.parent[1]) for s in program.spaces
@@ -176,38 +177,122 @@ class _Sizes:
         return "?"
 
 
-def render(program: ProgramView) -> str:
-    """Return the annotated graph: spaces, inputs, parameters, nodes, outputs."""
-    annotate, sizes, graph = _Annotator(program), _Sizes(program), program.model.graph
-    lines = [f"graph {graph.name or 'main'}", *(_space(s) for s in program.spaces)]
-    for value in free_inputs(graph):
-        note = "  // has a default, which the caller may replace: pinned" if is_overridable(value) else ""
-        lines.append(f"input %{value.name} : {_dtype(value.dtype)}{annotate.dims(sizes.of(value), None)}{note}")
-    leaves: dict[str, list[Leaf]] = {}
-    for leaf in program.analysis.walk.leaves:
-        leaves.setdefault(leaf.name, []).append(leaf)
-    for name, value in parameters(graph).items():
-        lines.append(_parameter(value, leaves.get(name, []), annotate))
-    states = _states(program)
-    opaque = list(program.opaque)
+def render(program: ProgramView, *, fold: bool = False) -> str:
+    """Return the annotated graph: spaces, inputs, parameters in order of use, nodes, outputs.
 
-    def typed(value: ir.Value) -> str:
-        return _dtype(value.dtype or sizes.types.get(value.name or ""))
+    Long names are cut to their shortest end that is unique; the line of a space gives its whole name. Small constants
+    stand where they are used.
 
-    def nodes_of(inner: ir.Graph, path: str, indent: str) -> None:
-        for node in inner:
-            types = [typed(v) + annotate.dims(sizes.of(v), states.get(v.name or "")) for v in node.outputs]
-            lines.append(indent + _node(node, types) + _opaque(node, path, opaque))
-            for key, body in bodies(node):
-                place = body_path(path, node, key)
-                args = ", ".join(f"%{v.name} : {typed(v)}{annotate.dims(sizes.of(v), None)}" for v in body.inputs)
-                lines.append(f"{indent}  body {place}({args})")
-                nodes_of(body, place, indent + "    ")
-                lines.append(f"{indent}    output " + ", ".join(f"%{v.name}" for v in body.outputs))
+    Args:
+        program: what to show.
+        fold: show a block of nodes that repeats itself once, with how often it does.
+    """
+    return "\n".join(_Text(program).lines(fold))
 
-    nodes_of(graph, "", "")
-    lines.append("output " + ", ".join(f"%{v.name}" for v in graph.outputs))
-    return "\n".join(lines)
+
+class _Text:
+    """The text of one program under construction."""
+
+    def __init__(self, program: ProgramView) -> None:
+        self.program, self.graph = program, program.model.graph
+        self.spaces = short_names(space.name for space in program.spaces)
+        self.annotate, self.sizes = _Annotator(program, self.spaces), _Sizes(program)
+        self.states = _states(program)
+        self.opaque = list(program.opaque)
+        self.leaves: dict[str, list[Leaf]] = {}
+        for leaf in program.analysis.walk.leaves:
+            self.leaves.setdefault(leaf.name, []).append(leaf)
+        self.parameters = parameters(self.graph)
+        order = dict.fromkeys(
+            v.name or "" for node in nodes_in_order(self.graph) for v in (*node.inputs, *captured_values(node)) if v
+        )
+        at = {name: k for k, name in enumerate(order)}
+        self.used = sorted(self.parameters, key=lambda name: at.get(name, len(at)))
+        moving = {name for name, leaves in self.leaves.items() if any(self.annotate.leaf(leaf) for leaf in leaves)}
+        outputs = {v.name for v in self.graph.outputs}
+        self.literals = {
+            name: text
+            for name, value in self.parameters.items()
+            if name not in moving and name not in outputs and (text := _literal(value)) and value.uses()
+        }
+        kept = [v.name or "" for v in (*free_inputs(self.graph), *self.graph.outputs)]
+        names = [v.name or "" for v in _values(program.model) if v.name]
+        self.names = {**short_names([*names, *kept]), **{name: name for name in kept}}
+
+    def name(self, value: ir.Value) -> str:
+        """Return a value as an argument: a literal, or its short name."""
+        name = value.name or ""
+        return self.literals.get(name) or f"%{self.names.get(name, name)}"
+
+    def lines(self, fold: bool) -> list[str]:
+        """Return all lines."""
+        made = [f"graph {self.graph.name or 'main'}", *(_space(s, self.spaces) for s in self.program.spaces)]
+        for value in free_inputs(self.graph):
+            note = "  // has a default, which the caller may replace: pinned" if is_overridable(value) else ""
+            made.append(
+                f"input %{value.name} : {_dtype(value.dtype)}{self.annotate.dims(self.sizes.of(value), None)}{note}"
+            )
+        for name in self.used:
+            if name not in self.literals:
+                made.append(_parameter(self.parameters[name], self.leaves.get(name, []), self.annotate, self.names))
+        made += self.nodes(self.graph, "", "", fold)
+        made.append("output " + ", ".join(f"%{v.name}" for v in self.graph.outputs))
+        return made
+
+    def typed(self, value: ir.Value) -> str:
+        """Return the element type of a value."""
+        return _dtype(value.dtype or self.sizes.types.get(value.name or ""))
+
+    def nodes(self, graph: ir.Graph, path: str, indent: str, fold: bool) -> list[str]:
+        """Return the lines of the nodes of a graph; repeated blocks once, if asked."""
+        nodes = list(graph)
+        made = [self.node(node, path, indent) for node in nodes]
+        folded: list[str] = []
+        at = 0
+        found = repeats([_shape_of_call(node) for node in nodes]) if fold else []
+        for start, length, times in [*found, (len(nodes), 0, 0)]:
+            for lines in made[at : start + length]:
+                folded += lines
+            if times:
+                last = nodes[start + times * length - 1].outputs[0]
+                folded.append(f"{indent}// the {length} nodes above repeat {times - 1} times, to {self.name(last)}")
+            at = start + times * length
+        return folded
+
+    def node(self, node: ir.Node, path: str, indent: str) -> list[str]:
+        """Return the line of a node, and those of its bodies."""
+        types = [
+            self.typed(v) + self.annotate.dims(self.sizes.of(v), self.states.get(v.name or "")) for v in node.outputs
+        ]
+        made = [indent + _node(node, types, self.name) + _opaque(node, path, self.opaque)]
+        for key, body in bodies(node):
+            place = body_path(path, node, key)
+            args = ", ".join(
+                f"{self.name(v)} : {self.typed(v)}{self.annotate.dims(self.sizes.of(v), None)}" for v in body.inputs
+            )
+            made.append(f"{indent}  body {place}({args})")
+            made += self.nodes(body, place, indent + "    ", False)
+            made.append(f"{indent}    output " + ", ".join(self.name(v) for v in body.outputs))
+        return made
+
+
+def _shape_of_call(node: ir.Node) -> str:
+    """Return what two nodes of a repeated block share: operator, attributes, and the types of their results."""
+    attributes = ",".join(f"{name}={_attribute(attr)}" for name, attr in sorted(node.attributes.items()))
+    results = ",".join(f"{v.dtype}{v.shape}" for v in node.outputs)
+    return f"{node.domain}:{node.op_type}:{attributes}:{results}"
+
+
+def _literal(value: ir.Value) -> str:
+    """Return a small constant as it is written in the place of its name; empty for a larger one."""
+    tensor = value.const_value
+    if tensor is None:
+        return ""
+    if tensor.size == 1 and tensor.dtype.is_floating_point():
+        return f"{float(tensor.numpy().reshape(())):g}"
+    if tensor.size <= _LITERAL and tensor.dtype in (ir.DataType.INT64, ir.DataType.INT32):
+        return str(tensor.numpy().tolist())
+    return ""
 
 
 def _states(program: ProgramView) -> dict[str, State]:
@@ -218,37 +303,38 @@ def _states(program: ProgramView) -> dict[str, State]:
     return states
 
 
-def _space(space: Space) -> str:
+def _space(space: Space, short: Mapping[str, str]) -> str:
     note = f"{space.kind}, {len(space.members)} tensor{'s' if len(space.members) != 1 else ''}"
     if space.parent is not None:
-        note += f", in block {space.parent[1]} of @{space.parent[0].name}"
+        note += f", in block {space.parent[1]} of @{short[space.parent[0].name]}"
+    if short[space.name] != space.name:
+        note += f"; named {space.name}"
     if not all(space.exact):
         note += "; epsilon of a normalization rounds: no bit-exact scaling before it is folded"
-    return f"space {space}  // {note}"
+    return f"space @{short[space.name]} : {space.size}  {space.admits}  // {note}"
 
 
-def _parameter(value: ir.Value, uses: list[Leaf], annotate: _Annotator) -> str:
+def _parameter(value: ir.Value, uses: list[Leaf], annotate: _Annotator, short: Mapping[str, str]) -> str:
     """Return labels of the first use; a tensor that several layers share without being tied is said to move apart."""
     tensor = value.const_value
+    name = short.get(value.name or "", value.name)
     if tensor is None:
-        return f"param %{value.name}"
+        return f"param %{name}"
     names = [annotate.leaf(leaf) for leaf in uses]
     shown = names[0] if names else {}
     dims = [f"{d}:{shown[axis]}" if axis in shown else str(d) for axis, d in enumerate(tensor.shape)]
-    line = f"param %{value.name} : {_dtype(tensor.dtype)}[{', '.join(dims)}]"
-    if tensor.size == 1 and tensor.dtype.is_floating_point():
-        line += f" = {float(tensor.numpy().reshape(())):g}"
-    elif tensor.size <= _LITERAL and tensor.dtype in (ir.DataType.INT64, ir.DataType.INT32):
-        line += f" = {tensor.numpy().tolist()}"
+    line = f"param %{name} : {_dtype(tensor.dtype)}[{', '.join(dims)}]"
+    text = _literal(value)
+    line += f" = {text}" if text else ""
     moving = sum(map(bool, names))
     return line if moving < 2 else f"{line}  // stored once, {moving} uses that move apart"
 
 
-def _node(node: ir.Node, types: list[str]) -> str:
+def _node(node: ir.Node, types: list[str], name: Callable[[ir.Value], str]) -> str:
     shown = [(v, t) for v, t in zip(node.outputs, types, strict=True) if v.name]
-    left = ", ".join(f"%{v.name}" for v, _ in shown)
-    args = ", ".join("_" if v is None else f"%{v.name}" for v in node.inputs)
-    attributes = [f"{name}={_attribute(attr)}" for name, attr in sorted(node.attributes.items())]
+    left = ", ".join(name(v) for v, _ in shown)
+    args = ", ".join("_" if v is None else name(v) for v in node.inputs)
+    attributes = [f"{key}={_attribute(attr)}" for key, attr in sorted(node.attributes.items())]
     attrs = " {" + ", ".join(attributes) + "}" if attributes else ""
     prefix = f"{node.domain}::" if node.domain not in ("", "ai.onnx") else ""
     return f"{left} = {prefix}{node.op_type}({args}){attrs} : {', '.join(t for _, t in shown)}"

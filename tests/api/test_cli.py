@@ -52,7 +52,15 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_inspect_shows_the_graph(capsys: Capture) -> None:
     program = cipm_ir.load(DIGITS)
     costs = f"// {program.parameters:,} parameters, {program.macs:,} multiply-accumulates (MACs)"
-    assert works(["inspect", DIGITS], capsys) == f"{program}\n{costs}\n// MACs are counted at batch=1\n"
+    summary = works(["inspect", DIGITS, "--summary"], capsys)
+    assert summary.splitlines()[:3] == [
+        "// 29 nodes, 7 with a weight (6 Conv, 1 Gemm)",
+        costs,
+        "// MACs are counted at batch=1",
+    ]
+    assert summary.splitlines()[3].startswith("// spaces: 4 of units (192 free units)")
+    assert works(["inspect", DIGITS, "--full"], capsys) == f"{summary}{program}\n"
+    assert works(["inspect", DIGITS], capsys) == f"{summary}{program.text(fold=True)}\n"
 
 
 def test_inspect_shows_the_spaces(capsys: Capture) -> None:

@@ -8,7 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.tiers import LIMIT, function_of, id_without_folders, slow_functions, slow_of
+from tests.tiers import (
+    ALONE,
+    LIMIT,
+    SHARE,
+    costly_of,
+    function_of,
+    id_without_folders,
+    slow_functions,
+    slow_of,
+    strides,
+)
 
 RNG = np.random.default_rng(0)
 HERE = Path(__file__).parents[1]
@@ -35,7 +45,8 @@ def defined() -> set[str]:
 
 
 def test_what_is_listed_exists() -> None:
-    assert slow_functions() - defined() == set(), "write the list of slow tests anew, see tests/tiers.py"
+    listed = slow_functions() | strides().keys()
+    assert listed - defined() == set(), "write the lists of tests again, see tests/tiers.py"
 
 
 def test_most_functions_of_every_layer_are_fast() -> None:
@@ -62,3 +73,17 @@ def test_slow_is_what_takes_longer_in_the_middle_or_on_average() -> None:
 def test_numbers_are_those_of_the_test(request: pytest.FixtureRequest) -> None:
     expected = np.random.default_rng(zlib.crc32(id_without_folders(request.node.nodeid).encode())).standard_normal(3)
     assert np.array_equal(RNG.standard_normal(3), expected)
+
+
+def test_costly_functions_run_as_many_cases_as_their_share_allows() -> None:
+    taken = {f"tests/test_a.py::test_many[{k}]": 1.0 for k in range(40)}
+    taken |= {"tests/test_a.py::test_few[1]": SHARE / 4, "tests/test_a.py::test_few[2]": SHARE / 4}
+    taken |= {"tests/test_b.py::test_alone": ALONE + 1, "tests/test_b.py::test_single": ALONE - 1}
+    taken |= {"tests/test_b.py::test_two[1]": 3 * SHARE, "tests/test_b.py::test_two[2]": 3 * SHARE}
+    found = costly_of(taken)
+    assert found == {"test_a.py::test_many": 20, "test_b.py::test_alone": 0, "test_b.py::test_two": 2}
+
+
+def test_every_costly_function_keeps_a_case() -> None:
+    assert all(k != 1 for k in strides().values())
+    assert sum(k == 0 for k in strides().values()) <= 6, "too much is left to make test-all"

@@ -252,3 +252,13 @@ def test_every_part_comes_back_from_its_state(rng: Rng) -> None:
         assert state.keys() == again.keys()
         for name, array in state.items():
             np.testing.assert_array_equal(array, again[name])
+
+
+def test_equal_rows_have_no_variance_at_all() -> None:
+    """Not even by rounding, whatever the number is: scores of constant units must be equal."""
+    rows = np.repeat(np.random.default_rng(3).standard_normal((1, 50)) / 3, 37, axis=0)
+    for full in (True, False):
+        part = Moments.zero(50, full=full)
+        for piece in (rows[:5], rows[5:6], rows[6:]):
+            part.update(piece.copy())
+        assert part.count == 37 and not part.spread.any() and np.array_equal(part.mean, rows[0])

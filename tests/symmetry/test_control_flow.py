@@ -193,7 +193,7 @@ def test_passes_that_look_at_data_say_what_they_leave(name: str, text: str) -> N
 def test_names_say_where_things_stand() -> None:
     text = str(cipm_ir.load(MODELS["nested"]()))
     assert "  body z_If.then()" in text and "    body z_If.then/out_If.else()" not in text.splitlines()
-    assert any(line.startswith("space @z_If.then/out_If.else/") for line in text.splitlines())
+    assert any("; named z_If.then/out_If.else/" in line for line in text.splitlines() if line.startswith("space @"))
     loop = cipm_ir.load(MODELS["looped"]())
     assert "body loop(%i : i64[], %cond : bool[], %h : f32[N, 8])" in str(loop)
     assert [o.name for o in loop.opaque if o.op == "Loop"] == ["loop"]

@@ -65,7 +65,7 @@ def test_inspect_lists_costs_in_text_and_json(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     onnx.save(net((1,), (0,)), path)
     wanted = ["opaque: 2 nodes, which cost 12 units in all", "opaque, 7 units by itself", "opaque, 5 units by itself"]
-    for option, mark in (["--spaces"], ""), ([], "// "):
+    for option, mark in (["--spaces"], "// "), ([], "// "):
         lines = CliRunner().invoke(app, ["inspect", str(path), *option]).output.splitlines()
         shown = [line for line in lines if line.startswith(f"{mark}opaque")]
         assert shown[0] == mark + wanted[0]

@@ -21,6 +21,7 @@ from tests.symmetry.test_soundness import program_of
 from tests.zoo.net import Net
 
 from cipm_ir.symmetry.program import Program
+from cipm_ir.symmetry.short_names import repeats, short_names
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -184,3 +185,70 @@ def test_annotations_for_graph_viewers(name: str) -> None:
     assert all("[11," not in props.get("cipm_ir.axes", "") for props in nodes)
     plain = ir.to_proto(one.emit())
     assert not any(p.key.startswith("cipm_ir.") for node in plain.graph.node for p in node.metadata_props)
+
+
+def stacked(blocks: int) -> Program:
+    """Equal blocks of a product, a Relu, a product and a sum, under the long names that an exporter writes."""
+    net = Net("stacked")
+    h = net.input("x", ["N", 4])
+    for _ in range(blocks):
+        hidden = net.op("Relu", net.op("MatMul", h, net.weight((4, 6), 4)))
+        h = net.op("Add", h, net.op("MatMul", hidden, net.weight((6, 4), 6)))
+    net.output(net.op("Tanh", h), ["N", 4])
+    model = net.model()
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            for k, name in enumerate(names):
+                names[k] = (
+                    name if name in ("x", model.graph.output[0].name) else f"jit_main/pjit_body/net/{name}/value:0"
+                )
+    for tensor in model.graph.initializer:
+        tensor.name = f"jit_main/pjit_body/net/{tensor.name}/value:0"
+    return program_of(model)
+
+
+def test_long_names_are_cut_to_unique_ends() -> None:
+    one = stacked(2)
+    text = str(one)
+    space = one.spaces[0].name
+    assert space.startswith("jit_main/") and f"named {space}" in text
+    assert "@w_1/value:0 : 6" in text and "%w_1/value:0 : f32[4, 6:@w_1/value:0]" in text
+    assert text.count("jit_main/") == len(one.spaces)
+
+
+def test_repeated_blocks_are_shown_once() -> None:
+    one = stacked(5)
+    lines, folded = str(one).splitlines(), one.text(fold=True).splitlines()
+    note = next(line for line in folded if "repeat" in line)
+    assert note.startswith("// the 4 nodes above repeat 4 times")
+    assert len(folded) == len(lines) - 4 * 4 + 1
+    assert [line for line in folded if line in set(lines)] == [line for line in folded if line != note]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "abc", "abab", "abcd" * 3, "xabcdabcdabcdy", "abcdeabcdf", "aaaaaaaa", "abcd" * 2 + "z" * 9]
+)
+def test_repeats_cover_what_they_say(text: str) -> None:
+    found = repeats(text)
+    end = 0
+    for start, length, times in found:
+        assert start >= end and length >= 4 and times >= 2
+        assert text[start : start + length * times] == text[start : start + length] * times
+        end = start + length * times
+    assert bool(found) == any(a * 2 in text for n in (4, 5) for k in range(len(text)) if len(a := text[k : k + n]) == n)
+
+
+def test_short_names_are_unique_and_the_shortest() -> None:
+    names = ["a/b/c", "d/b/c", "c", "b/c", "e/f", "plain", "x//y", "a/b/c"]
+    short = short_names(names)
+    assert short["e/f"] == "f" and short["plain"] == "plain" and short["x//y"] == "y"
+    assert short["a/b/c"] == "a/b/c" and short["c"] == "c" and short["b/c"] == "b/c"
+    assert len(set(short.values())) == len(set(names))
+
+
+def test_parameters_come_in_order_of_use_and_small_constants_inline() -> None:
+    text = str(program_of(zoo.build("attention_separate")))
+    names = [line.split()[1] for line in text.splitlines() if line.startswith("param")]
+    places = [text.index(f"({name}" if f"({name}" in text else f", {name}") for name in names]
+    assert places == sorted(places)
+    assert "Mul(%matmul_30, 0.5)" in text and " = 0.5" not in text

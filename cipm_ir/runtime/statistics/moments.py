@@ -49,12 +49,14 @@ def chunks(rows: Array) -> Iterator[Array]:
 
 
 def centred(rows: Floats) -> tuple[Floats, Floats]:
-    """Return the mean, and the rows minus it, in their place."""
+    """Return the mean, and the rows minus it, in their place; equal rows give zeros without any rounding."""
     if len(rows) == 0:
         return np.zeros(rows.shape[1]), rows
+    first = rows[0].copy()
+    rows -= first
     mean = np.full(len(rows), 1.0 / len(rows)) @ rows
     rows -= mean
-    return mean, rows
+    return first + mean, rows
 
 
 def check_squares(squares: Floats) -> None:

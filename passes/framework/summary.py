@@ -1,0 +1,36 @@
+"""What `cipm inspect` begins with: layers, costs, spaces by kind, what is pinned and what that costs."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from cipm_ir.passes.framework.report import Totals
+from cipm_ir.symmetry.pinned import opaque_summary
+from cipm_ir.symmetry.program import Program
+
+_NAMED = 4
+
+
+def summary_lines(program: Program) -> list[str]:
+    """Return the summary of a program, a line for each of its parts."""
+    totals, walk = Totals.of(program), program.analysis.walk
+    weights = [leaf for leaf in walk.leaves if leaf.dtype.is_floating_point()]
+    layers = Counter(
+        walk.nodes[position].op_type for leaf in weights if len(leaf.shape) > 1 for position, _ in leaf.uses
+    )
+    named = [f"{count} {op}" for op, count in layers.most_common(_NAMED)]
+    more = sum(layers.values()) - sum(count for _, count in layers.most_common(_NAMED))
+    kinds = ", ".join([*named, *([f"{more} others"] if more else [])])
+    lines = [f"{totals.nodes:,} nodes, {sum(layers.values())} with a weight" + (f" ({kinds})" if kinds else "")]
+    lines += totals.costs
+    found = Counter(space.kind for space in program.spaces)
+    spaces = [
+        f"{found[kind]} of {kind}" + (f" ({totals.units:,} free units)" if kind == "units" else "")
+        for kind in ("units", "blocks", "cells")
+        if found[kind]
+    ]
+    lines.append(f"spaces: {', '.join(spaces) or 'none'}")
+    moving = {member for space in program.spaces for member in space.members}
+    axes = {f"{leaf.name}[{axis}]" for leaf in weights for axis, size in enumerate(leaf.shape) if size > 1}
+    lines.append(f"{len(axes & moving)} of {len(axes)} axes of weights move with a space; the others are pinned")
+    return [*lines, *opaque_summary(program.analysis)]
