@@ -1,4 +1,4 @@
-"""Label state of a value: which index positions of which axes carry which atoms (DESIGN, section 2).
+"""Label state of a value: which index positions of which axes carry which atoms.
 
 An *atom* is an integer that names one index position of one axis of one parameter. A *factor* says that the
 positions of some axes of a value move with some atoms. An axis without a factor is fixed, unless the value is known

@@ -1,4 +1,4 @@
-"""Operator rules: one entry per ONNX operator (DESIGN, sections 2 and 3)."""
+"""Operator rules: one entry per ONNX operator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The integer scale system and the sign system over F2 (DESIGN, section 3).
+"""The integer scale system and the sign system over F2.
 
 Unknowns are log-scales l(variable, space): what a value's factor may be multiplied by on the classes of a space. Every
 equation says the same for every class of a space, so one representative stands for all.

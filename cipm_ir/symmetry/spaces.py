@@ -1,4 +1,4 @@
-"""Spaces: maximal sets of classes that may be exchanged (DESIGN, section 2).
+"""Spaces: maximal sets of classes that may be exchanged.
 
 * *Units* are free classes with the same signature that lie in the same blocks.
 * *Cells* lie where two families of blocks cross (head by RoPE plane); alone they may be scaled, not exchanged.

@@ -1,4 +1,4 @@
-"""The text form of a program, for people, diffs and golden tests: stable order and names, no ids (DESIGN, section 6).
+"""The text form of a program, for people, diffs and golden tests: stable order and names, no ids.
 
 ``16:@s`` is an axis of 16 that moves with space @s, ``*`` by the dual, bare a fixed one. ``@w..@w#3`` stands for the
 sibling spaces of a layer's blocks (the units of each head), ``@a+@b`` for an axis with units of several spaces.
