@@ -7,6 +7,7 @@ tensor that did not change.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
@@ -119,6 +120,12 @@ class Program:
     def source_model(self) -> ir.Model:
         """The model as `emit` gives it, functions kept, without the copy. Not to be changed."""
         return self._source or self._model
+
+    @property
+    def written(self) -> ir.Model:
+        """Deprecated name of `source_model`."""
+        warnings.warn("Program.written is now Program.source_model.", DeprecationWarning, stacklevel=2)
+        return self.source_model
 
     @property
     def origin(self) -> Origin | None:

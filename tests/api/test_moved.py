@@ -6,7 +6,9 @@ import importlib
 import sys
 
 import pytest
+from tests.paths import DIGITS
 
+import cipm_ir
 from cipm_ir.moved import MOVED
 
 
@@ -27,3 +29,9 @@ def test_an_old_name_leads_to_the_same_objects(old: str, monkeypatch: pytest.Mon
 def test_other_names_are_not_found(name: str) -> None:
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module(name)
+
+
+def test_an_old_attribute_warns_and_works() -> None:
+    program = cipm_ir.load(DIGITS)
+    with pytest.warns(DeprecationWarning, match="source_model"):
+        assert program.written is program.source_model

@@ -1,7 +1,7 @@
 """Spaces on which everything is linear: their basis may be changed, so that what matters least stands alone and can go.
 
 The scores of an attention head are ``(x Q)(z K)ᵀ``, what it adds is ``a V O``: for any invertible A, ``Q A`` with
-``K A⁻ᵀ``, or ``V A`` with ``A⁻¹ O``, computes the same (DESIGN, section 4: GL(n)). The A taken here makes the first
+``K A⁻ᵀ``, or ``V A`` with ``A⁻¹ O``, computes the same. The A taken here makes the first
 units the best approximation of each lower rank: for ``C = E[q qᵀ]``, the singular vectors of ``C_q^½ C_k^½`` and of
 ``C^½ O`` (Eckart & Young 1936). A softmax over the keys does not see their mean: it is left out of ``C_k``.
 """
