@@ -16,7 +16,10 @@ def summary_lines(program: Program) -> list[str]:
     totals, walk = Totals.of(program), program.analysis.walk
     weights = [leaf for leaf in walk.leaves if leaf.dtype.is_floating_point()]
     layers = Counter(
-        walk.nodes[position].op_type for leaf in weights if len(leaf.shape) > 1 for position, _ in leaf.uses
+        walk.nodes[position].op_type
+        for leaf in weights
+        if sum(size > 1 for size in leaf.shape) > 1
+        for position, _ in leaf.uses
     )
     named = [f"{count} {op}" for op, count in layers.most_common(_NAMED)]
     more = sum(layers.values()) - sum(count for _, count in layers.most_common(_NAMED))
