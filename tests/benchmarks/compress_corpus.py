@@ -1,4 +1,4 @@
-"""What `compress` makes of trained models, beside plain pruning: error on inputs left out, seconds, peak memory, latency.
+"""What `compress` makes of trained models, beside pruning: error on inputs left out, seconds, peak memory, latency.
 
     python -m tests.benchmarks.compress_corpus FOLDER [--models NAME,...] [--macs 0.7] [--samples 128] [--limit 300]
 
@@ -66,7 +66,8 @@ for f in held:
     if a[0].ndim and a[0].shape[-1] > 1 and a[0].dtype.kind == "f":
         agree.append(float((a[0].argmax(-1) == b[0].argmax(-1)).mean()))
 print(json.dumps({
-    "error": float(np.sqrt(far / max(whole, 1))), "cosine": float(np.mean(cosines)), "agree": float(np.mean(agree)) if agree else None,
+    "error": float(np.sqrt(far / max(whole, 1))), "cosine": float(np.mean(cosines)),
+    "agree": float(np.mean(agree)) if agree else None,
     "latency": float(np.median(seconds[1]) / np.median(seconds[0])), "said": said[:200],
 }))
 """

@@ -125,6 +125,13 @@ class Candidate:
         made = [pair.first.reader.node for pair in self.pairs]
         return min([*made, *(r.node for found in self.readers for r in found)])
 
+    def with_steps(self, steps: int) -> Candidate:
+        """Return the same, before units are chosen, with at most so many levels below the last."""
+        if steps + 1 >= len(self.levels):
+            return self
+        chosen = np.unique(np.linspace(0, len(self.numbers) - 1, steps + 1).round().astype(int))
+        return Candidate(self.spaces, self.readers, self.numbers[chosen], self.numbers, pairs=self.pairs)
+
     def finer(self) -> Candidate:
         """Return the same with more of the allowed numbers as levels; what they keep lies between what was chosen."""
         chosen = np.unique(np.linspace(0, len(self.numbers) - 1, _FINE).round().astype(int))

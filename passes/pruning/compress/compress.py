@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal
 
 from threadpoolctl import threadpool_limits
@@ -14,9 +14,13 @@ from cipm_ir.passes.framework.registry import register
 from cipm_ir.passes.pruning.budget.latency import BLOCK
 from cipm_ir.passes.pruning.compress.candidates import find_candidates, kept_elements, wanted_spaces
 from cipm_ir.passes.pruning.compress.cost import BUDGETS
-from cipm_ir.passes.pruning.compress.plan import BATCH, Plan, Settings, make_plan
+from cipm_ir.passes.pruning.compress.held_out import split
+from cipm_ir.passes.pruning.compress.plan import Made, Plan, Settings, make_plan
 from cipm_ir.passes.pruning.compress.report import figures_of, metrics_of
+from cipm_ir.passes.pruning.compress.rivals import Rival, best_rival
 from cipm_ir.passes.pruning.compress.search import Evaluate, smallest_within
+from cipm_ir.passes.pruning.compress.sensitivity import Probe
+from cipm_ir.passes.pruning.limits import Footprint, Limits
 from cipm_ir.passes.pruning.refit.bilinear import diagonalize_bases
 from cipm_ir.runtime.verification.verify import verify_models
 from cipm_ir.symmetry.program import Program
@@ -76,6 +80,15 @@ class Compress(Pass):
     exclude: tuple[str, ...] = option((), "no spaces whose names match; patterns as for include")
     blocks: bool = option(True, "also drop whole heads and groups")
     min_keep: float = option(0.1, "what every space keeps: a fraction below 1, or a number of units", low=0)
+    memory: float | None = option(
+        None, "gigabytes that activations, rows and sums may take; default: a quarter of the machine's", above=0
+    )
+    time: float | None = option(
+        None, "seconds; where they are over, what is left is done without measuring and refitting, and said", above=0
+    )
+    on_interrupt: Literal["stop", "best"] = option(
+        "stop", "best: SIGINT (Ctrl-C) and SIGTERM end the time, and the best model so far is returned"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,16 +103,29 @@ class Compress(Pass):
         """Look at the data, measure, allocate, compensate, restrict."""
         if ctx.data is None:
             raise OptionError("Pass 'compress' looks at activations; give it calibration inputs with data=.")
+        limits = Limits.of(self.memory, self.time)
         # the threads of BLAS would wait for work on the cores that onnxruntime computes on: three times as slow
-        with threadpool_limits(1, user_api="blas"):
-            return self._compressed(program, ctx)
+        with threadpool_limits(1, user_api="blas"), limits.ended_by_signals(self.on_interrupt == "best"):
+            return self._compressed(program, ctx, limits)
 
-    def _compressed(self, program: Program, ctx: Context) -> PassResult:
-        plan = self._plan(program, ctx)
-        if self.max_drop is not None:
-            made = smallest_within(plan, self.max_drop, self.evaluate, ctx)
-        else:
-            made = plan.at(float(getattr(self, self._kind())) * plan.budget.original, ctx)
+    def _compressed(self, program: Program, ctx: Context, limits: Limits) -> PassResult:
+        try:
+            plan = self._plan(program, ctx, limits)
+            if self.max_drop is not None:
+                made = smallest_within(plan, self.max_drop, self.evaluate, ctx)
+            else:
+                made = plan.at(float(getattr(self, self._kind())) * plan.budget.original, ctx)
+        except SymmetryError as refusal:
+            rival = self._pruned(program, ctx, limits, None)
+            if rival is None:
+                raise
+            return _plain(rival, f"nothing is refitted, since {str(refusal)[:1].lower()}{str(refusal)[1:]}")
+        rival = self._pruned(program, ctx, limits, plan)
+        if rival is not None and rival.divergence < made.divergence:
+            return _plain(rival, f"measured better than refitting, which diverges by {made.divergence:.3g}")
+        return self._result(program, ctx, plan, made)
+
+    def _result(self, program: Program, ctx: Context, plan: Plan, made: Made) -> PassResult:
         keep = kept_elements(program, plan.kept(made.levels))
         if not keep:
             return PassResult(
@@ -122,7 +148,24 @@ class Compress(Pass):
             after, True, "; ".join([summary, *plan.notes, *made.notes]), witness, metrics, figures=figures
         )
 
-    def _plan(self, program: Program, ctx: Context) -> Plan:
+    def _pruned(self, program: Program, ctx: Context, limits: Limits, plan: Plan | None) -> Rival | None:
+        """Return the best that plain pruning makes of the same budget; None where it takes no such budget."""
+        if self._kind() not in ("macs", "params") or self.max_drop is not None:
+            return None
+        assert ctx.data is not None
+        shared = ("include", "exclude", "blocks", "min_keep")
+        options = {name: getattr(self, name) for name in (self._kind(), *shared)} | {"round_to": self._multiple()}
+        if plan is not None:
+            return best_rival(program, options, plan.held, plan.compensation.data, limits, ctx)
+        calibration, held = split(ctx.data, program.model, self.samples)
+        size = Footprint.measure(program.model, ctx.data).batch(limits.memory)
+        probe = Probe.of(
+            program, held or ctx.data, size=size, limit=self.probes, damping=self.damping, asked=self.divergence,
+            limits=limits,
+        )  # fmt: skip
+        return best_rival(program, options, probe, calibration, limits, ctx)
+
+    def _plan(self, program: Program, ctx: Context, limits: Limits) -> Plan:
         """Return what is measured before the budget matters: taken from an earlier run of a sweep, where there is one.
 
         ``ctx.options["plans"]``: a dictionary that the runs share.
@@ -130,22 +173,26 @@ class Compress(Pass):
         if self.macs is not None:
             check_counted("compress", program.count(ctx.sizes_of(program)), "params=, bytes= or latency=")
         plans = ctx.options.get("plans", {})
-        other = (f.name for f in fields(self) if f.name not in (*BUDGETS, "max_drop", "evaluate"))
+        other = (f.name for f in fields(self) if f.name not in (*BUDGETS, "max_drop", "evaluate", "on_interrupt"))
         objects = (id(program), id(ctx.original), id(ctx.data))
         key = (objects, ctx.seed, self._kind(), *(getattr(self, name) for name in other))
         if key not in plans:
             assert ctx.data is not None
             wanted = wanted_spaces(program, "compress", self.include, self.exclude, self.blocks)
-            program, pairs = diagonalize_bases(program, wanted, ctx.data, size=BATCH, limit=self.samples, seed=ctx.seed)
+            footprint = Footprint.measure(program.model, ctx.data)
+            size = footprint.batch(limits.memory)
+            program, pairs = diagonalize_bases(program, wanted, ctx.data, size=size, limit=self.samples, seed=ctx.seed)
             candidates, notes = find_candidates(program, wanted, self.min_keep, self._multiple(), self.steps, pairs)
             if not candidates:
                 why = [*(notes or [self._no_choice(wanted)]), *pins(program)]
                 raise SymmetryError(f"compress finds no units that it may drop: {'; '.join(why)}.")
             settings = Settings(
-                self.samples, self.probes, self.rounds, self.damping, self.divergence, self.threads, self.joint
-            )
-            plans[key] = make_plan(program, candidates, pairs, notes, settings, self._kind(), ctx)
+                self.samples, self.probes, self.rounds, self.steps, self.damping, self.divergence, self.threads,
+                self.joint,
+            )  # fmt: skip
+            plans[key] = make_plan(program, candidates, pairs, notes, settings, self._kind(), ctx, limits, footprint)
         plan: Plan = plans[key]
+        plan.limits.start = limits.start
         return plan
 
     def _no_choice(self, wanted: set[int]) -> str:
@@ -160,6 +207,14 @@ class Compress(Pass):
 
     def _kind(self) -> str:
         return next((name for name in BUDGETS if getattr(self, name) is not None), "macs")
+
+
+def _plain(rival: Rival, why: str) -> PassResult:
+    """Return what plain pruning made, with the reason."""
+    made = rival.result
+    told = f"plain pruning by {rival.name}, divergence {rival.divergence:.3g} on samples left out: {why}"
+    metrics = {**made.metrics, "divergence": {"measured": rival.divergence}, "pruned_by": rival.name}
+    return replace(made, summary="; ".join([made.summary, told]), metrics=metrics)
 
 
 def _check(before: Program, after: Program, ctx: Context) -> None:

@@ -18,6 +18,7 @@ from cipm_ir.ir.labels import Labels
 from cipm_ir.passes.pruning.budget.search import Mask
 from cipm_ir.passes.pruning.compress.selection import solve
 from cipm_ir.passes.pruning.importance.criteria import parameter_array
+from cipm_ir.passes.pruning.limits import Limits
 from cipm_ir.passes.pruning.refit.batchnorm_recalibration import Norm, norms_of, re_estimated
 from cipm_ir.passes.pruning.refit.downstream_metric import DownstreamMetric
 from cipm_ir.passes.pruning.refit.layers import (
@@ -28,7 +29,6 @@ from cipm_ir.passes.pruning.refit.layers import (
     grouped,
     layers_of,
     left_out,
-    rows_wanted,
     zero_outputs,
 )
 from cipm_ir.passes.pruning.refit.linear_pairs import LinearPair, find_pairs, fit_pair
@@ -40,9 +40,9 @@ from cipm_ir.symmetry.primitives.working_copy import WorkingCopy
 from cipm_ir.symmetry.program import Program
 
 Matrix = npt.NDArray[np.float64]
-LARGEST = 10_000
-"""Products of more summed places than this are not refitted: the matrix would take too much memory."""
 _RECTIFIED_ROUNDS = 3
+ROWS = 40_000
+"""Rows of a product that are enough where it is small."""
 
 
 @dataclass
@@ -58,18 +58,20 @@ class Compensation:
         seed: of the positions that are looked at where there are more than needed.
         logits: outputs that are logits of classes.
         joint: whether products with a Relu between them are fitted together first.
+        limits: of memory and time; once the time is over, products only lose the rows of what is removed.
         mute: which outputs of products must be zero, by node: units that activations read.
     """
 
     data: Data
     size: int = 64
     limit: int | None = None
-    rows: int = 40_000
+    rows: int = ROWS
     damping: float = 1e-4
     seed: int = 0
     logits: frozenset[str] = frozenset()
     mute: Callable[[Mask], dict[int, Labels]] | None = None
     joint: bool = False
+    limits: Limits = field(default_factory=Limits)
     progress: Callable[[str, float | None], None] | None = None
 
     def run(self, program: Program, stays: Mask) -> Compensated:
@@ -88,12 +90,17 @@ class Compensation:
         norms = [n for n in norms_of(program, layers) if n.node > groups[0][0].reader.node]
         pairs = find_pairs(program, layers[first:]) if self.joint else {}
         duos = _Duos({node: one for node, one in pairs.items() if len(gone[node])}, DownstreamMetric(program, layers))
-        with ActivationCache(program.model, self.data, size=self.size, limit=self.limit) as dense:
+        held = self.limits.cached
+        with ActivationCache(program.model, self.data, size=self.size, limit=self.limit, memory=held) as dense:
             dense.advance(program.model, groups[0][0].reader.node)
             with dense.fork() as now:
                 for number, group in enumerate(groups):
                     if self.progress is not None:
                         self.progress("compensate", number / len(groups))
+                    if self.limits.over:
+                        self._cut(made, groups[number:], gone, quiet)
+                        norms.clear()
+                        break
                     start, stop = group[0].reader.node, group[-1].reader.node + 1
                     while norms and norms[0].node < start:
                         self._norm(made, norms.pop(0), now, dense)
@@ -111,6 +118,20 @@ class Compensation:
         made.program, made.working = working.result(), None
         return made
 
+    def _cut(
+        self, made: Compensated, groups: Sequence[list[Layer]], gone: dict[int, Labels], quiet: dict[int, Labels]
+    ) -> None:
+        """Take the rows of what is removed out of products for which there is no time left."""
+        left = [layer for group in groups for layer in group if len(gone[layer.reader.node])]
+        for layer in left:
+            made.refit(zero_input_rows(made.program, layer, gone[layer.reader.node]))
+        for layer in (x for group in groups for x in group if x.reader.node in quiet):
+            weights: dict[str, Array] = {}
+            zero_outputs(made.program, layer, quiet[layer.reader.node], weights)
+            made.refit(weights)
+        if left:
+            made.notes.append(f"the time was over before {len(left)} products that lose units were refitted")
+
     def _together(
         self,
         made: Compensated,
@@ -125,7 +146,7 @@ class Compensation:
         if one is None:
             return False
         stays = (np.setdiff1d(np.arange(x.linear.shape[x.linear.axis]), gone[x.reader.node]) for x in (one, layer))
-        rows = _Rows(now, dense, self.seed, self.rows)
+        rows = _Rows(now, dense, self.seed, self.rows, self.limits)
         held = duos.held.pop(one.reader.node)
         weights = fit_pair(
             made.program,
@@ -159,17 +180,17 @@ class Compensation:
     ) -> None:
         """Refit products that read one value."""
         weights: dict[str, Array] = {}
-        rows = _Rows(now, dense, self.seed, self.rows)
+        rows = _Rows(now, dense, self.seed, self.rows, self.limits)
         for layer in group:
             node = layer.reader.node
-            if layer.linear.size > LARGEST:
+            if layer.linear.size > self.limits.largest:
                 if len(gone[node]):
                     weights.update(zero_input_rows(made.program, layer, gone[node]))
-                    made.notes.append(f"{layer.reader.weight} is too large to refit")
+                    made.notes.append(f"{layer.reader.weight} is too large to refit; allow more with memory=")
                 continue
             x = rows.inputs(layer)
             target, total = rows.targets(layer)
-            sums = NormalEquations(layer.linear.size, layer.linear.width)
+            sums = NormalEquations(layer.linear.size, layer.linear.width, self.limits.zeros)
             sums.add(x, target)
             fitted = refitted(made.program, layer, sums, gone[node], self.damping)
             if total is not None and layer.bias is not None:
@@ -246,6 +267,7 @@ class _Rows:
     dense: ActivationCache
     seed: int
     least: int
+    limits: Limits
     _known: dict[tuple[object, ...], tuple[Array, list[Labels | None]]] = field(default_factory=dict)
 
     def inputs(self, layer: Layer) -> Array:
@@ -255,7 +277,7 @@ class _Rows:
         if key not in self._known:
             self._known.clear()
             rng = np.random.default_rng([self.seed, layer.reader.node])
-            share = rows_wanted(linear, self.least) / sum(self.now.samples)
+            share = self.limits.rows(linear.size, self.least) / sum(self.now.samples)
             xs, places = [], []
             for values in self.now.values:
                 u = np.asarray(values[source])

@@ -23,6 +23,7 @@ from cipm_ir.passes.pruning.compress.compress import Compress
 from cipm_ir.passes.pruning.compress.cost import Seconds
 from cipm_ir.passes.pruning.compress.plan import Plan, Settings, between, make_plan
 from cipm_ir.passes.pruning.compress.sensitivity import _continued
+from cipm_ir.passes.pruning.limits import Footprint, Limits
 from cipm_ir.symmetry.program import Program
 
 Array = NDArray[Any]
@@ -33,8 +34,10 @@ def plan_of(made: Program, data: Feeds, *, steps: int = 4, rounds: int = 0) -> P
     """The plan for multiply-accumulates."""
     wanted = wanted_spaces(made, "compress", (), (), True)
     candidates, notes = find_candidates(made, wanted, 1, 1, steps)
-    settings = Settings(4096, 256, rounds, 1e-4, "auto", 1)
-    return make_plan(made, candidates, {}, notes, settings, "macs", Context(data=data, original=made))
+    settings = Settings(4096, 256, rounds, steps, 1e-4, "auto", 1)
+    ctx = Context(data=data, original=made)
+    footprint = Footprint.measure(made.model, data)
+    return make_plan(made, candidates, {}, notes, settings, "macs", ctx, Limits(), footprint)
 
 
 # ---------------------------------------------------------------- finer levels
