@@ -51,7 +51,9 @@ class Prune(Pass):
     ratio: float | None = option(None, "fraction of the units to remove", low=0, high=1)
     norm: Literal["l1", "l2"] = option("l2", "norm of a group of weights")
     scope: Literal["global", "local"] = option("global", "compare units across spaces, or shrink all spaces alike")
-    round_to: int = option(1, "widths of pruned spaces are multiples of this", low=1)
+    round_to: int | None = option(
+        1, "widths of pruned spaces are multiples of this; none: of what kernels are fast at on this machine", low=1
+    )
     include: tuple[str, ...] = option(
         (), "only spaces whose names match; a pattern that matches none stands for tensors that move with them"
     )

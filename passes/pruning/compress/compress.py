@@ -75,7 +75,9 @@ class Compress(Pass):
     damping: float = option(1e-4, "pull of a refitted weight towards its old value", above=0)
     threads: int = option(1, "threads for latency", low=1)
     round_to: int | None = option(
-        None, "widths of shrunken spaces are multiples of this; default: 8 for latency, else 1", low=1
+        None,
+        "widths of shrunken spaces are multiples of this; default: what kernels are fast at on this machine",
+        low=1,
     )
     include: tuple[str, ...] = option(
         (), "only spaces whose names match; a pattern that matches none stands for tensors that move with them"
@@ -207,8 +209,8 @@ class Compress(Pass):
             return "include, exclude and blocks leave no free space"
         return "no free spaces"
 
-    def _multiple(self) -> int:
-        return self.round_to or (BLOCK if self.latency is not None else 1)
+    def _multiple(self) -> int | None:
+        return self.round_to or (BLOCK if self.latency is not None else None)
 
     def _kind(self) -> str:
         return next((name for name in BUDGETS if getattr(self, name) is not None), "macs")
