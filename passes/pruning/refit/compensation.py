@@ -41,6 +41,11 @@ from cipm_ir.symmetry.program import Program
 
 Matrix = npt.NDArray[np.float64]
 _RECTIFIED_ROUNDS = 3
+_DAMPINGS = (1.0, 10.0, 100.0, 1000.0, 10_000.0)
+"""Multiples of the damping that are tried where rows are few."""
+_PLENTY = 20
+"""With so many rows for each unknown, damping makes no difference."""
+_FOLD = 4
 ROWS = 40_000
 """Rows of a product that are enough where it is small."""
 
@@ -192,11 +197,12 @@ class Compensation:
             target, total = rows.targets(layer)
             sums = NormalEquations(layer.linear.size, layer.linear.width, self.limits.zeros)
             sums.add(x, target)
-            fitted = refitted(made.program, layer, sums, gone[node], self.damping)
+            damping = self._damping(made.program, layer, gone[node], x, target, sum(now.samples))
+            fitted = refitted(made.program, layer, sums, gone[node], damping)
             if total is not None and layer.bias is not None:
                 for _ in range(_RECTIFIED_ROUNDS):
                     sums.retarget(x, _below_zero(layer, fitted, sums, x, target, total))
-                    fitted = refitted(made.program, layer, sums, gone[node], self.damping)
+                    fitted = refitted(made.program, layer, sums, gone[node], damping)
             if layer.way.output in self.logits and layer.bias is not None and (layer.bias.gain == 1).all():
                 self._sharpen(made.program, layer, fitted, gone[node], x, target)
             weights.update(fitted)
@@ -205,6 +211,29 @@ class Compensation:
             if layer.reader.node in quiet:
                 zero_outputs(made.program, layer, quiet[layer.reader.node], weights)
         made.refit(weights)
+
+    def _damping(self, program: Program, layer: Layer, gone: Labels, x: Array, target: Array, count: int) -> float:
+        """Return the damping whose weights do best on a quarter of the samples when fitted to the others.
+
+        Where there are plenty of rows for each unknown, damping makes no difference, and the smallest is taken.
+        """
+        count = max(count, _FOLD)  # of very few samples, parts are left out
+        if len(x) >= _PLENTY * layer.linear.size or len(x) < count:
+            return self.damping
+        held = np.arange(len(x)) * count // len(x) % _FOLD == _FOLD - 1
+        sums = NormalEquations(layer.linear.size, layer.linear.width, self.limits.zeros)
+        sums.add(x[~held], target[~held])
+        own = layer.reader.bias
+        shift = np.zeros(1) if own is None else parameter_array(program, own).astype(np.float64).ravel()
+        errors = []
+        for factor in _DAMPINGS:
+            fitted = refitted(program, layer, sums, gone, self.damping * factor)
+            weight = layer.linear.matrix(fitted[layer.reader.weight]).astype(x.dtype)
+            gap = target[held] - x[held] @ weight
+            # a bias takes up the mean of the rows that were fitted; one that others use stays as it is
+            free = sums.y / sums.rows - sums.x / sums.rows @ weight if layer.bias is not None else shift
+            errors.append(float(np.square(gap - free).sum()))
+        return self.damping * _DAMPINGS[int(np.argmin(errors))]
 
     def _sharpen(
         self, program: Program, layer: Layer, fitted: dict[str, Array], gone: Labels, x: Array, target: Array
