@@ -12,16 +12,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from cipm_ir.errors import CipmError
 from cipm_ir.ir.labels import Labels
 from cipm_ir.runtime.activations.cache import Lifetimes
 from cipm_ir.runtime.activations.observe import extract_subgraph, samples
-from cipm_ir.runtime.inputs.generate import Data, batches
+from cipm_ir.runtime.inputs.generate import Data, Feeds, batches
 from cipm_ir.runtime.session import Runner, cores
 
 BATCH = 64
@@ -93,9 +93,9 @@ class Limits:
         return self.seconds is not None and time.perf_counter() - self.start > part * self.seconds
 
     @property
-    def left(self) -> float:
-        """Seconds that are left; infinite without a limit."""
-        return math.inf if self.seconds is None else self.seconds - (time.perf_counter() - self.start)
+    def _allowed(self) -> float:
+        """Seconds that are left of the limit; what is usual without one."""
+        return USUAL_SECONDS if self.seconds is None else self.seconds - (time.perf_counter() - self.start)
 
     @contextmanager
     def ended_by_signals(self, wanted: bool) -> Iterator[None]:
@@ -165,7 +165,7 @@ class Limits:
         """
         flops = sum(2.0 * self.rows(size, least) * size * (size + 2 * width) for size, width in products)
         self.fitting = times * flops / _FLOPS
-        share = _FITTING * min(self.left, USUAL_SECONDS) / max(self.fitting, 1e-9)
+        share = _FITTING * self._allowed / max(self.fitting, 1e-9)
         if share < 1.0:
             self.places, self.fitting = max(_FEWEST_PLACES, _PLACES * share), self.fitting * share
 
@@ -179,7 +179,7 @@ class Limits:
             steps: levels, likewise.
         """
         tails = sum(footprint.tail(first) for first in firsts)
-        budget = _SENSITIVITY * min(self.left, USUAL_SECONDS)
+        budget = _SENSITIVITY * self._allowed
         for share, most in _LADDER:
             number, levels = max(min(probes, _LEAST_PROBES), int(probes * share)), min(steps, most)
             seconds = tails * levels * number * footprint.seconds / cores() + _OPENING * len(firsts)
@@ -226,7 +226,7 @@ class Footprint:
         """Run one sample, and look at the sizes of all values that depend on the inputs."""
         lives = Lifetimes.of(model)
         tensors = {v.name: v for n in model.graph for v in n.outputs} | {v.name: v for v in model.graph.inputs}
-        names = [name for name in lives.names if tensors[name].dtype in _PLAIN]
+        names = [name for name in lives.names if tensors[name].dtype in (*_PLAIN, None)]
         feeds = next(iter(batches(data, model, 1, limit=1)), None)
         if feeds is None or not names:
             return cls(0, 0, 0.0, np.zeros(lives.count + 1, np.int64))
@@ -234,8 +234,10 @@ class Footprint:
         outputs = [v.name or "" for v in model.graph.outputs]
         seconds = min(_seconds(model, feeds, outputs) for _ in range(2)) / number
         inner = [name for name in names if name not in feeds]
-        with Runner(extract_subgraph(model, None, inner), fast=True, own=True, threads=1) as runner:
-            values = runner.run({k: v for k, v in feeds.items() if k in runner.inputs}, inner)
+        try:
+            values = _values(model, feeds, inner)
+        except CipmError:  # of unknown type, and no plain array
+            values = _values(model, feeds, [name for name in inner if tensors[name].dtype is not None])
         size = {name: a.nbytes // number for name, a in {**feeds, **values}.items()}
         change = np.zeros(lives.count + 2, np.int64)
         made = np.zeros(lives.count + 1, np.int64)
@@ -254,7 +256,12 @@ class Footprint:
         return max(1, min(BATCH, memory // 8 // max(self.whole, 1)))
 
 
-def _seconds(model: ir.Model, feeds: dict[str, npt.NDArray[Any]], names: Sequence[str]) -> float:
+def _values(model: ir.Model, feeds: Feeds, names: Sequence[str]) -> Feeds:
+    with Runner(extract_subgraph(model, None, names), fast=True, own=True, threads=1) as runner:
+        return runner.run({k: v for k, v in feeds.items() if k in runner.inputs}, names)
+
+
+def _seconds(model: ir.Model, feeds: Feeds, names: Sequence[str]) -> float:
     with Runner(extract_subgraph(model, None, names), fast=True, own=True, threads=1) as runner:
         given = {k: v for k, v in feeds.items() if k in runner.inputs}
         runner.run(given, names)
