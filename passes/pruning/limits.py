@@ -34,6 +34,11 @@ _SENSITIVITY = 0.25
 """Part of the time that the first measurement of sensitivity may take."""
 _FITTING = 0.5
 """Part of the time that the products of rows may take."""
+_RUNNING = 0.35
+"""Part of the time that runs of the whole model may take."""
+_RUNS = 8
+"""So often each sample is run."""
+_LEAST_SAMPLES = 24
 _FLOPS = 2.5e10
 """Floating-point operations per second of a product of matrices on one core."""
 _PLACES = 40
@@ -91,6 +96,10 @@ class Limits:
     def spent(self, part: float) -> bool:
         """Whether this part of the time is over."""
         return self.seconds is not None and time.perf_counter() - self.start > part * self.seconds
+
+    def late(self, part: float) -> bool:
+        """Whether this part of the time is over, or of what is usual where there is no limit."""
+        return time.perf_counter() - self.start > part * (USUAL_SECONDS if self.seconds is None else self.seconds)
 
     @property
     def _allowed(self) -> float:
@@ -168,6 +177,11 @@ class Limits:
         share = _FITTING * self._allowed / max(self.fitting, 1e-9)
         if share < 1.0:
             self.places, self.fitting = max(_FEWEST_PLACES, _PLACES * share), self.fitting * share
+
+    def samples(self, footprint: Footprint, count: int) -> int:
+        """Return how many of the samples are looked at: all, or fewer where that many runs would take too long."""
+        runs = _RUNNING * self._allowed * cores() / max(_RUNS * footprint.seconds, 1e-9)
+        return count if runs >= count else max(min(count, _LEAST_SAMPLES), int(runs))
 
     def effort(self, footprint: Footprint, firsts: Sequence[int], probes: int, steps: int) -> Effort:
         """Return on how many samples and at how many levels sensitivity is measured.

@@ -194,6 +194,10 @@ def make_plan(
     assert ctx.data is not None
     samples, damping = settings.samples, settings.damping
     size = footprint.batch(limits.memory)
+    count = count_samples(program.model, ctx.data, size, samples)
+    samples = limits.samples(footprint, count)
+    if samples < count:
+        notes = [*notes, f"{samples} of {count} samples were looked at, for the time: allow more with time="]
     data, left_out = split(ctx.data, program.model, samples)
     count = count_samples(program.model, data, size, samples)
     firsts = [c.first for c in candidates]

@@ -54,7 +54,7 @@ def _pruned(
     program: Program, choices: Sequence[dict[str, Any]], held: Probe, limits: Limits, ctx: Context
 ) -> Iterator[Rival]:
     for options in choices:
-        if limits.spent(_TIME):
+        if limits.late(_TIME):
             return
         try:
             result = Prune(**options).run(program, ctx)

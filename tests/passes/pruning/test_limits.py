@@ -56,7 +56,7 @@ def test_less_memory_gives_as_good_a_model(monkeypatch: pytest.MonkeyPatch) -> N
     """In small batches, of fewer rows, with sums and activations in files."""
     made, data = program(residual(blocks=2, width=6, hidden=10)), images(300)
     large = compress(made, data, macs=0.6, plain=False)
-    memory = 1 << 20
+    memory = 1 << 19
     assert Limits(memory).cached < sum(a.nbytes for a in data.values())
     assert Footprint.measure(made.model, data).batch(memory) < 20
     monkeypatch.setattr(Limits, "of", classmethod(lambda _cls, _memory, seconds: Limits(memory, seconds)))
@@ -85,6 +85,13 @@ def test_work_shrinks_with_the_time() -> None:
     assert (plenty.probes, plenty.steps, plenty.again) == (512, 8, True)
     assert little.probes < 512 and little.seconds <= 0.25 * 60
     assert (none.probes, none.steps, none.again) == (16, 3, False)
+
+
+def test_samples_shrink_with_the_time() -> None:
+    footprint = Footprint(0, 0, 0.5, np.zeros(1, np.int64))
+    counts = [Limits(seconds=s).samples(footprint, 400) for s in (1e6, 300.0, 1.0)]
+    assert counts[0] == 400 and 24 < counts[1] < 400 and counts[2] == 24
+    assert Limits(seconds=1.0).samples(footprint, 10) == 10
 
 
 def test_rows_shrink_with_the_time() -> None:
