@@ -53,17 +53,15 @@ def test_batches_follow_the_memory(memory: int, batch: int) -> None:
 
 
 def test_less_memory_gives_as_good_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In small batches, of fewer rows, with sums and activations in files."""
-    made, data = program(residual(blocks=2, width=6, hidden=10)), images(300)
+    """In small batches, with activations in files."""
+    made, data = program(residual(blocks=2, width=6, hidden=10)), images(60)
     large = compress(made, data, macs=0.6, plain=False)
-    memory = 1 << 19
-    assert Limits(memory).cached < sum(a.nbytes for a in data.values())
-    assert Footprint.measure(made.model, data).batch(memory) < 20
-    monkeypatch.setattr(Limits, "of", classmethod(lambda _cls, _memory, seconds: Limits(memory, seconds)))
+    monkeypatch.setattr(Limits, "cached", property(lambda _self: 1000))
+    monkeypatch.setattr(Footprint, "batch", lambda _self, _memory: 7)
     small = compress(made, data, macs=0.6, plain=False)
-    assert small.program.macs <= 0.6 * made.macs
+    assert small.metrics["widths"] == large.metrics["widths"]
     dense = values(made, data)[0]
-    assert gap(dense, values(small.program, data)[0]) < 2 * gap(dense, values(large.program, data)[0])
+    assert gap(dense, values(small.program, data)[0]) < 1.2 * gap(dense, values(large.program, data)[0])
 
 
 def test_sums_beyond_the_memory_lie_in_files() -> None:
