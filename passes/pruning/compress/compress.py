@@ -16,7 +16,7 @@ from cipm_ir.passes.pruning.compress.candidates import find_candidates, kept_ele
 from cipm_ir.passes.pruning.compress.cost import BUDGETS
 from cipm_ir.passes.pruning.compress.held_out import split
 from cipm_ir.passes.pruning.compress.plan import Made, Plan, Settings, make_plan
-from cipm_ir.passes.pruning.compress.report import figures_of, metrics_of
+from cipm_ir.passes.pruning.compress.report import figures_of, latency_in_words, latency_of, metrics_of
 from cipm_ir.passes.pruning.compress.rivals import Rival, best_rival
 from cipm_ir.passes.pruning.compress.search import Evaluate, smallest_within
 from cipm_ir.passes.pruning.compress.sensitivity import Probe
@@ -112,7 +112,16 @@ class Compress(Pass):
         limits = Limits.of(self.memory, self.time)
         # the threads of BLAS would wait for work on the cores that onnxruntime computes on: three times as slow
         with threadpool_limits(1, user_api="blas"), limits.ended_by_signals(self.on_interrupt == "best"):
-            return self._compressed(program, ctx, limits)
+            return self._timed(program, self._compressed(program, ctx, limits), ctx, limits)
+
+    def _timed(self, program: Program, made: PassResult, ctx: Context, limits: Limits) -> PassResult:
+        """Add what was saved in time."""
+        if not made.changed or limits.over or ctx.data is None:
+            return made
+        latency = latency_of(program, made.program, ctx.data)
+        before, after = made.metrics["macs"]
+        said = latency_in_words(latency, after / max(before, 1))
+        return replace(made, summary="; ".join([made.summary, *said]), metrics={**made.metrics, "latency": latency})
 
     def _compressed(self, program: Program, ctx: Context, limits: Limits) -> PassResult:
         try:
@@ -127,7 +136,7 @@ class Compress(Pass):
                 raise
             return _plain(rival, f"{str(refusal).rstrip('.')}")
         rival = self._pruned(program, ctx, limits, plan)
-        if rival is not None and rival.divergence < made.divergence:
+        if rival is not None and rival.beats(plan.held.each(made.compensated.program)):
             better = f"better than what the measured sensitivities give, {made.divergence:.3g}"
             return _plain(rival, "; ".join([better, *(note for note in plan.notes if note.startswith("warning"))]))
         return self._result(program, ctx, plan, made)

@@ -69,6 +69,13 @@ class Divergence:
                 rows.append([float(np.square(x - y).sum()), float(np.square(x).sum())])
         return np.asarray(rows)
 
+    def each(self, a: Mapping[str, Array], b: Mapping[str, Array], count: int) -> list[Array]:
+        """Return the sums of `batch` for each of ``count`` samples; of the whole batch where outputs hold none."""
+        if any(np.ndim(a[name]) == 0 or len(a[name]) != count for name in self.measures):
+            return [self.batch(a, b)]
+        parts = [[{name: x[name][k : k + 1] for name in self.measures} for x in (a, b)] for k in range(count)]
+        return [self.batch(one, two) for one, two in parts]
+
     def total(self, sums: Sequence[Array]) -> float:
         """Return the divergence, from the sums of all batches; infinite where a value is NaN."""
         whole = np.sum(sums, axis=0)

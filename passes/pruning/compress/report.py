@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cipm_ir.errors import CipmError
 from cipm_ir.passes.framework.figures import Bars, Curves, Figure
+from cipm_ir.runtime.inputs.generate import Data
+from cipm_ir.runtime.session import cores
+from cipm_ir.runtime.timing import compare_latency, timing_feeds
 from cipm_ir.symmetry.program import Program
 
 if TYPE_CHECKING:
     from cipm_ir.passes.pruning.compress.candidates import Candidate
     from cipm_ir.passes.pruning.compress.plan import Made, Plan
 
+_RUNS, _SECONDS = 8, 0.5
+"""Turns of each model, and the time after which no more are taken."""
+_TURNED = 0.4
+"""A part of the multiply-accumulates that are saved, of which time should show at least this much."""
 _LINES = 12
 """So many curves in one picture are still told apart."""
 
@@ -38,6 +46,43 @@ def metrics_of(program: Program, plan: Plan, made: Made) -> dict[str, Any]:
         for name, c, curve in zip(names, plan.candidates, plan.curves, strict=True)
     }
     return metrics
+
+
+def latency_of(before: Program, after: Program, data: Data) -> dict[str, list[float]]:
+    """Return seconds of a run before and after in onnxruntime, by the number of threads; empty where it has no kernel.
+
+    The smallest of a few runs that take turns, on one sample where the model does not fix its batches.
+    """
+    made: dict[str, list[float]] = {}
+    try:
+        feeds = timing_feeds(before.model, data)
+        for threads in sorted({1, cores()}):
+            models = (before.model, after.model)
+            found = compare_latency(models, feeds, threads=threads, runs=_RUNS, seconds=_SECONDS)
+            made[f"{threads} thread{'s' * (threads > 1)}"] = list(found.seconds)
+    except CipmError:
+        return {}
+    return made
+
+
+def latency_in_words(latency: Mapping[str, Sequence[float]], share: float) -> list[str]:
+    """Return what the measured latency says, with a warning where time does not follow multiply-accumulates.
+
+    Args:
+        latency: of `latency_of`.
+        share: the part of the multiply-accumulates that remains.
+    """
+    if not latency:
+        return []
+    shares = {threads: after / before for threads, (before, after) in latency.items()}
+    said = " and ".join(f"{part:.0%} with {threads}" for threads, part in shares.items())
+    words = [f"a run takes {said} of the time"]
+    if min(shares.values()) > 1 - _TURNED * (1 - share):
+        words.append(
+            f"warning: {share:.0%} of the multiply-accumulates take {min(shares.values()):.0%} of the time: other "
+            "work decides it, or widths do not suit the kernels; latency= measures, round_to= sets the widths"
+        )
+    return words
 
 
 def figures_of(program: Program, plan: Plan, made: Made) -> tuple[Figure, ...]:

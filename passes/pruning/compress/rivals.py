@@ -6,26 +6,42 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from cipm_ir.errors import CipmError
 from cipm_ir.passes.framework.base import Context, PassResult, ignore_progress
-from cipm_ir.passes.pruning.compress.sensitivity import Probe
+from cipm_ir.passes.pruning.compress.sensitivity import Curve, Probe
 from cipm_ir.passes.pruning.limits import Limits
 from cipm_ir.passes.pruning.prune import Prune
 from cipm_ir.runtime.inputs.generate import Data
 from cipm_ir.symmetry.program import Program
 
 _CRITERIA = ("magnitude", "activation-variance", "wanda", "obs")
+_PAIRS, _CLEAR = 4, 0.5
+"""With fewer samples than this, a rival must halve the divergence."""
 _TIME = 0.95
 """Part of the time after which no more of them is tried."""
 
 
 @dataclass(frozen=True)
 class Rival:
-    """A pruned program, what made it, and the divergence of its outputs on samples left out."""
+    """A pruned program, what made it, and the divergence of its outputs on samples left out, in all and of each."""
 
     name: str
     result: PassResult
     divergence: float
+    each: Curve
+
+    def beats(self, others: Curve) -> bool:
+        """Return whether this one diverges less than another, and by more than chance: two standard errors.
+
+        Args:
+            others: the other's divergence of each sample.
+        """
+        gain = others - self.each
+        if len(gain) < _PAIRS:
+            return bool(gain.mean() > _CLEAR * others.mean())
+        return bool(gain.mean() > 2 * gain.std(ddof=1) / np.sqrt(len(gain)))
 
 
 def best_rival(
@@ -60,6 +76,7 @@ def _pruned(
             result = Prune(**options).run(program, ctx)
             if result.changed:
                 name = options["importance"] + (" with compensation" if options.get("compensate") else "")
-                yield Rival(name, result, held.whole(result.program))
+                each = held.each(result.program)
+                yield Rival(name, result, float(each.mean()), each)
         except CipmError:  # this criterion or this budget does not suit the model: others may
             continue

@@ -28,7 +28,7 @@ from cipm_ir.symmetry.readers import WeightConsumer
 
 Curve = npt.NDArray[np.float64]
 Progress = Callable[[str, float | None], None]
-_LEAST_ROWS = 40_000
+_LEAST_ROWS = 20_000
 _CONSTANT = 1e-10
 """An output whose variance is at most this share of its mean square is constant up to rounding."""
 _SPREAD = 8
@@ -206,6 +206,14 @@ class Probe:
         """Divergence of a program from the original."""
         with self.frontier(program) as frontier:
             return self.compare(program, frontier)
+
+    def each(self, program: Program) -> Curve:
+        """Return the divergence of each sample, or of each batch where outputs hold no samples."""
+        with self.frontier(program) as frontier:
+            outs = frontier.tail(program.model, list(self.divergence.measures))
+            pairs = zip(self.dense, outs, frontier.samples, strict=True)
+            sums = [one for a, b, count in pairs for one in self.divergence.each(a, b, count)]
+        return np.asarray([self.divergence.total([one]) for one in sums])
 
     def curves(
         self,

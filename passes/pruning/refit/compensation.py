@@ -46,7 +46,7 @@ _DAMPINGS = (1.0, 10.0, 100.0, 1000.0, 10_000.0)
 _PLENTY = 20
 """With so many rows for each unknown, damping makes no difference."""
 _FOLD = 4
-ROWS = 40_000
+ROWS = 20_000
 """Rows of a product that are enough where it is small."""
 
 
