@@ -38,7 +38,7 @@ _RUNNING = 0.35
 """Part of the time that runs of the whole model may take."""
 _RUNS = 8
 """So often each sample is run."""
-_LEAST_SAMPLES = 24
+_LEAST_SAMPLES = 16
 _FLOPS = 2.5e10
 """Floating-point operations per second of a product of matrices on one core."""
 _PLACES = 40
@@ -179,9 +179,13 @@ class Limits:
             self.places, self.fitting = max(_FEWEST_PLACES, _PLACES * share), self.fitting * share
 
     def samples(self, footprint: Footprint, count: int) -> int:
-        """Return how many of the samples are looked at: all, or fewer where that many runs would take too long."""
+        """Return how many of the samples are looked at.
+
+        All, or fewer where so many runs would take too long, or their values too much room in memory and files.
+        """
         runs = _RUNNING * self._allowed * cores() / max(_RUNS * footprint.seconds, 1e-9)
-        return count if runs >= count else max(min(count, _LEAST_SAMPLES), int(runs))
+        room = self.memory / max(2 * footprint.alive, 1)
+        return count if min(runs, room) >= count else max(min(count, _LEAST_SAMPLES), int(min(runs, room)))
 
     def effort(self, footprint: Footprint, firsts: Sequence[int], probes: int, steps: int) -> Effort:
         """Return on how many samples and at how many levels sensitivity is measured.

@@ -24,6 +24,7 @@ from cipm_ir.runtime.session import Array, Runner, cores
 
 _IN_MEMORY = 1 << 30
 """Bytes of kept values above which they go to a temporary file."""
+_FOLDERS = Lock()
 _LEAST_STEP = 16
 """Nodes between two positions behind which the rest of a graph is shared, at least."""
 
@@ -75,7 +76,10 @@ class ActivationCache:
         known = self.values[k]
         out = runner.run({name: v for name, v in known.items() if name in runner.inputs}, fresh)
         check_values(model, out, sum(self.samples[:k]))
-        return {**{name: v for name, v in known.items() if name in live}, **out}
+        kept = {**{name: v for name, v in known.items() if name in live}, **out}
+        if sum(v.nbytes for v in kept.values()) * len(self.values) > self._most:
+            self._put_aside(kept)
+        return kept
 
     def tail(self, model: ir.Model, names: Sequence[str]) -> Iterator[dict[str, Array]]:
         """Yield values of these names for each batch, from here on with the weights of ``model``."""
@@ -106,16 +110,10 @@ class ActivationCache:
 
     def _spill(self) -> None:
         """Move arrays to files once there is too much of them; files that nothing here needs any more go."""
-        held = [(known, name) for known in self.values for name, a in known.items() if not isinstance(a, np.memmap)]
-        most = _IN_MEMORY if self._memory is None else self._memory
-        if sum(known[name].nbytes for known, name in held) > most:
-            self._folder = self._folder or tempfile.TemporaryDirectory(prefix="cipm-ir-")
-            for known, name in held:
-                if known[name].nbytes > 1 << 16:
-                    path = Path(self._folder.name, f"{self._written}.npy")
-                    np.save(path, known[name])
-                    known[name] = np.load(path, mmap_mode="r")
-                    self._written += 1
+        held = sum(a.nbytes for known in self.values for a in known.values() if not isinstance(a, np.memmap))
+        if held > self._most:
+            for known in self.values:
+                self._put_aside(known)
         if self._folder is not None:
             used = {
                 Path(str(a.filename)).name for known in self.values for a in known.values() if isinstance(a, np.memmap)
@@ -124,6 +122,22 @@ class ActivationCache:
                 if path.name not in used:
                     with suppress(PermissionError):  # on Windows, where a fork still reads it
                         path.unlink()
+
+    @property
+    def _most(self) -> int:
+        """Bytes that are kept in memory."""
+        return _IN_MEMORY if self._memory is None else self._memory
+
+    def _put_aside(self, values: Feeds) -> None:
+        """Move the large arrays of one batch to files."""
+        with _FOLDERS:
+            self._folder = self._folder or tempfile.TemporaryDirectory(prefix="cipm-ir-")
+        for name, array in values.items():
+            if array.nbytes > 1 << 16 and not isinstance(array, np.memmap):
+                with _FOLDERS:
+                    path, self._written = Path(self._folder.name, f"{self._written}.npy"), self._written + 1
+                np.save(path, array)
+                values[name] = np.load(path, mmap_mode="r")
 
     def close(self) -> None:
         """Forget everything, temporary files included."""

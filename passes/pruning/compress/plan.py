@@ -197,7 +197,10 @@ def make_plan(
     count = count_samples(program.model, ctx.data, size, samples)
     samples = limits.samples(footprint, count)
     if samples < count:
-        notes = [*notes, f"{samples} of {count} samples were looked at, for the time: allow more with time="]
+        notes = [
+            *notes,
+            f"{samples} of {count} samples were looked at, for time and memory: allow more with time= and memory=",
+        ]
     data, left_out = split(ctx.data, program.model, samples)
     count = count_samples(program.model, data, size, samples)
     firsts = [c.first for c in candidates]

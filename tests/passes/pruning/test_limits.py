@@ -18,6 +18,7 @@ from cipm_ir.passes.pruning.compress import compress as compress_module
 from cipm_ir.passes.pruning.compress.candidates import kept_numbers
 from cipm_ir.passes.pruning.compress.compress import Compress
 from cipm_ir.passes.pruning.compress.held_out import split
+from cipm_ir.passes.pruning.compress.report import latency_in_words
 from cipm_ir.passes.pruning.limits import BATCH, Footprint, Limits
 from cipm_ir.passes.pruning.prune import Prune
 from cipm_ir.runtime.inputs.generate import batches
@@ -88,8 +89,9 @@ def test_work_shrinks_with_the_time() -> None:
 def test_samples_shrink_with_the_time() -> None:
     footprint = Footprint(0, 0, 0.5, np.zeros(1, np.int64))
     counts = [Limits(seconds=s).samples(footprint, 400) for s in (1e6, 300.0, 1.0)]
-    assert counts[0] == 400 and 24 < counts[1] < 400 and counts[2] == 24
+    assert counts[0] == 400 and 16 < counts[1] < 400 and counts[2] == 16
     assert Limits(seconds=1.0).samples(footprint, 10) == 10
+    assert Limits(memory=1000).samples(Footprint(10, 0, 0.0, np.zeros(1, np.int64)), 400) == 50
 
 
 def test_rows_shrink_with_the_time() -> None:
@@ -214,3 +216,20 @@ def test_widths_follow_the_kernels(size: int, multiple: int) -> None:
     assert channel_block() in BLOCKS
     assert (kept_numbers([space], 0.1, None) % expected == 0).all()
     assert len(kept_numbers([space], 0.1, 1)) > len(kept_numbers([space], 0.1, None)) or expected == 1
+
+
+# ---------------------------------------------------------------- time of the result
+def test_the_time_of_the_result_is_measured() -> None:
+    made = compress(program(mlp()), rows(60), macs=0.6)
+    assert {"1 thread"} <= set(made.metrics["latency"]) and "of the time" in made.summary
+    assert all(seconds > 0 for pair in made.metrics["latency"].values() for seconds in pair)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "warned"),
+    [([0.01, 0.007], False), ([0.01, 0.0099], True), ([0.01, 0.013], True), ([1e-5, 2e-5], False)],
+)
+def test_work_that_does_not_turn_into_time_is_said(seconds: list[float], warned: bool) -> None:
+    words = latency_in_words({"1 thread": seconds, "2 threads": seconds}, 0.7)
+    assert words[0].startswith("a run takes ") and any("warning" in one for one in words) == warned
+    assert not latency_in_words({}, 0.7)
