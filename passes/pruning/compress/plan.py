@@ -197,10 +197,8 @@ def make_plan(
     count = count_samples(program.model, ctx.data, size, samples)
     samples = limits.samples(footprint, count)
     if samples < count:
-        notes = [
-            *notes,
-            f"{samples} of {count} samples were looked at, for time and memory: allow more with time= and memory=",
-        ]
+        said = f"{samples} of {count} samples were looked at, for the time and memory that they take"
+        notes = [*notes, f"{said}; time= and memory= allow more"]
     data, left_out = split(ctx.data, program.model, samples)
     count = count_samples(program.model, data, size, samples)
     firsts = [c.first for c in candidates]

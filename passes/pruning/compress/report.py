@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _RUNS, _SECONDS = 8, 0.5
 """Turns of each model, and the time after which no more are taken."""
+_SHORT = 5e-4
+"""Seconds of runs whose times say nothing of the kernels."""
 _TURNED = 0.4
 """A part of the multiply-accumulates that are saved, of which time should show at least this much."""
 _LINES = 12
@@ -77,7 +79,8 @@ def latency_in_words(latency: Mapping[str, Sequence[float]], share: float) -> li
     shares = {threads: after / before for threads, (before, after) in latency.items()}
     said = " and ".join(f"{part:.0%} with {threads}" for threads, part in shares.items())
     words = [f"a run takes {said} of the time"]
-    if min(shares.values()) > 1 - _TURNED * (1 - share):
+    shortest = min(before for before, _ in latency.values())
+    if shortest > _SHORT and min(shares.values()) > 1 - _TURNED * (1 - share):
         words.append(
             f"warning: {share:.0%} of the multiply-accumulates take {min(shares.values()):.0%} of the time: other "
             "work decides it, or widths do not suit the kernels; latency= measures, round_to= sets the widths"
