@@ -12,13 +12,14 @@ from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Labels
 from cipm_ir.symmetry.analysis import Analysis
 from cipm_ir.symmetry.consumers import element_places
+from cipm_ir.symmetry.leaves import LeafFactor
 from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.space import Space
 
 
 @dataclass(frozen=True, eq=False)
 class WeightConsumer:
-    """A Conv (group 1), Gemm or MatMul that sums products of a space's units with a weight of its own.
+    """A Conv, ConvTranspose, Gemm or MatMul that sums products of a space's units with a weight of its own.
 
     Attributes:
         node: position in the graph.
@@ -28,8 +29,10 @@ class WeightConsumer:
         weight: name of the parameter; it may reach the node through a Transpose.
         leaf: the same, among the leaves of the walk.
         axis: the axis of the parameter that is summed.
-        columns: (elements of the space, k): places along ``axis`` that each element owns.
+        columns: (elements of the space, k): places along ``axis`` that each element owns; of a Conv in groups, places
+            among all its input channels.
         bias: name of the parameter that Conv or Gemm adds, None where there is none.
+        groups: of a Conv.
     """
 
     node: int
@@ -41,12 +44,18 @@ class WeightConsumer:
     axis: int
     columns: Labels
     bias: str | None
+    groups: int = 1
 
 
-def readers(program: Program, space: Space) -> list[WeightConsumer]:
+def readers(program: Program, space: Space, *, convolutions: bool = False) -> list[WeightConsumer]:
     """Return everything that sums products over the units of a space, in graph order.
 
     Of a space of blocks, products of activations with activations do not count: they go with their block.
+
+    Args:
+        program: the program.
+        space: one of its spaces.
+        convolutions: also Conv in groups and ConvTranspose; without it they are refused.
 
     Raises:
         SymmetryError: something else than a product with a weight of its own sums over units.
@@ -59,7 +68,7 @@ def readers(program: Program, space: Space) -> list[WeightConsumer]:
     for c in analysis.consumers.contractions(np.flatnonzero(element >= 0), refined=True):
         if c.node in found:
             continue
-        made = _reader(analysis, c.node, element, len(raw.table))
+        made = _reader(analysis, c.node, element, len(raw.table), convolutions)
         if made is not None:
             found[c.node] = made
         elif not whole:
@@ -72,24 +81,37 @@ def readers(program: Program, space: Space) -> list[WeightConsumer]:
     return [found[k] for k in sorted(found)]
 
 
-def products(program: Program) -> list[WeightConsumer]:
-    """Return every Conv (group 1), Gemm and MatMul of a value with a weight, in graph order; ``columns`` are empty."""
+def products(program: Program, *, convolutions: bool = False) -> list[WeightConsumer]:
+    """Return every Conv (group 1), Gemm and MatMul of a value with a weight, in graph order; ``columns`` are empty.
+
+    With ``convolutions`` also Conv in groups of two channels or more, and ConvTranspose (group 1).
+    """
     analysis = program.analysis
-    found = (_product(analysis, k) for k in range(len(analysis.walk.nodes)))
+    found = (_product(analysis, k, convolutions) for k in range(len(analysis.walk.nodes)))
     return [one for one in found if one is not None]
 
 
 def summed_classes(program: Program, reader: WeightConsumer) -> Labels:
     """Return the class of each place along the axis of the weight that a reader sums."""
-    factor = program.analysis.consumers.axis(reader.leaf, reader.axis)
+    factor = _summed(program.analysis, reader)
     if factor is None:  # the axis is fixed
-        return np.full(program.analysis.walk.leaves[reader.leaf].shape[reader.axis], -1)
+        return np.full(reader.groups * program.analysis.walk.leaves[reader.leaf].shape[reader.axis], -1)
     return program.analysis.classes.of[factor.base : factor.base + factor.size]
 
 
-def _reader(analysis: Analysis, position: int, element: Labels, count: int) -> WeightConsumer | None:
-    made = _product(analysis, position)
-    factor = None if made is None else analysis.consumers.axis(made.leaf, made.axis)
+def _summed(analysis: Analysis, reader: WeightConsumer) -> LeafFactor | None:
+    """Return the labels of what a product sums over; None where they are fixed."""
+    if reader.groups == 1:
+        return analysis.consumers.axis(reader.leaf, reader.axis)
+    factors = analysis.walk.leaves[reader.leaf].factors
+    return next((f for f in factors if f.active and f.groups == reader.groups and f.axes[-1] == reader.axis), None)
+
+
+def _reader(
+    analysis: Analysis, position: int, element: Labels, count: int, convolutions: bool
+) -> WeightConsumer | None:
+    made = _product(analysis, position, convolutions)
+    factor = None if made is None else _summed(analysis, made)
     if made is None or factor is None:
         return None
     owner = element[analysis.classes.refined(slice(factor.base, factor.base + factor.size))]
@@ -97,9 +119,9 @@ def _reader(analysis: Analysis, position: int, element: Labels, count: int) -> W
     return None if columns is None else replace(made, columns=columns)
 
 
-def _product(analysis: Analysis, position: int) -> WeightConsumer | None:
+def _product(analysis: Analysis, position: int, convolutions: bool) -> WeightConsumer | None:
     node = analysis.walk.nodes[position]
-    where = _weight(analysis, position, node)
+    where = _weight(analysis, position, node, convolutions)
     if where is None or node.inputs[0] is None or (position, 0) in analysis.walk.use_leaf:
         return None
     leaf, axis = where
@@ -114,20 +136,25 @@ def _product(analysis: Analysis, position: int) -> WeightConsumer | None:
         axis,
         np.zeros((0, 0), np.int64),
         None if bias is None else bias.name,
+        attribute(node, "group", 1),
     )
 
 
-def _weight(analysis: Analysis, position: int, node: ir.Node) -> tuple[int, int] | None:
+def _weight(analysis: Analysis, position: int, node: ir.Node, convolutions: bool) -> tuple[int, int] | None:
     """Return the parameter that is input 1 of a product, and which of its axes is summed."""
-    if node.domain or node.op_type not in ("Conv", "Gemm", "MatMul") or len(node.inputs) < 2:
+    known = ("Conv", "ConvTranspose", "Gemm", "MatMul") if convolutions else ("Conv", "Gemm", "MatMul")
+    if node.domain or node.op_type not in known or len(node.inputs) < 2:
         return None
     found = analysis.consumers.weight(position, 1)
-    if found is None or (found[1] and (node.op_type == "Conv" or found[1] != (1, 0))):
+    if found is None or (found[1] and (node.op_type.startswith("Conv") or found[1] != (1, 0))):
         return None
     leaf, turned = found[0], bool(found[1])
     one = analysis.walk.leaves[leaf]
     if node.op_type == "Conv":
-        return (leaf, 1) if attribute(node, "group", 1) == 1 else None
+        together = attribute(node, "group", 1) == 1 or (convolutions and one.shape[1] > 1)
+        return (leaf, 1) if together else None
+    if node.op_type == "ConvTranspose":
+        return (leaf, 0) if attribute(node, "group", 1) == 1 else None
     if len(one.shape) != 2:
         return None
     if node.op_type == "Gemm":

@@ -1,6 +1,8 @@
 """A product with a weight as a matrix problem: rows of inputs times a matrix gives rows of outputs.
 
-A convolution's rows are its unfolded patches, zeros of the padding included, one for each output position.
+A convolution's rows are its unfolded patches, zeros of the padding included, one for each output position. A
+convolution in groups is a product whose matrix has zeros outside its diagonal blocks. A transposed one is an ordinary
+one, with its taps reversed, on values between which zeros are put.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 
 from cipm_ir.errors import UnsupportedError
 from cipm_ir.ir.constants import attribute
@@ -29,6 +32,7 @@ class LinearOpGeometry:
     """The geometry of a `WeightConsumer`; of a Conv also ``kernel``, ``strides``, ``pads`` (begins, ends), dilations.
 
     ``axis``: which axis of the weight is summed. The matrix has shape (K, outputs), K = summed channels times taps.
+    ``groups``: of a Conv; ``shape`` has all its input channels. ``stuffed``: the strides of a ConvTranspose.
     """
 
     shape: tuple[int, ...]
@@ -37,25 +41,35 @@ class LinearOpGeometry:
     strides: tuple[int, ...] = ()
     pads: tuple[int, ...] = ()
     dilations: tuple[int, ...] = ()
+    groups: int = 1
+    stuffed: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, program: Program, reader: WeightConsumer) -> LinearOpGeometry:
         """Return the geometry of a reader.
 
         Raises:
-            UnsupportedError: a Conv with auto_pad.
+            UnsupportedError: a Conv with auto_pad; a ConvTranspose that is not `plain_transpose`.
         """
         analysis = program.analysis
         shape, node = analysis.walk.leaves[reader.leaf].shape, analysis.walk.nodes[reader.node]
-        if reader.op != "Conv":
+        if reader.op not in ("Conv", "ConvTranspose"):
             return cls(shape, reader.axis)
         auto = attribute(node, "auto_pad", "NOTSET")
         if auto not in ("NOTSET", "VALID"):
-            raise UnsupportedError(f"Conv {node.name} has auto_pad {auto}; give it pads.")
+            raise UnsupportedError(f"{reader.op} {node.name} has auto_pad {auto}; give it pads.")
         d = len(shape) - 2
         pads = (0,) * (2 * d) if auto == "VALID" else tuple(attribute(node, "pads", (0,) * (2 * d)))
         strides, dilations = attribute(node, "strides", (1,) * d), attribute(node, "dilations", (1,) * d)
-        return cls(shape, reader.axis, shape[2:], tuple(strides), pads, tuple(dilations))
+        if reader.op == "Conv":
+            whole = (shape[0], shape[1] * reader.groups, *shape[2:])
+            return cls(whole, reader.axis, shape[2:], tuple(strides), pads, tuple(dilations), reader.groups)
+        if not plain_transpose(node):
+            raise UnsupportedError(f"ConvTranspose {node.name} has an output_shape, or pads beyond its kernel.")
+        more = attribute(node, "output_padding", (0,) * d)
+        reach = [step * (k - 1) for step, k in zip(dilations, shape[2:], strict=True)]
+        around = [reach[k] - pads[k] for k in range(d)] + [reach[k] - pads[d + k] + more[k] for k in range(d)]
+        return cls(shape, 0, shape[2:], (1,) * d, tuple(around), tuple(dilations), 1, tuple(strides))
 
     @property
     def size(self) -> int:
@@ -66,6 +80,18 @@ class LinearOpGeometry:
     def width(self) -> int:
         """The number of outputs."""
         return self.shape[1 - self.axis]
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is an ordinary product or convolution, without groups."""
+        return self.groups == 1 and not self.stuffed
+
+    @property
+    def blocks(self) -> tuple[Labels, Labels] | None:
+        """The group of each row of the matrix and of each output; None where there is one."""
+        if self.groups == 1:
+            return None
+        return tuple(np.arange(n) * self.groups // n for n in (self.size, self.width))  # type: ignore[return-value]
 
     # ------------------------------------------------------------ rows
     def positions(self, u: Array) -> int:
@@ -80,6 +106,7 @@ class LinearOpGeometry:
             flat = u.reshape(-1, u.shape[-1])
             return flat if places is None else flat[places]
         d = len(self.kernel)
+        u = self._stuffed(u)
         if any(self.pads):
             u = np.pad(u, [(0, 0), (0, 0), *zip(self.pads[:d], self.pads[d:], strict=True)])
         grid = self.grid(u, padded=True)
@@ -110,19 +137,50 @@ class LinearOpGeometry:
         """
         d = len(self.kernel)
         extra = [0] * d if padded else [self.pads[k] + self.pads[d + k] for k in range(d)]
-        sizes = zip(u.shape[2:], extra, self.kernel, self.dilations, self.strides, strict=True)
+        steps = self.stuffed if self.stuffed and not padded else (1,) * d
+        lengths = [(n - 1) * step + 1 for n, step in zip(u.shape[2:], steps, strict=True)]
+        sizes = zip(lengths, extra, self.kernel, self.dilations, self.strides, strict=True)
         return tuple((n + more - step * (k - 1) - 1) // stride + 1 for n, more, k, step, stride in sizes)
+
+    def _stuffed(self, u: Array) -> Array:
+        """Return the values of a transposed convolution with zeros between them."""
+        if not self.stuffed:
+            return u
+        sizes = [(n - 1) * step + 1 for n, step in zip(u.shape[2:], self.stuffed, strict=True)]
+        made = np.zeros((*u.shape[:2], *sizes), u.dtype)
+        where: Any = (slice(None), slice(None), *(slice(None, None, step) for step in self.stuffed))
+        made[where] = u
+        return made
 
     # ------------------------------------------------------------ weights
     def matrix(self, weight: Array) -> Array:
         """(K, outputs) of the weight in its own shape."""
+        weight = np.asarray(weight)
+        if self.stuffed:
+            weight = np.flip(weight, tuple(range(2, weight.ndim)))
+        if self.groups > 1:
+            taps = math.prod(self.kernel)
+            parts = weight.reshape(self.groups, self.width // self.groups, -1, taps).transpose(0, 2, 3, 1)
+            full = np.zeros((*parts.shape[:3], self.groups, parts.shape[3]), weight.dtype)
+            each = np.arange(self.groups)
+            full[each, :, :, each] = parts
+            return full.reshape(self.size, self.width)
         moved = np.moveaxis(np.asarray(weight), self.axis, 0)  # summed, outputs, *kernel
         return np.ascontiguousarray(np.moveaxis(moved, 1, -1)).reshape(self.size, self.width)
 
     def weight(self, matrix: Array) -> Array:
         """Return the weight in its own shape, of a matrix."""
+        if self.groups > 1:
+            g, taps = self.groups, math.prod(self.kernel)
+            split = matrix.reshape(g, self.shape[1] // g, taps, g, self.width // g)
+            each = np.arange(g)
+            own = split[each, :, :, each].transpose(0, 3, 1, 2)  # groups, outputs, channels, taps
+            return np.ascontiguousarray(own).reshape(self.width, self.shape[1] // g, *self.kernel)
         full = matrix.reshape(self.shape[self.axis], *self.kernel, self.width)
-        return np.ascontiguousarray(np.moveaxis(np.moveaxis(full, -1, 1), 0, self.axis))
+        weight = np.moveaxis(np.moveaxis(full, -1, 1), 0, self.axis)
+        if self.stuffed:
+            weight = np.flip(weight, tuple(range(2, weight.ndim)))
+        return np.ascontiguousarray(weight)
 
     def rows_of(self, columns: Labels) -> Labels:
         """(elements, k times taps): the rows of the matrix that belong to each element."""
@@ -130,18 +188,39 @@ class LinearOpGeometry:
         return (columns[:, :, None] * taps + np.arange(taps)).reshape(len(columns), columns.shape[1] * taps)
 
 
+def plain_transpose(node: ir.Node) -> bool:
+    """Return whether a ConvTranspose has no output_shape, and no padding beyond what its kernel adds."""
+    if attribute(node, "output_shape", None) or attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+        return False
+    weight = node.inputs[1]
+    kernel = None if weight is None or weight.shape is None else weight.shape.numpy()[2:]
+    if kernel is None:
+        return False
+    d = len(kernel)
+    pads, steps = attribute(node, "pads", (0,) * (2 * d)), attribute(node, "dilations", (1,) * d)
+    return all(
+        step * (k - 1) >= max(pads[i], pads[d + i]) for i, (step, k) in enumerate(zip(steps, kernel, strict=True))
+    )
+
+
 class NormalEquations:
     """Sums for ``min |Y - X W - b|²``, batch by batch.
 
     Rows are taken relative to the mean of the first batch, so that large means cost no digits; products of a few
     thousand rows are in the rows' own precision, everything else is in float64. ``x`` and ``y``: sums of the rows.
-    ``zeros``: makes the matrices, perhaps in a file.
+    ``zeros``: makes the matrices, perhaps in a file. ``blocks``: of a product in groups, `LinearOpGeometry.blocks`:
+    sums between groups, which its weight cannot use, are taken for zero.
     """
 
     def __init__(
-        self, size: int, width: int, zeros: Callable[[tuple[int, ...]], FloatArray] = lambda shape: np.zeros(shape)
+        self,
+        size: int,
+        width: int,
+        zeros: Callable[[tuple[int, ...]], FloatArray] = lambda shape: np.zeros(shape),
+        blocks: tuple[Labels, Labels] | None = None,
     ) -> None:
         self.rows = 0
+        self._blocks = blocks
         self.x, self.y = np.zeros(size), np.zeros(width)
         self._xx, self._xy = zeros((size, size)), zeros((size, width))
         self._origin: tuple[Array, Array] | None = None
@@ -175,12 +254,18 @@ class NormalEquations:
         """Return the mean of x xᵀ."""
         mean, (off, _) = self.x / max(self.rows, 1), self._offsets()
         inner = self._xx / max(self.rows, 1) - np.outer(off, off)
-        return np.asarray(inner if centred else inner + np.outer(mean, mean))
+        whole = inner if centred else inner + np.outer(mean, mean)
+        if self._blocks is not None:
+            whole *= self._blocks[0][:, None] == self._blocks[0]
+        return np.asarray(whole)
 
     def cross(self, *, centred: bool) -> FloatArray:
         """Return the mean of x yᵀ."""
         inner = self._xy / max(self.rows, 1) - np.outer(*self._offsets())
-        return np.asarray(inner if centred else inner + np.outer(self.x, self.y) / max(self.rows, 1) ** 2)
+        whole = inner if centred else inner + np.outer(self.x, self.y) / max(self.rows, 1) ** 2
+        if self._blocks is not None:
+            whole *= self._blocks[0][:, None] == self._blocks[1]
+        return np.asarray(whole)
 
     def _offsets(self) -> tuple[Array, Array]:
         """Means relative to the origin."""

@@ -210,7 +210,7 @@ def find_candidates(
             continue
         chosen = np.unique(np.linspace(0, len(numbers) - 1, steps + 1).round().astype(int))
         by_space: list[list[WeightConsumer]] = [[] for _ in paired]
-        by_space += [readers(program, program.spaces[k]) for k in read]
+        by_space += [readers(program, program.spaces[k], convolutions=True) for k in read]
         made = [pairs[k] for k in paired] if pairs else []
         candidates.append(Candidate([*paired, *read], by_space, numbers[chosen], numbers, pairs=made))
     return sorted(candidates, key=lambda c: c.first), notes
@@ -264,7 +264,8 @@ def _refusal(
     uses = weight_uses(program)
     try:
         for k in read:
-            tied = next((r.weight for r in readers(program, program.spaces[k]) if uses[r.weight] > 1), None)
+            found = readers(program, program.spaces[k], convolutions=True)
+            tied = next((r.weight for r in found if uses[r.weight] > 1), None)
             if tied is not None:
                 return f"{tied} is used in several places"
     except SymmetryError as error:

@@ -60,7 +60,9 @@ def gather(
     layers = {layer.reader.node: layer for layer in layers_of(program)}
     wanted = {r.node for c in candidates for found in c.readers for r in found if r.node in layers}
     chosen = [layers[k] for k in sorted(wanted) if layers[k].linear.size <= limits.largest]
-    sums = {x.reader.node: NormalEquations(x.linear.size, x.linear.width, limits.zeros) for x in chosen}
+    sums = {
+        x.reader.node: NormalEquations(x.linear.size, x.linear.width, limits.zeros, x.linear.blocks) for x in chosen
+    }
     held: defaultdict[int, list[Array]] = defaultdict(list)
     rng = np.random.default_rng([seed, 1])
     sources = list(dict.fromkeys(layer.reader.source for layer in chosen))

@@ -195,7 +195,7 @@ class Compensation:
                 continue
             x = rows.inputs(layer)
             target, total = rows.targets(layer)
-            sums = NormalEquations(layer.linear.size, layer.linear.width, self.limits.zeros)
+            sums = NormalEquations(layer.linear.size, layer.linear.width, self.limits.zeros, layer.linear.blocks)
             sums.add(x, target)
             damping = self._damping(made.program, layer, gone[node], x, target, sum(now.samples))
             fitted = refitted(made.program, layer, sums, gone[node], damping)
@@ -221,7 +221,7 @@ class Compensation:
         if len(x) >= _PLENTY * layer.linear.size or len(x) < count:
             return self.damping
         held = np.arange(len(x)) * count // len(x) % _FOLD == _FOLD - 1
-        sums = NormalEquations(layer.linear.size, layer.linear.width, self.limits.zeros)
+        sums = NormalEquations(layer.linear.size, layer.linear.width, self.limits.zeros, layer.linear.blocks)
         sums.add(x[~held], target[~held])
         own = layer.reader.bias
         shift = np.zeros(1) if own is None else parameter_array(program, own).astype(np.float64).ravel()
@@ -353,7 +353,7 @@ def _below_zero(
 
 
 def _geometry(linear: LinearOpGeometry) -> tuple[object, ...]:
-    return (linear.kernel, linear.strides, linear.pads, linear.dilations)
+    return (linear.kernel, linear.strides, linear.pads, linear.dilations, linear.stuffed)
 
 
 def refitted(program: Program, layer: Layer, sums: NormalEquations, gone: Labels, damping: float) -> dict[str, Array]:

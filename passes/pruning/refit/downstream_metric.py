@@ -73,6 +73,6 @@ class DownstreamMetric:
         """(summed places, all else) of a weight."""
         if k not in self._rows:
             layer = self._layers[k]
-            weight = np.asarray(parameter_array(self._program, layer.reader.weight), np.float64)
-            self._rows[k] = np.moveaxis(weight, layer.reader.axis, 0).reshape(weight.shape[layer.reader.axis], -1)
+            matrix = layer.linear.matrix(parameter_array(self._program, layer.reader.weight)).astype(np.float64)
+            self._rows[k] = matrix.reshape(layer.linear.shape[layer.linear.axis], -1)
         return self._rows[k]

@@ -16,7 +16,7 @@ from cipm_ir.passes.pruning.budget.search import Mask
 from cipm_ir.passes.pruning.compress.divergence import softmax_over_last
 from cipm_ir.passes.pruning.importance.criteria import parameter_array
 from cipm_ir.runtime.activations.cache import moving
-from cipm_ir.runtime.activations.linear_geometry import Array, LinearOpGeometry, sample_places
+from cipm_ir.runtime.activations.linear_geometry import Array, LinearOpGeometry, plain_transpose, sample_places
 from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.readers import WeightConsumer, products, summed_classes, weight_uses
 
@@ -71,7 +71,7 @@ def layers_of(program: Program) -> list[Layer]:
     nodes = nodes_in_order(program.model.graph)
     place = {id(n): k for k, n in enumerate(nodes)}
     made = []
-    for reader in products(program):
+    for reader in products(program, convolutions=True):
         node = nodes[reader.node]
         tensor = program.model.graph.initializers.get(reader.weight)
         if uses.get(reader.weight) != 1 or tensor is None or reader.source not in live:
@@ -82,6 +82,8 @@ def layers_of(program: Program) -> list[Layer]:
             continue
         if program.analysis.walk.paths[reader.node]:
             continue  # in a body, whose values cannot be looked at
+        if node.op_type == "ConvTranspose" and not plain_transpose(node):
+            continue  # padding that takes more away than the kernel adds, or sizes that are given
         linear = LinearOpGeometry.of(program, reader)
         made.append(Layer(reader, linear, *_surroundings(program, node, linear, uses, live, place)))
     return made
@@ -90,7 +92,7 @@ def layers_of(program: Program) -> list[Layer]:
 def left_out(program: Program, layers: Sequence[Layer], stays: Mask) -> list[str]:
     """Return products with a weight that lose some of their units and are not refitted, with the reason."""
     analysis, fitted = program.analysis, {layer.reader.node for layer in layers}
-    uses, by_node = weight_uses(program), {reader.node: reader for reader in products(program)}
+    uses, by_node = weight_uses(program), {reader.node: reader for reader in products(program, convolutions=True)}
     live = moving(program.model)
     why: dict[int, str] = {}
     for event in analysis.consumers.contractions(np.flatnonzero(~stays)):
@@ -102,7 +104,7 @@ def left_out(program: Program, layers: Sequence[Layer], stays: Mask) -> list[str
         if analysis.walk.paths[event.node]:
             why[event.node] = f"it stands in the body {analysis.walk.paths[event.node]}"
         elif reader is None:
-            why[event.node] = "only Conv (group 1), Gemm and MatMul with a weight are"
+            why[event.node] = "only Conv, ConvTranspose (group 1), Gemm and MatMul with a weight are"
         elif uses.get(reader.weight) != 1:
             why[event.node] = f"{reader.weight} is used in several places"
         else:
@@ -130,7 +132,7 @@ def _surroundings(
     factor, shortcut, value = np.ones(width), None, node.outputs[0]
     while len(value.uses()) == 1 and not value.is_graph_output():
         after, index = next(iter(value.uses()))
-        if after.op_type == "BatchNormalization" and index == 0 and node.op_type == "Conv" and shortcut is None:
+        if after.op_type == "BatchNormalization" and index == 0 and spatial and shortcut is None:
             arrays = [_constant(v) for v in after.inputs[1:]]
             if any(a is None for a in arrays):
                 break

@@ -50,12 +50,14 @@ def find_pairs(program: Program, layers: Sequence[Layer]) -> dict[int, Layer]:
     for first in layers:
         if first.bias is None or first.way.rectified is None or first.way.shortcut is not None:
             continue
+        if not first.linear.plain:
+            continue
         relus = [node for node, _ in values[first.way.rectified].uses()]
         uses = [] if len(relus) > 1 or relus[0].outputs[0].is_graph_output() else list(relus[0].outputs[0].uses())
         second = by_node.get(id(uses[0][0])) if len(uses) == 1 else None
         if second is None or second.bias is None or second.reader.source != relus[0].outputs[0].name:
             continue
-        if len(first.linear.kernel) == len(second.linear.kernel):
+        if len(first.linear.kernel) == len(second.linear.kernel) and second.linear.plain:
             found[second.reader.node] = first
     return found
 

@@ -65,7 +65,7 @@ def counts(monkeypatch: pytest.MonkeyPatch, layers: int, pass_: str) -> Counter[
     return found
 
 
-@pytest.mark.parametrize("pass_", ["fold", "compress{macs=0.5,rounds=0,steps=2}"])
+@pytest.mark.parametrize("pass_", ["fold", "compress{macs=0.5,rounds=0,steps=2,plain=false}"])
 def test_copies_and_analyses_do_not_grow_with_the_layers(monkeypatch: pytest.MonkeyPatch, pass_: str) -> None:
     few, many = (counts(monkeypatch, layers, pass_) for layers in (4, 12))
     assert few["clones"] > 0 and few["analyses"] > 0
