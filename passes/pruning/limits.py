@@ -26,7 +26,7 @@ from cipm_ir.runtime.session import Runner, cores
 
 BATCH = 64
 """Samples that are run at once, at most."""
-USUAL_SECONDS = 240.0
+USUAL_SECONDS = 180.0
 """Where no time limit is given, work is cut to about so many seconds on a machine like this one."""
 _UNKNOWN_MACHINE = 8 << 30
 _LEAST_MEMORY = 256 << 20
@@ -134,12 +134,12 @@ class Limits:
     @property
     def cached(self) -> int:
         """Bytes of kept values above which one cache moves them to a file."""
-        return self.memory // 8
+        return self.memory // 16
 
     @property
     def entries(self) -> int:
         """Rows times places of one product that are held at a time, in float32."""
-        return self.memory // 24
+        return self.memory // 32
 
     @property
     def largest(self) -> int:
@@ -271,7 +271,7 @@ class Footprint:
 
     def batch(self, memory: int) -> int:
         """Return how many samples may be run at once, where all values of them are held."""
-        return max(1, min(BATCH, memory // 8 // max(self.whole, 1)))
+        return max(1, min(BATCH, memory // 16 // max(self.whole, 1)))
 
 
 def _values(model: ir.Model, feeds: Feeds, names: Sequence[str]) -> Feeds:

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from threadpoolctl import threadpool_limits
 
-from cipm_ir.errors import OptionError, SymmetryError, VerificationError
+from cipm_ir.errors import CipmError, OptionError, SymmetryError, VerificationError
 from cipm_ir.passes.framework.base import Context, Kind, Pass, PassResult, option
 from cipm_ir.passes.framework.reasons import check_counted, pins
 from cipm_ir.passes.framework.registry import register
@@ -173,12 +173,15 @@ class Compress(Pass):
         options = {name: getattr(self, name) for name in (self._kind(), *shared)} | {"round_to": self._multiple()}
         if plan is not None:
             return best_rival(program, options, plan.held, plan.compensation.data, limits, ctx)
-        calibration, held = split(ctx.data, program.model, self.samples)
-        size = Footprint.measure(program.model, ctx.data).batch(limits.memory)
-        probe = Probe.of(
-            program, held or ctx.data, size=size, limit=self.probes, damping=self.damping, asked=self.divergence,
-            limits=limits,
-        )  # fmt: skip
+        try:
+            calibration, held = split(ctx.data, program.model, self.samples)
+            size = Footprint.measure(program.model, ctx.data).batch(limits.memory)
+            probe = Probe.of(
+                program, held or ctx.data, size=size, limit=self.probes, damping=self.damping, asked=self.divergence,
+                limits=limits,
+            )  # fmt: skip
+        except CipmError:  # the refusal says more than that the model cannot be run either
+            return None
         return best_rival(program, options, probe, calibration, limits, ctx)
 
     def _plan(self, program: Program, ctx: Context, limits: Limits) -> Plan:

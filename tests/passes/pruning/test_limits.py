@@ -47,7 +47,7 @@ def test_the_footprint_counts_what_one_sample_holds() -> None:
     assert made.tail(0) > made.tail(1) > made.tail(2) and made.seconds > 0
 
 
-@pytest.mark.parametrize(("memory", "batch"), [(1 << 40, BATCH), (8 * 836 * 5, 5), (1, 1)])
+@pytest.mark.parametrize(("memory", "batch"), [(1 << 40, BATCH), (16 * 836 * 5, 5), (1, 1)])
 def test_batches_follow_the_memory(memory: int, batch: int) -> None:
     footprint = Footprint(0, 836, 0.0, np.zeros(1, np.int64))
     assert footprint.batch(memory) == batch
