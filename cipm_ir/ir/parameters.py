@@ -45,7 +45,7 @@ def parameter_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
         return None
     node = value.producer()
     if node is not None:
-        return constant_tensor(node) if node.op_type == "Constant" and node.domain in ("", "ai.onnx") else None
+        return constant_tensor(node) if node.op_type == "Constant" and not node.domain else None
     return value.const_value if is_parameter(value) else None
 
 

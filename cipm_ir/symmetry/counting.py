@@ -205,7 +205,7 @@ def _most(place: Place) -> int | None:
 
     None where a shape is unknown or weights may be hidden.
     """
-    if place.node.domain not in ("", "ai.onnx", "com.microsoft"):
+    if place.node.domain not in ("", "com.microsoft"):
         return None
     inputs = [s for v, s in zip(place.node.inputs, place.inputs, strict=True) if v is not None]
     outputs = [s for v, s in zip(place.node.outputs, place.outputs, strict=True) if v.name]

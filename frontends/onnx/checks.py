@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from cipm_ir.errors import InputError, UnsupportedError
 from cipm_ir.ir.nested import subgraphs
+from cipm_ir.ir.opsets import standard_name, standard_version
 from cipm_ir.runtime.graphs import describe_node
 
 _FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
@@ -59,13 +60,13 @@ def check_proto(proto: onnx.ModelProto) -> None:
 def _versions(imports: Iterable[onnx.OperatorSetIdProto]) -> Mapping[str, int]:
     """Return the opset versions by domain; both names of ONNX's own domain are known."""
     found = {entry.domain: entry.version for entry in imports}
-    own = found.get("", found.get("ai.onnx", 0))
+    own = standard_version(found)
     return {**found, "": own, "ai.onnx": own}
 
 
 def _check_opset(entry: onnx.OperatorSetIdProto) -> None:
     newest = onnx.defs.onnx_opset_version()
-    if entry.domain not in ("", "ai.onnx") or 1 <= entry.version <= newest:
+    if standard_name(entry.domain) or 1 <= entry.version <= newest:
         return
     if entry.version < 1:
         raise InputError(f"The model imports opset {entry.version} of ONNX, and the first is 1; the model is damaged.")
@@ -127,7 +128,7 @@ def _check_distribution(node: onnx.NodeProto) -> None:
 @functools.cache
 def _attribute_kinds(domain: str, op: str, version: int) -> Mapping[str, int] | None:
     """Return the types of the attributes that an operator of ONNX has in an opset; None for an operator of others."""
-    domain = "" if domain == "ai.onnx" else domain
+    domain = standard_name(domain)
     if version < 1 or not onnx.defs.has(op, version, domain):
         return None
     schema = onnx.defs.get_schema(op, version, domain)

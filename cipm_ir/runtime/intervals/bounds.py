@@ -210,8 +210,7 @@ def _site(found: Intervals, position: int, operands: dict[int, Interval | None],
         literals[k] = walk.constant(name)
     dtype = node.outputs[0].dtype or walk.shapes.types.get(node.outputs[0].name or "")
     outs = [None if v.name not in walk.states else walk.states[v.name].shape for v in node.outputs]
-    domain = "" if node.domain == "ai.onnx" else node.domain
-    version = node.version or _opset(node, domain)
+    version = node.version or _opset(node)
     precision: Precision = precision_of(dtype) if rounding else REAL
     raws: list[Any] = [None] * count
     for k in operands:
@@ -222,10 +221,10 @@ def _site(found: Intervals, position: int, operands: dict[int, Interval | None],
     return Site(node, version, inputs, states, raws, literals, shapes, outs, precision)
 
 
-def _opset(node: ir.Node, domain: str) -> int:
+def _opset(node: ir.Node) -> int:
     graph = node.graph
     imports = graph.opset_imports if isinstance(graph, ir.Graph) else {}
-    return int(imports.get(domain, 1))
+    return int(imports.get(node.domain, 1))
 
 
 def _settled(made: Interval | None, state: State) -> Interval:

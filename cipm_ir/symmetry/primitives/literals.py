@@ -35,9 +35,7 @@ class NodeResize(Resize):
         walk = parent.analysis.walk
         self.names = parent.names[position]
         self.outs = [v.name or "" for v in walk.nodes[position].outputs]
-        self.version = node.version or parent.editor.model.opset_imports.get(
-            "" if node.domain == "ai.onnx" else node.domain, 1
-        )
+        self.version = node.version or parent.editor.model.opset_imports.get(node.domain, 1)
 
     def attr(self, name: str, default: Any = None) -> Any:
         return attribute(self.node, name, default)

@@ -131,5 +131,5 @@ class Liveness:
 
 
 def _by_position(node: ir.Node) -> bool:
-    entry = lookup("" if node.domain == "ai.onnx" else node.domain, node.op_type)
+    entry = lookup(node.domain, node.op_type)
     return entry is None or entry.positionwise  # what reaches an opaque node is pinned

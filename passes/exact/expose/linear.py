@@ -10,7 +10,7 @@ import onnx_ir as ir
 from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Array
-from cipm_ir.passes.exact.expose.rewriter import STANDARD, GraphRewriter, Weight, Write
+from cipm_ir.passes.exact.expose.rewriter import GraphRewriter, Weight, Write
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,10 @@ def absorb_input(draft: GraphRewriter, node: ir.Node, index: int, axis: int, sca
 
     Refuses (`UnsupportedPattern`) anything but a MatMul, Gemm or Conv that sums over the axis with a weight of its own.
     """
-    weight = draft.weight(node, 1) if node.domain in STANDARD and index == 0 else None
+    weight = draft.weight(node, 1) if not node.domain and index == 0 else None
     summed = None if weight is None else _summed_axis(draft, node, weight, axis)
     if weight is None or summed is None or weight.shape[summed] != len(scale):
-        product = node.domain in STANDARD and node.op_type in ("MatMul", "Gemm", "Conv")
+        product = not node.domain and node.op_type in ("MatMul", "Gemm", "Conv")
         raise UnsupportedPattern(f"{node.op_type} reads it" + (" without a float weight of its own" if product else ""))
     factor = scale.reshape([-1 if k == summed else 1 for k in range(len(weight.shape))])
     steps: list[Step] = [draft.change(weight, lambda array: array * factor)]
@@ -110,7 +110,7 @@ def bias_of(draft: GraphRewriter, node: ir.Node, width: int) -> Weight | ir.Valu
     if len(product.uses()) != 1 or product.is_graph_output():
         return None
     (use,) = product.uses()
-    if use.node.op_type != "Add" or use.node.domain not in STANDARD or use.node.graph is not draft.graph:
+    if use.node.op_type != "Add" or use.node.domain or use.node.graph is not draft.graph:
         return None
     weight = draft.weight(use.node, 1 - use.idx)
     if weight is None or not weight.shape or weight.shape[-1] != width:

@@ -12,7 +12,7 @@ from cipm_ir.ir.constants import attribute
 from cipm_ir.passes.exact.expose.forms import Norm
 from cipm_ir.passes.exact.expose.linear import bias_of
 from cipm_ir.passes.exact.expose.moves import moved_axis, moved_outputs, source_axis
-from cipm_ir.passes.exact.expose.rewriter import STANDARD, GraphRewriter, Weight
+from cipm_ir.passes.exact.expose.rewriter import GraphRewriter, Weight
 
 _SUMS = ("Add", "Sub", "Sum")
 Writer = tuple[Weight, int]
@@ -74,7 +74,7 @@ class _Search:
         node = value.producer()
         if node is None:
             raise UnsupportedPattern("a graph input writes the stream")
-        if node.domain not in STANDARD or node.graph is not self.draft.graph:
+        if node.domain or node.graph is not self.draft.graph:
             raise UnsupportedPattern(f"{node.op_type} writes the stream")
         if node.op_type in ("MatMul", "Gemm", "Conv"):
             self._product(node, axis)
@@ -166,7 +166,7 @@ class _Search:
             if norm not in self.stream.norms:
                 self.stream.norms.append(norm)
             return
-        if node.domain not in STANDARD:
+        if node.domain:
             raise UnsupportedPattern(f"{node.op_type} reads the stream")
         if node.op_type in ("Shape", "Size"):
             return
