@@ -10,6 +10,7 @@ import onnx_ir as ir
 from cipm_ir.errors import SymmetryError
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Labels
+from cipm_ir.ops.contraction import weight_axes
 from cipm_ir.symmetry.analysis import Analysis
 from cipm_ir.symmetry.consumers import element_places
 from cipm_ir.symmetry.program import Program
@@ -126,15 +127,12 @@ def _weight(analysis: Analysis, position: int, node: ir.Node) -> tuple[int, int]
         return None
     leaf, turned = found[0], bool(found[1])
     one = analysis.walk.leaves[leaf]
-    if node.op_type == "Conv":
-        return (leaf, 1) if attribute(node, "group", 1) == 1 else None
-    if len(one.shape) != 2:
+    plain = (("group", 1), ("transA", 0), ("alpha", 1.0), ("beta", 1.0))
+    if any(attribute(node, name, usual) != usual for name, usual in plain):
         return None
-    if node.op_type == "Gemm":
-        if attribute(node, "transA", 0) or attribute(node, "alpha", 1.0) != 1.0 or attribute(node, "beta", 1.0) != 1.0:
-            return None
-        return leaf, int(bool(attribute(node, "transB", 0)) != turned)
-    return leaf, int(turned)
+    if node.op_type != "Conv" and len(one.shape) != 2:
+        return None
+    return leaf, weight_axes(node, len(one.shape))[turned]
 
 
 def weight_uses(program: Program) -> dict[str, int]:

@@ -43,6 +43,14 @@ class Walk:
     paths: list[str]
     """The body that each node stands in (``If_12.then/Loop_3``), "" for the main graph."""
 
+    def input_state(self, position: int, index: int) -> State | None:
+        """Return shape and labels of an input of a node, parameters included; None where it has none."""
+        leaf = self.use_leaf.get((position, index))
+        if leaf is not None:
+            return self.leaves[leaf].state
+        value = self.nodes[position].inputs[index]
+        return None if value is None else self.states.get(value.name or "")
+
     def constant(self, name: str) -> Array | None:
         """Return a number that a value is known to be at all sizes of the inputs."""
         pair = self.literals.get(name)

@@ -67,12 +67,9 @@ class Intervals:
     def state(self, position: int, index: int) -> State:
         """Shape and labels of an input of a node."""
         walk = self.analysis.walk
-        leaf = walk.use_leaf.get((position, index))
-        if leaf is not None:
-            return walk.leaves[leaf].state
         value = walk.nodes[position].inputs[index]
         name = "" if value is None else value.name or ""
-        return walk.states.get(name) or State(walk.shapes.first.get(name, ()))
+        return walk.input_state(position, index) or State(walk.shapes.first.get(name, ()))
 
 
 def along(bounds: Interval, factor: Factor) -> tuple[Bounds, Bounds]:

@@ -134,10 +134,10 @@ class NodeResize(Resize):
 
     # ------------------------------------------------------------ shapes
     def _state(self, index: int) -> State:
-        leaf = self.parent.analysis.walk.use_leaf.get((self.position, index))
-        if leaf is not None:
-            return self.parent.analysis.walk.leaves[leaf].state
-        return self.parent.analysis.walk.states[self.names[index]]
+        state = self.parent.analysis.walk.input_state(self.position, index)
+        if state is None:
+            raise KeyError(self.names[index])
+        return state
 
     def old(self, index: int) -> Shape:
         return self._state(index).shape

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Array
+from cipm_ir.ops.contraction import weight_axes
 from cipm_ir.passes.exact.expose.rewriter import GraphRewriter, Weight, Write
 
 
@@ -70,12 +71,12 @@ def _summed_axis(draft: GraphRewriter, node: ir.Node, weight: Weight, axis: int)
     """Return the axis of the weight that is summed, where it meets this axis of the input."""
     rank = draft.rank(node.inputs[0])
     if node.op_type == "MatMul":
-        return 0 if rank is not None and axis == rank - 1 and len(weight.shape) == 2 else None
-    if node.op_type == "Gemm":
-        return int(bool(attribute(node, "transB", 0))) if axis == int(not attribute(node, "transA", 0)) else None
-    if node.op_type == "Conv":
-        return 1 if axis == 1 and attribute(node, "group", 1) == 1 else None
-    return None
+        fits = rank is not None and axis == rank - 1 and len(weight.shape) == 2
+    elif node.op_type == "Gemm":
+        fits = axis == int(not attribute(node, "transA", 0))
+    else:
+        fits = node.op_type == "Conv" and axis == 1 and attribute(node, "group", 1) == 1
+    return weight_axes(node, len(weight.shape))[0] if fits else None
 
 
 def _shifted(draft: GraphRewriter, node: ir.Node, weight: Weight, vector: Array) -> Step:

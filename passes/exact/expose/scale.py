@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from cipm_ir.errors import UnsupportedPattern
-from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Array
+from cipm_ir.ops.contraction import weight_axes
 from cipm_ir.passes.exact.expose.forms import aligned
 from cipm_ir.passes.exact.expose.rewriter import GraphRewriter, Weight, Write
 
@@ -96,7 +96,7 @@ def _parts_of(draft: GraphRewriter, node: ir.Node) -> list[tuple[Weight, int]]:
     weight = draft.weight(node, 1)
     if weight is None or len(weight.shape) < 2:
         return []
-    axis = {"MatMul": len(weight.shape) - 1, "Gemm": int(not attribute(node, "transB", 0)), "Conv": 0}[node.op_type]
+    _, axis = weight_axes(node, len(weight.shape))
     parts = [(weight, axis)]
     if node.op_type != "MatMul" and len(node.inputs) > 2 and node.inputs[2] is not None:
         bias = draft.weight(node, 2)
