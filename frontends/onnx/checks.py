@@ -18,6 +18,7 @@ from cipm_ir.errors import InputError, UnsupportedError
 from cipm_ir.ir.nested import subgraphs
 from cipm_ir.ir.opsets import standard_name, standard_version
 from cipm_ir.runtime.graphs import describe_node
+from cipm_ir.runtime.inputs.data import capital
 
 _FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
 
@@ -111,7 +112,7 @@ def _check_nodes(nodes: Iterable[onnx.NodeProto], defined: set[str], versions: M
             _check_distribution(node)
         if kinds is not None and {"axis", "broadcast"} <= {attribute.name for attribute in node.attribute}:
             raise UnsupportedError(
-                f"{_capital(describe_node(node))} broadcasts along an axis, as ONNX did before opset 7; convert it "
+                f"{capital(describe_node(node))} broadcasts along an axis, as ONNX did before opset 7; convert it "
                 "with onnx.version_converter first."
             )
 
@@ -120,9 +121,9 @@ def _check_distribution(node: onnx.NodeProto) -> None:
     """Refuse what ends the process in onnxruntime: an empty range, a width that is not positive."""
     given = {attribute.name: attribute.f for attribute in node.attribute}
     if node.op_type.startswith("RandomUniform") and not given.get("low", 0.0) <= given.get("high", 1.0):
-        raise InputError(f"{_capital(describe_node(node))} draws from an empty range; its low is above its high.")
+        raise InputError(f"{capital(describe_node(node))} draws from an empty range; its low is above its high.")
     if node.op_type.startswith("RandomNormal") and not given.get("scale", 1.0) > 0.0:
-        raise InputError(f"{_capital(describe_node(node))} has the scale {given['scale']:g}, which is not positive.")
+        raise InputError(f"{capital(describe_node(node))} has the scale {given['scale']:g}, which is not positive.")
 
 
 @functools.cache
@@ -293,7 +294,7 @@ def _order_error(node: ir.Node, value: ir.Value) -> InputError:
     producer = value.producer()
     reader = describe_node(node)
     if producer is None:
-        return InputError(f"{_capital(reader)} reads {value.name!r}, which no node, input or initializer defines.")
+        return InputError(f"{capital(reader)} reads {value.name!r}, which no node, input or initializer defines.")
     if producer is node:
         return InputError(f"The graph has a cycle: {reader} reads its own output {value.name!r}.")
     if any(above is node for above in _ancestors(producer)):
@@ -302,7 +303,7 @@ def _order_error(node: ir.Node, value: ir.Value) -> InputError:
             "on that node."
         )
     return InputError(
-        f"{_capital(reader)} reads {value.name!r}, which {describe_node(producer)} makes in another graph."
+        f"{capital(reader)} reads {value.name!r}, which {describe_node(producer)} makes in another graph."
     )
 
 
@@ -315,7 +316,3 @@ def _ancestors(node: ir.Node) -> Iterator[ir.Node]:
                 seen.add(id(above))
                 stack.append(above)
                 yield above
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

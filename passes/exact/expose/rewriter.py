@@ -17,6 +17,7 @@ from cipm_ir.ir.opsets import standard_version
 from cipm_ir.ir.parameters import named, on_demand, parameter_tensor
 from cipm_ir.ir.shapes import Shapes
 from cipm_ir.ir.stand_ins import infer_shapes
+from cipm_ir.passes.exact.cleanup.replace_values import is_unused
 from cipm_ir.runtime.graphs import all_values
 
 REAL = {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
@@ -121,7 +122,7 @@ class GraphRewriter:
         self.shapes = _shapes(model)
         self._names: set[str | None] = {value.name for value in all_values(model.graph)}
         self._nodes: set[str | None] = {node.name for node in nodes_within(model.graph)}
-        self._idle = {node for node in model.graph if _idle(node)}
+        self._idle = {node for node in model.graph if is_unused(node)}
         self._unread = {name for name, value in model.graph.initializers.items() if not value.uses()}
 
     # ------------------------------------------------------------ reading
@@ -304,7 +305,7 @@ class GraphRewriter:
     def sweep(self) -> None:
         """Remove the nodes and initializers that the rewriting left without a reader."""
         for node in reversed(list(self.graph)):
-            if node not in self._idle and _idle(node):
+            if node not in self._idle and is_unused(node):
                 self.graph.remove(node, safe=True)
         for name, value in list(self.graph.initializers.items()):
             read = value.uses() or value.is_graph_output() or value.is_graph_input()
@@ -318,7 +319,3 @@ def _free(name: str, taken: set[str | None]) -> str:
         unique, number = f"{name}_{number}", number + 1
     taken.add(unique)
     return unique
-
-
-def _idle(node: ir.Node) -> bool:
-    return not any(value.uses() or value.is_graph_output() for value in node.outputs)
