@@ -8,11 +8,21 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cipm_ir.errors import InputError
-from cipm_ir.runtime.statistics.moments import Array, Floats, Moments, add_outer, centred, chunks, normalized, same_size
+from cipm_ir.runtime.statistics.moments import (
+    Array,
+    Floats,
+    MergeableStatistic,
+    Moments,
+    add_outer,
+    centred,
+    chunks,
+    normalized,
+    same_size,
+)
 
 
 @dataclass
-class Lagged:
+class Lagged(MergeableStatistic):
     """Moments of pairs (x at t, x at t + lag), merged as in `moments`.
 
     Rows of an endless stream may come in pieces: the first and the last rows are kept, so that ``a + b``, where b
