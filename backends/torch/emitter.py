@@ -208,7 +208,7 @@ class Emitter(Facts):
             else:
                 self._folded[name] = np.array(entries.tolist(), bool if node.op_type == "Equal" else np.int64)
             return
-        entry = _TABLE.get(("" if node.domain == "ai.onnx" else node.domain, node.op_type))
+        entry = _TABLE.get((node.domain, node.op_type))
         if entry is None:
             raise _missing(node)
         self._hint = identifier(node.outputs[0].name or node.op_type)

@@ -10,6 +10,7 @@ from torch import fx
 
 from cipm_ir.errors import UnsupportedError
 from cipm_ir.ir.constants import LIMIT, attribute, constant_tensor, evaluate
+from cipm_ir.ir.opsets import standard_version
 from cipm_ir.ir.parameters import is_overridable
 from cipm_ir.ir.shapes import Shapes, infer_node
 from cipm_ir.ir.stand_ins import infer_shapes
@@ -41,7 +42,7 @@ def refuse(node: ir.Node, reason: str) -> UnsupportedError:
 
 def is_default(node: ir.Node) -> bool:
     """Return whether a node is of the standard operator set."""
-    return node.domain in ("", "ai.onnx")
+    return not node.domain
 
 
 def argument_default(v: ir.Value) -> ir.TensorProtocol | None:
@@ -82,7 +83,7 @@ class Facts:
 
     def __init__(self, model: ir.Model) -> None:
         self.model = model
-        self.version = model.opset_imports.get("") or model.opset_imports.get("ai.onnx") or 1
+        self.version = standard_version(model.opset_imports) or 1
         self._folded: dict[str, np.ndarray | None] = {}
         self._inferred: Shapes | None = None
 

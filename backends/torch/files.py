@@ -22,7 +22,7 @@ from cipm_ir.backends.torch.attributes import apply_attributes
 from cipm_ir.backends.torch.biases import added, set_biases
 from cipm_ir.backends.torch.emit import Emitted
 from cipm_ir.backends.torch.emitter import graph_module
-from cipm_ir.backends.torch.state import as_torch, with_tensors
+from cipm_ir.backends.torch.state import as_torch, named_tensors, with_tensors
 from cipm_ir.backends.torch.written import check_exported, check_onnx, check_plan, check_written_model
 from cipm_ir.errors import CipmError, InputError, OutputError, UnsupportedError
 from cipm_ir.ir.capture import Capture
@@ -270,7 +270,7 @@ def apply_plan(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             f"The plan is for another model: {name!r} has shape {own.get(name, 'none')} here and "
             f"{plan['original'].get(name, 'none')} in the {plan['class']} that it was made from."
         )
-    if any(t.is_meta for _, t in _named_tensors(module)):
+    if any(t.is_meta for _, t in named_tensors(module)):
         raise InputError("The module is on the meta device, which holds no numbers; build it on a real one.")
     made = with_tensors(module, tensors)
     try:
@@ -324,19 +324,15 @@ def _class_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def _named_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-
-
 def _shapes(module: nn.Module) -> dict[str, list[int]]:
-    return {name: list(t.shape) for name, t in _named_tensors(module)}
+    return {name: list(t.shape) for name, t in named_tensors(module)}
 
 
 def _unique(module: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Return tensors by name, without those that are another one (name to the name of that)."""
     seen: dict[Any, str] = {}
     tensors, ties = {}, {}
-    for name, t in _named_tensors(module):
+    for name, t in named_tensors(module):
         storage = t.untyped_storage()
         where = (storage._cdata, t.storage_offset(), tuple(t.shape), t.stride(), t.dtype)
         if seen.setdefault(where, name) != name:

@@ -111,8 +111,7 @@ class _Numbers:
         return [(v.dtype, _declared(v)) for v in _true_inputs(model)]
 
     def _node(self, node: ir.Node, numbers: dict[ir.Value, int], seen: Counter[Any]) -> None:
-        domain = "" if node.domain == "ai.onnx" else node.domain
-        held = constant_tensor(node) if node.op_type == "Constant" and not domain else None
+        held = constant_tensor(node) if node.op_type == "Constant" and not node.domain else None
         if held is not None:
             numbers[node.outputs[0]] = self._constant(held.numpy())
             return
@@ -123,19 +122,19 @@ class _Numbers:
             given.append(None if value is None else numbers[value])
         while given and given[-1] is None:
             given.pop()
-        if node.op_type == "Identity" and not domain and given[0] is not None:
+        if node.op_type == "Identity" and not node.domain and given[0] is not None:
             numbers[node.outputs[0]] = given[0]
             return
         small = self._evaluated(node, given)
         if small is not None:
             numbers[node.outputs[0]] = self._constant(small)
             return
-        if not domain:
+        if not node.domain:
             given = self._positions(node, given)
-        key: Any = (domain, node.op_type, tuple(given), _attributes(node, self.version), len(node.outputs))
-        if domain == _OPAQUE:
+        key: Any = (node.domain, node.op_type, tuple(given), _attributes(node, self.version), len(node.outputs))
+        if node.domain == _OPAQUE:
             key = (*key, node.metadata_props.get("call", ""))
-        if domain == _OPAQUE or node.op_type in _RANDOM:  # two draws are two values
+        if node.domain == _OPAQUE or node.op_type in _RANDOM:  # two draws are two values
             seen[key] += 1
             key = (*key, seen[key])
         for k, value in enumerate(node.outputs):

@@ -58,6 +58,11 @@ class State:
         return self.made[own] if layout is None else self.made[own].permute(layout)
 
 
+def named_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Return parameters and buffers under each of their names."""
+    return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+
+
 def copied(module: nn.Module, state: State, names: Mapping[str, str] | None = None) -> nn.Module:
     """Return a deep copy of a module in which every parameter and buffer is the new one of its name.
 

@@ -15,6 +15,7 @@ from torch import nn
 from cipm_ir.backends.torch.emit import Emitted, called_side, example_tensors
 from cipm_ir.backends.torch.proof import first_difference
 from cipm_ir.backends.torch.runs import Side, as_array, computes_otherwise
+from cipm_ir.backends.torch.state import named_tensors
 from cipm_ir.errors import CipmError, OutputError
 from cipm_ir.ir.capture import Capture
 from cipm_ir.runtime.inputs.generate import Feeds, true_inputs
@@ -65,7 +66,7 @@ def check_plan(capture: Capture, emitted: Emitted, made: nn.Module, path: str) -
     Raises:
         OutputError: it is something else.
     """
-    wanted, found = (dict(_tensors(m)) for m in (emitted.object, made))
+    wanted, found = (dict(named_tensors(m)) for m in (emitted.object, made))
     for name in {**wanted, **found}:
         if name not in wanted or name not in found or not _same_bits(as_array(wanted[name]), as_array(found[name])):
             raise _refused(path, f"a plan does not give the module its tensor {name!r}")
@@ -114,10 +115,6 @@ def _by_position(runner: Runner, names: Sequence[str], own: Sequence[str]) -> Ca
         return {f"output {k}": x for k, x in enumerate(made.values())}
 
     return run
-
-
-def _tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
 
 
 def _same_bits(a: Any, b: Any) -> bool:

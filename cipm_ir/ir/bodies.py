@@ -26,7 +26,7 @@ Home = tuple[tuple[tuple[str, str], ...], str]
 
 def is_control_flow(node: ir.Node) -> bool:
     """Return whether a node is an If, Loop or Scan, whose bodies the analysis walks."""
-    return node.op_type in ("If", "Loop", "Scan") and node.domain in ("", "ai.onnx")
+    return node.op_type in ("If", "Loop", "Scan") and not node.domain
 
 
 def bodies(node: ir.Node) -> list[tuple[str, ir.Graph]]:

@@ -180,7 +180,7 @@ def evaluate(
 
     ``shape`` is the concrete shape of the first input, for Shape and Size.
     """
-    if node.domain not in ("", "ai.onnx") or len(node.outputs) != 1:
+    if node.domain or len(node.outputs) != 1:
         return None
     if node.op_type in ("Shape", "Size"):
         if shape is None:

@@ -77,7 +77,7 @@ def node_shapes(
         types: element types by name of value; types that are found are added.
         numbers: inputs that are known as numbers.
     """
-    own = node.domain in ("", "ai.onnx", "com.microsoft")
+    own = node.domain in ("", "com.microsoft")
     found = (fused_shapes(node, inputs) if own else None) or []
     first = node.inputs[0] if node.inputs else None
     if found and node.domain != "com.microsoft" and first is not None:  # normalizations, which keep the type

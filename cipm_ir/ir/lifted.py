@@ -17,7 +17,7 @@ _SMALL_INTS = {ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT4, ir.DataTyp
 def held_weights(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.TensorProtocol]]:
     """Constant nodes of a graph, not of its subgraphs, that hold a tensor that could be a weight."""
     for node in graph:
-        if node.op_type != "Constant" or node.domain not in ("", "ai.onnx") or node.outputs[0].is_graph_output():
+        if node.op_type != "Constant" or node.domain or node.outputs[0].is_graph_output():
             continue
         tensor = constant_tensor(node)
         if tensor is None or tensor.size < 2 or not len(tensor.shape):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
+from cipm_ir.errors import InputError
 from cipm_ir.ir.constants import constant_tensor
 
 # Set in `Graph.meta` of the main graph of a file whose format lists every initializer among the inputs.
@@ -45,8 +46,23 @@ def parameter_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
         return None
     node = value.producer()
     if node is not None:
-        return constant_tensor(node) if node.op_type == "Constant" and node.domain in ("", "ai.onnx") else None
+        return constant_tensor(node) if node.op_type == "Constant" and not node.domain else None
     return value.const_value if is_parameter(value) else None
+
+
+def stored_tensor(model: ir.Model, name: str) -> ir.TensorProtocol:
+    """Return the tensor of a weight of the main graph, an initializer's or a Constant node's.
+
+    Raises:
+        InputError: it has none.
+    """
+    tensor = parameter_tensor(model.graph.initializers.get(name))
+    if tensor is None:
+        maker = next((n for n in model.graph if n.outputs and n.outputs[0].name == name), None)
+        tensor = None if maker is None else constant_tensor(maker)
+    if tensor is None:
+        raise InputError(f"The weight {name!r} has no value in the model; give it one first.")
+    return tensor
 
 
 def named(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:

@@ -175,13 +175,12 @@ class _Scope:
             self.numbers[name] = number
 
     def place(self, node: ir.Node) -> Place:
-        domain = "" if node.domain == "ai.onnx" else node.domain
-        version = node.version or self.model.opset_imports.get(domain, 1)
+        version = node.version or self.model.opset_imports.get(node.domain, 1)
         names = [None if v is None else v.name or "" for v in node.inputs]
         inputs = [None if n is None else self.shapes.get(n) for n in names]
         numbers = [None if n is None else self.numbers.get(n) for n in names]
         place = Place(node, version, inputs, [], numbers)
-        if node.op_type == "Constant" and not domain:
+        if node.op_type == "Constant" and not node.domain:
             tensor = constant_tensor(node)
             if tensor is not None:
                 self._tensor(node.outputs[0].name or "", tensor)
@@ -364,7 +363,7 @@ def cannot_run(place: Place, types: dict[str, ir.DataType] | None) -> bool:
 def _more_numbers(place: Place) -> Array | None:
     """Small numbers that the analysis must not take for constants, since labels move along them; here they may be."""
     node, first = place.node, place.numbers[0] if place.numbers else None
-    if first is None or node.domain not in ("", "ai.onnx"):
+    if first is None or node.domain:
         return None
     if node.op_type == "Transpose":
         return np.transpose(first, attribute(node, "perm"))

@@ -17,7 +17,7 @@ from cipm_ir.ir.labels import Array
 Shape = tuple[int, ...]
 _MOST = 1 << 24
 """Entries of all inputs together above which a node is not run."""
-_NOT_RUN = ("", "ai.onnx", "ai.onnx.ml", "pkg.torch")
+_NOT_RUN = ("", "ai.onnx.ml", "pkg.torch")
 
 
 def probed_shapes(

@@ -10,7 +10,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import onnx_ir as ir
+
 from cipm_ir.errors import UnsupportedPattern
+from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Factor, State, alike
 from cipm_ir.ops.context import OpContext
 from cipm_ir.ops.registry import operator
@@ -186,6 +189,20 @@ def matmul_letters(a: State, b: State, out_rank: int) -> tuple[Letters, Letters,
     return tuple(left), tuple(right), tuple(out)
 
 
+def gemm_letters(node: ir.Node) -> tuple[Letters, Letters, Letters]:
+    """Letters of A, B and the result of a Gemm."""
+    left: Letters = ("k", "m") if attribute(node, "transA", 0) else ("m", "k")
+    right: Letters = ("n", "k") if attribute(node, "transB", 0) else ("k", "n")
+    return left, right, ("m", "n")
+
+
+def weight_axes(node: ir.Node, rank: int) -> tuple[int, int]:
+    """Return which axis of input 1 (of this rank) a product sums, and which its outputs lie along."""
+    if node.op_type == "MatMul":
+        return rank - 2, rank - 1
+    return (1, 0) if node.op_type == "Conv" or attribute(node, "transB", 0) else (0, 1)
+
+
 @operator("MatMul", "MatMulInteger", mergeable=True)
 def matmul(op: OpContext) -> None:
     """Numpy-style matrix product."""
@@ -227,9 +244,8 @@ def by_expert(op: OpContext, states: Sequence[State], letters: Sequence[Letters]
 def gemm(op: OpContext) -> None:
     """alpha A B + beta C, with transposes; C broadcasts."""
     a, b = op.state(0), op.state(1)
-    left: Letters = ("k", "m") if op.attr("transA", 0) else ("m", "k")
-    right: Letters = ("n", "k") if op.attr("transB", 0) else ("k", "n")
-    out = contract(op, [a, b], [left, right], ("m", "n"))
+    *letters, summed_to = gemm_letters(op.node)
+    out = contract(op, [a, b], letters, summed_to)
     bias = op.optional(2)
     made = out if bias is None else add_bias(op, out, bias)
     op.like(0, made, made.uniform)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from cipm_ir.ir.opsets import standard_name
 from cipm_ir.ops.context import OpContext
 from cipm_ir.ops.resize import Resize
 
@@ -84,7 +85,7 @@ def operator(
 
 def lookup(domain: str, name: str) -> Operator | None:
     """Return the entry of an operator, or None where there is none."""
-    domain = "" if domain == "ai.onnx" else domain
+    domain = standard_name(domain)
     return _REGISTRY.get((domain, name)) or _OF_DOMAIN.get(domain)
 
 

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.labels import ZERO, Factor, State
 from cipm_ir.ops.context import OpContext, fixed
-from cipm_ir.ops.contraction import Letters, add_bias, contract, matmul_letters
+from cipm_ir.ops.contraction import add_bias, contract, gemm_letters, matmul_letters
 from cipm_ir.ops.convolution import convolve
 from cipm_ir.ops.elementwise import broadcast
 from cipm_ir.ops.indexing import joined
@@ -164,9 +164,8 @@ def quantized_gemm(op: OpContext) -> None:
     """alpha A B + C of quantized operands; scale and zero point of B may be per column."""
     a, b = _frozen(op, 0), _frozen(op, 3)
     single_numbers(op, 1, 2, 7, 8)
-    left: Letters = ("k", "m") if op.attr("transA", 0) else ("m", "k")
-    right: Letters = ("n", "k") if op.attr("transB", 0) else ("k", "n")
-    out = _columns(op, contract(op, [a, b], [left, right], ("m", "n"), (0, 3)), 4, 5)
+    *letters, summed_to = gemm_letters(op.node)
+    out = _columns(op, contract(op, [a, b], letters, summed_to, (0, 3)), 4, 5)
     given = op.optional(6)
     if given is not None:
         op.freeze(given)

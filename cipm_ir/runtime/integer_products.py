@@ -49,7 +49,7 @@ def computes_in_integers(model: ir.Model) -> bool:
     graphs = graphs_within(model.graph)
     return any(
         node.op_type in ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
-        or ("" if node.domain == "ai.onnx" else node.domain, node.op_type) in WEIGHT_INPUTS
+        or (node.domain, node.op_type) in WEIGHT_INPUTS
         for graph in graphs
         for node in graph
     )
@@ -63,7 +63,7 @@ def reencode_signed_weights(model: ir.Model) -> int:
     changed = 0
     for graph in graphs_within(model.graph):
         for node in list(graph):
-            places = WEIGHT_INPUTS.get(("" if node.domain == "ai.onnx" else node.domain, node.op_type))
+            places = WEIGHT_INPUTS.get((node.domain, node.op_type))
             if places is not None and _reencode(graph, node, *places):
                 changed += 1
     return changed

@@ -188,10 +188,8 @@ class Analysis:
         for position, node in enumerate(walk.nodes if any(paths) else ()):
             if not paths[position]:
                 continue
-            for k, value in enumerate(node.inputs):
-                leaf = walk.use_leaf.get((position, k))
-                state = walk.states.get(value.name or "") if value is not None else None
-                state = state if leaf is None else walk.leaves[leaf].state
+            for k in range(len(node.inputs)):
+                state = walk.input_state(position, k)
                 for f in () if state is None else state.factors:
                     where[self.classes.refined(f.labels)] = position
         found = [int(where[self.places_of(k)[0]].max(initial=-1)) for k in range(len(self.spaces))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -85,13 +85,9 @@ class Consumers:
             return known[id(state)]
 
         def read(position: int) -> Labels:
-            found = [np.zeros(0, np.int64)]
-            for k, value in enumerate(walk.nodes[position].inputs):
-                leaf = walk.use_leaf.get((position, k))
-                state = None if value is None else walk.states.get(value.name or "")
-                found += [] if state is None else [classes_in(state)]
-                found += [] if leaf is None else [classes_in(walk.leaves[leaf].state)]
-            return np.unique(np.concatenate(found))
+            states = (walk.input_state(position, k) for k in range(len(walk.nodes[position].inputs)))
+            found = [classes_in(state) for state in states if state is not None]
+            return np.unique(np.concatenate([np.zeros(0, np.int64), *found]))
 
         return Incidence.of(read(position) for position in range(len(walk.nodes)))
 
@@ -111,6 +107,14 @@ class Consumers:
     @cached_property
     def _contractions(self) -> Incidence:
         return Incidence.of(self._classes.of[c.a] for c in self._walk.rec.contractions)
+
+    @cached_property
+    def contractions_at(self) -> Mapping[int, list[Contraction]]:
+        """The contractions of each node that has any, by its position."""
+        found: dict[int, list[Contraction]] = {}
+        for c in self._walk.rec.contractions:
+            found.setdefault(c.node, []).append(c)
+        return found
 
     @cached_property
     def _refined_contractions(self) -> Incidence:

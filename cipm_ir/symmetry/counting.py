@@ -161,7 +161,9 @@ def _cost(place: Place, unknown: list[Unknown]) -> int:
     try:
         return macs_of(site)
     except Uncounted as reason:
-        unknown.append(Unknown(place.node.name or _first_output(place), place.node.op_type, str(reason), _most(place)))
+        unknown.append(
+            Unknown(place.node.name or first_output(place.node), place.node.op_type, str(reason), _most(place))
+        )
         return 0
 
 
@@ -177,7 +179,7 @@ def _nested(place: Place, unknown: list[Unknown]) -> int:
         inside: list[Unknown] = []
         costs.append(sum(_cost(one, inside) for one in body))
         lost += inside
-    name = node.name or _first_output(place)
+    name = node.name or first_output(place.node)
     if op == "If" and not node.domain:
         unknown += lost
         return max(costs, default=0)
@@ -205,7 +207,7 @@ def _most(place: Place) -> int | None:
 
     None where a shape is unknown or weights may be hidden.
     """
-    if place.node.domain not in ("", "ai.onnx", "com.microsoft"):
+    if place.node.domain not in ("", "com.microsoft"):
         return None
     inputs = [s for v, s in zip(place.node.inputs, place.inputs, strict=True) if v is not None]
     outputs = [s for v, s in zip(place.node.outputs, place.outputs, strict=True) if v.name]
@@ -220,5 +222,6 @@ def _most(place: Place) -> int | None:
 _SMALL_ATTRIBUTES = (ir.AttributeType.INT, ir.AttributeType.FLOAT, ir.AttributeType.STRING, ir.AttributeType.INTS)
 
 
-def _first_output(place: Place) -> str:
-    return next((v.name for v in place.node.outputs if v.name), "")
+def first_output(node: ir.Node) -> str:
+    """Return what a node goes by: names of values are unique in an analysed graph, and clones of it keep them."""
+    return next((value.name for value in node.outputs if value.name), "")

@@ -70,9 +70,6 @@ class LinearityAnalysis:
             space_of[analysis.spaces[k].table[:, 0]] = k
         self.space_of_atom = space_of[analysis.classes.of]
         self._carried: dict[int, tuple[Labels, tuple[int, ...]]] = {}
-        self._events: defaultdict[int, list[Contraction]] = defaultdict(list)
-        for event in self.walk.rec.contractions:
-            self._events[event.node].append(event)
 
     def run(self) -> None:
         """Visit every node."""
@@ -156,7 +153,11 @@ class LinearityAnalysis:
 
     def events(self, site: Site) -> list[Contraction]:
         """Contractions of the node over candidate spaces that are alive."""
-        return [e for e in self._events[site.position] if not self.alive.isdisjoint(self.spaces_on(e.a))]
+        return [
+            e
+            for e in self.analysis.consumers.contractions_at.get(site.position, ())
+            if not self.alive.isdisjoint(self.spaces_on(e.a))
+        ]
 
 
 def _same(a: Hit, b: Hit) -> bool:

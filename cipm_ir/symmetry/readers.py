@@ -10,6 +10,7 @@ import onnx_ir as ir
 from cipm_ir.errors import SymmetryError
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Labels
+from cipm_ir.ops.contraction import weight_axes
 from cipm_ir.symmetry.analysis import Analysis
 from cipm_ir.symmetry.consumers import element_places
 from cipm_ir.symmetry.leaves import LeafFactor
@@ -150,18 +151,14 @@ def _weight(analysis: Analysis, position: int, node: ir.Node, convolutions: bool
         return None
     leaf, turned = found[0], bool(found[1])
     one = analysis.walk.leaves[leaf]
-    if node.op_type == "Conv":
-        together = attribute(node, "group", 1) == 1 or (convolutions and one.shape[1] > 1)
-        return (leaf, 1) if together else None
-    if node.op_type == "ConvTranspose":
-        return (leaf, 0) if attribute(node, "group", 1) == 1 else None
+    if node.op_type.startswith("Conv"):
+        together = attribute(node, "group", 1) == 1 or (node.op_type == "Conv" and convolutions and one.shape[1] > 1)
+        return (leaf, weight_axes(node, len(one.shape))[0]) if together else None
+    if any(attribute(node, name, usual) != usual for name, usual in (("transA", 0), ("alpha", 1.0), ("beta", 1.0))):
+        return None
     if len(one.shape) != 2:
         return None
-    if node.op_type == "Gemm":
-        if attribute(node, "transA", 0) or attribute(node, "alpha", 1.0) != 1.0 or attribute(node, "beta", 1.0) != 1.0:
-            return None
-        return leaf, int(bool(attribute(node, "transB", 0)) != turned)
-    return leaf, int(turned)
+    return leaf, weight_axes(node, len(one.shape))[turned]
 
 
 def weight_uses(program: Program) -> dict[str, int]:

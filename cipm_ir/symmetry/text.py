@@ -346,7 +346,7 @@ def _node(node: ir.Node, types: list[str], name: Callable[[ir.Value], str]) -> s
     args = ", ".join("_" if v is None else name(v) for v in node.inputs)
     attributes = [f"{key}={_attribute(attr)}" for key, attr in sorted(node.attributes.items())]
     attrs = " {" + ", ".join(attributes) + "}" if attributes else ""
-    prefix = f"{node.domain}::" if node.domain not in ("", "ai.onnx") else ""
+    prefix = f"{node.domain}::" if node.domain else ""
     return f"{left} = {prefix}{node.op_type}({args}){attrs} : {', '.join(t for _, t in shown)}"
 
 

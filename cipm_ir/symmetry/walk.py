@@ -43,6 +43,14 @@ class Walk:
     paths: list[str]
     """The body that each node stands in (``If_12.then/Loop_3``), "" for the main graph."""
 
+    def input_state(self, position: int, index: int) -> State | None:
+        """Return shape and labels of an input of a node, parameters included; None where it has none."""
+        leaf = self.use_leaf.get((position, index))
+        if leaf is not None:
+            return self.leaves[leaf].state
+        value = self.nodes[position].inputs[index]
+        return None if value is None else self.states.get(value.name or "")
+
     def constant(self, name: str) -> Array | None:
         """Return a number that a value is known to be at all sizes of the inputs."""
         pair = self.literals.get(name)
@@ -295,15 +303,14 @@ class _Walker(Known):
                 inputs.append(self.states.get(value.name or ""))
         if inputs and inputs[0] is None:
             inputs[0] = self.implied(node)
-        domain = "" if node.domain == "ai.onnx" else node.domain
-        version = node.version or self.opsets.get(domain, 1)
+        version = node.version or self.opsets.get(node.domain, 1)
         shapes = self.output_shapes(node, version)
-        entry = lookup(domain, node.op_type)
+        entry = lookup(node.domain, node.op_type)
         op = OpContext(node, version, inputs, shapes, literals, self.rec, self.shapes.second, self.varying, self)
         op.elementwise = entry is not None and entry.elementwise
         try:
             if entry is None:
-                raise UnsupportedPattern(node.metadata_props.get("reason") or reason_for(domain, node.op_type))
+                raise UnsupportedPattern(node.metadata_props.get("reason") or reason_for(node.domain, node.op_type))
             if any(v is not None and s is None for v, s in zip(node.inputs, inputs, strict=True)):
                 raise UnsupportedPattern("the shape of an input is not known")
             if entry.elementwise and len(inputs) > 1:

@@ -16,7 +16,9 @@ import onnx_ir as ir
 
 from cipm_ir.errors import InputError, UnsupportedError
 from cipm_ir.ir.nested import subgraphs
+from cipm_ir.ir.opsets import standard_name, standard_version
 from cipm_ir.runtime.graphs import describe_node
+from cipm_ir.runtime.inputs.data import capital
 
 _FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
 
@@ -59,13 +61,13 @@ def check_proto(proto: onnx.ModelProto) -> None:
 def _versions(imports: Iterable[onnx.OperatorSetIdProto]) -> Mapping[str, int]:
     """Return the opset versions by domain; both names of ONNX's own domain are known."""
     found = {entry.domain: entry.version for entry in imports}
-    own = found.get("", found.get("ai.onnx", 0))
+    own = standard_version(found)
     return {**found, "": own, "ai.onnx": own}
 
 
 def _check_opset(entry: onnx.OperatorSetIdProto) -> None:
     newest = onnx.defs.onnx_opset_version()
-    if entry.domain not in ("", "ai.onnx") or 1 <= entry.version <= newest:
+    if standard_name(entry.domain) or 1 <= entry.version <= newest:
         return
     if entry.version < 1:
         raise InputError(f"The model imports opset {entry.version} of ONNX, and the first is 1; the model is damaged.")
@@ -110,7 +112,7 @@ def _check_nodes(nodes: Iterable[onnx.NodeProto], defined: set[str], versions: M
             _check_distribution(node)
         if kinds is not None and {"axis", "broadcast"} <= {attribute.name for attribute in node.attribute}:
             raise UnsupportedError(
-                f"{_capital(describe_node(node))} broadcasts along an axis, as ONNX did before opset 7; convert it "
+                f"{capital(describe_node(node))} broadcasts along an axis, as ONNX did before opset 7; convert it "
                 "with onnx.version_converter first."
             )
 
@@ -119,15 +121,15 @@ def _check_distribution(node: onnx.NodeProto) -> None:
     """Refuse what ends the process in onnxruntime: an empty range, a width that is not positive."""
     given = {attribute.name: attribute.f for attribute in node.attribute}
     if node.op_type.startswith("RandomUniform") and not given.get("low", 0.0) <= given.get("high", 1.0):
-        raise InputError(f"{_capital(describe_node(node))} draws from an empty range; its low is above its high.")
+        raise InputError(f"{capital(describe_node(node))} draws from an empty range; its low is above its high.")
     if node.op_type.startswith("RandomNormal") and not given.get("scale", 1.0) > 0.0:
-        raise InputError(f"{_capital(describe_node(node))} has the scale {given['scale']:g}, which is not positive.")
+        raise InputError(f"{capital(describe_node(node))} has the scale {given['scale']:g}, which is not positive.")
 
 
 @functools.cache
 def _attribute_kinds(domain: str, op: str, version: int) -> Mapping[str, int] | None:
     """Return the types of the attributes that an operator of ONNX has in an opset; None for an operator of others."""
-    domain = "" if domain == "ai.onnx" else domain
+    domain = standard_name(domain)
     if version < 1 or not onnx.defs.has(op, version, domain):
         return None
     schema = onnx.defs.get_schema(op, version, domain)
@@ -292,7 +294,7 @@ def _order_error(node: ir.Node, value: ir.Value) -> InputError:
     producer = value.producer()
     reader = describe_node(node)
     if producer is None:
-        return InputError(f"{_capital(reader)} reads {value.name!r}, which no node, input or initializer defines.")
+        return InputError(f"{capital(reader)} reads {value.name!r}, which no node, input or initializer defines.")
     if producer is node:
         return InputError(f"The graph has a cycle: {reader} reads its own output {value.name!r}.")
     if any(above is node for above in _ancestors(producer)):
@@ -301,7 +303,7 @@ def _order_error(node: ir.Node, value: ir.Value) -> InputError:
             "on that node."
         )
     return InputError(
-        f"{_capital(reader)} reads {value.name!r}, which {describe_node(producer)} makes in another graph."
+        f"{capital(reader)} reads {value.name!r}, which {describe_node(producer)} makes in another graph."
     )
 
 
@@ -314,7 +316,3 @@ def _ancestors(node: ir.Node) -> Iterator[ir.Node]:
                 seen.add(id(above))
                 stack.append(above)
                 yield above
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

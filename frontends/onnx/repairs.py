@@ -16,6 +16,7 @@ import onnx
 from onnx import numpy_helper
 
 from cipm_ir.errors import InputError
+from cipm_ir.ir.opsets import standard_name
 
 _MOST_DENSE = 1 << 31
 """A sparse tensor is not written out beyond so many bytes: a damaged shape must not fill the memory."""
@@ -75,7 +76,7 @@ def _needs_repair(graph: onnx.GraphProto | onnx.FunctionProto) -> bool:
 
 
 def _is_constant(node: onnx.NodeProto) -> bool:
-    return node.op_type == "Constant" and node.domain in ("", "ai.onnx") and len(node.output) == 1
+    return node.op_type == "Constant" and not standard_name(node.domain) and len(node.output) == 1
 
 
 def _repeated(names: Iterable[str]) -> bool:

@@ -138,12 +138,6 @@ def module_entry(kind: type[nn.Module]) -> ModuleEntry | None:
     return _MODULES.get(kind)
 
 
-def module_classes() -> list[type[nn.Module]]:
-    """Return all module classes that are known."""
-    load_table()
-    return list(_MODULES)
-
-
 def function_entry(target: Any) -> Entry | None:
     """Return the entry of a function, a method's name, or an aten overload."""
     name, aten = bare_name(target)

@@ -16,10 +16,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 from scipy.spatial.distance import pdist, squareform
 
-from cipm_ir.errors import InputError
-from cipm_ir.ir.constants import constant_tensor
 from cipm_ir.ir.labels import Array, Labels
-from cipm_ir.ir.parameters import parameter_tensor
+from cipm_ir.ir.parameters import stored_tensor
 from cipm_ir.symmetry.leaves import Leaf, LeafFactor
 from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.space import Space
@@ -178,7 +176,7 @@ class Weights:
     def _array(self, leaf: Leaf) -> Array:
         """Return the weight as float32 or float64; looked up once where it is no copy."""
         if leaf.name not in self._arrays:
-            tensor = _tensor(self.program.model, leaf.name)
+            tensor = stored_tensor(self.program.model, leaf.name)
             array = np.asarray(tensor.numpy())
             wide = array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
             if not np.isfinite(wide).all():
@@ -187,17 +185,6 @@ class Weights:
                 return wide  # a copy, which would pile up
             self._arrays[leaf.name] = wide
         return self._arrays[leaf.name]
-
-
-def _tensor(model: ir.Model, name: str) -> ir.TensorProtocol:
-    value = model.graph.initializers.get(name)
-    tensor = parameter_tensor(value)
-    if tensor is None:
-        maker = next((n for n in model.graph if n.outputs and n.outputs[0].name == name), None)
-        tensor = None if maker is None else constant_tensor(maker)
-    if tensor is None:
-        raise InputError(f"The weight {name!r} has no value in the model; give it one before clustering.")
-    return tensor
 
 
 def rows_of(array: Array, f: LeafFactor) -> Array:

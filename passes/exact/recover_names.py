@@ -130,7 +130,7 @@ def _is_candidate(value: ir.Value) -> bool:
 
 def _multiplies(node: ir.Node, place: int) -> bool:
     """The node takes input ``place`` as right operand; a Gemm with transB has the weight as the state_dict has it."""
-    if node.domain not in ("", "ai.onnx") or place != 1:
+    if node.domain or place != 1:
         return False
     transposed = node.attributes.get_int("transB", 0) != 0
     return node.op_type == "MatMul" or (node.op_type == "Gemm" and not transposed)

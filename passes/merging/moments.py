@@ -23,6 +23,7 @@ from cipm_ir.passes.merging.origin import Origin, apply_function, find_origins
 from cipm_ir.passes.merging.rows import UnitRows
 from cipm_ir.runtime.activations.observe import observe
 from cipm_ir.runtime.statistics.moments import Moments as RowMoments
+from cipm_ir.runtime.statistics.moments import normalized
 from cipm_ir.runtime.statistics.sites import Site, site_of
 from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.readers import readers
@@ -58,11 +59,9 @@ class Moments:
     def correlation(self) -> Floats:
         """(units, units); a unit that never changes is like nothing but itself."""
         found = self.covariance
-        spread = np.sqrt(np.where(self.constant, 0.0, np.diag(found)))
-        size = np.outer(spread, spread)
-        out = np.clip(np.divide(found, size, out=np.zeros_like(found), where=size > 0), -1.0, 1.0)
+        out = normalized(found, np.where(self.constant, 0.0, np.diag(found)))
         np.fill_diagonal(out, 1.0)
-        return np.asarray(out)
+        return out
 
 
 # ---------------------------------------------------------------- from data

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import cipm_ir
+from cipm_ir.ir.opsets import standard_name, standard_version
 from cipm_ir.passes.pruning.compress.divergence import Divergence
 
 
@@ -56,3 +58,13 @@ def test_a_softmax_of_an_early_opset_is_none_over_the_last_axis() -> None:
         node.version = None
     outputs = {"p": np.full((2, 5, 6), 1 / 6, np.float32)}
     assert Divergence.of(model, outputs).measures["p"] == "error"
+
+
+def test_a_node_has_the_short_name_and_what_a_file_says_is_made_short() -> None:
+    """Every rule compares with the short name alone, so nodes must have it however they were made."""
+    node = ir.Node("ai.onnx", "Relu", [ir.Value(name="x")])
+    assert node.domain == standard_name("ai.onnx") == standard_name("") == ""
+    node.domain = "ai.onnx"
+    assert node.domain == ""
+    assert standard_name("ai.onnx.ml") == "ai.onnx.ml"
+    assert [standard_version(found) for found in ({"": 17}, {"ai.onnx": 13}, {"ai.onnx.ml": 3})] == [17, 13, 0]

@@ -45,6 +45,8 @@ def test_lookups_equal_scans(analysis: Analysis) -> None:
         assert [id(c) for c in index.contractions(members)] == [id(c) for c in summed]
         normal = any(inside[classes.of[labels]].any() for labels in walk.rec.normalized)
         assert bool(index.normalized[members].any()) == normal
+    by_node = {k: [c for c in walk.rec.contractions if c.node == k] for k in range(len(walk.nodes))}
+    assert index.contractions_at == {k: found for k, found in by_node.items() if found}
     for k in range(len(analysis.spaces)):
         element = analysis.elements_of(k)
         summed = [c for c in walk.rec.contractions if (element[classes.refined(c.a)] >= 0).any()]

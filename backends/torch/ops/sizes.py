@@ -111,7 +111,7 @@ def tensor_of_sizes(e: SizeWriter, entries: np.ndarray) -> fx.Node:
 def size_entries(e: SizeWriter, node: ir.Node) -> np.ndarray | None:
     """The size array that a node computes from sizes; None where it is to be written on tensors."""
     kind = node.op_type
-    if kind not in CHAIN or node.domain not in ("", "ai.onnx") or len(node.outputs) != 1:
+    if kind not in CHAIN or node.domain or len(node.outputs) != 1:
         return None
     if kind in ("Shape", "Size"):
         return _of_shape(e, node)

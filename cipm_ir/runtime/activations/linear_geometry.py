@@ -19,6 +19,7 @@ import onnx_ir as ir
 from cipm_ir.errors import UnsupportedError
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Labels
+from cipm_ir.runtime.statistics.moments import check_squares
 from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.readers import WeightConsumer
 
@@ -241,7 +242,7 @@ class NormalEquations:
             self.y += y.sum(axis=0, dtype=np.float64)
             self._xy += self._products(x, y)
         for part in self._parts(x, self._origin[0]):
-            self._xx += part.T @ part
+            self._xx += _squared(part)
 
     def retarget(self, x: Array, y: Array) -> None:
         """Other targets for the same rows, all of them at once."""
@@ -258,6 +259,14 @@ class NormalEquations:
         if self._blocks is not None:
             whole *= self._blocks[0][:, None] == self._blocks[0]
         return np.asarray(whole)
+
+    @property
+    def bordered(self) -> FloatArray:
+        """Return the mean of u uᵀ for u = (x, 1)."""
+        out = np.ones((len(self.x) + 1, len(self.x) + 1))
+        out[:-1, :-1] = self.gram(centred=False)
+        out[:-1, -1] = out[-1, :-1] = self.x / max(self.rows, 1)
+        return out
 
     def cross(self, *, centred: bool) -> FloatArray:
         """Return the mean of x yᵀ."""
@@ -288,6 +297,21 @@ class NormalEquations:
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             part = rows[start : start + _ROWS_AT_ONCE]
             yield part - origin
+
+
+def _squared(rows: Array) -> FloatArray:
+    """Return xᵀ x, in the rows' own precision where that holds it.
+
+    Raises:
+        InputError: float64 does not, either.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        made = (rows.T @ rows).astype(np.float64)
+        if not np.isfinite(np.diagonal(made)).all():
+            wide = rows.astype(np.float64)
+            made = wide.T @ wide
+    check_squares(np.diagonal(made))
+    return np.asarray(made)
 
 
 def sample_places(count: int, wanted: int | None, rng: np.random.Generator) -> Labels | None:

@@ -92,7 +92,7 @@ def by_name(batch: Any, names: Sequence[str], what: str) -> Mapping[str, Any]:
     if is_array(batch):
         if len(names) != 1:
             raise InputError(
-                f"{_capital(what)} is one array, but the model has inputs {', '.join(map(repr, names)) or 'no'}; give "
+                f"{capital(what)} is one array, but the model has inputs {', '.join(map(repr, names)) or 'no'}; give "
                 "one for each, by name, in a dict or an .npz file."
             )
         return {names[0]: as_array(batch, what)}
@@ -103,12 +103,12 @@ def by_name(batch: Any, names: Sequence[str], what: str) -> Mapping[str, Any]:
             return by_name(batch[0], names, what)  # ((a, b), label), or ({...}, label)
         if len(batch) < len(names):
             raise InputError(
-                f"{_capital(what)} holds {len(batch)} arrays, but the model has {len(names)} inputs: "
+                f"{capital(what)} holds {len(batch)} arrays, but the model has {len(names)} inputs: "
                 f"{', '.join(map(repr, names))}."
             )
         parts = zip(names, batch, strict=False)
         return {name: as_array(x, f"array {k} of {what}") for k, (name, x) in enumerate(parts)}
-    raise InputError(f"{_capital(what)} is of type {type(batch).__name__}; give {FORMS}.")
+    raise InputError(f"{capital(what)} is of type {type(batch).__name__}; give {FORMS}.")
 
 
 def is_array(x: object) -> bool:
@@ -144,11 +144,11 @@ def _nested(x: Any, what: str) -> Array:
         array = np.asarray(x)
     except (ValueError, TypeError, RuntimeError) as error:
         raise InputError(
-            f"{_capital(what)} cannot be made an array: {str(error).splitlines()[0].rstrip('.')}; pad rows of "
+            f"{capital(what)} cannot be made an array: {str(error).splitlines()[0].rstrip('.')}; pad rows of "
             "different lengths."
         ) from error
     if array.dtype == object:
-        raise InputError(f"{_capital(what)} holds objects of type {type(x).__name__}, which are no numbers.")
+        raise InputError(f"{capital(what)} holds objects of type {type(x).__name__}, which are no numbers.")
     return array
 
 
@@ -200,5 +200,6 @@ def _folder(folder: str, names: tuple[str, ...]) -> Data:
     )
 
 
-def _capital(text: str) -> str:
+def capital(text: str) -> str:
+    """Return a sentence with a capital first letter; the others stay."""
     return text[:1].upper() + text[1:]

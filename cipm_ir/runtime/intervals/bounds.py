@@ -67,12 +67,9 @@ class Intervals:
     def state(self, position: int, index: int) -> State:
         """Shape and labels of an input of a node."""
         walk = self.analysis.walk
-        leaf = walk.use_leaf.get((position, index))
-        if leaf is not None:
-            return walk.leaves[leaf].state
         value = walk.nodes[position].inputs[index]
         name = "" if value is None else value.name or ""
-        return walk.states.get(name) or State(walk.shapes.first.get(name, ()))
+        return walk.input_state(position, index) or State(walk.shapes.first.get(name, ()))
 
 
 def along(bounds: Interval, factor: Factor) -> tuple[Bounds, Bounds]:
@@ -210,8 +207,7 @@ def _site(found: Intervals, position: int, operands: dict[int, Interval | None],
         literals[k] = walk.constant(name)
     dtype = node.outputs[0].dtype or walk.shapes.types.get(node.outputs[0].name or "")
     outs = [None if v.name not in walk.states else walk.states[v.name].shape for v in node.outputs]
-    domain = "" if node.domain == "ai.onnx" else node.domain
-    version = node.version or _opset(node, domain)
+    version = node.version or _opset(node)
     precision: Precision = precision_of(dtype) if rounding else REAL
     raws: list[Any] = [None] * count
     for k in operands:
@@ -222,10 +218,10 @@ def _site(found: Intervals, position: int, operands: dict[int, Interval | None],
     return Site(node, version, inputs, states, raws, literals, shapes, outs, precision)
 
 
-def _opset(node: ir.Node, domain: str) -> int:
+def _opset(node: ir.Node) -> int:
     graph = node.graph
     imports = graph.opset_imports if isinstance(graph, ir.Graph) else {}
-    return int(imports.get(domain, 1))
+    return int(imports.get(node.domain, 1))
 
 
 def _settled(made: Interval | None, state: State) -> Interval:

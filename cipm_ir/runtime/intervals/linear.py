@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cipm_ir.ops.contraction import einsum_terms, matmul_letters
+from cipm_ir.ops.contraction import einsum_terms, gemm_letters, matmul_letters
 from cipm_ir.runtime.intervals.arithmetic import Interval, Letters, add, contract, mean, multiply, total
 from cipm_ir.runtime.intervals.site import Site, bounds, filled, refit
 
@@ -33,10 +33,9 @@ def matmul(site: Site) -> Interval:
 @bounds("Gemm")
 def gemm(site: Site) -> Interval:
     """alpha A B + beta C."""
-    left = ("k", "m") if site.attr("transA", 0) else ("m", "k")
-    right = ("n", "k") if site.attr("transB", 0) else ("k", "n")
+    left, right, summed_to = gemm_letters(site.node)
     sizes = _sizes(site, ((0, left), (1, right)))
-    out = contract(site.of(0), site.of(1), left, right, ("m", "n"), sizes, site.p)
+    out = contract(site.of(0), site.of(1), left, right, summed_to, sizes, site.p)
     out = _scaled(site, out, "alpha")
     return add(out, _scaled(site, site.of(2), "beta"), site.p) if site.has(2) else out
 

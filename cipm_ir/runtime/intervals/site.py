@@ -35,7 +35,7 @@ def bounds(*operators: str) -> Callable[[Rule], Rule]:
 
 def rule_of(node: ir.Node) -> Rule | None:
     """The rule of a node, None where there is none."""
-    return None if node.domain not in ("", "ai.onnx") else _RULES.get(node.op_type)
+    return None if node.domain else _RULES.get(node.op_type)
 
 
 @dataclass

@@ -8,11 +8,21 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cipm_ir.errors import InputError
-from cipm_ir.runtime.statistics.moments import Array, Floats, add_outer, centred, chunks, normalized, same_size
+from cipm_ir.runtime.statistics.moments import (
+    Array,
+    Floats,
+    MergeableStatistic,
+    Moments,
+    add_outer,
+    centred,
+    chunks,
+    normalized,
+    same_size,
+)
 
 
 @dataclass
-class Lagged:
+class Lagged(MergeableStatistic):
     """Moments of pairs (x at t, x at t + lag), merged as in `moments`.
 
     Rows of an endless stream may come in pieces: the first and the last rows are kept, so that ``a + b``, where b
@@ -20,17 +30,15 @@ class Lagged:
 
     Attributes:
         lag: how many steps later.
-        count: pairs so far.
-        early, late: means and sums of squares of the two sides, (2, size) each.
+        early, late: count, means and variances of the two sides.
         products: sum of (x_t - mean)(x_(t+lag) - mean)^T, (size, size): row the earlier, column the later unit.
         head, tail: the first and last rows of the stream, at most ``lag``.
         length: rows of the stream.
     """
 
     lag: int
-    count: int
-    early: Floats
-    late: Floats
+    early: Moments
+    late: Moments
     products: Floats
     head: Array = field(repr=False)
     tail: Array = field(repr=False)
@@ -40,12 +48,18 @@ class Lagged:
     def zero(cls, size: int, lag: int) -> Lagged:
         """Of no rows."""
         none = np.zeros((0, size), np.float32)
-        return cls(lag, 0, np.zeros((2, size)), np.zeros((2, size)), np.zeros((size, size)), none, none)
+        early, late = (Moments.zero(size, full=False) for _ in range(2))
+        return cls(lag, early, late, np.zeros((size, size)), none, none)
 
     @property
     def size(self) -> int:
         """How many units."""
         return len(self.products)
+
+    @property
+    def count(self) -> int:
+        """Pairs so far."""
+        return self.early.count
 
     def update(self, sequences: Array) -> None:
         """Take in whole sequences, (sequences, steps, size); pairs lie within one sequence."""
@@ -68,21 +82,15 @@ class Lagged:
     def _take(self, early: Array, late: Array) -> None:
         for a, b in zip(chunks(early), chunks(late), strict=True):
             (mean_a, a), (mean_b, b) = centred(a), centred(b)
-            sides = [np.stack([mean, np.einsum("ij,ij->j", x, x)]) for mean, x in ((mean_a, a), (mean_b, b))]
-            self._join(len(a), sides[0], sides[1], a.T @ b)
+            first, second = (Moments(len(x), m, np.einsum("ij,ij->j", x, x)) for m, x in ((mean_a, a), (mean_b, b)))
+            self._join(first, second, a.T @ b)
 
-    def _join(self, count: int, early: Floats, late: Floats, products: Array) -> None:
-        if not count:
-            return
-        total = self.count + count
-        weight, part = self.count * count / total, count / total
-        step = early[0] - self.early[0], late[0] - self.late[0]
-        self.products += products
-        add_outer(self.products, step[0], step[1], weight)
-        for side, new, delta in ((self.early, early, step[0]), (self.late, late, step[1])):
-            side[0] += delta * part
-            side[1] += new[1] + weight * delta * delta
-        self.count = total
+    def _join(self, early: Moments, late: Moments, products: Array) -> None:
+        if early.count:
+            weight = self.count * early.count / (self.count + early.count)
+            self.products += products
+            add_outer(self.products, early.mean - self.early.mean, late.mean - self.late.mean, weight)
+            self.early, self.late = self.early + early, self.late + late
 
     def __add__(self, other: Lagged) -> Lagged:
         """Return the pairs of both, and those across the seam where both are streams."""
@@ -103,22 +111,23 @@ class Lagged:
             raise InputError(f"Products at lag {self.lag} and at lag {other.lag} cannot be added.")
         out = Lagged.zero(self.size, self.lag)
         for one in (self, other):
-            out._join(one.count, one.early, one.late, one.products)
+            out._join(one.early, one.late, one.products)
         return out
 
     @property
     def correlation(self) -> Floats:
         """(size, size): of the row unit now with the column unit ``lag`` steps later; 0 for constant units."""
-        n = max(self.count, 1)
-        return normalized(self.products / n, self.early[1] / n, self.late[1] / n)
+        return normalized(self.products / max(self.count, 1), self.early.variance, self.late.variance)
 
     def state(self) -> dict[str, Array]:
         """Plain arrays."""
         numbers = {name: np.asarray(getattr(self, name)) for name in ("lag", "count", "length")}
-        return numbers | {name: getattr(self, name) for name in ("early", "late", "products", "head", "tail")}
+        sides = {name: np.stack([x.mean, x.spread]) for name, x in (("early", self.early), ("late", self.late))}
+        return numbers | sides | {name: getattr(self, name) for name in ("products", "head", "tail")}
 
     @classmethod
     def restore(cls, state: Mapping[str, Array]) -> Lagged:
         """Return the part that gave this state."""
-        arrays = {name: state[name] for name in ("early", "late", "products", "head", "tail")}
-        return cls(int(state["lag"]), int(state["count"]), **arrays, length=int(state["length"]))
+        early, late = (Moments(int(state["count"]), *state[name]) for name in ("early", "late"))
+        arrays = {name: state[name] for name in ("products", "head", "tail")}
+        return cls(int(state["lag"]), early, late, **arrays, length=int(state["length"]))

@@ -10,8 +10,8 @@ a few thousand rows at a time: however the same rows are cut, sums agree to some
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol, Self, TypeAlias
+from dataclasses import dataclass, fields
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -27,18 +27,22 @@ _BLOCK = 256
 """Rows of a large matrix that are updated at a time, so that no temporary is as large as the matrix."""
 
 
-class MergeableStatistic(Protocol):
-    """What a batch of rows is added to."""
+@dataclass
+class MergeableStatistic:
+    """What a batch of rows is added to: numbers and arrays, the fields of a dataclass."""
 
     def __add__(self, other: Any) -> Any:
         """Return what the rows of both would have given."""
+        raise NotImplementedError
 
     def state(self) -> dict[str, Array]:
         """Plain arrays from which `restore` makes an equal part."""
+        return {field.name: np.asarray(getattr(self, field.name)) for field in fields(self)}
 
     @classmethod
     def restore(cls, state: Mapping[str, Array]) -> Self:
         """Return the part that gave this state."""
+        return cls(**{f.name: int(state[f.name]) if f.type in ("int", int) else state[f.name] for f in fields(cls)})
 
 
 def chunks(rows: Array) -> Iterator[Array]:
@@ -78,7 +82,7 @@ def same_size(a: int, b: int) -> None:
 
 
 @dataclass
-class Moments:
+class Moments(MergeableStatistic):
     """Count, mean and centred second moments of rows.
 
     Attributes:
@@ -166,15 +170,6 @@ class Moments:
         out[:-1, -1] = out[-1, :-1] = self.mean
         return out
 
-    def state(self) -> dict[str, Array]:
-        """Plain arrays."""
-        return {"count": np.asarray(self.count), "mean": self.mean, "spread": self.spread}
-
-    @classmethod
-    def restore(cls, state: Mapping[str, Array]) -> Moments:
-        """Return the part that gave this state."""
-        return cls(int(state["count"]), state["mean"], state["spread"])
-
 
 def normalized(products: Floats, variance: Floats, other: Floats | None = None) -> Floats:
     """Covariances divided by the standard deviations; 0 where one of them is 0."""
@@ -188,7 +183,7 @@ def _inverse_root(variance: Floats) -> Floats:
 
 
 @dataclass
-class Marginals:
+class Marginals(MergeableStatistic):
     """Per unit: how often it is above zero, its smallest and its largest value."""
 
     count: int
@@ -219,19 +214,9 @@ class Marginals:
             np.maximum(self.maximum, other.maximum),
         )
 
-    def state(self) -> dict[str, Array]:
-        """Plain arrays."""
-        names = ("positive", "minimum", "maximum")
-        return {"count": np.asarray(self.count)} | {name: getattr(self, name) for name in names}
-
-    @classmethod
-    def restore(cls, state: Mapping[str, Array]) -> Marginals:
-        """Return the part that gave this state."""
-        return cls(int(state["count"]), state["positive"], state["minimum"], state["maximum"])
-
 
 @dataclass
-class Cofiring:
+class Cofiring(MergeableStatistic):
     """How often two units are above zero together: counts, (size, size)."""
 
     count: int
@@ -259,12 +244,3 @@ class Cofiring:
         """Pearson's correlation of the two events, (size, size); 0 for a unit that fires always or never."""
         rate = np.diagonal(self.together) / max(self.count, 1)
         return normalized(self.together / max(self.count, 1) - np.outer(rate, rate), rate * (1 - rate))
-
-    def state(self) -> dict[str, Array]:
-        """Plain arrays."""
-        return {"count": np.asarray(self.count), "together": self.together}
-
-    @classmethod
-    def restore(cls, state: Mapping[str, Array]) -> Cofiring:
-        """Return the part that gave this state."""
-        return cls(int(state["count"]), state["together"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +10,7 @@ import numpy.typing as npt
 
 from cipm_ir.errors import InputError
 from cipm_ir.ir.labels import mix
-from cipm_ir.runtime.statistics.moments import Array, Floats, normalized, same_size
+from cipm_ir.runtime.statistics.moments import Array, Floats, MergeableStatistic, normalized, same_size
 
 ROWS = 2048
 """Default number of rows: a rank correlation of independent units has a standard error of 1 / sqrt(2047) = 0.022."""
@@ -21,7 +20,7 @@ _ENTRIES = 1 << 24
 
 
 @dataclass
-class RowSample:
+class RowSample(MergeableStatistic):
     """The rows with the smallest hashes of their numbers: a uniform sample without replacement ("bottom-k").
 
     Which rows these are depends on the data alone, not on how it was cut into batches or shards.
@@ -109,16 +108,6 @@ class RowSample:
             out[start:stop] = np.sqrt(-np.expm1(-2 * np.maximum(nats, 0.0)))
         np.fill_diagonal(out, used > 1)
         return out
-
-    def state(self) -> dict[str, Array]:
-        """Plain arrays."""
-        numbers = {"capacity": np.asarray(self.capacity), "seen": np.asarray(self.seen)}
-        return numbers | {"keys": self.keys, "rows": self.rows}
-
-    @classmethod
-    def restore(cls, state: Mapping[str, Array]) -> RowSample:
-        """Return the part that gave this state."""
-        return cls(int(state["capacity"]), int(state["seen"]), state["keys"], state["rows"])
 
 
 def _ranks(rows: Array, method: Literal["average", "max"]) -> Floats:

@@ -27,7 +27,7 @@ from scipy.sparse import csr_array
 
 from cipm_ir.errors import InputError
 from cipm_ir.ir.labels import mix
-from cipm_ir.runtime.statistics.moments import Array, Floats, Moments, centred, chunks, same_size
+from cipm_ir.runtime.statistics.moments import Array, Floats, MergeableStatistic, Moments, centred, chunks, same_size
 
 Index = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
@@ -40,7 +40,7 @@ _BLOCK = 512
 
 
 @dataclass
-class Sketch:
+class Sketch(MergeableStatistic):
     """The count sketch of rows.
 
     Attributes:
@@ -129,15 +129,6 @@ class Sketch:
             found.append(np.stack([np.repeat(start + here, partners), best.ravel()], 1))
         return unordered(np.concatenate(found)) if found else np.zeros((0, 2), np.int64)
 
-    def state(self) -> dict[str, Array]:
-        """Plain arrays."""
-        return {"count": np.asarray(self.count), "sums": self.sums, "signs": self.signs}
-
-    @classmethod
-    def restore(cls, state: Mapping[str, Array]) -> Sketch:
-        """Return the part that gave this state."""
-        return cls(int(state["count"]), state["sums"], state["signs"])
-
 
 def unordered(pairs: Any) -> Index:
     """Distinct pairs (i, j) with i < j, sorted; pairs of a unit with itself are left out."""
@@ -146,7 +137,7 @@ def unordered(pairs: Any) -> Index:
 
 
 @dataclass
-class Pairs:
+class Pairs(MergeableStatistic):
     """Centred products of chosen pairs of units, exact and merged as in `moments`.
 
     Attributes:

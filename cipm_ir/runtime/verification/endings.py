@@ -118,7 +118,7 @@ def _before(
     model: ir.Model, value: ir.Value, path: str, lossy: bool = False, softmax: tuple[int, bool] | None = None
 ) -> Iterator[Ending]:
     node = value.producer()
-    if node is None or node.domain not in ("", "ai.onnx") or node.graph is not model.graph:
+    if node is None or node.domain or node.graph is not model.graph:
         return
     for index, source in enumerate(node.inputs if node.op_type == "Concat" else node.inputs[:1]):
         if source is None:

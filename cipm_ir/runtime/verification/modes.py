@@ -212,7 +212,7 @@ def mode_values(model: ir.Model) -> dict[str, list[float]]:
 def _deciding(graph: ir.Graph) -> set[ir.Value]:
     """Return values that the condition of an If is computed from."""
     found: set[ir.Value] = set()
-    stack = [node.inputs[0] for node in graph.all_nodes() if node.op_type == "If" and node.domain in ("", "ai.onnx")]
+    stack = [node.inputs[0] for node in graph.all_nodes() if node.op_type == "If" and not node.domain]
     while stack:
         value = stack.pop()
         if value is None or value in found:

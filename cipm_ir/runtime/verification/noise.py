@@ -129,7 +129,7 @@ def _size_makers(model: ir.Model) -> set[ir.Value]:
     found: set[ir.Value] = set()
     for graph in all_graphs(model):
         for node in graph:
-            first = _SIZING.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+            first = _SIZING.get(node.op_type) if not node.domain else None
             waiting = [] if first is None else list(node.inputs[first:])
             while waiting:
                 value = waiting.pop()
@@ -186,7 +186,7 @@ def _summed_axes(node: ir.Node) -> tuple[int, int] | None:
 
     None for other nodes, and where sizes are not known.
     """
-    if node.domain not in ("", "ai.onnx") or len(node.inputs) < 2:
+    if node.domain or len(node.inputs) < 2:
         return None
     second = _dims(node.inputs[1])
     flag = node.attributes.get_int

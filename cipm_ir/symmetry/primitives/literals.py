@@ -35,9 +35,7 @@ class NodeResize(Resize):
         walk = parent.analysis.walk
         self.names = parent.names[position]
         self.outs = [v.name or "" for v in walk.nodes[position].outputs]
-        self.version = node.version or parent.editor.model.opset_imports.get(
-            "" if node.domain == "ai.onnx" else node.domain, 1
-        )
+        self.version = node.version or parent.editor.model.opset_imports.get(node.domain, 1)
 
     def attr(self, name: str, default: Any = None) -> Any:
         return attribute(self.node, name, default)
@@ -136,10 +134,10 @@ class NodeResize(Resize):
 
     # ------------------------------------------------------------ shapes
     def _state(self, index: int) -> State:
-        leaf = self.parent.analysis.walk.use_leaf.get((self.position, index))
-        if leaf is not None:
-            return self.parent.analysis.walk.leaves[leaf].state
-        return self.parent.analysis.walk.states[self.names[index]]
+        state = self.parent.analysis.walk.input_state(self.position, index)
+        if state is None:
+            raise KeyError(self.names[index])
+        return state
 
     def old(self, index: int) -> Shape:
         return self._state(index).shape

@@ -10,7 +10,6 @@ import onnx_ir as ir
 from cipm_ir.passes.exact.affine.batch_norm import no_fixed_map, scale_and_shift
 from cipm_ir.passes.exact.affine.products import Array, constant, double
 
-_STANDARD = ("", "ai.onnx")
 _LIMIT = 1 << 20
 """Constants with more entries are weights of their own, not scales."""
 
@@ -38,7 +37,7 @@ class Map:
 
 def affine_map(node: ir.Node, version: int) -> Map | None:
     """Return the constant scale and shift that a node is; None where it is none."""
-    if node.domain not in _STANDARD or any(a.is_ref() for a in node.attributes.values()):
+    if node.domain or any(a.is_ref() for a in node.attributes.values()):
         return None
     if node.op_type == "BatchNormalization":
         return _norm(node, version)

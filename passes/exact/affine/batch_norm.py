@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.nested import graphs_within, nodes_within
+from cipm_ir.ir.opsets import standard_version
 from cipm_ir.passes.exact.affine.products import (
     Array,
     Names,
@@ -25,7 +26,6 @@ from cipm_ir.passes.exact.cleanup.replace_values import remove_if_unused, replac
 __all__ = ["fold_batch_norms", "give_output", "no_fixed_map", "round_once", "scale_and_shift"]
 
 _INTO = ("Conv", "ConvTranspose", "Gemm")
-_STANDARD = ("", "ai.onnx")
 
 
 def fold_batch_norms(model: ir.Model) -> tuple[int, Counter[str]]:
@@ -37,7 +37,7 @@ def fold_batch_norms(model: ir.Model) -> tuple[int, Counter[str]]:
     graph = model.graph
     graphs = graphs_within(graph)
     unused = {value for one in graphs for value in one.initializers.values() if not value.uses()}
-    version = graph.opset_imports.get("", graph.opset_imports.get("ai.onnx", 0))
+    version = standard_version(graph.opset_imports)
     folded, kept, sources = 0, Counter[str](), list[ir.Node]()
     norms = [node for node in nodes_within(graph) if _is_norm(node)]
     taken = names_of(graph) if norms else set()
@@ -56,7 +56,7 @@ def fold_batch_norms(model: ir.Model) -> tuple[int, Counter[str]]:
 
 
 def _is_norm(node: ir.Node) -> bool:
-    return node.op_type == "BatchNormalization" and node.domain in _STANDARD
+    return node.op_type == "BatchNormalization" and not node.domain
 
 
 def _obstacle(norm: ir.Node, version: int) -> str:
@@ -68,7 +68,7 @@ def _obstacle(norm: ir.Node, version: int) -> str:
     before = value.producer() if value is not None else None
     if norm.graph is None or sum(out is norm.outputs[0] for out in norm.graph.outputs) > 1:
         return "an output twice"
-    if value is None or before is None or before.op_type not in _INTO or before.domain not in _STANDARD:
+    if value is None or before is None or before.op_type not in _INTO or before.domain:
         return "nothing before can take it"
     if before.graph is not norm.graph or value.is_graph_output() or len(value.uses()) != 1:
         return "its input is consumed elsewhere too"

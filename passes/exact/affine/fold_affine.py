@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from cipm_ir.ir.constants import attribute
+from cipm_ir.ir.opsets import standard_version
 from cipm_ir.ir.parameters import unlist_parameters
 from cipm_ir.passes.exact.affine.affine_maps import Map, affine_map, by_channel
 from cipm_ir.passes.exact.affine.batch_norm import fold_batch_norms, give_output
@@ -31,7 +32,6 @@ from cipm_ir.passes.framework.base import Context, Kind, Pass, PassResult
 from cipm_ir.passes.framework.registry import register
 from cipm_ir.symmetry.program import Program
 
-_STANDARD = ("", "ai.onnx")
 _VISIBLE = 2.0**-10
 """A shift that is smaller beside the bias than this may be an epsilon, which rounding would take away."""
 
@@ -81,7 +81,7 @@ class _Folder:
 
     def __init__(self, model: ir.Model) -> None:
         self.model, self.graph = model, model.graph
-        self.version = self.graph.opset_imports.get("", self.graph.opset_imports.get("ai.onnx", 0))
+        self.version = standard_version(self.graph.opset_imports)
         self.unused = {value for value in self.graph.initializers.values() if not value.uses()}
         self.sources: list[ir.Node] = []
         self._facts: GraphFacts | None = None
@@ -155,7 +155,7 @@ class _Folder:
 
     def _has_constants(self, node: ir.Node, found: Map) -> bool:
         """Return whether a node is a product whose weight and bias are constants of one type that may be changed."""
-        if node.op_type not in PRODUCTS or node.domain not in _STANDARD or node.graph is not self.graph:
+        if node.op_type not in PRODUCTS or node.domain or node.graph is not self.graph:
             return False
         if any(a.is_ref() for a in node.attributes.values()) or node.inputs[0] is None:
             return False

@@ -21,7 +21,6 @@ from cipm_ir.runtime.graphs import all_values
 Array = npt.NDArray[Any]
 Names = set[str | None]
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-_STANDARD = ("", "ai.onnx")
 _SILENT = 1e-30
 """A channel whose weights are smaller than this as a whole may vanish."""
 
@@ -161,7 +160,7 @@ def channels(node: ir.Node) -> tuple[int, int]:
 def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
     """Return the tensor that a value is in every run, through copies."""
     for node in copies(value):
-        if node.domain not in _STANDARD or node.op_type not in ("Identity", "Constant"):
+        if node.domain or node.op_type not in ("Identity", "Constant"):
             return None
         value = node.inputs[0] if node.op_type == "Identity" else value
     return parameter_tensor(value)

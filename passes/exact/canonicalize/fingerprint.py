@@ -11,12 +11,12 @@ import onnx_ir as ir
 
 from cipm_ir.ir.constants import constant_tensor
 from cipm_ir.ir.labels import Array
+from cipm_ir.ir.opsets import standard_name
 from cipm_ir.ir.parameters import free_inputs, parameter_tensor
 from cipm_ir.passes.exact.canonicalize.canonicalize import canonical_elements
 from cipm_ir.passes.exact.canonicalize.members import fill_of
 from cipm_ir.symmetry.program import Program
 
-_STANDARD = ("", "ai.onnx")
 _LISTS = (ir.AttributeType.INTS, ir.AttributeType.FLOATS, ir.AttributeType.STRINGS)
 _SLICE = 1 << 22
 
@@ -50,7 +50,7 @@ class _Hasher:
 
     def model(self, model: ir.Model) -> str:
         digest = hashlib.blake2b(digest_size=16)
-        opsets = {"" if k in _STANDARD else k: v for k, v in model.opset_imports.items()}
+        opsets = {standard_name(k): v for k, v in model.opset_imports.items()}
         _feed(digest, "opsets", *(f"{k}:{v}" for k, v in sorted(opsets.items())))
         digest.update(self.graph(model.graph))
         return digest.hexdigest()
@@ -70,8 +70,7 @@ class _Hasher:
         return digest.digest()
 
     def _node(self, digest: Any, node: ir.Node) -> None:
-        domain = "" if node.domain in _STANDARD else node.domain
-        _feed(digest, "node", domain, node.op_type, node.overload, len(node.inputs), len(node.outputs))
+        _feed(digest, "node", node.domain, node.op_type, node.overload, len(node.inputs), len(node.outputs))
         _feed(
             digest, *(int(bool(value.name)) for value in node.outputs)
         )  # BatchNormalization trains where asked for more
@@ -125,7 +124,7 @@ class _Hasher:
         return found
 
     def _is_constant(self, node: ir.Node) -> bool:
-        if node.domain not in _STANDARD:
+        if node.domain:
             return False
         filled = node.op_type == "ConstantOfShape" and node.outputs[0].name in self._filled
         return filled or (node.op_type == "Constant" and constant_tensor(node) is not None)

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from cipm_ir.errors import InputError
 from cipm_ir.ir.nested import nodes_within, subgraphs
+from cipm_ir.ir.opsets import standard_version
 from cipm_ir.ir.parameters import named, parameter_tensor, unlist_parameters
 from cipm_ir.passes.exact.affine.batch_norm import fold_batch_norms
 from cipm_ir.passes.exact.cleanup.default_inputs import drop_defaults
@@ -167,7 +168,7 @@ class _Cleaner:
                 self._node(node, domains, in_function=in_function)
 
     def _node(self, node: ir.Node, domains: dict[str, int], *, in_function: bool) -> None:
-        version = node.version or domains.get(node.domain, domains.get("", domains.get("ai.onnx", 1)))
+        version = node.version or domains.get(node.domain, standard_version(domains, 1))
         scalar_bounds(node, self._name)
         drop_defaults(node)
         self.facts.learn(node, version)
@@ -231,7 +232,7 @@ def _consistent(model: ir.Model) -> bool:
 
 def _taken_branch(node: ir.Node, *, in_function: bool) -> ir.Graph | None:
     """Return the branch of an If whose condition is constant; functions have no place for a branch's initializers."""
-    tensor = parameter_tensor(node.inputs[0]) if node.op_type == "If" and node.domain in ("", "ai.onnx") else None
+    tensor = parameter_tensor(node.inputs[0]) if node.op_type == "If" and not node.domain else None
     if tensor is None or tensor.size != 1:
         return None
     branch = node.attributes["then_branch" if bool(np.asarray(tensor.numpy()).reshape(())) else "else_branch"]

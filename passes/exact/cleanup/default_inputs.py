@@ -22,18 +22,17 @@ _LIMIT = 1 << 16
 
 def drop_defaults(node: ir.Node) -> None:
     """Leave out the initial states that are zero (not -0) in every run, in place."""
-    domain = "" if node.domain == "ai.onnx" else node.domain
-    for index in _STATES.get((domain, node.op_type), ()):
+    for index in _STATES.get((node.domain, node.op_type), ()):
         if index < len(node.inputs) and _is_zero(node.inputs[index]):
             node.replace_input_with(index, None)
 
 
 def _is_zero(value: ir.Value | None) -> bool:
     maker = None if value is None else value.producer()
-    while maker is not None and maker.op_type in _MOVES and maker.domain in ("", "ai.onnx"):
+    while maker is not None and maker.op_type in _MOVES and not maker.domain:
         value = maker.inputs[0]
         maker = None if value is None else value.producer()
-    if maker is not None and maker.op_type == "ConstantOfShape" and maker.domain in ("", "ai.onnx"):
+    if maker is not None and maker.op_type == "ConstantOfShape" and not maker.domain:
         tensor = attribute(maker, "value")
         if tensor is None:  # 0 of type float
             return True

@@ -29,13 +29,13 @@ from cipm_ir.errors import InputError, UnsupportedError
 from cipm_ir.ir.constants import evaluate
 from cipm_ir.ir.labels import Array
 from cipm_ir.ir.nested import subgraphs
+from cipm_ir.ir.opsets import standard_version
 from cipm_ir.ir.parameters import parameter_tensor
 from cipm_ir.passes.exact.cleanup.graph_facts import GraphFacts
 from cipm_ir.passes.exact.cleanup.replace_values import constant_before, replace_value
 from cipm_ir.passes.exact.cleanup.reshapes import keeps_order
 from cipm_ir.runtime.session import Runner
 
-_STANDARD = ("", "ai.onnx")
 DRAWS = frozenset(
     ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout")
 )
@@ -93,7 +93,7 @@ class ConstantFolder:
         return True
 
     def _evaluated(self, node: ir.Node, domains: dict[str, int]) -> list[ir.TensorProtocol] | None:
-        if node.domain not in _STANDARD or node.op_type in _KEPT or subgraphs(node):
+        if node.domain or node.op_type in _KEPT or subgraphs(node):
             return None
         if any(attribute.is_ref() for attribute in node.attributes.values()):
             return None
@@ -145,7 +145,7 @@ class ConstantFolder:
     def _fill(self, node: ir.Node) -> ir.TensorProtocol | None:
         """Return what a ConstantOfShape of known sizes, within the limit on results, gives as the first input."""
         maker = None if node.inputs[0] is None else node.inputs[0].producer()
-        if maker is None or maker.op_type != "ConstantOfShape" or maker.domain not in _STANDARD:
+        if maker is None or maker.op_type != "ConstantOfShape" or maker.domain:
             return None
         sizes, value = parameter_tensor(maker.inputs[0]), maker.attributes.get("value")
         if sizes is None or (value is not None and value.is_ref()):
@@ -229,7 +229,7 @@ def _run(
     node: ir.Node, tensors: list[ir.TensorProtocol], domains: dict[str, int], ir_version: int
 ) -> list[Array] | None:
     """Return outputs of a node whose inputs are given; None where no runtime can evaluate it."""
-    version = node.version or domains.get("", domains.get("ai.onnx", 1))
+    version = node.version or standard_version(domains, 1)
     waiting = iter(tensors)
     made: dict[int, ir.Value] = {}
     inputs: list[ir.Value | None] = []

@@ -25,7 +25,6 @@ Dim: TypeAlias = int | str | None
 """A size, the symbol of an unknown one (equal symbols are equal sizes), or nothing known."""
 Dims: TypeAlias = tuple[Dim, ...]
 
-_STANDARD = ("", "ai.onnx")
 _SMALL = 64
 _SIZES = {ir.DataType.INT64, ir.DataType.INT32}
 _AS_DATA = {*_SIZES, ir.DataType.FLOAT, ir.DataType.BOOL}
@@ -82,7 +81,7 @@ class GraphFacts:
             return
         if (node.domain, node.op_type) == ("com.microsoft", "DynamicQuantizeLSTM"):
             self._learn_quantized_lstm(node)
-        if node.domain not in _STANDARD or any(True for _ in subgraphs(node)) or node.op_type == "Constant":
+        if node.domain or any(True for _ in subgraphs(node)) or node.op_type == "Constant":
             return
         if node.op_type in ("Shape", "Size"):
             self._types[node.outputs[0]] = ir.DataType.INT64  # whatever their input is
@@ -235,7 +234,7 @@ class GraphFacts:
         """Return symbols for what is taken of the sizes of a value whose rank is not known."""
         maker = None if node.inputs[0] is None else node.inputs[0].producer()
         tensor = parameter_tensor(node.inputs[1])
-        if maker is None or (maker.op_type, maker.domain in _STANDARD) != ("Shape", True) or _partial(maker):
+        if maker is None or (maker.op_type, maker.domain) != ("Shape", "") or _partial(maker):
             return None
         source = maker.inputs[0]
         if source is None or tensor is None or not 0 < tensor.size <= _SMALL or self.shape(source) is not None:

@@ -21,7 +21,6 @@ from cipm_ir.ir.nested import graphs_within, subgraphs
 from cipm_ir.passes.exact.cleanup.fold_constants import DRAWS
 from cipm_ir.passes.exact.cleanup.replace_values import remove_if_unused, replace_value
 
-_STANDARD = ("", "ai.onnx")
 _LITERAL = 10
 """Entries of a constant attribute at most: what has more is a weight, which may be tied or not."""
 
@@ -84,7 +83,7 @@ def _repeats(node: ir.Node, repeatable: set[ir.OperatorIdentifier]) -> bool:
         return False
     if node.op_identifier() in repeatable:
         return True
-    return node.domain in _STANDARD and node.op_type not in DRAWS
+    return not node.domain and node.op_type not in DRAWS
 
 
 def _repeatable_functions(model: ir.Model) -> set[ir.OperatorIdentifier]:

@@ -40,7 +40,6 @@ from cipm_ir.ir.parameters import parameter_tensor
 from cipm_ir.passes.exact.cleanup.graph_facts import Dims, GraphFacts, permutation, slice_bounds
 from cipm_ir.passes.exact.cleanup.reshapes import keeps_order
 
-_STANDARD = ("", "ai.onnx")
 _Rule = Callable[[ir.Node, GraphFacts, int], "ir.Value | None"]
 _TO_THE_END = 2**31 - 1
 # Operators to which 0 and -0 are not the same: 1/0 is inf, 1/-0 is -inf.
@@ -49,7 +48,7 @@ _SIGN_OF_ZERO = {"Div", "Reciprocal", "Pow", "BitCast"}
 
 def copied_input(node: ir.Node, facts: GraphFacts, version: int) -> ir.Value | None:
     """Return the value that the first output of a node always equals, None where there is none; see the table above."""
-    if node.domain not in _STANDARD or any(a.is_ref() for a in node.attributes.values()):
+    if node.domain or any(a.is_ref() for a in node.attributes.values()):
         return None
     rule = _RULES.get(node.op_type)
     same = None if rule is None else rule(node, facts, version)
@@ -109,7 +108,7 @@ def _meets_division(value: ir.Value) -> bool:
             node = use.node
             to_text = node.op_type == "Cast" and attribute(node, "to") == int(ir.DataType.STRING)
             to_text |= node.op_type == "CastLike"  # of a type that may be text
-            if node.domain not in _STANDARD or node.op_type in _SIGN_OF_ZERO or to_text or any(subgraphs(node)):
+            if node.domain or node.op_type in _SIGN_OF_ZERO or to_text or any(subgraphs(node)):
                 return True
             if node.graph is not value.graph:
                 return True
@@ -215,7 +214,7 @@ def _pad(node: ir.Node, facts: GraphFacts, version: int) -> ir.Value | None:
 def _sequence_at(node: ir.Node, facts: GraphFacts, version: int) -> ir.Value | None:
     sequence, tensor = node.inputs[0], parameter_tensor(node.inputs[1])
     maker = None if sequence is None else sequence.producer()
-    if maker is None or maker.op_type != "SequenceConstruct" or maker.domain not in _STANDARD or tensor is None:
+    if maker is None or maker.op_type != "SequenceConstruct" or maker.domain or tensor is None:
         return None
     position = int(np.asarray(tensor.numpy()).reshape(()))
     return maker.inputs[position] if -len(maker.inputs) <= position < len(maker.inputs) else None

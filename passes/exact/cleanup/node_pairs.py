@@ -32,8 +32,6 @@ from cipm_ir.passes.exact.cleanup.graph_facts import GraphFacts, permutation, sl
 from cipm_ir.passes.exact.cleanup.replace_values import constant_before
 from cipm_ir.passes.exact.cleanup.reshapes import join_reshapes, turn_before_merging
 
-_STANDARD = ("", "ai.onnx")
-
 
 def join_pair(node: ir.Node, facts: GraphFacts, version: int, name: Callable[[str], str]) -> ir.Value | None:
     """Rewrite a node in place to take the input of the node before it; see the table above.
@@ -53,7 +51,7 @@ def join_pair(node: ir.Node, facts: GraphFacts, version: int, name: Callable[[st
     before = None if value is None else value.producer()
     if value is None or before is None or before.graph is not node.graph:
         return None
-    if not {before.domain, node.domain} <= {*_STANDARD}:
+    if before.domain or node.domain:
         return None
     if any(a.is_ref() for n in (before, node) for a in n.attributes.values()):
         return None
@@ -91,7 +89,7 @@ def join_pair(node: ir.Node, facts: GraphFacts, version: int, name: Callable[[st
 
 def shape_of_input(node: ir.Node, facts: GraphFacts) -> None:
     """Let a Shape take the sizes of what its input is computed from, where nothing else needs that input."""
-    if node.op_type != "Shape" or node.domain not in _STANDARD:
+    if node.op_type != "Shape" or node.domain:
         return
     value = node.inputs[0]
     before = None if value is None else value.producer()
@@ -115,7 +113,7 @@ def _taken(sizes: ir.Value) -> set[int] | None:
     for use in sizes.uses():
         node = use.node
         index = parameter_tensor(node.inputs[1]) if node.op_type == "Gather" and use.idx == 0 else None
-        if index is None or node.domain not in _STANDARD or not index.size:
+        if index is None or node.domain or not index.size:
             return None
         found.update(np.asarray(index.numpy()).reshape(-1).tolist())
     return found if found and not sizes.is_graph_output() and min(found) >= 0 else None
@@ -154,7 +152,7 @@ def _unsqueezes(before: ir.Node, node: ir.Node, facts: GraphFacts, name: Callabl
 
 def _can_pad(node: ir.Node, index: int, pad: ir.Node) -> bool:
     """Return whether what takes the result of a Pad at some input is a Conv of its graph that could do the padding."""
-    plain = node.op_type == "Conv" and node.domain in _STANDARD and index == 0 and node.graph is pad.graph
+    plain = node.op_type == "Conv" and not node.domain and index == 0 and node.graph is pad.graph
     explicit = not any(a.is_ref() for a in node.attributes.values()) and attribute(node, "auto_pad", "NOTSET")
     return plain and explicit == "NOTSET"
 
@@ -226,7 +224,7 @@ def _joins(value: ir.Value | None, node: ir.Node) -> bool:
         node.domain,
         attribute(node, "axis"),
     )
-    return equal and node.domain in _STANDARD and not value.is_graph_output()
+    return equal and not node.domain and not value.is_graph_output()
 
 
 def _gathered(before: ir.Node, node: ir.Node, version: int, name: Callable[[str], str]) -> ir.Value | None:

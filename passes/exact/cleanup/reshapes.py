@@ -24,7 +24,6 @@ from cipm_ir.ir.parameters import parameter_tensor
 from cipm_ir.passes.exact.cleanup.graph_facts import Dim, Dims, GraphFacts, permutation
 from cipm_ir.passes.exact.cleanup.replace_values import constant_before, remove_if_unused
 
-_STANDARD = ("", "ai.onnx")
 _ALWAYS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 _FIRST_VERSION = 5
 """From here on the target of a Reshape is an input."""
@@ -32,7 +31,7 @@ _FIRST_VERSION = 5
 
 def keeps_order(node: ir.Node, facts: GraphFacts) -> bool:
     """Return whether a node gives out the entries of its first input in their order."""
-    if node.domain not in _STANDARD or not node.inputs or node.inputs[0] is None:
+    if node.domain or not node.inputs or node.inputs[0] is None:
         return False
     if node.op_type != "Transpose":
         return node.op_type in _ALWAYS
@@ -45,7 +44,7 @@ def keeps_order(node: ir.Node, facts: GraphFacts) -> bool:
 
 def write_target(node: ir.Node, facts: GraphFacts, version: int, name: Callable[[str], str]) -> None:
     """Give a Reshape whose target is computed a constant one, in place, where it is proven but for one size."""
-    if node.op_type != "Reshape" or node.domain not in _STANDARD or version < _FIRST_VERSION or len(node.inputs) < 2:
+    if node.op_type != "Reshape" or node.domain or version < _FIRST_VERSION or len(node.inputs) < 2:
         return
     target = node.inputs[1]
     if target is None or parameter_tensor(target) is not None or attribute(node, "allowzero", 0):
@@ -102,7 +101,7 @@ def turn_before_merging(node: ir.Node, facts: GraphFacts, version: int, name: Ca
     merge = turn.inputs[0].producer() if turn is not None and turn.op_type == "Transpose" and turn.inputs[0] else None
     if turn is None or merge is None or node.graph is None or version < _FIRST_VERSION:
         return
-    if {n.graph for n in (merge, turn)} != {node.graph} or {n.domain for n in (merge, turn)} - {*_STANDARD}:
+    if {n.graph for n in (merge, turn)} != {node.graph} or merge.domain or turn.domain:
         return
     if node.op_type != "Reshape" or len(node.inputs) < 2 or attribute(node, "allowzero", 0):
         return

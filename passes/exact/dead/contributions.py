@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Labels, State
-from cipm_ir.ops.contraction import einsum_terms, matmul_letters
+from cipm_ir.ops.contraction import einsum_terms, gemm_letters, matmul_letters
 from cipm_ir.runtime.intervals.arithmetic import Interval
 from cipm_ir.runtime.intervals.bounds import Intervals
 from cipm_ir.runtime.intervals.site import refit
@@ -108,9 +108,7 @@ def _sum(found: Intervals, position: int) -> Sum | None:
     if node.op_type == "MatMul":
         *letters, out = matmul_letters(states[0], states[1], out_state.rank)
     elif node.op_type == "Gemm":
-        a = ("k", "m") if attribute(node, "transA", 0) else ("m", "k")
-        b = ("n", "k") if attribute(node, "transB", 0) else ("k", "n")
-        letters, out = (a, b), ("m", "n")
+        *letters, out = gemm_letters(node)
     else:
         equation = attribute(node, "equation", "")
         text = equation.decode() if isinstance(equation, bytes) else str(equation)

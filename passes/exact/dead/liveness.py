@@ -35,14 +35,12 @@ class Liveness:
         for space in analysis.spaces:
             self.removable[space.table.ravel()] = True
         self.removable &= analysis.classes.free
-        self.summed = np.zeros(count, bool)
+        self.summed: Mask = analysis.consumers.normalized.copy()
         """Classes that are read in another way than by a product with a weight."""
-        for labels in analysis.walk.rec.normalized:
-            self.summed[self.of[labels]] = True
         for one in analysis.walk.rec.uniforms:
             if analysis.walk.nodes[one.node].op_type in ("Conv", "ConvTranspose"):  # a sum of weights over channels
                 self.summed[self.of[one.factor.labels]] = True
-        self.roots = self.summed.copy()
+        self.roots: Mask = self.summed.copy()
         self.roots[analysis.classes.parts.cell_part] = True  # their sums are not told apart
 
     def read(self, found: Intervals, sums: Iterable[Sum]) -> None:
@@ -52,7 +50,8 @@ class Liveness:
         for position, node in enumerate(walk.nodes):
             if position in known:
                 continue
-            states = self._states(position, node)
+            inputs = (walk.input_state(position, k) for k in range(len(node.inputs)))
+            states = [state for state in inputs if state is not None]
             if not any(s.factors for s in states):
                 continue
             if node.op_type in _PLAIN_SUMS and not node.domain:
@@ -75,17 +74,6 @@ class Liveness:
             self.summed[classes] = True
             low, high = (np.ones(f.labels.shape),) * 2 if bounds is None else along(bounds, f)
             self.roots[classes[(low != 0) | (high != 0)]] = True
-
-    def _states(self, position: int, node: ir.Node) -> list[State]:
-        walk = self.analysis.walk
-        found = []
-        for k, value in enumerate(node.inputs):
-            leaf = walk.use_leaf.get((position, k))
-            if leaf is not None:
-                found.append(walk.leaves[leaf].state)
-            elif value is not None and value.name in walk.states:
-                found.append(walk.states[value.name])
-        return found
 
     def _outputs(self, node: ir.Node) -> list[State]:
         states = self.analysis.walk.states
@@ -131,5 +119,5 @@ class Liveness:
 
 
 def _by_position(node: ir.Node) -> bool:
-    entry = lookup("" if node.domain == "ai.onnx" else node.domain, node.op_type)
+    entry = lookup(node.domain, node.op_type)
     return entry is None or entry.positionwise  # what reaches an opaque node is pinned

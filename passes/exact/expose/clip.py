@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from cipm_ir.ir.constants import attribute
 from cipm_ir.passes.exact.expose.gain import free_parameters
-from cipm_ir.passes.exact.expose.rewriter import REAL, STANDARD, GraphRewriter
+from cipm_ir.passes.exact.expose.rewriter import REAL, GraphRewriter
 from cipm_ir.symmetry.analysis import Analysis
 from cipm_ir.symmetry.program import Program
 
@@ -72,7 +72,7 @@ def write_bounds(draft: GraphRewriter, *, relu6: bool = True, hardtanh: bool = T
 
 def clip_bounds(draft: GraphRewriter, node: ir.Node) -> tuple[float, float] | None:
     """Return the constant bounds of a Clip of floating-point values, infinite where there is none."""
-    if node.op_type != "Clip" or node.domain not in STANDARD or node.inputs[0] is None:
+    if node.op_type != "Clip" or node.domain or node.inputs[0] is None:
         return None
     if draft.dtype(node.inputs[0]) not in REAL:
         return None

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from cipm_ir.ir.constants import attribute
-from cipm_ir.passes.exact.expose.rewriter import STANDARD, GraphRewriter, Weight
+from cipm_ir.passes.exact.expose.rewriter import GraphRewriter, Weight
 
 _FUSED = {"LayerNormalization": True, "RMSNormalization": False, "SimplifiedLayerNormalization": False}
 
@@ -48,9 +48,9 @@ def find_norms(draft: GraphRewriter) -> list[Norm]:
     """Return all normalizations of the main graph that run over exactly one axis, in graph order."""
     found = []
     for node in draft.graph:
-        if node.op_type in _FUSED and node.domain in (*STANDARD, "com.microsoft"):
+        if node.op_type in _FUSED and node.domain in ("", "com.microsoft"):
             norm = _fused(draft, node)
-        elif node.op_type in ("Div", "Mul") and node.domain in STANDARD:
+        elif node.op_type in ("Div", "Mul") and not node.domain:
             norm = _spelled(draft, node)
         else:
             continue
@@ -188,7 +188,7 @@ def _factor(draft: GraphRewriter, value: ir.Value, op: str, axis: int) -> Weight
     while len(value.uses()) == 1 and not value.is_graph_output():
         (use,) = value.uses()
         node = use.node
-        if node.domain not in STANDARD or node.graph is not draft.graph or sizes is None:
+        if node.domain or node.graph is not draft.graph or sizes is None:
             return None
         if node.op_type in ("Identity", "Cast") and draft.through(node.outputs[0]) is draft.through(value):
             value = node.outputs[0]

@@ -10,7 +10,8 @@ import onnx_ir as ir
 from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Array
-from cipm_ir.passes.exact.expose.rewriter import STANDARD, GraphRewriter, Weight, Write
+from cipm_ir.ops.contraction import weight_axes
+from cipm_ir.passes.exact.expose.rewriter import GraphRewriter, Weight, Write
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,10 @@ def absorb_input(draft: GraphRewriter, node: ir.Node, index: int, axis: int, sca
 
     Refuses (`UnsupportedPattern`) anything but a MatMul, Gemm or Conv that sums over the axis with a weight of its own.
     """
-    weight = draft.weight(node, 1) if node.domain in STANDARD and index == 0 else None
+    weight = draft.weight(node, 1) if not node.domain and index == 0 else None
     summed = None if weight is None else _summed_axis(draft, node, weight, axis)
     if weight is None or summed is None or weight.shape[summed] != len(scale):
-        product = node.domain in STANDARD and node.op_type in ("MatMul", "Gemm", "Conv")
+        product = not node.domain and node.op_type in ("MatMul", "Gemm", "Conv")
         raise UnsupportedPattern(f"{node.op_type} reads it" + (" without a float weight of its own" if product else ""))
     factor = scale.reshape([-1 if k == summed else 1 for k in range(len(weight.shape))])
     steps: list[Step] = [draft.change(weight, lambda array: array * factor)]
@@ -70,12 +71,12 @@ def _summed_axis(draft: GraphRewriter, node: ir.Node, weight: Weight, axis: int)
     """Return the axis of the weight that is summed, where it meets this axis of the input."""
     rank = draft.rank(node.inputs[0])
     if node.op_type == "MatMul":
-        return 0 if rank is not None and axis == rank - 1 and len(weight.shape) == 2 else None
-    if node.op_type == "Gemm":
-        return int(bool(attribute(node, "transB", 0))) if axis == int(not attribute(node, "transA", 0)) else None
-    if node.op_type == "Conv":
-        return 1 if axis == 1 and attribute(node, "group", 1) == 1 else None
-    return None
+        fits = rank is not None and axis == rank - 1 and len(weight.shape) == 2
+    elif node.op_type == "Gemm":
+        fits = axis == int(not attribute(node, "transA", 0))
+    else:
+        fits = node.op_type == "Conv" and axis == 1 and attribute(node, "group", 1) == 1
+    return weight_axes(node, len(weight.shape))[0] if fits else None
 
 
 def _shifted(draft: GraphRewriter, node: ir.Node, weight: Weight, vector: Array) -> Step:
@@ -110,7 +111,7 @@ def bias_of(draft: GraphRewriter, node: ir.Node, width: int) -> Weight | ir.Valu
     if len(product.uses()) != 1 or product.is_graph_output():
         return None
     (use,) = product.uses()
-    if use.node.op_type != "Add" or use.node.domain not in STANDARD or use.node.graph is not draft.graph:
+    if use.node.op_type != "Add" or use.node.domain or use.node.graph is not draft.graph:
         return None
     weight = draft.weight(use.node, 1 - use.idx)
     if weight is None or not weight.shape or weight.shape[-1] != width:

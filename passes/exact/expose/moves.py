@@ -8,7 +8,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from cipm_ir.ir.constants import attribute
-from cipm_ir.passes.exact.expose.rewriter import STANDARD, GraphRewriter
+from cipm_ir.passes.exact.expose.rewriter import GraphRewriter
 
 Rule = Callable[[GraphRewriter, ir.Node, int], int | None]
 
@@ -19,7 +19,7 @@ def moved_axis(draft: GraphRewriter, node: ir.Node, index: int, axis: int) -> in
     The node acts on every unit of the axis alike and on its own, and takes a constant to itself; no unit goes.
     """
     rule = _RULES.get(node.op_type)
-    return rule(draft, node, axis) if rule is not None and node.domain in STANDARD and index == 0 else None
+    return rule(draft, node, axis) if rule is not None and not node.domain and index == 0 else None
 
 
 def source_axis(draft: GraphRewriter, node: ir.Node, axis: int) -> int | None:

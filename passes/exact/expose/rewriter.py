@@ -13,12 +13,13 @@ from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Array
 from cipm_ir.ir.nested import nodes_within
+from cipm_ir.ir.opsets import standard_version
 from cipm_ir.ir.parameters import named, on_demand, parameter_tensor
 from cipm_ir.ir.shapes import Shapes
 from cipm_ir.ir.stand_ins import infer_shapes
+from cipm_ir.passes.exact.cleanup.replace_values import is_unused
 from cipm_ir.runtime.graphs import all_values
 
-STANDARD = ("", "ai.onnx")
 REAL = {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 _HALF = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 
@@ -117,11 +118,11 @@ class GraphRewriter:
 
     def __init__(self, model: ir.Model, split: str = "vectors") -> None:
         self.model, self.graph, self.split = model, model.graph, split
-        self.version = int(model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0)))
+        self.version = standard_version(model.opset_imports)
         self.shapes = _shapes(model)
         self._names: set[str | None] = {value.name for value in all_values(model.graph)}
         self._nodes: set[str | None] = {node.name for node in nodes_within(model.graph)}
-        self._idle = {node for node in model.graph if _idle(node)}
+        self._idle = {node for node in model.graph if is_unused(node)}
         self._unread = {name for name, value in model.graph.initializers.items() if not value.uses()}
 
     # ------------------------------------------------------------ reading
@@ -150,7 +151,7 @@ class GraphRewriter:
         path: list[ir.Node] = []
         while value is not None and not value.is_initializer():
             maker = value.producer()
-            if maker is None or maker.domain not in STANDARD or maker.graph is not self.graph:
+            if maker is None or maker.domain or maker.graph is not self.graph:
                 return None
             if maker.op_type == "Constant":
                 break
@@ -167,7 +168,7 @@ class GraphRewriter:
         """Content of a value that is a constant, of any type."""
         while value is not None and not value.is_initializer():
             maker = value.producer()
-            if maker is None or maker.domain not in STANDARD or maker.op_type not in ("Constant", "Identity"):
+            if maker is None or maker.domain or maker.op_type not in ("Constant", "Identity"):
                 return None
             if maker.op_type == "Constant":
                 break
@@ -185,13 +186,13 @@ class GraphRewriter:
     def made_by(self, value: ir.Value | None, *ops: str) -> ir.Node | None:
         """Return the node of the main graph that makes a value, if it is one of these operators."""
         node = None if value is None else self.through(value).producer()
-        right = node is not None and node.op_type in ops and node.domain in STANDARD and node.graph is self.graph
+        right = node is not None and node.op_type in ops and not node.domain and node.graph is self.graph
         return node if right else None
 
     def through(self, value: ir.Value) -> ir.Value:
         """Return the value behind copies of it: Identity, and Cast to the type that it has."""
         node = value.producer()
-        while node is not None and node.domain in STANDARD and node.op_type in ("Identity", "Cast"):
+        while node is not None and not node.domain and node.op_type in ("Identity", "Cast"):
             source = node.inputs[0]
             if source is None:
                 break
@@ -304,7 +305,7 @@ class GraphRewriter:
     def sweep(self) -> None:
         """Remove the nodes and initializers that the rewriting left without a reader."""
         for node in reversed(list(self.graph)):
-            if node not in self._idle and _idle(node):
+            if node not in self._idle and is_unused(node):
                 self.graph.remove(node, safe=True)
         for name, value in list(self.graph.initializers.items()):
             read = value.uses() or value.is_graph_output() or value.is_graph_input()
@@ -318,7 +319,3 @@ def _free(name: str, taken: set[str | None]) -> str:
         unique, number = f"{name}_{number}", number + 1
     taken.add(unique)
     return unique
-
-
-def _idle(node: ir.Node) -> bool:
-    return not any(value.uses() or value.is_graph_output() for value in node.outputs)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from cipm_ir.errors import UnsupportedPattern
-from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Array
+from cipm_ir.ops.contraction import weight_axes
 from cipm_ir.passes.exact.expose.forms import aligned
-from cipm_ir.passes.exact.expose.rewriter import STANDARD, GraphRewriter, Weight, Write
+from cipm_ir.passes.exact.expose.rewriter import GraphRewriter, Weight, Write
 
 _PRODUCTS = ("MatMul", "Gemm", "Conv")
 
@@ -59,7 +59,7 @@ def _scale(draft: GraphRewriter, node: ir.Node) -> tuple[Weight, list[tuple[Weig
 
     And its entries.
     """
-    if node.op_type != "Mul" or node.domain not in STANDARD or node.outputs[0].is_graph_output():
+    if node.op_type != "Mul" or node.domain or node.outputs[0].is_graph_output():
         return None
     weight = draft.weight(node, 0) or draft.weight(node, 1)
     source = None if weight is None else node.inputs[1 - weight.index]
@@ -96,7 +96,7 @@ def _parts_of(draft: GraphRewriter, node: ir.Node) -> list[tuple[Weight, int]]:
     weight = draft.weight(node, 1)
     if weight is None or len(weight.shape) < 2:
         return []
-    axis = {"MatMul": len(weight.shape) - 1, "Gemm": int(not attribute(node, "transB", 0)), "Conv": 0}[node.op_type]
+    _, axis = weight_axes(node, len(weight.shape))
     parts = [(weight, axis)]
     if node.op_type != "MatMul" and len(node.inputs) > 2 and node.inputs[2] is not None:
         bias = draft.weight(node, 2)
@@ -109,6 +109,6 @@ def _parts_of(draft: GraphRewriter, node: ir.Node) -> list[tuple[Weight, int]]:
 def _only(draft: GraphRewriter, value: ir.Value, *ops: str) -> ir.Node | None:
     """Return the node that makes a value which only one node reads, if it is one of these operators."""
     node = value.producer()
-    if node is None or node.op_type not in ops or node.domain not in STANDARD or node.graph is not draft.graph:
+    if node is None or node.op_type not in ops or node.domain or node.graph is not draft.graph:
         return None
     return node if len(value.uses()) == 1 and not value.is_graph_output() else None

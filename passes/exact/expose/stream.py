@@ -9,10 +9,11 @@ import onnx_ir as ir
 
 from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.constants import attribute
+from cipm_ir.ops.contraction import weight_axes
 from cipm_ir.passes.exact.expose.forms import Norm
 from cipm_ir.passes.exact.expose.linear import bias_of
 from cipm_ir.passes.exact.expose.moves import moved_axis, moved_outputs, source_axis
-from cipm_ir.passes.exact.expose.rewriter import STANDARD, GraphRewriter, Weight
+from cipm_ir.passes.exact.expose.rewriter import GraphRewriter, Weight
 
 _SUMS = ("Add", "Sub", "Sum")
 Writer = tuple[Weight, int]
@@ -74,7 +75,7 @@ class _Search:
         node = value.producer()
         if node is None:
             raise UnsupportedPattern("a graph input writes the stream")
-        if node.domain not in STANDARD or node.graph is not self.draft.graph:
+        if node.domain or node.graph is not self.draft.graph:
             raise UnsupportedPattern(f"{node.op_type} writes the stream")
         if node.op_type in ("MatMul", "Gemm", "Conv"):
             self._product(node, axis)
@@ -138,11 +139,7 @@ class _Search:
         if node.op_type == "Conv" and attribute(node, "group", 1) != 1:
             # Its outputs are sums over different inputs, so that their mean is no product with a mean of weights.
             raise UnsupportedPattern("a grouped Conv writes the stream")
-        out = {
-            "MatMul": len(weight.shape) - 1,
-            "Gemm": int(not attribute(node, "transB", 0)),
-            "Conv": 0,
-        }[node.op_type]
+        _, out = weight_axes(node, len(weight.shape))
         if axis != (1 if node.op_type == "Conv" else rank - 1) or weight.shape[out] != self.size:
             raise UnsupportedPattern(f"{node.op_type} writes the stream along another axis")
         self.stream.writers[node, 1] = (weight, out)
@@ -166,7 +163,7 @@ class _Search:
             if norm not in self.stream.norms:
                 self.stream.norms.append(norm)
             return
-        if node.domain not in STANDARD:
+        if node.domain:
             raise UnsupportedPattern(f"{node.op_type} reads the stream")
         if node.op_type in ("Shape", "Size"):
             return

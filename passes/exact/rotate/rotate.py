@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import onnx_ir as ir
 
 from cipm_ir.algebra import DenseElement
 from cipm_ir.errors import OptionError
-from cipm_ir.ir.parameters import is_parameter
+from cipm_ir.ir.parameters import parameter_tensor
 from cipm_ir.passes.exact.rotate.metrics import compare
 from cipm_ir.passes.framework.base import Context, Kind, Pass, PassResult, option
 from cipm_ir.passes.framework.reasons import idle, listed
@@ -122,16 +121,13 @@ def dense_roles(program: Program) -> dict[Space, str]:
     """Return spaces with a dense group: "stream" (normalized), "heads" (a weight reads it) or "scores" (Q meets K)."""
     analysis = program.analysis
     dense = {k: space for k, space in enumerate(program.spaces) if space.dense}
-    owner = np.full(analysis.classes.count, -1)
-    for k in dense:
-        owner[analysis.spaces[k].table[:, 0]] = k
-    read: set[int] = set()
-    for event in analysis.walk.rec.contractions if dense else ():
-        spaces = set(np.unique(owner[analysis.classes.of[event.a]]).tolist()) - {-1}
-        if spaces - read and any(_is_weight(program, event.node, k) for k in (0, 1)):
-            read |= spaces
+
+    def is_read(k: int) -> bool:
+        sums = analysis.consumers.contractions(analysis.spaces[k].table[:, 0])
+        return any(_is_weight(program, c.node, side) for c in sums for side in (0, 1))
+
     return {
-        space: "stream" if space.linearity.normalized else "heads" if k in read else "scores"
+        space: "stream" if space.linearity.normalized else "heads" if is_read(k) else "scores"
         for k, space in dense.items()
     }
 
@@ -145,12 +141,7 @@ def _is_weight(program: Program, position: int, index: int) -> bool:
     value = node.inputs[index]
     while value is not None and (maker := value.producer()) is not None and maker.op_type in _MOVES:
         value = maker.inputs[0]
-    return value is not None and (is_parameter(value) or _is_constant(value))
-
-
-def _is_constant(value: ir.Value) -> bool:
-    maker = value.producer()
-    return maker is not None and maker.op_type == "Constant"
+    return parameter_tensor(value) is not None
 
 
 def obstacles(program: Program) -> str:

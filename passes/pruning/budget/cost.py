@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 
 from cipm_ir.errors import SymmetryError
 from cipm_ir.ir.bodies import is_control_flow
@@ -21,7 +20,7 @@ from cipm_ir.ir.labels import Labels
 from cipm_ir.ir.places import Place
 from cipm_ir.ops.costs import Site, Uncounted, macs_of
 from cipm_ir.symmetry.consumers import Incidence
-from cipm_ir.symmetry.counting import node_macs, site_of
+from cipm_ir.symmetry.counting import first_output, node_macs, site_of
 from cipm_ir.symmetry.leaves import Leaf
 from cipm_ir.symmetry.primitives.sizes import grid_shape, outer_first
 from cipm_ir.symmetry.program import Program
@@ -164,7 +163,7 @@ class CostModel:
         self.counted = program.count(sizes)
         self._counter = _Counter(program.analysis.classes.refined())
         self._leaves: dict[int, Sized] = {}
-        self._position = {_first_output(node): k for k, node in enumerate(walk.nodes)}
+        self._position = {first_output(node): k for k, node in enumerate(walk.nodes)}
         self._part = self._part_of(self.counted.places)
         tensors = self._group_tensors(walk.leaves)
         self._shared = [tensor for tensor in tensors if len(tensor.leaves) > 1]
@@ -227,7 +226,7 @@ class CostModel:
                 elif place.trips:
                     part.repeated.append((place.trips, made[0]))
             elif macs := node_macs(place):
-                self._add_node(part, self._position[_first_output(place.node)], macs, place)
+                self._add_node(part, self._position[first_output(place.node)], macs, place)
         return part
 
     def _add_node(self, part: _Part, position: int, macs: int, place: Place) -> None:
@@ -317,8 +316,3 @@ class CostModel:
 
 def _in_unit(unit: str, tensor: _Tensor, count: int) -> int:
     return count if unit == "params" else int(tensor.leaves[0].dtype.itemsize * count)
-
-
-def _first_output(node: ir.Node) -> str:
-    """Return what a node goes by: names of values are unique in an analysed graph, and clones of it keep them."""
-    return next((value.name for value in node.outputs if value.name), None) or ""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from cipm_ir.ir.components import connected_components
 from cipm_ir.ir.labels import Labels
 from cipm_ir.symmetry.analysis import Analysis
 from cipm_ir.symmetry.primitives.restrict import closed_keep
@@ -22,6 +23,7 @@ from cipm_ir.symmetry.primitives.sizes import grid_shape, outer_first
 Mask = npt.NDArray[np.bool_]
 Scores = npt.NDArray[np.float64]
 Cost = Callable[[Mask], float]
+Tie = tuple[int, int]
 _CLOSE = 0.002
 """A budget counts as met when this fraction of it, or less, is left over."""
 _ROUNDS = 3
@@ -48,7 +50,7 @@ def link_spaces(analysis: Analysis) -> Links:
             owner[space.table[:, 0]] = k
         elif space.kind == "units":
             owner[space.table] = k
-    root = list(range(len(analysis.spaces)))
+    ties: list[Tie] = []
     frozen: set[int] = set()
     seen: set[bytes] = set()
     partitions: list[dict[int, int]] = []
@@ -61,19 +63,19 @@ def link_spaces(analysis: Analysis) -> Links:
         if key not in seen:
             seen.add(key)
             counts = [Counter(row) for row in distinct.tolist()]
-            _link_rows(counts, analysis, root, frozen)
+            ties += _link_rows(counts, analysis, frozen)
             partitions.append(_partition(counts))
     parts = analysis.classes.parts
     shared = [[int(owner[parts.spaces[i][0]]) for i in tie] for tie in parts.ties]
     for together in (*_crossings(partitions), *shared):
-        for k in together[1:]:
-            _union(root, together[0], k)
+        ties += [(together[0], k) for k in together[1:]]
     frozen.update(int(owner[parts.spaces[i][0]]) for i in parts.frozen)
     groups: dict[int, list[int]] = {}
-    for k in range(len(root)):
-        groups.setdefault(_find(root, k), []).append(k)
-    stuck = {_find(root, k) for k in frozen}
-    return Links(list(groups.values()), {k for r in stuck for k in groups[r]})
+    ends = np.asarray(ties, np.int64).reshape(-1, 2)
+    label = connected_components(ends[:, 0], ends[:, 1], len(analysis.spaces))[1].tolist()
+    for k, group in enumerate(label):
+        groups.setdefault(group, []).append(k)
+    return Links(list(groups.values()), {j for k in frozen for j in groups[label[k]]})
 
 
 def _partition(rows: list[Counter[int]]) -> dict[int, int]:
@@ -116,34 +118,18 @@ def grids_of(analysis: Analysis) -> list[Labels]:
     return [*found.values(), *grouped]
 
 
-def _link_rows(rows: list[Counter[int]], analysis: Analysis, root: list[int], frozen: set[int]) -> None:
-    """Tie the spaces of all rows: one by one where rows look alike, else all of them to one number."""
+def _link_rows(rows: list[Counter[int]], analysis: Analysis, frozen: set[int]) -> list[Tie]:
+    """Return ties of the spaces of all rows: one by one where rows look alike, else all of them to one number."""
     sizes = [len(s.table) for s in analysis.spaces]
     free = [sorted((sizes[k], n, k) for k, n in row.items() if k >= 0) for row in rows]
     alike = all([x[:2] for x in row] == [x[:2] for x in free[0]] for row in free)
     if alike and len({row[-1] for row in rows}) == 1:
-        for row in free:
-            for (_, _, a), (_, _, b) in zip(free[0], row, strict=True):
-                _union(root, a, b)
-        return
+        return [(a, b) for row in free for (_, _, a), (_, _, b) in zip(free[0], row, strict=True)]
     spaces = sorted({k for row in free for _, _, k in row})
-    for k in spaces[1:]:
-        _union(root, spaces[0], k)
     # k kept units in every space make rows of k times the occurrences, plus what is fixed: equal rows, or never
     if len({sum(n // sizes[k] for s, n, k in row) for row in free}) > 1 or len({row[-1] for row in rows}) > 1:
         frozen.update(spaces)
-
-
-def _find(root: list[int], k: int) -> int:
-    while root[k] != k:
-        root[k] = root[root[k]]
-        k = root[k]
-    return k
-
-
-def _union(root: list[int], a: int, b: int) -> None:
-    a, b = _find(root, a), _find(root, b)
-    root[max(a, b)] = min(a, b)
+    return [(spaces[0], k) for k in spaces[1:]]
 
 
 # ---------------------------------------------------------------- choices

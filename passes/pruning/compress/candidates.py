@@ -281,10 +281,7 @@ def _recurrent(analysis: Analysis, tables: Sequence[Labels]) -> ir.Node | None:
     walk = analysis.walk
     for position in analysis.consumers.nodes(np.concatenate([t.ravel() for t in tables])):
         node = walk.nodes[position]
-        value = node.inputs[2] if node.op_type in ("LSTM", "GRU", "RNN") else None
-        leaf = walk.use_leaf.get((position, 2))
-        state = None if value is None else walk.states.get(value.name or "")
-        state = state if leaf is None or value is None else walk.leaves[leaf].state
+        state = walk.input_state(position, 2) if node.op_type in ("LSTM", "GRU", "RNN") else None
         for f in () if state is None else state.factors:
             if any(np.isin(t, analysis.classes.of[f.labels]).any() for t in tables):
                 return node

@@ -119,8 +119,12 @@ def removal_costs(inverse: Matrix, weight: Matrix, rows: Labels) -> Matrix:
         weight: (K, outputs).
         rows: (sets, k), the rows in each set.
     """
-    blocks, own = inverse[rows[:, :, None], rows[:, None, :]], weight[rows]
-    if rows.shape[1] == 1:
+    return _quadratic(inverse[rows[:, :, None], rows[:, None, :]], weight[rows])
+
+
+def _quadratic(blocks: Matrix, own: Matrix) -> Matrix:
+    """``tr(ownᵀ blocks⁻¹ own)`` for each of a stack: (n, k, k) and (n, k, outputs) to (n,)."""
+    if blocks.shape[1] == 1:
         return np.asarray((own[:, 0] ** 2).sum(axis=1) / blocks[:, 0, 0])
     return np.asarray((own * _each(blocks, own)).sum(axis=(1, 2)))
 
@@ -252,11 +256,6 @@ class Swaps:
         return (saved if saved > 1e-6 * abs(gain) else 0.0), int(enters), int(kept[worst])
 
 
-def improve(problems: Sequence[Problem], keep: Labels, count: int) -> Labels:
-    """Return the kept elements, sorted, after swaps that lower the error; see `Swaps`."""
-    return Swaps(problems, count).improve(keep)
-
-
 @dataclass
 class _Swept:
     """A least-squares problem under the sweep operator, which takes rows in and out at the cost of one update.
@@ -303,38 +302,16 @@ class _Swept:
 
     def gains(self, gone: Labels) -> Matrix:
         """Return how much each absent element would lower the error."""
-        return self._worth(self.matrix[self._blocks(gone)], self.target[self.rows[gone]])
+        return removal_costs(self.matrix, self.target, self.rows[gone]) / self.energy
 
     def drops(self, kept: Labels, enters: int | None = None) -> Matrix:
         """Return how much the error would grow without each kept element, once another one has entered."""
-        block, aim = self.matrix[self._blocks(kept)], self.target[self.rows[kept]]
+        own_rows = self.rows[kept]
+        block, aim = self.matrix[own_rows[:, :, None], own_rows[:, None, :]], self.target[own_rows]
         if enters is not None:
             rows = self.rows[enters]
             side = self.matrix[self.rows[kept][:, :, None], rows]  # elements, k, k of the one that enters
             own = self.matrix[np.ix_(rows, rows)]
             block = block - side @ _each(own, side.transpose(0, 2, 1))
             aim = aim - side @ _each(own, self.target[rows])
-        return self._worth(-block, aim)
-
-    def _blocks(self, elements: Labels) -> tuple[Labels, Labels]:
-        rows = self.rows[elements]
-        return rows[:, :, None], rows[:, None, :]
-
-    def _worth(self, blocks: Matrix, aim: Matrix) -> Matrix:
-        if blocks.shape[1] == 1:
-            return np.asarray((aim[:, 0] ** 2).sum(axis=1) / blocks[:, 0, 0]) / self.energy
-        return np.asarray((aim * _each(blocks, aim)).sum(axis=(1, 2))) / self.energy
-
-
-def _gains(p: Problem, kept: Labels, gone: Labels) -> Matrix:
-    """Return how much each absent element would lower the error."""
-    swept = _Swept.of(p)
-    swept.move(kept)
-    return swept.gains(gone)
-
-
-def _drops(p: Problem, kept: Labels) -> Matrix:
-    """Return how much the error would grow without each kept element."""
-    swept = _Swept.of(p)
-    swept.move(kept)
-    return swept.drops(kept)
+        return _quadratic(-block, aim) / self.energy

@@ -17,8 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cipm_ir.errors import InputError, OptionError
-from cipm_ir.ir.constants import constant_tensor
-from cipm_ir.ir.parameters import parameter_tensor
+from cipm_ir.ir.parameters import stored_tensor
 from cipm_ir.passes.framework.base import Context
 from cipm_ir.symmetry.leaves import Leaf, LeafFactor
 from cipm_ir.symmetry.program import Program
@@ -202,14 +201,7 @@ def parameter_array(program: Program, name: str) -> npt.NDArray[Any]:
     Raises:
         InputError: it has none.
     """
-    value = program.model.graph.initializers.get(name)
-    tensor = parameter_tensor(value)
-    if tensor is None:
-        maker = next((n for n in program.model.graph if n.outputs and n.outputs[0].name == name), None)
-        tensor = None if maker is None else constant_tensor(maker)
-    if tensor is None:
-        raise InputError(f"The weight {name!r} has no value in the model.")
-    array = np.asarray(tensor.numpy())
+    array = np.asarray(stored_tensor(program.model, name).numpy())
     return array if array.dtype.kind == "f" and array.dtype.itemsize >= 4 else array.astype(np.float32)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -15,10 +15,10 @@ from cipm_ir.passes.pruning.compress.selection import removal_costs
 from cipm_ir.passes.pruning.importance.criteria import Scores, parameter_array, register_importance
 from cipm_ir.passes.pruning.importance.gradient import needed_data
 from cipm_ir.passes.pruning.importance.reads import Places, Reads, find_reads
-from cipm_ir.runtime.activations.linear_geometry import LinearOpGeometry, sample_places
+from cipm_ir.runtime.activations.linear_geometry import LinearOpGeometry, NormalEquations, sample_places
 from cipm_ir.runtime.activations.observe import observe, samples
 from cipm_ir.runtime.inputs.generate import Array
-from cipm_ir.runtime.statistics.moments import Moments, check_squares
+from cipm_ir.runtime.statistics.moments import Moments
 from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.readers import WeightConsumer, readers
 from cipm_ir.symmetry.space import Space
@@ -28,6 +28,9 @@ DAMPING = 1e-4
 """Added to the diagonal of a Gram matrix, scaled to 1, before it is inverted."""
 _BYTES = 1 << 28
 """Gram matrices that are held at once."""
+
+
+_Product = tuple[LinearOpGeometry, WeightConsumer]
 
 
 # ---------------------------------------------------------------- moments
@@ -223,22 +226,20 @@ class BrainSurgeon:
         needed_data(ctx, "obs")
         todo = _all_readers(program)
         costs = {space.name: np.zeros(space.size) for space, _ in todo}
-        short: list[tuple[_Gram, bool]] = []
-        grams = {reader.node: _Gram(LinearOpGeometry.of(program, reader), reader) for _, reader in todo}
-        for group in _groups(list(grams.values())):
-            self._observe(program, ctx, group)
-            inverse = {g.reader.node: g.inverse(self.damping) for g in group}
-            short += [(g, g.constant) for g in group if g.rows <= g.linear.size or g.constant]
+        short: list[_Short] = []
+        for group in _groups({reader.node: (LinearOpGeometry.of(program, reader), reader) for _, reader in todo}):
+            grams = {k: _Gram(linear, reader, NormalEquations(linear.size, 0)) for k, (linear, reader) in group.items()}
+            self._observe(program, ctx, list(grams.values()))
+            inverse = {k: gram.inverse(self.damping) for k, gram in grams.items()}
+            short += [s for s in map(_Short.of, grams.values()) if s.rows <= s.size or s.constant]
             for space, reader in todo:
-                if reader.node in inverse:
+                if reader.node in grams:
                     gram, (inside, size) = grams[reader.node], inverse[reader.node]
                     matrix = (
                         gram.linear.matrix(parameter_array(program, reader.weight)).astype(np.float64) * size[:-1, None]
                     )
                     rows = gram.linear.rows_of(reader.columns)
                     costs[space.name] += 0.5 * gram.places * removal_costs(inside, matrix, rows)
-            for gram in group:
-                gram.total = None
         self.warnings = _too_few(short)
         return costs
 
@@ -252,42 +253,27 @@ class BrainSurgeon:
 
 @dataclass(eq=False)
 class _Gram:
-    """Σ u uᵀ over the inputs of one product, the constant 1 last."""
+    """The inputs of one product over the data; ``places``: rows for each sample."""
 
     linear: LinearOpGeometry
     reader: WeightConsumer
-    total: Floats | None = None
-    rows: int = 0
+    sums: NormalEquations
     places: float = 1.0
-    """Rows for each sample."""
 
     def add(self, value: Array, count: int, positions: int, seed: int) -> None:
         """Take in a batch."""
         conv = bool(self.linear.kernel)
         each = self.linear.positions(value)
         rng = np.random.default_rng([seed, self.reader.node])
-        u = self.linear.inputs(value, sample_places(each, positions, rng) if conv else None).astype(np.float32)
-        u = np.concatenate([u, np.ones((len(u), 1), np.float32)], axis=1)
-        made = _squared(u)
-        self.total = made if self.total is None else self.total + made
-        self.rows += len(u)
+        self.sums.add(self.linear.inputs(value, sample_places(each, positions, rng) if conv else None), None)
         self.places = float(each) if conv else each / max(count, 1)
 
-    @property
-    def constant(self) -> bool:
-        """Whether all rows were the same, up to float32 rounding."""
-        assert self.total is not None
-        mean = self.total / self.rows
-        squares = np.diagonal(mean)
-        return bool((squares - np.square(mean[-1]) <= 1e-5 * squares).all())
-
     def inverse(self, damping: float) -> tuple[Floats, Floats]:
-        """Of the mean after its diagonal was scaled to 1, damped; and the root of that diagonal.
+        """Of the mean of u uᵀ, u = (x, 1), after its diagonal was scaled to 1, damped; and the root of that diagonal.
 
         Scaled this way the damping means the same for weak and strong inputs, and costs do not depend on the gauge.
         """
-        assert self.total is not None
-        mean = self.total / self.rows
+        mean = self.sums.bordered
         size = np.sqrt(np.diagonal(mean))
         divisor = np.where(size > 0, size, 1.0)
         mean = mean / divisor[:, None] / divisor
@@ -295,45 +281,48 @@ class _Gram:
         return np.asarray(np.linalg.inv(mean)), size
 
 
-def _squared(u: Array) -> Floats:
-    """uᵀ u, in float32 where that holds it.
+@dataclass(frozen=True)
+class _Short:
+    """How many rows a product had for its inputs; ``constant``: whether all were the same, up to float32 rounding."""
 
-    Raises:
-        InputError: float64 does not, either.
-    """
-    with np.errstate(over="ignore", invalid="ignore"):
-        made = (u.T @ u).astype(np.float64)
-        if not np.isfinite(np.diagonal(made)).all():
-            wide = u.astype(np.float64)
-            made = wide.T @ wide
-    check_squares(np.diagonal(made))
-    return np.asarray(made)
+    rows: int
+    size: int
+    output: str
+    constant: bool
+
+    @classmethod
+    def of(cls, gram: _Gram) -> _Short:
+        """Of one product."""
+        variance = np.diagonal(gram.sums.gram(centred=True))
+        moment = variance + np.square(gram.sums.x / gram.sums.rows)
+        constant = bool((variance <= 1e-5 * moment).all())
+        return cls(gram.sums.rows, gram.linear.size, gram.reader.output, constant)
 
 
-def _too_few(short: Sequence[tuple[_Gram, bool]]) -> list[str]:
-    """``short``: Gram matrices without full rank, and whether all their rows are the same."""
+def _too_few(short: Sequence[_Short]) -> list[str]:
+    """``short``: of Gram matrices without full rank."""
     if not short:
         return []
-    worst, constant = min(short, key=lambda s: s[0].rows / s[0].linear.size)
+    worst = min(short, key=lambda s: s.rows / s.size)
     more = f" (and so for {len(short) - 1} more)" if len(short) > 1 else ""
-    reads, rank = f"the {worst.linear.size} inputs of {worst.reader.output!r}{more}", min(worst.rows, worst.linear.size)
-    if constant and worst.rows > 1:
+    reads, rank = f"the {worst.size} inputs of {worst.output!r}{more}", min(worst.rows, worst.size)
+    if worst.constant and worst.rows > 1:
         said, rank = f"{reads} are the same in every row of the data", 1
     else:
         said = f"too few data: {worst.rows} rows for {reads}"
     return [f"{said}, so their Gram matrix has rank {rank} at most and the rest is damping; give more samples"]
 
 
-def _groups(grams: Sequence[_Gram]) -> list[list[_Gram]]:
-    """Runs of Gram matrices that fit into memory together."""
-    groups: list[list[_Gram]] = []
+def _groups(products: Mapping[int, _Product]) -> list[dict[int, _Product]]:
+    """Runs of products whose Gram matrices fit into memory together."""
+    groups: list[dict[int, _Product]] = []
     room = 0
-    for gram in grams:
-        need = 8 * (gram.linear.size + 1) ** 2
+    for node, product in products.items():
+        need = 8 * (product[0].size + 1) ** 2
         if not groups or need > room:
-            groups.append([])
+            groups.append({})
             room = _BYTES
-        groups[-1].append(gram)
+        groups[-1][node] = product
         room -= need
     return groups
 

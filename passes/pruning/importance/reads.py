@@ -89,27 +89,26 @@ def find_reads(program: Program) -> Reads:
 
 class _Finder:
     def __init__(self, program: Program) -> None:
-        self.analysis = analysis = program.analysis
+        analysis = program.analysis
         self.walk, self.of = analysis.walk, analysis.classes.refined()
         start = np.cumsum([0, *(len(s.table) for s in analysis.spaces)])
         self.found = Reads(program, start)
         self.known: dict[tuple[int, str, tuple[int, ...]], int] = {}
         self.batch = _batch(program)
         self.layers = _layers(analysis, start)
-        self.summed: dict[int, list[Labels]] = {}
-        for c in self.walk.rec.contractions:
-            self.summed.setdefault(c.node, []).extend((c.a, c.b))
         self.live = {v.name or "" for v in program.model.graph.inputs} - set(program.model.graph.initializers)
 
     def run(self) -> Reads:
         """Look at every node."""
+        analysis = self.found.program.analysis
         for position, node in enumerate(self.walk.nodes):
             if self.walk.paths[position] or not any(v is not None and v.name in self.live for v in node.inputs):
                 continue  # in a body, or made of parameters alone: nothing to see in data
             self.live.update(v.name or "" for v in node.outputs)
             if node.op_type not in _SIZES_ONLY:
+                ending = [x for c in analysis.consumers.contractions_at.get(position, ()) for x in (c.a, c.b)]
                 for layer in self.layers:
-                    self._look(position, node, layer.element, self.summed.get(position, []) if layer.units else [])
+                    self._look(position, node, layer.element, ending if layer.units else [])
         return self.found
 
     def _look(self, position: int, node: ir.Node, element: Labels, summed: list[Labels]) -> None:

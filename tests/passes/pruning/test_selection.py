@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from cipm_ir.passes.pruning.compress import selection
-from cipm_ir.passes.pruning.compress.selection import Problem, eliminate, improve, solve
+from cipm_ir.passes.pruning.compress.selection import Problem, Swaps, eliminate, solve
 
 Array = NDArray[np.float64]
 
@@ -84,7 +84,7 @@ def exhaustive_ratios(seeds: range, choose: object) -> Array:
 def test_nearly_the_best_of_all_subsets() -> None:
     """Elimination finds the best of all subsets in most cases, swaps in nearly all."""
     plain = exhaustive_ratios(range(20), lambda _p, order, n: order[-n:])
-    swapped = exhaustive_ratios(range(20), lambda p, order, n: improve(p, order[-n:], 8))
+    swapped = exhaustive_ratios(range(20), lambda p, order, n: Swaps(p, 8).improve(order[-n:]))
     assert (plain > 1 - 1e-6).all() and (swapped <= plain + 1e-9).all()
     assert (plain < 1.0001).mean() > 0.8 and plain.max() < 1.4
     assert (swapped < 1.0001).mean() > 0.93 and swapped.max() < 1.3
@@ -106,7 +106,7 @@ def test_swaps_repair_a_bad_choice() -> None:
         problems = [problem(seed, 8)]
         bad = max(combinations(range(8), 4), key=lambda c: cost(problems, c))
         best = min(cost(problems, c) for c in combinations(range(8), 4))
-        kept = improve(problems, np.asarray(bad), 8)
+        kept = Swaps(problems, 8).improve(np.asarray(bad))
         assert len(kept) == 4 and (np.diff(kept) > 0).all()
         assert cost(problems, kept) < 1.35 * best < cost(problems, bad)
 
@@ -118,8 +118,10 @@ def test_gains_and_drops_are_exact(each: int) -> None:
     base = cost([one], kept)
     gains = [base - cost([one], [*kept, g]) for g in gone]
     drops = [cost([one], np.delete(kept, k)) - base for k in range(3)]
-    np.testing.assert_allclose(selection._gains(one, kept, gone), gains, rtol=1e-5, atol=1e-9)
-    np.testing.assert_allclose(selection._drops(one, kept), drops, rtol=1e-5, atol=1e-9)
+    swept = selection._Swept.of(one)
+    swept.move(kept)
+    np.testing.assert_allclose(swept.gains(gone), gains, rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(swept.drops(kept), drops, rtol=1e-5, atol=1e-9)
 
 
 # ---------------------------------------------------------------- many units
@@ -148,8 +150,8 @@ def test_linear_combinations_go_for_nothing() -> None:
     x = np.concatenate([base, base @ rng.standard_normal((5, 4))], axis=1)
     one = made(x, rng.standard_normal((9, 3)), damping=1e-10)
     order = eliminate([one], 9)
-    assert cost([one], improve([one], order[-5:], 9)) < 1e-6
-    assert cost([one], improve([one], order[-4:], 9)) > 1e-3
+    assert cost([one], Swaps([one], 9).improve(order[-5:])) < 1e-6
+    assert cost([one], Swaps([one], 9).improve(order[-4:])) > 1e-3
 
 
 def test_inputs_that_never_move() -> None:
@@ -157,7 +159,7 @@ def test_inputs_that_never_move() -> None:
     one = Problem(np.zeros((6, 6)), np.ones((6, 2)), np.arange(6)[:, None], float("inf"))
     order = eliminate([one], 6)
     assert sorted(order.tolist()) == list(range(6))
-    assert improve([one], order[-3:], 6).shape == (3,)
+    assert Swaps([one], 6).improve(order[-3:]).shape == (3,)
     assert np.isfinite(one.refit(order[-3:])).all()
 
 
