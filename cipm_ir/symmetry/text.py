@@ -249,15 +249,32 @@ class _Text:
         made = [self.node(node, path, indent) for node in nodes]
         folded: list[str] = []
         at = 0
-        found = repeats([_shape_of_call(node) for node in nodes]) if fold else []
+        found = repeats([self.kind(node, lines) for node, lines in zip(nodes, made, strict=True)]) if fold else []
         for start, length, times in [*found, (len(nodes), 0, 0)]:
             for lines in made[at : start + length]:
                 folded += lines
             if times:
                 last = nodes[start + times * length - 1].outputs[0]
-                folded.append(f"{indent}// the {length} nodes above repeat {times - 1} times, to {self.name(last)}")
+                folded.append(
+                    f"{indent}// {times - 1} more of these {length} operators at these sizes, to {self.name(last)}"
+                )
             at = start + times * length
         return folded
+
+    def kind(self, node: ir.Node, lines: list[str]) -> str:
+        """Return what two nodes of a repeated block share: all that is shown but the names of values and spaces."""
+        if len(lines) > 1 or "  // opaque" in lines[0]:
+            return f"only {lines[0]}"
+        attributes = ",".join(f"{name}={_attribute(attr)}" for name, attr in sorted(node.attributes.items()))
+        inputs = ",".join("_" if v is None else self.literals.get(v.name or "", self.sized(v)) for v in node.inputs)
+        return f"{node.domain}:{node.op_type}({inputs}){attributes}:{','.join(map(self.sized, node.outputs))}"
+
+    def sized(self, value: ir.Value) -> str:
+        """Return the element type and the sizes of a value, and which of its axes move."""
+        state, sizes = self.states.get(value.name or ""), self.sizes.of(value)
+        found = [None if state is None else state.factor_of(axis) for axis in range(len(sizes))]
+        moves = [f is not None and bool(self.annotate.axis(f, axis)) for axis, f in enumerate(found)]
+        return f"{self.typed(value)}{sizes}{moves}"
 
     def node(self, node: ir.Node, path: str, indent: str) -> list[str]:
         """Return the line of a node, and those of its bodies."""
@@ -274,13 +291,6 @@ class _Text:
             made += self.nodes(body, place, indent + "    ", False)
             made.append(f"{indent}    output " + ", ".join(self.name(v) for v in body.outputs))
         return made
-
-
-def _shape_of_call(node: ir.Node) -> str:
-    """Return what two nodes of a repeated block share: operator, attributes, and the types of their results."""
-    attributes = ",".join(f"{name}={_attribute(attr)}" for name, attr in sorted(node.attributes.items()))
-    results = ",".join(f"{v.dtype}{v.shape}" for v in node.outputs)
-    return f"{node.domain}:{node.op_type}:{attributes}:{results}"
 
 
 def _literal(value: ir.Value) -> str:

@@ -24,7 +24,10 @@ def summary_lines(program: Program) -> list[str]:
     named = [f"{count} {op}" for op, count in layers.most_common(_NAMED)]
     more = sum(layers.values()) - sum(count for _, count in layers.most_common(_NAMED))
     kinds = ", ".join([*named, *([f"{more} others"] if more else [])])
-    lines = [f"{totals.nodes:,} nodes, {sum(layers.values())} with a weight" + (f" ({kinds})" if kinds else "")]
+    lines = [
+        f"{totals.nodes:,} nodes, {sum(layers.values())} with a matrix of float weights"
+        + (f" ({kinds})" if kinds else "")
+    ]
     lines += totals.costs
     found = Counter(space.kind for space in program.spaces)
     spaces = [
@@ -35,5 +38,8 @@ def summary_lines(program: Program) -> list[str]:
     lines.append(f"spaces: {', '.join(spaces) or 'none'}")
     moving = {member for space in program.spaces for member in space.members}
     axes = {f"{leaf.name}[{axis}]" for leaf in weights for axis, size in enumerate(leaf.shape) if size > 1}
-    lines.append(f"{len(axes & moving)} of {len(axes)} axes of weights move with a space; the others are pinned")
+    lines.append(
+        f"{len(axes & moving)} of {len(axes)} axes of float weights move with a space; "
+        "the others are kernel taps, ends of the model, or pinned"
+    )
     return [*lines, *opaque_summary(program.analysis)]

@@ -17,6 +17,7 @@ from cipm_ir.passes.pruning.budget.cost import CostModel, Mask
 from cipm_ir.passes.pruning.budget.search import Choice, Found, Scores, Search, even, grids_of, link_spaces, make_choice
 from cipm_ir.passes.pruning.compress.candidates import kept_elements, kept_numbers, wanted_spaces
 from cipm_ir.passes.pruning.importance.criteria import Importance, ScoreFunction, make_importance
+from cipm_ir.passes.pruning.limits import Footprint, Limits
 from cipm_ir.passes.pruning.refit.compensation import Compensation
 from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.space import Space
@@ -50,7 +51,9 @@ class Prune(Pass):
     ratio: float | None = option(None, "fraction of the units to remove", low=0, high=1)
     norm: Literal["l1", "l2"] = option("l2", "norm of a group of weights")
     scope: Literal["global", "local"] = option("global", "compare units across spaces, or shrink all spaces alike")
-    round_to: int = option(1, "widths of pruned spaces are multiples of this", low=1)
+    round_to: int | None = option(
+        1, "widths of pruned spaces are multiples of this; none: of what kernels are fast at on this machine", low=1
+    )
     include: tuple[str, ...] = option(
         (), "only spaces whose names match; a pattern that matches none stands for tensors that move with them"
     )
@@ -196,7 +199,10 @@ class Prune(Pass):
         if not self.compensate or ctx.data is None:
             return program.restrict(keep), []
         stays = program.kept_classes(keep)
-        done = Compensation(ctx.data, seed=ctx.seed, progress=ctx.progress).run(program, stays)
+        limits = Limits()
+        size = Footprint.measure(program.model, ctx.data).batch(limits.memory)
+        work = Compensation(ctx.data, size, seed=ctx.seed, limits=limits, progress=ctx.progress)
+        done = work.run(program, stays)
         made = done.program
         notes = (
             done.notes

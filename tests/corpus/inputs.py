@@ -52,7 +52,7 @@ def handwriting(k: int, height: int, width: int) -> Array:
     """Return a line of digits, dark on light; (height, width), in [0, 1]."""
     digits = load_digits().images / 16.0
     count = max(1, width // height)
-    line = np.concatenate(list(digits[17 * k : 17 * k + count]), axis=1)
+    line = np.concatenate([digits[i % len(digits)] for i in range(17 * k, 17 * k + count)], axis=1)
     zoomed = ndimage.zoom(
         line, (height / line.shape[0], width / line.shape[1]), order=1, grid_mode=True, mode="nearest"
     )

@@ -219,8 +219,8 @@ def test_long_names_are_cut_to_unique_ends() -> None:
 def test_repeated_blocks_are_shown_once() -> None:
     one = stacked(5)
     lines, folded = str(one).splitlines(), one.text(fold=True).splitlines()
-    note = next(line for line in folded if "repeat" in line)
-    assert note.startswith("// the 4 nodes above repeat 4 times")
+    note = next(line for line in folded if " more of these " in line)
+    assert note.startswith("// 4 more of these 4 operators at these sizes, to %")
     assert len(folded) == len(lines) - 4 * 4 + 1
     assert [line for line in folded if line in set(lines)] == [line for line in folded if line != note]
 
@@ -252,3 +252,16 @@ def test_parameters_come_in_order_of_use_and_small_constants_inline() -> None:
     places = [text.index(f"({name}" if f"({name}" in text else f", {name}") for name in names]
     assert places == sorted(places)
     assert "Mul(%matmul_30, 0.5)" in text and " = 0.5" not in text
+
+
+def test_blocks_of_other_sizes_or_constants_are_not_folded() -> None:
+    """Also where the file notes no shapes, so that only inferred sizes tell them apart."""
+    for widths, factors in (([6, 7, 8, 9], [2.0] * 4), ([6] * 4, [2.0, 3.0, 4.0, 5.0])):
+        net = Net("unlike")
+        h = net.input("x", ["N", 4])
+        for width, factor in zip(widths, factors, strict=True):
+            hidden = net.op("Mul", net.op("MatMul", h, net.weight((4, width), 4)), net.const(np.float32(factor)))
+            h = net.op("Add", h, net.op("MatMul", net.op("Relu", hidden), net.weight((width, 4), width)))
+        net.output(net.op("Tanh", h), ["N", 4])
+        one = program_of(net.model())
+        assert one.text(fold=True) == str(one)

@@ -34,16 +34,19 @@ class ActivationCache:
     ``position``: the nodes before it have been run, in the order of the walk (`cipm_ir.ir.bodies.nodes_in_order`).
     ``values[k]``: for batch k, all values that nodes from there on, or the outputs, read. What depends on no input is
     never kept: it is computed again where it is needed, from the weights of the model that runs then. Use it as a
-    context manager, or call `close`.
+    context manager, or call `close`. ``memory``: bytes of kept values above which they go to a temporary file.
     """
 
-    def __init__(self, model: ir.Model, data: Data, *, size: int = 64, limit: int | None = None) -> None:
+    def __init__(
+        self, model: ir.Model, data: Data, *, size: int = 64, limit: int | None = None, memory: int | None = None
+    ) -> None:
         self.position = 0
         self.values: list[Feeds] = []
         self.samples: list[int] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._written = 0
-        self._lifetimes = _Lifetimes.of(model)
+        self._memory = memory
+        self._lifetimes = Lifetimes.of(model)
         names = {v.name for v in model.graph.inputs}
         for feeds in batches(data, model, size, limit=limit):
             self.samples.append(samples(feeds))
@@ -90,7 +93,7 @@ class ActivationCache:
         """Return another one at the same place, which shares what is kept."""
         twin = object.__new__(ActivationCache)
         twin.position, twin.values, twin.samples = self.position, list(self.values), self.samples
-        twin._folder, twin._written, twin._lifetimes = None, 0, self._lifetimes
+        twin._folder, twin._written, twin._lifetimes, twin._memory = None, 0, self._lifetimes, self._memory
         return twin
 
     def _runner(self, model: ir.Model, names: Sequence[str], loose: Sequence[str] = ()) -> Runner:
@@ -104,7 +107,8 @@ class ActivationCache:
     def _spill(self) -> None:
         """Move arrays to files once there is too much of them; files that nothing here needs any more go."""
         held = [(known, name) for known in self.values for name, a in known.items() if not isinstance(a, np.memmap)]
-        if sum(known[name].nbytes for known, name in held) > _IN_MEMORY:
+        most = _IN_MEMORY if self._memory is None else self._memory
+        if sum(known[name].nbytes for known, name in held) > most:
             self._folder = self._folder or tempfile.TemporaryDirectory(prefix="cipm-ir-")
             for known, name in held:
                 if known[name].nbytes > 1 << 16:
@@ -251,7 +255,7 @@ def moving(model: ir.Model) -> set[str]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Lifetimes:
+class Lifetimes:
     """Where the values of a graph that depend on its inputs are computed, and where they are used last.
 
     Attributes:
@@ -269,7 +273,7 @@ class _Lifetimes:
     count: int
 
     @classmethod
-    def of(cls, model: ir.Model) -> _Lifetimes:
+    def of(cls, model: ir.Model) -> Lifetimes:
         """Look at the main graph: values inside bodies are never kept."""
         known, graph = moving(model), model.graph
         made: dict[str, int] = {v.name or "": -1 for v in graph.inputs if v.name in known}

@@ -6,7 +6,7 @@ A convolution's rows are its unfolded patches, zeros of the padding included, on
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,12 +135,15 @@ class NormalEquations:
 
     Rows are taken relative to the mean of the first batch, so that large means cost no digits; products of a few
     thousand rows are in the rows' own precision, everything else is in float64. ``x`` and ``y``: sums of the rows.
+    ``zeros``: makes the matrices, perhaps in a file.
     """
 
-    def __init__(self, size: int, width: int) -> None:
+    def __init__(
+        self, size: int, width: int, zeros: Callable[[tuple[int, ...]], FloatArray] = lambda shape: np.zeros(shape)
+    ) -> None:
         self.rows = 0
         self.x, self.y = np.zeros(size), np.zeros(width)
-        self._xx, self._xy = np.zeros((size, size)), np.zeros((size, width))
+        self._xx, self._xy = zeros((size, size)), zeros((size, width))
         self._origin: tuple[Array, Array] | None = None
 
     def add(self, x: Array, y: Array | None) -> None:

@@ -18,11 +18,17 @@ from cipm_ir.passes.exact.dead.liveness import Liveness
 from cipm_ir.passes.pruning.budget.search import Mask, allowed_levels, even, grids_of, link_spaces
 from cipm_ir.passes.pruning.refit.layers import Layer
 from cipm_ir.runtime.intervals.bounds import find_intervals
+from cipm_ir.runtime.kernels import channel_block
 from cipm_ir.symmetry.analysis import Analysis
 from cipm_ir.symmetry.primitives.restrict import closed_keep
 from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.readers import WeightConsumer, readers, weight_uses
 from cipm_ir.symmetry.space import Space
+
+_BLOCKS = 4
+"""Spaces of at least so many blocks of the kernels keep whole ones."""
+_ALIGNED = 4
+"""Convolutions of onnxruntime are slow where channels are no multiple of this."""
 
 
 def wanted_spaces(
@@ -62,9 +68,20 @@ def _matching(spaces: Sequence[Space], patterns: Sequence[str], name: str, optio
     return found
 
 
-def kept_numbers(spaces: Sequence[Space], min_keep: float, round_to: int) -> Labels:
-    """Return numbers of elements that linked spaces may keep, ascending; the last is all."""
+def kept_numbers(spaces: Sequence[Space], min_keep: float, round_to: int | None) -> Labels:
+    """Return numbers of elements that linked spaces may keep, ascending; the last is all.
+
+    Args:
+        spaces: the linked ones.
+        min_keep: the least, as a fraction below 1 or as a number.
+        round_to: they are multiples of this; None: of what kernels compute at once, or of a part of it in narrow
+            spaces, for which such steps would be too coarse.
+    """
     sizes = [s.size for s in spaces]
+    if round_to is None:
+        round_to = channel_block()
+        if max(sizes) < _BLOCKS * round_to:
+            round_to = _ALIGNED if max(sizes) >= _BLOCKS * _ALIGNED else 1
     floor = ceil(min_keep * max(sizes)) if min_keep < 1 else int(min_keep)
     return allowed_levels(min(sizes), max(sizes), floor, round_to if spaces[0].kind == "units" else 1)
 
@@ -125,6 +142,13 @@ class Candidate:
         made = [pair.first.reader.node for pair in self.pairs]
         return min([*made, *(r.node for found in self.readers for r in found)])
 
+    def with_steps(self, steps: int) -> Candidate:
+        """Return the same, before units are chosen, with at most so many levels below the last."""
+        if steps + 1 >= len(self.levels):
+            return self
+        chosen = np.unique(np.linspace(0, len(self.numbers) - 1, steps + 1).round().astype(int))
+        return Candidate(self.spaces, self.readers, self.numbers[chosen], self.numbers, pairs=self.pairs)
+
     def finer(self) -> Candidate:
         """Return the same with more of the allowed numbers as levels; what they keep lies between what was chosen."""
         chosen = np.unique(np.linspace(0, len(self.numbers) - 1, _FINE).round().astype(int))
@@ -149,7 +173,7 @@ def find_candidates(
     program: Program,
     wanted: set[int],
     min_keep: float,
-    round_to: int,
+    round_to: int | None,
     steps: int,
     pairs: Mapping[int, Pair] | None = None,
 ) -> tuple[list[Candidate], list[str]]:

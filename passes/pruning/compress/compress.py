@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal
 
 from threadpoolctl import threadpool_limits
@@ -14,13 +14,19 @@ from cipm_ir.passes.framework.registry import register
 from cipm_ir.passes.pruning.budget.latency import BLOCK
 from cipm_ir.passes.pruning.compress.candidates import find_candidates, kept_elements, wanted_spaces
 from cipm_ir.passes.pruning.compress.cost import BUDGETS
-from cipm_ir.passes.pruning.compress.plan import BATCH, Plan, Settings, make_plan
+from cipm_ir.passes.pruning.compress.held_out import split
+from cipm_ir.passes.pruning.compress.plan import Made, Plan, Settings, make_plan
 from cipm_ir.passes.pruning.compress.report import figures_of, metrics_of
+from cipm_ir.passes.pruning.compress.rivals import Rival, best_rival
 from cipm_ir.passes.pruning.compress.search import Evaluate, smallest_within
+from cipm_ir.passes.pruning.compress.sensitivity import Probe
+from cipm_ir.passes.pruning.limits import Footprint, Limits
 from cipm_ir.passes.pruning.refit.bilinear import diagonalize_bases
 from cipm_ir.runtime.verification.verify import verify_models
 from cipm_ir.symmetry.program import Program
 
+_USEFUL = 0.5
+"""Pruning that diverges by more than this is not taken where `compress` alone refuses."""
 _SAME = 1e-3
 """The model in which units only lost their readers, and the one without them, differ by rounding: at most this much."""
 
@@ -37,7 +43,8 @@ class Compress(Pass):
     multipliers). (5) Every product behind the first change is refitted in graph order by least squares: inputs from the
     model as refitted so far, targets from the original one, drift of shortcuts taken up; two with a Relu between them
     first together, if that helps on samples left out. (6) What nothing reads any more is removed, which changes
-    nothing: checked on real runs.
+    nothing: checked on real runs. (7) Plain pruning by each criterion, and by the best one with compensation, is
+    measured too: the result is what diverges least on samples left out (one of eight, where there are 32 or more).
     Refused, and said in the summary: units under a normalization, softmax or sum over them, and such as something else
     than a Conv (group 1), Gemm or MatMul with a weight of its own reads. Sources: He et al. 2017; Hassibi & Stork 1993.
 
@@ -68,7 +75,9 @@ class Compress(Pass):
     damping: float = option(1e-4, "pull of a refitted weight towards its old value", above=0)
     threads: int = option(1, "threads for latency", low=1)
     round_to: int | None = option(
-        None, "widths of shrunken spaces are multiples of this; default: 8 for latency, else 1", low=1
+        None,
+        "widths of shrunken spaces are multiples of this; default: what kernels are fast at on this machine",
+        low=1,
     )
     include: tuple[str, ...] = option(
         (), "only spaces whose names match; a pattern that matches none stands for tensors that move with them"
@@ -76,6 +85,16 @@ class Compress(Pass):
     exclude: tuple[str, ...] = option((), "no spaces whose names match; patterns as for include")
     blocks: bool = option(True, "also drop whole heads and groups")
     min_keep: float = option(0.1, "what every space keeps: a fraction below 1, or a number of units", low=0)
+    plain: bool = option(True, "also prune without measuring, by each criterion, and keep that where it is better")
+    memory: float | None = option(
+        None, "gigabytes that activations, rows and sums may take; default: a quarter of the machine's", above=0
+    )
+    time: float | None = option(
+        None, "seconds; where they are over, what is left is done without measuring and refitting, and said", above=0
+    )
+    on_interrupt: Literal["stop", "best"] = option(
+        "stop", "best: SIGINT (Ctrl-C) and SIGTERM end the time, and the best model so far is returned"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,16 +109,30 @@ class Compress(Pass):
         """Look at the data, measure, allocate, compensate, restrict."""
         if ctx.data is None:
             raise OptionError("Pass 'compress' looks at activations; give it calibration inputs with data=.")
+        limits = Limits.of(self.memory, self.time)
         # the threads of BLAS would wait for work on the cores that onnxruntime computes on: three times as slow
-        with threadpool_limits(1, user_api="blas"):
-            return self._compressed(program, ctx)
+        with threadpool_limits(1, user_api="blas"), limits.ended_by_signals(self.on_interrupt == "best"):
+            return self._compressed(program, ctx, limits)
 
-    def _compressed(self, program: Program, ctx: Context) -> PassResult:
-        plan = self._plan(program, ctx)
-        if self.max_drop is not None:
-            made = smallest_within(plan, self.max_drop, self.evaluate, ctx)
-        else:
-            made = plan.at(float(getattr(self, self._kind())) * plan.budget.original, ctx)
+    def _compressed(self, program: Program, ctx: Context, limits: Limits) -> PassResult:
+        try:
+            plan = self._plan(program, ctx, limits)
+            if self.max_drop is not None:
+                made = smallest_within(plan, self.max_drop, self.evaluate, ctx)
+            else:
+                made = plan.at(float(getattr(self, self._kind())) * plan.budget.original, ctx)
+        except SymmetryError as refusal:
+            rival = self._pruned(program, ctx, limits, None)
+            if rival is None or not rival.divergence <= _USEFUL:
+                raise
+            return _plain(rival, f"{str(refusal).rstrip('.')}")
+        rival = self._pruned(program, ctx, limits, plan)
+        if rival is not None and rival.divergence < made.divergence:
+            better = f"better than what the measured sensitivities give, {made.divergence:.3g}"
+            return _plain(rival, "; ".join([better, *(note for note in plan.notes if note.startswith("warning"))]))
+        return self._result(program, ctx, plan, made)
+
+    def _result(self, program: Program, ctx: Context, plan: Plan, made: Made) -> PassResult:
         keep = kept_elements(program, plan.kept(made.levels))
         if not keep:
             return PassResult(
@@ -122,7 +155,24 @@ class Compress(Pass):
             after, True, "; ".join([summary, *plan.notes, *made.notes]), witness, metrics, figures=figures
         )
 
-    def _plan(self, program: Program, ctx: Context) -> Plan:
+    def _pruned(self, program: Program, ctx: Context, limits: Limits, plan: Plan | None) -> Rival | None:
+        """Return the best that plain pruning makes of the same budget; None where it takes no such budget."""
+        if not self.plain or self._kind() not in ("macs", "params") or self.max_drop is not None:
+            return None
+        assert ctx.data is not None
+        shared = ("include", "exclude", "blocks", "min_keep")
+        options = {name: getattr(self, name) for name in (self._kind(), *shared)} | {"round_to": self._multiple()}
+        if plan is not None:
+            return best_rival(program, options, plan.held, plan.compensation.data, limits, ctx)
+        calibration, held = split(ctx.data, program.model, self.samples)
+        size = Footprint.measure(program.model, ctx.data).batch(limits.memory)
+        probe = Probe.of(
+            program, held or ctx.data, size=size, limit=self.probes, damping=self.damping, asked=self.divergence,
+            limits=limits,
+        )  # fmt: skip
+        return best_rival(program, options, probe, calibration, limits, ctx)
+
+    def _plan(self, program: Program, ctx: Context, limits: Limits) -> Plan:
         """Return what is measured before the budget matters: taken from an earlier run of a sweep, where there is one.
 
         ``ctx.options["plans"]``: a dictionary that the runs share.
@@ -130,22 +180,26 @@ class Compress(Pass):
         if self.macs is not None:
             check_counted("compress", program.count(ctx.sizes_of(program)), "params=, bytes= or latency=")
         plans = ctx.options.get("plans", {})
-        other = (f.name for f in fields(self) if f.name not in (*BUDGETS, "max_drop", "evaluate"))
+        other = (f.name for f in fields(self) if f.name not in (*BUDGETS, "max_drop", "evaluate", "on_interrupt"))
         objects = (id(program), id(ctx.original), id(ctx.data))
         key = (objects, ctx.seed, self._kind(), *(getattr(self, name) for name in other))
         if key not in plans:
             assert ctx.data is not None
             wanted = wanted_spaces(program, "compress", self.include, self.exclude, self.blocks)
-            program, pairs = diagonalize_bases(program, wanted, ctx.data, size=BATCH, limit=self.samples, seed=ctx.seed)
+            footprint = Footprint.measure(program.model, ctx.data)
+            size = footprint.batch(limits.memory)
+            program, pairs = diagonalize_bases(program, wanted, ctx.data, size=size, limit=self.samples, seed=ctx.seed)
             candidates, notes = find_candidates(program, wanted, self.min_keep, self._multiple(), self.steps, pairs)
             if not candidates:
                 why = [*(notes or [self._no_choice(wanted)]), *pins(program)]
                 raise SymmetryError(f"compress finds no units that it may drop: {'; '.join(why)}.")
             settings = Settings(
-                self.samples, self.probes, self.rounds, self.damping, self.divergence, self.threads, self.joint
-            )
-            plans[key] = make_plan(program, candidates, pairs, notes, settings, self._kind(), ctx)
+                self.samples, self.probes, self.rounds, self.steps, self.damping, self.divergence, self.threads,
+                self.joint,
+            )  # fmt: skip
+            plans[key] = make_plan(program, candidates, pairs, notes, settings, self._kind(), ctx, limits, footprint)
         plan: Plan = plans[key]
+        plan.limits.start = limits.start
         return plan
 
     def _no_choice(self, wanted: set[int]) -> str:
@@ -155,11 +209,19 @@ class Compress(Pass):
             return "include, exclude and blocks leave no free space"
         return "no free spaces"
 
-    def _multiple(self) -> int:
-        return self.round_to or (BLOCK if self.latency is not None else 1)
+    def _multiple(self) -> int | None:
+        return self.round_to or (BLOCK if self.latency is not None else None)
 
     def _kind(self) -> str:
         return next((name for name in BUDGETS if getattr(self, name) is not None), "macs")
+
+
+def _plain(rival: Rival, why: str) -> PassResult:
+    """Return what plain pruning made, with the reason."""
+    made = rival.result
+    told = f"by plain pruning, criterion {rival.name}: divergence {rival.divergence:.3g}, {why}"
+    metrics = {**made.metrics, "divergence": {"measured": rival.divergence}, "pruned_by": rival.name}
+    return replace(made, summary="; ".join([made.summary, told]), metrics=metrics)
 
 
 def _check(before: Program, after: Program, ctx: Context) -> None:

@@ -16,22 +16,24 @@ from cipm_ir.passes.pruning.budget.search import Mask
 from cipm_ir.passes.pruning.compress.allocation import Allocation, Levels, allocate, fill
 from cipm_ir.passes.pruning.compress.candidates import Candidate, LevelMask, Pair
 from cipm_ir.passes.pruning.compress.cost import Budget, make_budget
+from cipm_ir.passes.pruning.compress.held_out import split
 from cipm_ir.passes.pruning.compress.sensitivity import Curve, Probe, choose_units, gather
+from cipm_ir.passes.pruning.limits import Effort, Footprint, Limits
 from cipm_ir.passes.pruning.refit.bilinear import outputs_to_zero
-from cipm_ir.passes.pruning.refit.compensation import Compensated, Compensation
-from cipm_ir.passes.pruning.refit.layers import Layer
+from cipm_ir.passes.pruning.refit.compensation import ROWS, Compensated, Compensation
+from cipm_ir.passes.pruning.refit.layers import Layer, layers_of
 from cipm_ir.runtime.activations.linear_geometry import NormalEquations
 from cipm_ir.runtime.activations.observe import count_samples, samples
 from cipm_ir.runtime.inputs.generate import Feeds, batches
 from cipm_ir.symmetry.program import Program
 
-BATCH = 64
-"""Samples that are run at once."""
 _STILL = 1e-10
 """An input whose variance is at most this share of its mean square is constant up to rounding."""
 _TRIED, _PART = 512, 4
 """Levels are compared after compensation on a part of the samples, but not on fewer than that."""
 _TINY = 1e-6
+_LAST_ROUND = 0.6
+"""Part of the time after which sensitivity is not measured again."""
 _NAMED = 4
 """So many weights are named in a warning."""
 
@@ -43,6 +45,7 @@ class Settings:
     samples: int
     probes: int
     rounds: int
+    steps: int
     damping: float
     divergence: str
     threads: int
@@ -62,6 +65,11 @@ class Plan:
     compensation: Compensation
     settings: Settings
     notes: list[str]
+    limits: Limits
+    held: Probe
+    """The outputs of the original on samples left out, or on those of ``probe`` where there are few."""
+    again: bool
+    """Whether there is time to measure sensitivity again."""
     _mask: LevelMask = field(init=False, repr=False)
     _prices: dict[tuple[int, ...], float] = field(default_factory=dict, repr=False)
 
@@ -117,7 +125,9 @@ class Plan:
         ctx.progress("allocate", 0.5)
         levels, cost, notes = self.budget.settle(self, target, None)
         best: tuple[float, Compensated] | None = None
-        for number in range(self.settings.rounds):
+        for number in range(self.settings.rounds if self.again else 0):
+            if self.limits.spent(_LAST_ROUND):
+                break
             low, high = (0.5 + 0.2 * (number + k) / self.settings.rounds for k in (0, 1))
             if best is None:
                 best = self._tried(levels, share(ctx, low, (low + high) / 2))
@@ -133,7 +143,11 @@ class Plan:
             best, (levels, cost, notes) = trial, others
         self.compensation.progress = share(ctx, 0.7, 0.95)
         compensated = self.compensation.run(self.program, self.stays(levels))
-        divergence = self.probe.whole(compensated.program)
+        divergence = self.held.whole(compensated.program)
+        if best is not None and self.limits.over:  # the last fit was cut short
+            early = self.held.whole(best[1].program)
+            if early < divergence:
+                compensated, divergence = best[1], early
         return Made(compensated, levels, cost, divergence, [*notes, *compensated.notes])
 
     def _tried(self, levels: Levels, progress: Progress) -> tuple[float, Compensated]:
@@ -147,7 +161,7 @@ class Plan:
             self.compensation, limit=min(limit, self.settings.samples), rows=rows, joint=False, progress=progress
         )
         made = few.run(self.program, self.stays(levels))
-        return self.probe.whole(made.program), made
+        return self.held.whole(made.program), made
 
 
 @dataclass
@@ -169,6 +183,8 @@ def make_plan(
     settings: Settings,
     kind: str,
     ctx: Context,
+    limits: Limits,
+    footprint: Footprint,
 ) -> Plan:
     """Look at the data, choose units for each level, measure how sensitive the outputs are.
 
@@ -177,14 +193,28 @@ def make_plan(
     """
     assert ctx.data is not None
     samples, damping = settings.samples, settings.damping
-    count = count_samples(program.model, ctx.data, BATCH, samples)
+    size = footprint.batch(limits.memory)
+    count = count_samples(program.model, ctx.data, size, samples)
+    samples = limits.samples(footprint, count)
+    if samples < count:
+        notes = [*notes, f"{samples} of {count} samples were looked at, for the time: allow more with time="]
+    data, left_out = split(ctx.data, program.model, samples)
+    count = count_samples(program.model, data, size, samples)
+    firsts = [c.first for c in candidates]
+    effort = limits.effort(footprint, firsts, min(settings.probes, count), settings.steps)
+    candidates = [c.with_steps(effort.steps) for c in candidates]
+    limits.fit_rows([(x.linear.size, x.linear.width) for x in layers_of(program)], 2 + settings.rounds, ROWS)
+    ctx.progress(f"{estimate(limits, footprint, effort, count, size)}", 0.0)
     grams = gather(
-        program, candidates, ctx.data, size=BATCH, limit=samples, count=count, seed=ctx.seed,
+        program, candidates, data, size=size, limit=samples, count=count, seed=ctx.seed, limits=limits,
         progress=share(ctx, 0.0, 0.1),
     )  # fmt: skip
     choose_units(program, candidates, grams, damping, share(ctx, 0.1, 0.15))
-    probes = min(settings.probes, samples)
-    probe = Probe.of(program, ctx.data, size=BATCH, limit=probes, damping=damping, asked=settings.divergence)
+    asked = settings.divergence
+    probe = Probe.of(program, data, size=size, limit=effort.probes, damping=damping, asked=asked, limits=limits)
+    held = probe
+    if left_out is not None:
+        held = Probe.of(program, left_out, size=size, limit=samples, damping=damping, asked=asked, limits=limits)
     coarse = probe.curves(candidates, grams, share(ctx, 0.15, 0.45))
     fine = [c.finer() for c in candidates]
     curves = [between(f.levels, c.levels, curve) for f, c, curve in zip(fine, candidates, coarse, strict=True)]
@@ -193,18 +223,31 @@ def make_plan(
     budget = make_budget(kind, program, candidates, costs, ctx, settings.threads, share(ctx, 0.45, 0.5))
     mute = partial(outputs_to_zero, program, pairs)
     compensation = Compensation(
-        ctx.data,
-        BATCH,
+        data,
+        size,
         samples,
+        limits=limits,
         damping=damping,
         seed=ctx.seed,
         logits=probe.divergence.logits,
         mute=mute,
         joint=settings.joint,
     )
-    warnings = [*notes, *_alike(batches(probe.data, program.model, BATCH), count), *_still(grams.values())]
+    warnings = [*notes, *_alike(batches(probe.data, program.model, size), count), *_still(grams.values())]
     warnings += _few(grams.values(), count)
-    return Plan(program, candidates, probe, curves, costs, budget, compensation, settings, warnings)
+    if probe.estimated:
+        warnings.append(f"the time was over before the sensitivity of {probe.estimated} candidates was measured")
+    return Plan(
+        program, candidates, probe, curves, costs, budget, compensation, settings, warnings, limits, held, effort.again
+    )
+
+
+def estimate(limits: Limits, footprint: Footprint, effort: Effort, count: int, size: int) -> str:
+    """Return in words what the work will take, about."""
+    seconds = 2 * effort.seconds + 8 * count * footprint.seconds + limits.fitting
+    memory = size * footprint.whole + 3 * min(limits.cached, count * footprint.alive) + 8 * limits.entries
+    bound = "" if limits.seconds is None else f" of {limits.seconds:.0f} s allowed"
+    return f"estimate: {seconds:.0f} s{bound}, at most {min(memory, limits.memory) / 1e9:.1f} GB of memory"
 
 
 def between(levels: Labels, measured: Labels, curve: Curve) -> Curve:

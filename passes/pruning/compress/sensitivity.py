@@ -15,9 +15,10 @@ from cipm_ir.passes.pruning.compress.candidates import Candidate
 from cipm_ir.passes.pruning.compress.divergence import Divergence
 from cipm_ir.passes.pruning.compress.selection import Problem, Swaps, eliminate
 from cipm_ir.passes.pruning.importance.criteria import parameter_array
-from cipm_ir.passes.pruning.refit.compensation import LARGEST, Compensated, refitted
+from cipm_ir.passes.pruning.limits import Limits
+from cipm_ir.passes.pruning.refit.compensation import Compensated, refitted
 from cipm_ir.passes.pruning.refit.downstream_metric import DownstreamMetric
-from cipm_ir.passes.pruning.refit.layers import Layer, draw_places, gone_places, layers_of, rows_wanted, zero_outputs
+from cipm_ir.passes.pruning.refit.layers import Layer, draw_places, gone_places, layers_of, zero_outputs
 from cipm_ir.runtime.activations.cache import ActivationCache, SharedEnds, SuffixRunner
 from cipm_ir.runtime.activations.linear_geometry import Array, NormalEquations
 from cipm_ir.runtime.activations.observe import count_samples, observe, samples
@@ -39,6 +40,8 @@ _ROWS = 4096
 """Rows that are collected before they are multiplied: batches may be small, and each product fills a whole matrix."""
 _REACH = 2
 """So many levels up and down are measured again around a choice."""
+_MEASURING, _MEASURING_AGAIN = 0.45, 0.7
+"""Parts of the time after which sensitivity is not measured (again) any more."""
 
 
 def gather(
@@ -50,13 +53,14 @@ def gather(
     limit: int | None,
     count: int,
     seed: int,
+    limits: Limits,
     progress: Progress | None = None,
 ) -> dict[int, tuple[Layer, NormalEquations]]:
     """Gram matrices of everything that reads a candidate, by node. ``count``: how many samples there will be."""
     layers = {layer.reader.node: layer for layer in layers_of(program)}
     wanted = {r.node for c in candidates for found in c.readers for r in found if r.node in layers}
-    chosen = [layers[k] for k in sorted(wanted) if layers[k].linear.size <= LARGEST]
-    sums = {layer.reader.node: NormalEquations(layer.linear.size, layer.linear.width) for layer in chosen}
+    chosen = [layers[k] for k in sorted(wanted) if layers[k].linear.size <= limits.largest]
+    sums = {x.reader.node: NormalEquations(x.linear.size, x.linear.width, limits.zeros) for x in chosen}
     held: defaultdict[int, list[Array]] = defaultdict(list)
     rng = np.random.default_rng([seed, 1])
     sources = list(dict.fromkeys(layer.reader.source for layer in chosen))
@@ -67,9 +71,9 @@ def gather(
     ):
         for layer in chosen:
             linear, u = layer.linear, values[layer.reader.source]
-            rows = linear.inputs(u, draw_places(linear, u, rows_wanted(linear, _LEAST_ROWS) / count, rng))
+            rows = linear.inputs(u, draw_places(linear, u, limits.rows(linear.size, _LEAST_ROWS) / count, rng))
             held[layer.reader.node].append(rows)
-            if sum(map(len, held[layer.reader.node])) >= _ROWS:
+            if sum(map(len, held[layer.reader.node])) >= min(_ROWS, limits.entries // (len(chosen) * linear.size)):
                 sums[layer.reader.node].add(np.concatenate(held.pop(layer.reader.node)), None)
     for node, rest in held.items():
         if rest:
@@ -138,9 +142,22 @@ class Probe:
     damping: float
     divergence: Divergence
     dense: list[dict[str, Array]]
+    limits: Limits
+    estimated: int = 0
+    """Number of candidates whose sensitivity there was no time to measure."""
 
     @classmethod
-    def of(cls, program: Program, data: Data, *, size: int, limit: int, damping: float, asked: str = "auto") -> Probe:
+    def of(
+        cls,
+        program: Program,
+        data: Data,
+        *,
+        size: int,
+        limit: int,
+        damping: float,
+        asked: str = "auto",
+        limits: Limits | None = None,
+    ) -> Probe:
         """Run the original model.
 
         Raises:
@@ -154,11 +171,12 @@ class Probe:
         if enough < limit:  # a token is nearly as good as a sample
             data, limit = list(spread(program, data, size, enough)), enough
         dense = [dict(out) for _, out in observe(program.model, names, data, size=size, limit=limit)]
-        return cls(program, data, size, limit, damping, Divergence.of(program.model, dense[0], asked), dense)
+        measures = Divergence.of(program.model, dense[0], asked)
+        return cls(program, data, size, limit, damping, measures, dense, limits or Limits())
 
     def frontier(self, program: Program) -> ActivationCache:
         """Return the same samples, to run another program on."""
-        return ActivationCache(program.model, self.data, size=self.size, limit=self.limit)
+        return ActivationCache(program.model, self.data, size=self.size, limit=self.limit, memory=self.limits.cached)
 
     def compare(self, program: Program, frontier: ActivationCache) -> float:
         """Divergence of a program from the original; it is run from where the frontier is."""
@@ -195,18 +213,30 @@ class Probe:
         grams: Mapping[int, tuple[Layer, NormalEquations]],
         progress: Progress | None = None,
     ) -> list[Curve]:
-        """Divergence when one candidate alone is brought to each of its levels and its readers are refitted."""
+        """Return the divergence when one candidate alone is brought to each of its levels and its readers are refitted.
+
+        Candidates for which there is no time get the errors of their readers' outputs, on the scale of the others'.
+        """
         found: list[Curve] = []
         with self.frontier(self.program) as frontier, self._ends(self.program) as ends:
             for number, candidate in enumerate(candidates):
                 if progress is not None:
                     progress("measure sensitivity", number / len(candidates))
+                if self.limits.spent(_MEASURING):
+                    break
                 frontier.advance(self.program.model, candidate.first)
                 changes = shrunk(self.program, candidate, range(len(candidate.levels) - 1), grams, self.damping)
                 curve = np.zeros(len(candidate.levels))
                 for level, far in self._each(frontier, ends, changes):
                     curve[level] = far
                 found.append(np.minimum.accumulate(curve))  # more units never cost more: the rest is noise
+        left = candidates[len(found) :]
+        if left:
+            near = [local_curve(self.program, c, grams, self.damping) for c in candidates]
+            ratios = [curve[0] / max(one[0], 1e-12) for curve, one in zip(found, near, strict=False)]
+            scale = float(np.median(ratios)) if ratios else 1.0
+            found += [scale * curve for curve in near[len(found) :]]
+            self.estimated = len(left)
         return found
 
     def around(
@@ -228,6 +258,9 @@ class Probe:
             for number, (candidate, now, old) in enumerate(zip(candidates, levels, curves, strict=True)):
                 if progress is not None:
                     progress("measure sensitivity again", number / len(candidates))
+                if self.limits.spent(_MEASURING_AGAIN):
+                    found.append(old)
+                    continue
                 frontier.advance(made.program.model, candidate.first)
                 nodes = [r.node for readers in candidate.readers for r in readers if r.node in made.sums]
                 near = np.sort(candidate.measured[np.argsort(np.abs(candidate.measured - now))[: 2 * _REACH + 1]])
@@ -261,6 +294,27 @@ def _continued(candidate: Candidate, seen: Mapping[int, float], old: Curve) -> C
     return np.asarray(curve - curve[-1])
 
 
+def local_curve(
+    program: Program, candidate: Candidate, grams: Mapping[int, tuple[Layer, NormalEquations]], damping: float
+) -> Curve:
+    """Return the squared error of what a candidate's readers give, over its variance, at each level; runs nothing."""
+    nodes = sorted({reader.node for found in candidate.readers for reader in found} & set(grams))
+    curve = np.zeros(len(candidate.levels))
+    for node in nodes:
+        problem = problem_of(program, *grams[node], np.zeros((0, 1), np.int64), damping)
+        for level in range(len(curve) - 1):
+            curve[level] += problem.error(problem.without(_gone_rows(grams[node][0], candidate, level)))
+    return np.minimum.accumulate(curve)
+
+
+def _gone_rows(layer: Layer, candidate: Candidate, level: int) -> Labels:
+    """Return the rows of a reader's matrix whose units a candidate drops at a level."""
+    pairs = zip(candidate.readers, candidate.kept[level], strict=True)
+    node = layer.reader.node
+    gone = [np.delete(r.columns, kept, axis=0).ravel() for found, kept in pairs for r in found if r.node == node]
+    return layer.linear.rows_of(np.concatenate(gone)[:, None]).ravel()
+
+
 def shrunk(
     program: Program,
     candidate: Candidate,
@@ -276,13 +330,9 @@ def shrunk(
     problems = {node: problem_of(program, *grams[node], np.zeros((0, 1), np.int64), damping) for node in nodes}
     for level in levels:
         weights: dict[str, Array] = {}
-        pairs = list(zip(candidate.readers, candidate.kept[level], strict=True))
         for node, problem in problems.items():
             layer, sums = grams[node]
-            gone = [
-                np.delete(r.columns, kept, axis=0).ravel() for found, kept in pairs for r in found if r.node == node
-            ]
-            weight = problem.without(layer.linear.rows_of(np.concatenate(gone)[:, None]).ravel())
+            weight = problem.without(_gone_rows(layer, candidate, level))
             weights[layer.reader.weight] = layer.linear.weight(weight)
             if layer.bias is not None:
                 shift = (sums.x / max(sums.rows, 1)) @ (problem.weight - weight)

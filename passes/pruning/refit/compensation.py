@@ -18,6 +18,7 @@ from cipm_ir.ir.labels import Labels
 from cipm_ir.passes.pruning.budget.search import Mask
 from cipm_ir.passes.pruning.compress.selection import solve
 from cipm_ir.passes.pruning.importance.criteria import parameter_array
+from cipm_ir.passes.pruning.limits import Limits
 from cipm_ir.passes.pruning.refit.batchnorm_recalibration import Norm, norms_of, re_estimated
 from cipm_ir.passes.pruning.refit.downstream_metric import DownstreamMetric
 from cipm_ir.passes.pruning.refit.layers import (
@@ -28,7 +29,6 @@ from cipm_ir.passes.pruning.refit.layers import (
     grouped,
     layers_of,
     left_out,
-    rows_wanted,
     zero_outputs,
 )
 from cipm_ir.passes.pruning.refit.linear_pairs import LinearPair, find_pairs, fit_pair
@@ -40,9 +40,14 @@ from cipm_ir.symmetry.primitives.working_copy import WorkingCopy
 from cipm_ir.symmetry.program import Program
 
 Matrix = npt.NDArray[np.float64]
-LARGEST = 10_000
-"""Products of more summed places than this are not refitted: the matrix would take too much memory."""
 _RECTIFIED_ROUNDS = 3
+_DAMPINGS = (1.0, 10.0, 100.0, 1000.0, 10_000.0)
+"""Multiples of the damping that are tried where rows are few."""
+_PLENTY = 20
+"""With so many rows for each unknown, damping makes no difference."""
+_FOLD = 4
+ROWS = 40_000
+"""Rows of a product that are enough where it is small."""
 
 
 @dataclass
@@ -58,18 +63,20 @@ class Compensation:
         seed: of the positions that are looked at where there are more than needed.
         logits: outputs that are logits of classes.
         joint: whether products with a Relu between them are fitted together first.
+        limits: of memory and time; once the time is over, products only lose the rows of what is removed.
         mute: which outputs of products must be zero, by node: units that activations read.
     """
 
     data: Data
     size: int = 64
     limit: int | None = None
-    rows: int = 40_000
+    rows: int = ROWS
     damping: float = 1e-4
     seed: int = 0
     logits: frozenset[str] = frozenset()
     mute: Callable[[Mask], dict[int, Labels]] | None = None
     joint: bool = False
+    limits: Limits = field(default_factory=Limits)
     progress: Callable[[str, float | None], None] | None = None
 
     def run(self, program: Program, stays: Mask) -> Compensated:
@@ -88,12 +95,17 @@ class Compensation:
         norms = [n for n in norms_of(program, layers) if n.node > groups[0][0].reader.node]
         pairs = find_pairs(program, layers[first:]) if self.joint else {}
         duos = _Duos({node: one for node, one in pairs.items() if len(gone[node])}, DownstreamMetric(program, layers))
-        with ActivationCache(program.model, self.data, size=self.size, limit=self.limit) as dense:
+        held = self.limits.cached
+        with ActivationCache(program.model, self.data, size=self.size, limit=self.limit, memory=held) as dense:
             dense.advance(program.model, groups[0][0].reader.node)
             with dense.fork() as now:
                 for number, group in enumerate(groups):
                     if self.progress is not None:
                         self.progress("compensate", number / len(groups))
+                    if self.limits.over:
+                        self._cut(made, groups[number:], gone, quiet)
+                        norms.clear()
+                        break
                     start, stop = group[0].reader.node, group[-1].reader.node + 1
                     while norms and norms[0].node < start:
                         self._norm(made, norms.pop(0), now, dense)
@@ -111,6 +123,20 @@ class Compensation:
         made.program, made.working = working.result(), None
         return made
 
+    def _cut(
+        self, made: Compensated, groups: Sequence[list[Layer]], gone: dict[int, Labels], quiet: dict[int, Labels]
+    ) -> None:
+        """Take the rows of what is removed out of products for which there is no time left."""
+        left = [layer for group in groups for layer in group if len(gone[layer.reader.node])]
+        for layer in left:
+            made.refit(zero_input_rows(made.program, layer, gone[layer.reader.node]))
+        for layer in (x for group in groups for x in group if x.reader.node in quiet):
+            weights: dict[str, Array] = {}
+            zero_outputs(made.program, layer, quiet[layer.reader.node], weights)
+            made.refit(weights)
+        if left:
+            made.notes.append(f"the time was over before {len(left)} products that lose units were refitted")
+
     def _together(
         self,
         made: Compensated,
@@ -125,7 +151,7 @@ class Compensation:
         if one is None:
             return False
         stays = (np.setdiff1d(np.arange(x.linear.shape[x.linear.axis]), gone[x.reader.node]) for x in (one, layer))
-        rows = _Rows(now, dense, self.seed, self.rows)
+        rows = _Rows(now, dense, self.seed, self.rows, self.limits)
         held = duos.held.pop(one.reader.node)
         weights = fit_pair(
             made.program,
@@ -159,23 +185,24 @@ class Compensation:
     ) -> None:
         """Refit products that read one value."""
         weights: dict[str, Array] = {}
-        rows = _Rows(now, dense, self.seed, self.rows)
+        rows = _Rows(now, dense, self.seed, self.rows, self.limits)
         for layer in group:
             node = layer.reader.node
-            if layer.linear.size > LARGEST:
+            if layer.linear.size > self.limits.largest:
                 if len(gone[node]):
                     weights.update(zero_input_rows(made.program, layer, gone[node]))
-                    made.notes.append(f"{layer.reader.weight} is too large to refit")
+                    made.notes.append(f"{layer.reader.weight} is too large to refit; allow more with memory=")
                 continue
             x = rows.inputs(layer)
             target, total = rows.targets(layer)
-            sums = NormalEquations(layer.linear.size, layer.linear.width)
+            sums = NormalEquations(layer.linear.size, layer.linear.width, self.limits.zeros)
             sums.add(x, target)
-            fitted = refitted(made.program, layer, sums, gone[node], self.damping)
+            damping = self._damping(made.program, layer, gone[node], x, target, sum(now.samples))
+            fitted = refitted(made.program, layer, sums, gone[node], damping)
             if total is not None and layer.bias is not None:
                 for _ in range(_RECTIFIED_ROUNDS):
                     sums.retarget(x, _below_zero(layer, fitted, sums, x, target, total))
-                    fitted = refitted(made.program, layer, sums, gone[node], self.damping)
+                    fitted = refitted(made.program, layer, sums, gone[node], damping)
             if layer.way.output in self.logits and layer.bias is not None and (layer.bias.gain == 1).all():
                 self._sharpen(made.program, layer, fitted, gone[node], x, target)
             weights.update(fitted)
@@ -184,6 +211,29 @@ class Compensation:
             if layer.reader.node in quiet:
                 zero_outputs(made.program, layer, quiet[layer.reader.node], weights)
         made.refit(weights)
+
+    def _damping(self, program: Program, layer: Layer, gone: Labels, x: Array, target: Array, count: int) -> float:
+        """Return the damping whose weights do best on a quarter of the samples when fitted to the others.
+
+        Where there are plenty of rows for each unknown, damping makes no difference, and the smallest is taken.
+        """
+        count = max(count, _FOLD)  # of very few samples, parts are left out
+        if len(x) >= _PLENTY * layer.linear.size or len(x) < count:
+            return self.damping
+        held = np.arange(len(x)) * count // len(x) % _FOLD == _FOLD - 1
+        sums = NormalEquations(layer.linear.size, layer.linear.width, self.limits.zeros)
+        sums.add(x[~held], target[~held])
+        own = layer.reader.bias
+        shift = np.zeros(1) if own is None else parameter_array(program, own).astype(np.float64).ravel()
+        errors = []
+        for factor in _DAMPINGS:
+            fitted = refitted(program, layer, sums, gone, self.damping * factor)
+            weight = layer.linear.matrix(fitted[layer.reader.weight]).astype(x.dtype)
+            gap = target[held] - x[held] @ weight
+            # a bias takes up the mean of the rows that were fitted; one that others use stays as it is
+            free = sums.y / sums.rows - sums.x / sums.rows @ weight if layer.bias is not None else shift
+            errors.append(float(np.square(gap - free).sum()))
+        return self.damping * _DAMPINGS[int(np.argmin(errors))]
 
     def _sharpen(
         self, program: Program, layer: Layer, fitted: dict[str, Array], gone: Labels, x: Array, target: Array
@@ -246,6 +296,7 @@ class _Rows:
     dense: ActivationCache
     seed: int
     least: int
+    limits: Limits
     _known: dict[tuple[object, ...], tuple[Array, list[Labels | None]]] = field(default_factory=dict)
 
     def inputs(self, layer: Layer) -> Array:
@@ -255,7 +306,7 @@ class _Rows:
         if key not in self._known:
             self._known.clear()
             rng = np.random.default_rng([self.seed, layer.reader.node])
-            share = rows_wanted(linear, self.least) / sum(self.now.samples)
+            share = self.limits.rows(linear.size, self.least) / sum(self.now.samples)
             xs, places = [], []
             for values in self.now.values:
                 u = np.asarray(values[source])

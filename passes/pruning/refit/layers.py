@@ -20,9 +20,6 @@ from cipm_ir.runtime.activations.linear_geometry import Array, LinearOpGeometry,
 from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.readers import WeightConsumer, products, summed_classes, weight_uses
 
-_ROWS_PER_PLACE = 40
-_ENTRIES = 1 << 28
-"""Rows times places of one product that are held at a time, 1 GiB."""
 SMALL = 1e-3
 """Factors of outputs that hardly count."""
 _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "Attention", "LSTM", "GRU", "RNN")
@@ -236,12 +233,6 @@ def zero_outputs(program: Program, layer: Layer, outputs: Labels, weights: dict[
     weights[layer.reader.weight] = layer.linear.weight(matrix)
     if layer.bias is not None:
         weights[layer.bias.name].reshape(-1)[outputs] = 0.0
-
-
-def rows_wanted(linear: LinearOpGeometry, least: int) -> int:
-    """Return how many rows of a product are enough: so many for each unknown, within the memory."""
-    most = max(_ENTRIES // max(linear.size, 1), 2 * linear.size)
-    return min(max(least, _ROWS_PER_PLACE * linear.size), most)
 
 
 def draw_places(linear: LinearOpGeometry, u: Array, share: float, rng: np.random.Generator) -> Labels | None:

@@ -25,6 +25,7 @@ from tests.models.compress_nets import (
 )
 from tests.zoo.net import Net
 
+from cipm_ir.passes.pruning.limits import Limits
 from cipm_ir.passes.pruning.refit import compensation
 from cipm_ir.passes.pruning.refit import layers as refit_layers
 from cipm_ir.passes.pruning.refit.compensation import Compensation
@@ -309,12 +310,11 @@ def test_products_before_the_change_stay() -> None:
     assert changed & set(order) == set(order[-2:])
 
 
-def test_too_large_products_only_lose_their_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compensation, "LARGEST", 50)
+def test_too_large_products_only_lose_their_inputs() -> None:
     made, data, keep = program(two_convs()), images(30), {0: [1, 2, 5]}
-    result = Compensation(data).run(made, stays_of(made, keep))
+    result = Compensation(data, limits=Limits(memory=80 * 50**2)).run(made, stays_of(made, keep))
     weight = layers_of(made)[-1].reader.weight
-    assert result.notes == [f"{weight} is too large to refit"]
+    assert result.notes == [f"{weight} is too large to refit; allow more with memory="]
     np.testing.assert_array_equal(array_of(result.program, weight), array_of(only_emptied(made, keep), weight))
     assert furthest(values(result.program, data), values(restricted(result.program, made, keep), data)) < 1e-5
 
@@ -329,12 +329,13 @@ def test_damping_pulls_towards_the_old_weights() -> None:
     assert distances[0] > distances[1] > distances[2] and distances[2] < 1e-3
 
 
-def test_same_seed_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_same_seed_same_weights() -> None:
     """Where only some positions are looked at, the seed draws them."""
-    monkeypatch.setattr(refit_layers, "_ROWS_PER_PLACE", 3)
     made, data, keep = program(two_convs()), images(60), {0: [1, 2, 5, 8]}
     weight = layers_of(made)[-1].reader.weight
-    one, same, other = (array_of(compensated(made, keep, data, seed=s, rows=100), weight) for s in (1, 1, 2))
+    one, same, other = (
+        array_of(compensated(made, keep, data, seed=s, rows=100, limits=Limits(places=3)), weight) for s in (1, 1, 2)
+    )
     np.testing.assert_array_equal(one, same)
     assert np.abs(one - other).max() > 1e-6
 

@@ -53,7 +53,7 @@ def test_linear_combinations_go_without_loss() -> None:
     made, mixing = combinations(10)
     space = next(s for s in made.spaces if s.size == 16)
     target = made.restrict({space: np.arange(10)}).parameters / made.parameters
-    result = compress(made, rows(600), params=target, include=(space.name,), steps=16)
+    result = compress(made, rows(600), params=target, include=(space.name,), steps=16, round_to=1)
     assert result.metrics["widths"] == {space.name: [16, 10]}
     assert measured(result) < 1e-6
     fresh = rows(200, seed=5)
@@ -66,7 +66,7 @@ def test_control_without_redundancy_there_is_loss() -> None:
     made, _ = combinations(16)
     space = next(s for s in made.spaces if s.size == 16)
     target = made.restrict({space: np.arange(10)}).parameters / made.parameters
-    result = compress(made, rows(600), params=target, include=(space.name,), steps=16)
+    result = compress(made, rows(600), params=target, include=(space.name,), steps=16, round_to=1)
     assert result.metrics["widths"] == {space.name: [16, 10]} and measured(result) > 1e-4
     fresh = rows(200, seed=5)
     assert furthest(values(made, fresh), values(result.program, fresh)) > 2e-2
@@ -139,7 +139,8 @@ def test_better_than_deletion_and_worse_the_smaller() -> None:
 def test_measured_divergence_is_that_of_the_result() -> None:
     made, data = program(residual(blocks=2, width=6, hidden=10)), images(60)
     result = compress(made, data, macs=0.6, divergence="error")
-    a, b = values(made, data)[0], values(result.program, data)[0]
+    left_out = {"x": data["x"][7::8]}
+    a, b = values(made, left_out)[0], values(result.program, left_out)[0]
     assert measured(result) == pytest.approx(np.square(a - b).sum() / np.square(a).sum(), rel=1e-3)
 
 
@@ -244,8 +245,8 @@ def test_structures_of_the_zoo(name: str) -> None:
 
 # ---------------------------------------------------------------- batches, seeds, options
 def test_fixed_and_free_batches_choose_alike() -> None:
-    data = rows(64)
-    free, fixed = (compress(program(mlp(batch=n)), data, params=0.6) for n in ("N", 8))
+    data = rows(24)  # none is left out: of a fixed batch, whole ones would be
+    free, fixed = (compress(program(mlp(batch=n)), data, params=0.6, plain=False) for n in ("N", 8))
     assert free.metrics["widths"] == fixed.metrics["widths"]
     for name, kept in free.witness["kept"].items():
         assert kept.tolist() == fixed.witness["kept"][name].tolist()
@@ -279,7 +280,10 @@ def test_a_generator_is_read_once_by_the_pipeline() -> None:
 def test_one_call(tmp_path: Path) -> None:
     made, data = program(residual(blocks=2, width=6, hidden=10)), images(40)
     result = cipm_ir.optimize(
-        ir.to_proto(made.emit()), ["compress{macs=0.6,steps=3,min_keep=1}"], data=data, output=tmp_path / "small.onnx"
+        ir.to_proto(made.emit()),
+        ["compress{macs=0.6,steps=3,min_keep=1,plain=false}"],
+        data=data,
+        output=tmp_path / "small.onnx",
     )
     step = result.report.steps[-1]
     assert step.changed and [type(f).__name__ for f in step.figures] == ["Bars", "Curves"]

@@ -18,8 +18,8 @@ from cipm_ir.errors import CipmError, InputError, OptionError, SymmetryError, Ve
 from cipm_ir.passes.framework.base import Context, PassResult
 from cipm_ir.passes.pruning.compress import compress as compress_module
 from cipm_ir.passes.pruning.compress.compress import Compress
+from cipm_ir.passes.pruning.limits import Limits
 from cipm_ir.runtime import session
-from cipm_ir.runtime.activations import cache as frontier
 from cipm_ir.symmetry.program import Program
 
 FAST: dict[str, Any] = {"steps": 3, "min_keep": 1, "rounds": 0}
@@ -140,7 +140,7 @@ def test_nothing_that_could_go() -> None:
     h = net.op("Softmax", net.gemm(net.input("x", ["N", 6]), 6, 10), axis=-1)
     net.output(net.gemm(h, 10, 3), ["N", 3])
     with pytest.raises(SymmetryError, match="finds no units that it may drop: @w_1: a normalization, softmax or sum"):
-        compress(program(net), rows(30), macs=0.5)
+        compress(program(net), rows(30), macs=0.5, plain=False)
     with pytest.raises(OptionError, match=r"pattern 'nothing.' matches no space"):
         compress(program(mlp()), rows(30), macs=0.5, include=("nothing*",))
 
@@ -173,7 +173,7 @@ def test_interrupted_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_
     """Ctrl-C in the middle of anything: no temporary file, no output, the source as it was."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(frontier, "_IN_MEMORY", 1000)
+    monkeypatch.setattr(Limits, "cached", property(lambda _self: 1000))
     monkeypatch.setattr(session, "_IN_MEMORY", 100)
     made, data = program(residual(blocks=1)), images(64)
     source = ir.to_proto(made.emit())

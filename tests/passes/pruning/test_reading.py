@@ -12,6 +12,7 @@ from tests.zoo.net import Net
 
 from cipm_ir.passes.pruning.compress.candidates import find_candidates, wanted_spaces
 from cipm_ir.passes.pruning.compress.sensitivity import choose_units, gather
+from cipm_ir.passes.pruning.limits import Limits
 from cipm_ir.passes.pruning.refit import downstream_metric as module
 from cipm_ir.passes.pruning.refit.downstream_metric import DownstreamMetric
 from cipm_ir.passes.pruning.refit.layers import Layer, layers_of
@@ -140,7 +141,7 @@ def error_of_chosen(listened: float, monkeypatch: pytest.MonkeyPatch, *, metric_
     wanted = wanted_spaces(made, "test", (), (), True)
     candidates, _ = find_candidates(made, wanted, 8, 1, 1)
     chosen = [c for c in candidates if made.spaces[c.spaces[0]].size == 16]
-    grams = gather(made, chosen, data, size=64, limit=None, count=600, seed=0)
+    grams = gather(made, chosen, data, size=64, limit=None, count=600, seed=0, limits=Limits())
     choose_units(made, chosen, grams, 1e-6)
     monkeypatch.undo()
     keep = chosen[0].kept[0][0]
