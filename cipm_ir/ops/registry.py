@@ -15,7 +15,6 @@ from typing import TypedDict, Unpack
 import onnx_ir as ir
 
 from cipm_ir.errors import UnsupportedPattern
-from cipm_ir.ir.labels import Array
 from cipm_ir.ops.context import OpContext
 from cipm_ir.ops.resize import Resize
 
@@ -38,7 +37,6 @@ class Traits(TypedDict, total=False):
     mergeable: bool
     free: bool
     pads: Callable[[ir.Node], bool]
-    increasing: Callable[[Array], Array]
 
 
 @dataclass(frozen=True)
@@ -69,8 +67,6 @@ class Operator:
             rule records: a consumer behind it can take up a merge of units.
         free: no multiply-accumulates (see `cipm_ir.ops.costs`).
         pads: whether a node lets numbers in at the border that are no entries of its input.
-        increasing: of an elementwise operator with one input: the function, if it never falls, for an array of any
-            shape whose entries may be infinite.
     """
 
     name: str
@@ -89,7 +85,6 @@ class Operator:
     mergeable: bool = False
     free: bool = False
     pads: Callable[[ir.Node], bool] | None = None
-    increasing: Callable[[Array], Array] | None = None
 
 
 _REGISTRY: dict[tuple[str, str], Operator] = {}

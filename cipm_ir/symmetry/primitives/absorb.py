@@ -136,15 +136,30 @@ def _keeps_units(analysis: Analysis, node: ir.Node, inside: np.ndarray) -> bool:
     return np.array_equal(before, after)
 
 
+_INDICES = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
+
+
 def _refuse_borders(analysis: Analysis, members: Labels) -> None:
-    """A constant that passes an operator which pads with zeros is no constant any more."""
+    """A constant that passes an operator which puts other numbers beside it is no constant any more."""
     walk, of = analysis.walk, analysis.classes.of
     inside = np.zeros(analysis.classes.count, bool)
     inside[members] = True
     for node in (walk.nodes[position] for position in analysis.consumers.nodes(members)):
-        state = walk.states.get(node.inputs[0].name or "") if node.inputs and node.inputs[0] is not None else None
-        if state is not None and any(inside[of[f.labels]].any() for f in state.factors):
-            _refuse_border(node)
+        states = [None if v is None else walk.states.get(v.name or "") for v in node.inputs]
+        carried = [f for s in states if s is not None for f in s.factors if inside[of[f.labels]].any()]
+        if not carried:
+            continue
+        _refuse_border(node)
+        joined = [s for s, v in zip(states, node.inputs, strict=True) if v is not None and v.dtype not in _INDICES]
+        if not entry_of(node).moves or len(joined) < 2:
+            continue
+        axis = attribute(node, "axis", None)
+        rank = max(s.rank for s in joined if s is not None)
+        if not isinstance(axis, int) or not all(axis % rank in f.axes for f in carried):
+            raise SymmetryError(
+                f"{node.op_type} {node.name} puts other values beside these along axis {axis}, so a constant shift of "
+                "its input is not constant there."
+            )
 
 
 def _refuse_border(node: ir.Node) -> None:
