@@ -170,7 +170,7 @@ def _resize_rotary(r: Resize) -> None:
         r.set_attr("rotary_embedding_dim", 2 * r.new(1)[-1])
 
 
-@operator("RotaryEmbedding", resize=_resize_rotary, positionwise=True)
+@operator("RotaryEmbedding", resize=_resize_rotary, positionwise=True, free=True)
 def rotary_embedding(op: OpContext) -> None:
     """Rotates planes of two positions of a head; the tables' columns move with the planes (ONNX RotaryEmbedding 23)."""
     x = op.state(0)

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import math
 
+import onnx_ir as ir
+
 from cipm_ir.errors import UnsupportedPattern
+from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import ZERO, Factor, State
 from cipm_ir.ops.context import OpContext
 from cipm_ir.ops.contraction import add_bias, contract
@@ -48,7 +51,12 @@ def _with_bias(op: OpContext, out: State, index: int) -> None:
     op.like(0, out, out.uniform)
 
 
-@operator("Conv", "ConvInteger", resize=resize_group, mergeable=True)
+def pads_with_zeros(node: ir.Node) -> bool:
+    """Return whether zeros beside the input of a convolution count."""
+    return any(attribute(node, "pads", ())) or attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID")
+
+
+@operator("Conv", "ConvInteger", resize=resize_group, mergeable=True, pads=pads_with_zeros)
 def conv(op: OpContext) -> None:
     """Channels contract, whatever the kernel, strides, dilations and zero padding."""
     if op.node.op_type == "ConvInteger":
@@ -157,18 +165,15 @@ def conv_transpose(op: OpContext) -> None:
     _with_bias(op, State(op.shape()[:2], (Factor((1,), joint.labels.ravel(), joint.scale_var),)), 2)
 
 
-@operator(
-    "MaxPool",
-    "AveragePool",
-    "GlobalAveragePool",
-    "GlobalMaxPool",
-    "LpPool",
-    "GlobalLpPool",
-    "MaxRoiPool",
-    "RoiAlign",
-    positionwise=True,
-    mergeable=True,
-)
+def averages_zeros(node: ir.Node) -> bool:
+    """Return whether zeros beside the input count in an average."""
+    return bool(attribute(node, "count_include_pad", 0))
+
+
+@operator("AveragePool", pools=True, linear=True, shifts=True, pads=averages_zeros)
+@operator("GlobalAveragePool", pools=True, linear=True, shifts=True)
+@operator("MaxPool", "GlobalMaxPool", pools=True, shifts=True)
+@operator("LpPool", "GlobalLpPool", "MaxRoiPool", "RoiAlign", pools=True)
 def pool(op: OpContext) -> None:
     """Channels pass; averages keep signs, maxima do not, norms end them."""
     x = _channels(op, op.state(0), "spatial position")
@@ -187,7 +192,7 @@ def pool(op: OpContext) -> None:
         raise UnsupportedPattern("MaxPool with indices")
 
 
-@operator("LRN", positionwise=True)
+@operator("LRN", positionwise=True, free=True)
 def lrn(op: OpContext) -> None:
     """Local response normalization mixes neighbouring channels."""
     op.freeze(op.state(0))

@@ -1,8 +1,9 @@
 """How many multiply-accumulates a node costs, from the shapes of its operands alone.
 
 A multiply-accumulate is one product of a sum of products: over a contracted axis, a window with weights, the steps of a
-transform. Operators that only move, compare, scale, normalize or reduce entries have none and are declared free in
-`cipm_ir.ops.costs_free`. An operator that is in neither table is *uncounted*: never taken for free.
+transform. Operators that only move, compare, scale, normalize or reduce entries have none: their entry says so (the
+trait ``free``), or, without a label rule, `cipm_ir.ops.costs_free`. Any other operator is *uncounted*: never taken for
+free.
 
 Conventions. A convolution counts its padding's zeros. Masks (causal attention) save nothing. An einsum of more than two
 operands is contracted from left to right, as onnxruntime does. A Fourier transform of N complex points counts
@@ -21,6 +22,7 @@ import onnx_ir as ir
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Array
 from cipm_ir.ops.contraction import einsum_terms
+from cipm_ir.ops.registry import lookup
 
 Shape = tuple[int, ...]
 
@@ -150,7 +152,13 @@ def _scaled(site: Site, stated: int) -> int:
 
 
 def _rule(node: ir.Node) -> CostRule | None:
-    return _RULES.get(("" if node.domain == "ai.onnx" else node.domain, node.op_type))
+    return rule_of(node.domain, node.op_type)
+
+
+def rule_of(domain: str, name: str) -> CostRule | None:
+    """Return how an operator is counted, None where nothing says so."""
+    rule, entry = _RULES.get((domain, name)), lookup(domain, name)
+    return _nothing if rule is None and entry is not None and entry.free else rule
 
 
 # ---------------------------------------------------------------- products

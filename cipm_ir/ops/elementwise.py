@@ -14,7 +14,9 @@ from cipm_ir.ops.registry import operator
 
 
 # ---------------------------------------------------------------- one input
-@operator("Identity", "Dropout", "Neg", elementwise=True)
+@operator("Identity", elementwise=True, moves=True)
+@operator("Dropout", elementwise=True, shifts=True)
+@operator("Neg", elementwise=True, linear=True)
 def linear(op: OpContext) -> None:
     """f(-x) = -f(x), f(ax) = a f(x): every scaling and sign passes. Dropout in training draws per position."""
     if op.node.op_type == "Dropout" and op.has(2):

@@ -104,7 +104,7 @@ def _resize_slice(r: Resize) -> None:
             r.set_literal(index, np.clip(values, np.iinfo(kind).min, np.iinfo(kind).max).astype(kind))
 
 
-@operator("Slice", resize=_resize_slice, literals=(1, 2), positionwise=True, mergeable=True)
+@operator("Slice", resize=_resize_slice, literals=(1, 2), moves=True)
 def slice_(op: OpContext) -> None:
     """Constant bounds select labels; bounds that are computed may only touch fixed axes."""
     state = op.state(0)
@@ -146,7 +146,7 @@ def _resize_split(r: Resize) -> None:
         r.set_literal(1, np.asarray(sizes, np.int64))
 
 
-@operator("Split", resize=_resize_split, literals=(1,), positionwise=True, mergeable=True)
+@operator("Split", resize=_resize_split, literals=(1,), moves=True)
 def split(op: OpContext) -> None:
     """Consecutive runs along an axis."""
     state = op.state(0)
@@ -163,7 +163,7 @@ def split(op: OpContext) -> None:
         op.like(k, part, part.uniform)
 
 
-@operator("Concat", positionwise=True, mergeable=True)
+@operator("Concat", moves=True)
 def concat(op: OpContext) -> None:
     """Labels follow each other; each part keeps its own scale equation."""
     states = [op.state(k) for k in range(len(op.node.inputs))]
@@ -272,7 +272,7 @@ def _resize_gather(r: Resize) -> None:
     r.set_literal(1, new.astype(index.dtype))
 
 
-@operator("Gather", resize=_resize_gather, literals=(1,), positionwise=True, mergeable=True)
+@operator("Gather", resize=_resize_gather, literals=(1,), moves=True)
 def gather(op: OpContext) -> None:
     """A constant index selects labels; indices from outside pin the table's rows and let its columns pass."""
     state, indices, shape = op.state(0), op.state(1), op.shape()
@@ -319,7 +319,7 @@ def _spread(
     return op.simplified(shape, labels, axes, f.scale_var, f.repeats)
 
 
-@operator("GatherElements", "ScatterElements", "Scatter", positionwise=True, mergeable=True)
+@operator("GatherElements", "ScatterElements", "Scatter", positionwise=True, mergeable=True, free=True)
 def gather_elements(op: OpContext) -> None:
     """Positions come from outside, for every entry on its own: all that reaches it is pinned."""
     for k in range(len(op.node.inputs)):
@@ -328,7 +328,7 @@ def gather_elements(op: OpContext) -> None:
     op.set(0)
 
 
-@operator("GatherND", "ScatterND", positionwise=True, mergeable=True)
+@operator("GatherND", "ScatterND", positionwise=True, mergeable=True, free=True)
 def gather_nd(op: OpContext) -> None:
     """Leading axes are indexed from outside; the trailing ones that are taken whole pass."""
     state, indices = op.state(0), op.state(1)
@@ -366,8 +366,9 @@ def gather_nd(op: OpContext) -> None:
 
 
 @operator(
-    "Compress", "OneHot", "Unique", "NonMaxSuppression", "ReverseSequence", "Trilu", positionwise=True, mergeable=True
-)
+    "Compress", "OneHot", "Unique", "NonMaxSuppression", "ReverseSequence", "Trilu",
+    positionwise=True, mergeable=True, free=True,
+)  # fmt: skip
 def order_dependent(op: OpContext) -> None:
     """Positions matter."""
     raise UnsupportedPattern(f"{op.node.op_type} depends on positions")

@@ -15,7 +15,7 @@ from cipm_ir.ops.resize import Resize
 from cipm_ir.ops.steps import plain
 
 
-@operator("BatchNormalization", positionwise=True, mergeable=True)
+@operator("BatchNormalization", positionwise=True, mergeable=True, free=True)
 def batch_normalization(op: OpContext) -> None:
     """Inference: input and output decouple. mean' = s mean, var' = s^2 (var + eps) - eps.
 
@@ -126,7 +126,7 @@ def normalized(
     return _affine(op, x, out, [op.state(k) for k in params], signs=signs)
 
 
-@operator("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", positionwise=True)
+@operator("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", positionwise=True, free=True)
 def layer_normalization(op: OpContext) -> None:
     """No scaling of the input (epsilon; one common scale at most); RMS admits any signs, the mean of LayerNorm none."""
     signs = op.node.op_type != "LayerNormalization"
@@ -143,7 +143,7 @@ def layer_normalization(op: OpContext) -> None:
                     raise UnsupportedPattern("statistics of a normalization over labelled axes")
 
 
-@operator("InstanceNormalization", positionwise=True)
+@operator("InstanceNormalization", positionwise=True, free=True)
 def instance_normalization(op: OpContext) -> None:
     """Per channel over space: signs pass through gamma; the epsilon forbids scaling the input."""
     x = op.state(0)
@@ -188,7 +188,7 @@ def resize_groups(r: Resize) -> None:
         r.set_attr("num_groups", rows)
 
 
-@operator("GroupNormalization", resize=resize_groups, positionwise=True)
+@operator("GroupNormalization", resize=resize_groups, positionwise=True, free=True)
 def group_normalization(op: OpContext) -> None:
     """Groups are blocks. Scale and bias are per group before opset 21, per channel since."""
     x = op.state(0)
@@ -233,7 +233,7 @@ def _axes_of(op: OpContext, rank: int) -> list[int]:
     return list(range(int(op.attr("axis", 1)) % rank, rank))
 
 
-@operator("Softmax", "LogSoftmax", "LpNormalization", "MeanVarianceNormalization", positionwise=True)
+@operator("Softmax", "LogSoftmax", "LpNormalization", "MeanVarianceNormalization", positionwise=True, free=True)
 def softmax(op: OpContext) -> None:
     """Does not care about order; admits no scaling. Before opset 13 it runs over all axes from ``axis`` on."""
     x = op.state(0)
@@ -242,7 +242,7 @@ def softmax(op: OpContext) -> None:
     op.set(0, (fixed(f) for f in x.factors), x.uniform, x.shape)
 
 
-@operator("Hardmax", positionwise=True)
+@operator("Hardmax", positionwise=True, free=True)
 def hardmax(op: OpContext) -> None:
     """Takes the first of equal entries, so order matters."""
     x = op.state(0)

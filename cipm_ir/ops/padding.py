@@ -52,7 +52,7 @@ def _resize_pad(r: Resize) -> None:
         r.set_literal(1, np.asarray(before + after, np.int64))
 
 
-@operator("Pad", resize=_resize_pad, literals=(1,), positionwise=True)
+@operator("Pad", resize=_resize_pad, literals=(1,), positionwise=True, free=True, pads=lambda node: True)
 def pad(op: OpContext) -> None:
     """Padding inserts free atoms: equal values move with anything, and zeros scale with anything."""
     state, shape = op.state(0), op.shape()
@@ -113,7 +113,7 @@ def _computed_pads(op: OpContext, state: State, shape: tuple[int, ...]) -> tuple
     return computed, pads
 
 
-@operator("Tile", positionwise=True)
+@operator("Tile", moves=True)
 def tile(op: OpContext) -> None:
     """Repeats the labels; along an axis of size 1 the result is uniform."""
     state, shape = op.state(0), op.shape()

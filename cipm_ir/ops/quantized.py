@@ -81,7 +81,7 @@ def _equal(a: ir.Value | None, b: ir.Value | None) -> bool:
     return x is not None and y is not None and np.array_equal(x.numpy(), y.numpy())
 
 
-@operator("QuantizeLinear", "DequantizeLinear", positionwise=True)
+@operator("QuantizeLinear", "DequantizeLinear", positionwise=True, free=True)
 def quantize(op: OpContext) -> None:
     """round(x / scale) + zero, or back; per tensor or per index of an axis. Opsets 10, 13, 19, 21 (blocks: opaque).
 
@@ -120,7 +120,7 @@ def _scaled(op: OpContext, f: Factor, steps: Factor) -> Factor:
     return Factor(f.axes, f.labels, steps.scale_var if pair or not quantizes else ZERO, f.repeats)
 
 
-@operator("DynamicQuantizeLinear", positionwise=True)
+@operator("DynamicQuantizeLinear", positionwise=True, free=True)
 def dynamic_quantize(op: OpContext) -> None:
     """Scale and zero point come from the extrema of the whole tensor: any order, but no scaling and no removal."""
     x = op.state(0)

@@ -29,11 +29,10 @@ def reduced_axes(op: OpContext, rank: int) -> list[int]:
     return [int(a) % rank for a in axes]
 
 
-@operator(
-    "ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceProd",
-    "ReduceLogSum",
-    "ReduceLogSumExp",
-)  # fmt: skip
+@operator("ReduceMean", reduces=True, linear=True, shifts=True)
+@operator("ReduceSum", reduces=True, linear=True)
+@operator("ReduceMax", "ReduceMin", reduces=True, shifts=True)
+@operator("ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceProd", "ReduceLogSum", "ReduceLogSumExp", reduces=True)
 def reduce(op: OpContext) -> None:
     """Along unreduced axes like an activation of its degree; along reduced ones no scaling."""
     x, name = op.state(0), op.node.op_type
@@ -66,7 +65,7 @@ def reduce(op: OpContext) -> None:
     op.set(0, factors, [place[a] for a in x.uniform if a not in gone])
 
 
-@operator("ArgMax", "ArgMin", positionwise=True)
+@operator("ArgMax", "ArgMin", positionwise=True, free=True)
 def arg_extremum(op: OpContext) -> None:
     """An index into the axis: its order is visible."""
     x = op.state(0)
@@ -78,7 +77,7 @@ def arg_extremum(op: OpContext) -> None:
     op.set(0, [fixed(f).moved(place) for f in x.factors], [place[a] for a in x.uniform])
 
 
-@operator("TopK", positionwise=True)
+@operator("TopK", positionwise=True, free=True)
 def top_k(op: OpContext) -> None:
     """Values and positions in sorted order."""
     x = op.state(0)
@@ -91,7 +90,7 @@ def top_k(op: OpContext) -> None:
         op.set(k, rest, x.uniform)
 
 
-@operator("CumSum", positionwise=True)
+@operator("CumSum", positionwise=True, free=True)
 def cumulative_sum(op: OpContext) -> None:
     """Order matters along the axis, the others pass with their scale."""
     x = op.state(0)

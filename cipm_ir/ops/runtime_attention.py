@@ -216,7 +216,7 @@ def _resize_rotary(r: Resize) -> None:
         r.set_attr("rotary_embedding_dim", 2 * r.new(2)[-1])
 
 
-@operator("RotaryEmbedding", domain=RUNTIME, resize=_resize_rotary, positionwise=True)
+@operator("RotaryEmbedding", domain=RUNTIME, resize=_resize_rotary, positionwise=True, free=True)
 def rotary_embedding(op: OpContext) -> None:
     """As the ONNX operator, with positions as input 1; without a number of heads, the tables give their size."""
     x, table = op.state(0), op.state(2)

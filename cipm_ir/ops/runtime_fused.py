@@ -139,7 +139,7 @@ def _no_statistics(op: OpContext, *outputs: int) -> None:
             raise UnsupportedPattern("its statistics are asked for")
 
 
-@operator("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", domain=RUNTIME)
+@operator("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", domain=RUNTIME, free=True)
 def skip_layer_normalization(op: OpContext) -> None:
     """A layer normalization (a root mean square one) of input + skip + bias; output 3 is that sum."""
     _no_statistics(op, 1, 2)
@@ -154,7 +154,7 @@ def skip_layer_normalization(op: OpContext) -> None:
         op.set(3, total.factors, shape=op.shape())
 
 
-@operator("EmbedLayerNormalization", domain=RUNTIME)
+@operator("EmbedLayerNormalization", domain=RUNTIME, free=True)
 def embed_layer_normalization(op: OpContext) -> None:
     """Rows of tables for words, positions and segments, chosen by indices; their sum is normalized."""
     for k in (0, 1, 7, 8):

@@ -35,7 +35,7 @@ def _frozen(op: OpContext, index: int) -> State:
 
 
 # ---------------------------------------------------------------- entry by entry
-@operator("QLinearAdd", "QLinearMul", domain=RUNTIME)
+@operator("QLinearAdd", "QLinearMul", domain=RUNTIME, free=True)
 def quantized_binary(op: OpContext) -> None:
     """The real-valued sum or product of two tensors, quantized again."""
     states = [_frozen(op, 0), _frozen(op, 3)]
@@ -44,7 +44,7 @@ def quantized_binary(op: OpContext) -> None:
     op.set(0, made.factors, made.uniform)
 
 
-@operator("QLinearLeakyRelu", "QLinearSigmoid", domain=RUNTIME)
+@operator("QLinearLeakyRelu", "QLinearSigmoid", domain=RUNTIME, free=True)
 def quantized_unary(op: OpContext) -> None:
     """A function of one entry."""
     x = _frozen(op, 0)
@@ -52,7 +52,7 @@ def quantized_unary(op: OpContext) -> None:
     op.set(0, x.factors, x.uniform)
 
 
-@operator("QLinearSoftmax", domain=RUNTIME)
+@operator("QLinearSoftmax", domain=RUNTIME, free=True)
 def quantized_softmax(op: OpContext) -> None:
     """Softmax over one axis, over all axes from it on before opset 13."""
     x = _frozen(op, 0)
@@ -62,7 +62,7 @@ def quantized_softmax(op: OpContext) -> None:
     op.set(0, x.factors, x.uniform)
 
 
-@operator("QLinearConcat", domain=RUNTIME)
+@operator("QLinearConcat", domain=RUNTIME, free=True)
 def quantized_concat(op: OpContext) -> None:
     """Parts with a scale and a zero point each."""
     places = range(2, len(op.node.inputs), 3)
@@ -73,7 +73,7 @@ def quantized_concat(op: OpContext) -> None:
 
 
 # ---------------------------------------------------------------- pools and convolutions
-@operator("QLinearAveragePool", "QLinearGlobalAveragePool", domain=RUNTIME)
+@operator("QLinearAveragePool", "QLinearGlobalAveragePool", domain=RUNTIME, free=True)
 def quantized_pool(op: OpContext) -> None:
     """Averages over space; channels are axis 1, or the last."""
     x = _frozen(op, 0)

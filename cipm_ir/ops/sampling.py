@@ -40,7 +40,7 @@ def deform_conv(op: OpContext) -> None:
     convolve(op, x, op.state(1), 1, 3 if op.has(3) else None)
 
 
-@operator("Col2Im", literals=(1, 2))
+@operator("Col2Im", literals=(1, 2), free=True)
 def column_to_image(op: OpContext) -> None:
     """Adds up overlapping blocks; channels lie in front of the positions in a block."""
     x, block = op.state(0), op.const(2)
@@ -54,7 +54,7 @@ def column_to_image(op: OpContext) -> None:
     op.set(0, grid.factors)
 
 
-@operator("CumProd")
+@operator("CumProd", free=True)
 def cumulative_product(op: OpContext) -> None:
     """Order matters along the axis, and products of several entries do not scale."""
     x, axis = op.state(0), op.const(1)
@@ -98,7 +98,7 @@ def short_time_fourier(op: OpContext) -> None:
 
 
 # ---------------------------------------------------------------- fixed sequences, crops, gates
-@operator("BlackmanWindow", "HammingWindow", "HannWindow", "MelWeightMatrix")
+@operator("BlackmanWindow", "HammingWindow", "HannWindow", "MelWeightMatrix", free=True)
 def fixed_table(op: OpContext) -> None:
     """A table that its sizes alone determine."""
     for k in range(len(op.node.inputs)):
@@ -106,7 +106,7 @@ def fixed_table(op: OpContext) -> None:
     op.set(0)
 
 
-@operator("CenterCropPad", literals=(1,))
+@operator("CenterCropPad", literals=(1,), free=True)
 def centre_crop_pad(op: OpContext) -> None:
     """Axes that keep their size under both choices of dynamic sizes pass."""
     x, shape = op.state(0), op.shape()

@@ -129,16 +129,7 @@ def _fixed_copies(
     return Factor((axes[0],), copies.ravel())
 
 
-@operator(
-    "Reshape",
-    "Flatten",
-    "Squeeze",
-    "Unsqueeze",
-    resize=lambda r: _resize(r),
-    literals=(1,),
-    positionwise=True,
-    mergeable=True,
-)
+@operator("Reshape", "Flatten", "Squeeze", "Unsqueeze", resize=lambda r: _resize(r), literals=(1,), moves=True)
 def reshape(op: OpContext) -> None:
     """Any change of shape that keeps the row-major order."""
     state, new = op.state(0), op.shape()
@@ -184,7 +175,7 @@ def _resize(r: Resize) -> None:
             r.set_literal(1, np.asarray(axes, np.int64))
 
 
-@operator("Expand", resize=target_rule(1), literals=(1,), positionwise=True, mergeable=True)
+@operator("Expand", resize=target_rule(1), literals=(1,), moves=True)
 def expand(op: OpContext) -> None:
     """New and expanded axes are uniform."""
     state, shape = op.state(0), op.shape()
@@ -195,7 +186,7 @@ def expand(op: OpContext) -> None:
     op.set(0, factors, grown | {a + d for a in state.uniform})
 
 
-@operator("Transpose", positionwise=True, mergeable=True)
+@operator("Transpose", moves=True)
 def transpose(op: OpContext) -> None:
     """Axes change places."""
     state = op.state(0)
@@ -222,7 +213,7 @@ def _resize_blocks(r: Resize) -> None:
         raise UnsupportedPattern("blocks of positions that lose some of them")
 
 
-@operator("DepthToSpace", "SpaceToDepth", resize=_resize_blocks, positionwise=True, mergeable=True)
+@operator("DepthToSpace", "SpaceToDepth", resize=_resize_blocks, moves=True)
 def depth_space(op: OpContext) -> None:
     """A reshape, a transpose and a reshape (ONNX DepthToSpace, modes DCR and CRD)."""
     state, out, b = op.state(0), op.shape(), int(op.attr("blocksize"))
@@ -242,25 +233,21 @@ def depth_space(op: OpContext) -> None:
     op.like(0, made, made.uniform)
 
 
-@operator(
-    "Shape",
-    "Size",
-    "NonZero",
-    "EyeLike",
-    "RandomNormalLike",
-    "RandomUniformLike",
-    "Bernoulli",
-    positionwise=True,
-    mergeable=True,
-)
+@operator("Shape", "Size", sizes_only=True)
 def shape_only(op: OpContext) -> None:
-    """Shapes do not move; what depends on positions pins."""
-    if op.node.op_type not in ("Shape", "Size"):
-        raise UnsupportedPattern(f"{op.node.op_type} depends on positions")
+    """Shapes do not move."""
     op.set(0)
 
 
-@operator("ConstantOfShape", "RandomNormal", "RandomUniform", literals=(0,), positionwise=True, mergeable=True)
+@operator("NonZero", "EyeLike", "RandomNormalLike", "RandomUniformLike", "Bernoulli", free=True)
+def by_position(op: OpContext) -> None:
+    """What depends on positions pins."""
+    raise UnsupportedPattern(f"{op.node.op_type} depends on positions")
+
+
+@operator(
+    "ConstantOfShape", "RandomNormal", "RandomUniform", literals=(0,), positionwise=True, mergeable=True, free=True
+)
 def constant_of_shape(op: OpContext) -> None:
     """One value everywhere: uniform along every axis. (Of a constant shape, it is a parameter and not seen here.)"""
     op.pin(op.optional(0), "shape")
@@ -268,7 +255,7 @@ def constant_of_shape(op: OpContext) -> None:
     op.set(0, (), range(len(shape)) if op.node.op_type == "ConstantOfShape" else ())
 
 
-@operator("Range", positionwise=True, mergeable=True)
+@operator("Range", positionwise=True, mergeable=True, free=True)
 def value_range(op: OpContext) -> None:
     """A fixed sequence."""
     for k in range(3):
@@ -277,8 +264,9 @@ def value_range(op: OpContext) -> None:
 
 
 @operator(
-    "Resize", "Upsample", resize=lambda r: _resize_sizes(r), literals=(1, 2, 3), positionwise=True, mergeable=True
-)
+    "Resize", "Upsample", resize=lambda r: _resize_sizes(r), literals=(1, 2, 3),
+    positionwise=True, mergeable=True, free=True,
+)  # fmt: skip
 def resize(op: OpContext) -> None:
     """Interpolates over space; an axis whose size stays is passed. Linear along the others."""
     state, out = op.state(0), op.shape()

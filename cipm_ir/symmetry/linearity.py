@@ -3,7 +3,8 @@
 A space admits a change of basis when each operator on it either commutes with every matrix on its units (products with
 weights, sums of values that all carry it, moves of whole axes), or depends on nothing but a length or an inner product
 of its vectors. Units of one space look alike to every operator already, so a linear map that treats each unit on its
-own does the same to all of them, and commutes. What is not in the table below ends the matter.
+own does the same to all of them, and commutes. Operators that are linear in a way of their own have a rule below; for
+the others their entry says that they are linear, or depend on sizes alone. Anything else ends the matter.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import onnx_ir as ir
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Labels, State
 from cipm_ir.ops.events import Contraction
+from cipm_ir.ops.registry import entry_of
 from cipm_ir.symmetry.analysis import Analysis
 
 REAL = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
@@ -114,12 +116,16 @@ class LinearityAnalysis:
         outs = [self._hits(walk.states.get(value.name or "")) for value in node.outputs]
         site = Site(position, node, states, ins, outs)
         squared = bool(self.squares) and any(v is not None and v.name in self.squares for v in node.inputs)
-        domain = "" if node.domain == "ai.onnx" else node.domain
-        rule = None if domain or (squared and node.op_type not in _SUMS) else _RULES.get(node.op_type)
-        if rule is None:
+        entry = entry_of(node)
+        rule = None if entry.domain else _RULES.get(entry.name)
+        if squared and not (entry.reduces and entry.linear):  # the square of a vector is for sums alone
             self.end(site, site.hits)
-        else:
+        elif rule is not None:
             rule(self, site)
+        elif entry.linear and entry.positionwise:
+            _linear(self, site)
+        elif not entry.sizes_only:
+            self.end(site, site.hits)
 
     # ------------------------------------------------------------ what rules say
     def end(self, site: Site, hits: Iterable[Hit], why: str = "") -> None:
@@ -275,7 +281,7 @@ def _reduction(survey: LinearityAnalysis, site: Site) -> None:
     gone = {int(a) % rank for a in axes} if axes else set(everything)
     value = node.inputs[0]
     squared = value is not None and value.name in survey.squares
-    sums = node.op_type in _SUMS
+    sums = entry_of(node).linear
     survey.takes(site, 0)
     for hit in site.ins[0]:
         if not gone & set(hit.axes):
@@ -369,19 +375,10 @@ def _attention(survey: LinearityAnalysis, site: Site) -> None:
 
 
 Rule = Callable[[LinearityAnalysis, Site], None]
-_SUMS = ("ReduceSum", "ReduceMean")
 _RULES: dict[str, Rule] = {
-    **dict.fromkeys(
-        (
-            *("Identity", "Neg", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Expand", "Transpose", "Split", "Slice"),
-            *("Gather", "Tile", "DepthToSpace", "SpaceToDepth", "AveragePool", "GlobalAveragePool"),
-        ),
-        _linear,
-    ),
-    **dict.fromkeys(("Shape", "Size"), lambda survey, site: None),  # shapes do not depend on the entries
     **dict.fromkeys(("Add", "Sub", "Sum", "Mean"), _sum),
     **dict.fromkeys(("Mul", "Div"), _product),
-    **dict.fromkeys((*_SUMS, "ReduceL2", "ReduceSumSquare"), _reduction),
+    **dict.fromkeys(("ReduceSum", "ReduceMean", "ReduceL2", "ReduceSumSquare"), _reduction),
     **dict.fromkeys(("RMSNormalization", "SimplifiedLayerNormalization"), _rms),
     **dict.fromkeys(("LayerNormalization", "MeanVarianceNormalization"), _mean_norm),
     **dict.fromkeys(("MatMul", "Gemm", "Einsum", "Conv", "ConvTranspose"), _contraction),

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from cipm_ir.errors import CipmError, SymmetryError
 from cipm_ir.ir.labels import Labels
-from cipm_ir.ops.registry import lookup
+from cipm_ir.ops.registry import entry_of
 from cipm_ir.passes.exact.canonicalize.members import Floats, Members
 from cipm_ir.passes.merging.clusters import cosine
 from cipm_ir.passes.merging.rows import Row, UnitRows
@@ -21,8 +21,6 @@ from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.readers import readers
 
 _PRODUCTS = ("Conv", "Gemm", "MatMul")
-_MOVES = ("MaxPool", "AveragePool", "GlobalAveragePool", "Pad", "Flatten", "Reshape", "Transpose", "Dropout")
-"""These hardly change how units are related."""
 _JOINS = ("Add", "Sub", "Sum", "Max", "Min", "Mean", "Where")
 
 
@@ -125,8 +123,11 @@ class _Search:
         raise SymmetryError("the units are made in several places")
 
     def _unmoved(self, value: ir.Value) -> ir.Value:
-        while (maker := value.producer()) is not None and maker.op_type in _MOVES and maker.inputs[0] is not None:
-            value = maker.inputs[0]
+        while (maker := value.producer()) is not None and _is_moved(maker):
+            sources = [v for v in maker.inputs if v is not None and _carries(self.program, v, self.inside)]
+            if len(sources) != 1:
+                break
+            value = sources[0]
         return value
 
     def _products(self, value: ir.Value) -> list[ir.Value]:
@@ -145,7 +146,7 @@ class _Search:
                     pending.extend(weights)  # an average by attention
                 else:
                     found[one.name or ""] = one
-            elif node.op_type == "BatchNormalization" or node.op_type in _MOVES or _elementwise(node):
+            elif node.op_type == "BatchNormalization" or _is_moved(node) or entry_of(node).elementwise:
                 pending.extend(v for v in node.inputs if v is not None and _carries(self.program, v, self.inside))
             else:
                 raise SymmetryError(f"{node.op_type} lies between the units and the weights that make them")
@@ -197,15 +198,16 @@ class _Search:
             if one is before or one.name in seen or node is None:
                 continue
             seen.add(one.name)
-            if node.op_type in _PRODUCTS or node.op_type in _MOVES:
+            if node.op_type in _PRODUCTS or _is_moved(node):
                 return False
             pending.extend(v for v in node.inputs if v is not None and _carries(self.program, v, self.inside))
         return True
 
 
-def _elementwise(node: ir.Node) -> bool:
-    entry = lookup(node.domain, node.op_type)
-    return entry is not None and entry.elementwise
+def _is_moved(node: ir.Node) -> bool:
+    """Return whether a node moves, pads or averages one value, which hardly changes how units are related."""
+    entry = entry_of(node)
+    return not entry.elementwise and (entry.moves or entry.pools or (entry.pads is not None and entry.positionwise))
 
 
 # ---------------------------------------------------------------- the function of each unit

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from cipm_ir.ir.constants import constant_tensor
 from cipm_ir.ir.labels import Array, Factor, State
 from cipm_ir.ir.parameters import parameters
+from cipm_ir.ops.registry import entry_of
 from cipm_ir.runtime.intervals import (
     elementwise as interval_elementwise,
 )
@@ -159,7 +160,7 @@ def _overridable(found: Intervals, value: ir.Value | None) -> bool:
             node = one.producer()
             if node is None:
                 return True
-            if node.op_type not in ("Shape", "Size"):
+            if not entry_of(node).sizes_only:
                 todo.extend(node.inputs)
     found.fixed |= seen
     return False

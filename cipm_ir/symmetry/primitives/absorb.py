@@ -14,7 +14,7 @@ from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Array, Labels
 from cipm_ir.ir.parameters import parameter_tensor
 from cipm_ir.ops.events import Contraction
-from cipm_ir.ops.registry import lookup
+from cipm_ir.ops.registry import entry_of
 from cipm_ir.symmetry.analysis import Analysis
 from cipm_ir.symmetry.leaves import LeafFactor
 from cipm_ir.symmetry.primitives.apply import Editor
@@ -110,10 +110,8 @@ def consumers(analysis: Analysis, members: Labels) -> list[Contraction]:
             "A normalization, softmax or mean runs over this space, so its units cannot be merged; restrict drops them."
         )
     for node in (walk.nodes[position] for position in analysis.consumers.nodes(members)):
-        entry = lookup(node.domain, node.op_type)
-        if entry is not None and entry.mergeable:
-            continue
-        if _keeps_units(analysis, node, inside):
+        entry = entry_of(node)
+        if entry.mergeable or (entry.reduces and _keeps_units(analysis, node, inside)):
             continue
         raise SymmetryError(f"{node.op_type} {node.name} reads this space, and its weights cannot absorb a mixing.")
     found = analysis.consumers.contractions(members)
@@ -124,8 +122,6 @@ def consumers(analysis: Analysis, members: Labels) -> list[Contraction]:
 
 def _keeps_units(analysis: Analysis, node: ir.Node, inside: np.ndarray) -> bool:
     """Return whether a reduction runs over other axes than these classes': what came in per unit goes out per unit."""
-    if node.domain or not node.op_type.startswith("Reduce"):
-        return False
     walk, of = analysis.walk, analysis.classes.of
     ends = [walk.states.get(v.name or "") for v in (node.inputs[0], node.outputs[0]) if v is not None]
     found = [
@@ -140,23 +136,39 @@ def _keeps_units(analysis: Analysis, node: ir.Node, inside: np.ndarray) -> bool:
     return np.array_equal(before, after)
 
 
+_INDICES = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
+
+
 def _refuse_borders(analysis: Analysis, members: Labels) -> None:
-    """A constant that passes an operator which pads with zeros is no constant any more."""
+    """A constant that passes an operator which puts other numbers beside it is no constant any more."""
     walk, of = analysis.walk, analysis.classes.of
     inside = np.zeros(analysis.classes.count, bool)
     inside[members] = True
     for node in (walk.nodes[position] for position in analysis.consumers.nodes(members)):
-        averages = node.op_type == "AveragePool" and attribute(node, "count_include_pad", 0)
-        state = walk.states.get(node.inputs[0].name or "") if node.inputs and node.inputs[0] is not None else None
-        if (
-            (averages or node.op_type == "Pad")
-            and state is not None
-            and any(inside[of[f.labels]].any() for f in state.factors)
-        ):
+        states = [None if v is None else walk.states.get(v.name or "") for v in node.inputs]
+        carried = [f for s in states if s is not None for f in s.factors if inside[of[f.labels]].any()]
+        if not carried:
+            continue
+        _refuse_border(node)
+        joined = [s for s, v in zip(states, node.inputs, strict=True) if v is not None and v.dtype not in _INDICES]
+        if not entry_of(node).moves or len(joined) < 2:
+            continue
+        axis = attribute(node, "axis", None)
+        rank = max(s.rank for s in joined if s is not None)
+        if not isinstance(axis, int) or not all(axis % rank in f.axes for f in carried):
             raise SymmetryError(
-                f"{node.op_type} {node.name} pads with zeros, so a constant shift of its input "
-                "is not constant at the border."
+                f"{node.op_type} {node.name} puts other values beside these along axis {axis}, so a constant shift of "
+                "its input is not constant there."
             )
+
+
+def _refuse_border(node: ir.Node) -> None:
+    pads = entry_of(node).pads
+    if pads is not None and pads(node):
+        raise SymmetryError(
+            f"{node.op_type} {node.name} pads with zeros, so a constant shift of its input "
+            "is not constant at the border."
+        )
 
 
 def _weight_factor(analysis: Analysis, c: Contraction) -> LeafFactor:
@@ -180,12 +192,7 @@ def _shift(
 ) -> BiasShift:
     node, leaf = nodes[c.node], analysis.walk.leaves[f.leaf]
     index = next(k for position, k in leaf.uses if position == c.node)
-    if node.op_type == "Conv" and (
-        any(attribute(node, "pads", ())) or attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID")
-    ):
-        raise SymmetryError(
-            f"Conv {node.name} pads with zeros, so a constant shift of its input is not constant at the border."
-        )
+    _refuse_border(node)
     if node.op_type not in ("Conv", "Gemm", "MatMul") or index != 1:
         raise SymmetryError(f"{node.op_type} {node.name} cannot take a constant shift of its input.")
     if node.op_type == "Gemm" and (attribute(node, "alpha", 1.0) != 1.0 or attribute(node, "beta", 1.0) != 1.0):

@@ -9,6 +9,7 @@ from cipm_ir.ir.bodies import nodes_in_order
 from cipm_ir.ir.labels import Array
 from cipm_ir.ir.nested import graphs_within, nodes_within
 from cipm_ir.ir.parameters import is_parameter, parameter_tensor
+from cipm_ir.ops.registry import entry_of
 from cipm_ir.symmetry.analysis import Analysis
 from cipm_ir.symmetry.leaves import Leaf
 from cipm_ir.symmetry.primitives.edits import Edit, EditedTensor
@@ -51,8 +52,8 @@ class Editor:
     def _used_elsewhere(self, name: str, leaves: list[int]) -> bool:
         value = self._value(name, leaves)
         inside = {use for k in leaves for use in self.analysis.walk.leaves[k].uses}
-        # Shape and Size read no entry: they follow a tensor that is edited in place.
-        reads = [u for u in value.uses() if u.node.domain or u.node.op_type not in ("Shape", "Size")]
+        # What reads sizes alone follows a tensor that is edited in place.
+        reads = [u for u in value.uses() if not entry_of(u.node).sizes_only]
         uses = {(self.position.get(id(u.node), -1), u.idx) for u in reads}
         return value.is_graph_output() or not uses <= inside
 

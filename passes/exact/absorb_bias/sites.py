@@ -11,21 +11,13 @@ from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Labels
 from cipm_ir.ir.parameters import is_parameter, parameter_tensor
+from cipm_ir.ops.registry import entry_of
 from cipm_ir.symmetry.analysis import Analysis
 from cipm_ir.symmetry.consumers import element_places
 from cipm_ir.symmetry.leaves import Leaf
 from cipm_ir.symmetry.program import Program
 
 _BIAS_INPUT = {"Conv": 2, "ConvTranspose": 2, "Gemm": 2, "BatchNormalization": 2}
-_MOVES = frozenset(
-    {
-        "Identity", "Dropout", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Slice", "Split",
-        "Gather", "Concat", "DepthToSpace", "MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool",
-        "ReduceMean", "ReduceMax", "ReduceMin",
-    }
-)  # fmt: skip
-"""Operators that take a constant per unit on as it is; padding and means over units are refused by `absorb`."""
-_SIZES = ("Shape", "Size")
 _PRODUCTS = ("Conv", "Gemm", "MatMul")
 
 
@@ -143,13 +135,14 @@ class _Search:
             if here.is_graph_output():
                 raise UnsupportedPattern("an output of the graph shows its units")
             for node, index in here.uses():
-                if node.op_type in _SIZES and not node.domain:
+                entry = entry_of(node)
+                if entry.sizes_only:
                     continue
-                if node.domain or node not in self.position:
+                if node not in self.position:
                     raise UnsupportedPattern(f"{node.op_type} {node.name} reads its units")
-                if node.op_type in _PRODUCTS and index == 0:
+                if entry.name in _PRODUCTS and not entry.domain and index == 0:
                     found.add(self.position[node])
-                elif node.op_type in _MOVES and self._only(node, here, inside):
+                elif entry.shifts and self._only(node, here, inside):  # padding and means over units: see `absorb`
                     todo += [v for v in node.outputs if v.name not in seen]
                     seen |= {v.name or "" for v in node.outputs}
                 else:

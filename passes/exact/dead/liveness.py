@@ -13,12 +13,11 @@ import numpy as np
 import onnx_ir as ir
 
 from cipm_ir.ir.labels import State
-from cipm_ir.ops.registry import lookup
+from cipm_ir.ops.registry import entry_of, lookup
 from cipm_ir.passes.exact.dead.contributions import Mask, Sum, all_classes, is_depthwise, mark
 from cipm_ir.runtime.intervals.bounds import Intervals, along
 from cipm_ir.symmetry.analysis import Analysis
 
-_PLAIN_SUMS = {"ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare"}
 _SWEEPS = 64
 
 
@@ -54,7 +53,7 @@ class Liveness:
             states = [state for state in inputs if state is not None]
             if not any(s.factors for s in states):
                 continue
-            if node.op_type in _PLAIN_SUMS and not node.domain:
+            if entry_of(node).reduces:
                 self._reduced(found, position)
             elif _by_position(node) or is_depthwise(found, position):
                 self._follow(node, states)
@@ -81,7 +80,7 @@ class Liveness:
 
     def _follow(self, node: ir.Node, states: list[State]) -> None:
         """A unit whose label a result has lost (one position left of many) may be anywhere in it: alive."""
-        if node.op_type in ("Shape", "Size"):
+        if entry_of(node).sizes_only:
             return
         carried = []
         for state in self._outputs(node):

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.labels import Array
+from cipm_ir.ops.registry import entry_of
 from cipm_ir.passes.exact.expose.forms import Norm, find_norms
 from cipm_ir.passes.exact.expose.linear import Step, absorb_input, carry_out
 from cipm_ir.passes.exact.expose.moves import moved_axis, moved_outputs
@@ -89,7 +90,7 @@ def axis_readers(draft: GraphRewriter, value: ir.Value, axis: int) -> list[tuple
             node = use.node
             if node.graph is not draft.graph:
                 raise UnsupportedPattern("a subgraph reads it")
-            if node.op_type in ("Shape", "Size") and not node.domain:
+            if entry_of(node).sizes_only:
                 continue
             place = moved_axis(draft, node, use.idx, axis)
             if place is None:

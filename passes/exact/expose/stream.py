@@ -10,6 +10,7 @@ import onnx_ir as ir
 from cipm_ir.errors import UnsupportedPattern
 from cipm_ir.ir.constants import attribute
 from cipm_ir.ops.contraction import weight_axes
+from cipm_ir.ops.registry import entry_of
 from cipm_ir.passes.exact.expose.forms import Norm
 from cipm_ir.passes.exact.expose.linear import bias_of
 from cipm_ir.passes.exact.expose.moves import moved_axis, moved_outputs, source_axis
@@ -163,10 +164,10 @@ class _Search:
             if norm not in self.stream.norms:
                 self.stream.norms.append(norm)
             return
+        if entry_of(node).sizes_only:
+            return
         if node.domain:
             raise UnsupportedPattern(f"{node.op_type} reads the stream")
-        if node.op_type in ("Shape", "Size"):
-            return
         for out, place in self._results(node, index, axis):
             self._add(out, place)
 

@@ -18,13 +18,13 @@ from scipy.sparse import csr_array
 
 from cipm_ir.errors import UnsupportedError
 from cipm_ir.ir.labels import Factor, Labels
+from cipm_ir.ops.registry import entry_of
 from cipm_ir.runtime.gradients import Read
 from cipm_ir.symmetry.analysis import Analysis
 from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.space import Space
 
 Floats = npt.NDArray[np.float64]
-_SIZES_ONLY = ("Shape", "Size")
 
 
 @dataclass
@@ -105,7 +105,7 @@ class _Finder:
             if self.walk.paths[position] or not any(v is not None and v.name in self.live for v in node.inputs):
                 continue  # in a body, or made of parameters alone: nothing to see in data
             self.live.update(v.name or "" for v in node.outputs)
-            if node.op_type not in _SIZES_ONLY:
+            if not entry_of(node).sizes_only:
                 ending = [x for c in analysis.consumers.contractions_at.get(position, ()) for x in (c.a, c.b)]
                 for layer in self.layers:
                     self._look(position, node, layer.element, ending if layer.units else [])
