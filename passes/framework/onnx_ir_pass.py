@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from cipm_ir.errors import InputError, OptionError
+from cipm_ir.errors import OptionError, VerificationError
 from cipm_ir.passes.framework.base import Context, Kind, Pass, PassResult
 from cipm_ir.symmetry.program import Program
 
@@ -41,23 +41,39 @@ class OnnxIrPass(Pass):
     def run(self, program: Program, ctx: Context) -> PassResult:
         """Run the wrapped pass; without effect, the program that came in is returned.
 
+        What the pass says of its effect is not trusted: a change that it does not report counts as one.
+
         Raises:
-            InputError: the wrapped pass failed, or took inputs or outputs away.
+            VerificationError: the wrapped pass failed, or changed inputs or outputs; the pipeline leaves it out.
         """
+        model = program.emit()
+        parts = _parts(model)
         try:
-            result = self.wrapped(program.emit())
+            result = self.wrapped(model)
         except Exception as error:
-            raise InputError(f"{self} failed: {_first_line(error)}.") from error
-        if not result.modified:
+            raise VerificationError(f"{self} failed: {_first_line(error)}.") from error
+        now = _parts(result.model)
+        same = len(parts) == len(now) and all(a is b for a, b in zip(parts, now, strict=True))
+        if not result.modified and same:
             return PassResult(program, False, "nothing to do")
         before, after = _interface(program.source_model), _interface(result.model)
         if before != after:
-            raise InputError(f"{self} changed the inputs or outputs of the model from {before} to {after}.")
+            raise VerificationError(f"{self} changed the inputs or outputs of the model from {before} to {after}.")
         made = Program.of(result.model, origin=program.origin, own=True)
         return PassResult(made, True, "done", kind=Kind.EXACT if self.exact else Kind.APPROXIMATE)
 
     def __str__(self) -> str:
         return f"onnx_ir:{type(self.wrapped).__name__}"
+
+
+def _parts(model: ir.Model) -> list[object]:
+    """Return the objects that a model is made of, which a change replaces: nodes, values, attributes, weights."""
+    found: list[object] = []
+    for node in model.graph.all_nodes():
+        found += [node, *node.inputs, *node.outputs, *node.attributes.values()]
+    for graph in (model.graph, *model.graph.subgraphs()):
+        found += [*graph.inputs, *graph.outputs, *(v.const_value for v in graph.initializers.values())]
+    return found
 
 
 def _interface(model: ir.Model) -> tuple[list[str], list[str]]:

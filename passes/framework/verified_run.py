@@ -230,6 +230,7 @@ class Run:
             self._leave_out(one, broken.why, seconds, broken.verification)
             return
         before = self.steps[-1].after if self.steps else self.before
+        received = self.program
         if changed:
             self.program = result.program
         after = Totals.of(result.program, {**self.before.sizes, **(self.sizes or {})}) if changed else before
@@ -242,7 +243,8 @@ class Run:
         if changed and kind is not Kind.EXACT:
             self.base, self._verifier = result.program, None
         if changed or result.witness:
-            self.witness.append(Witness(str(one), kind, result.witness, result.elements, one.keeps_units))
+            names = tuple(space.name for space in received.spaces) if result.elements else ()
+            self.witness.append(Witness(str(one), kind, result.witness, result.elements, one.keeps_units, names))
 
     def _wait(self, index: int) -> None:
         """Let the step that comes next be verified later."""

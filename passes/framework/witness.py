@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -25,6 +25,8 @@ class Witness:
         data: what it did, in the labels of the program that it received.
         elements: the elements that it acted with, where that is all that it did.
         keeps_units: every unit is where it was: the pass rewrote the graph around them.
+        spaces: names of all spaces of the program that it received, in order: weights that a pass makes anew may give a
+            space another name.
     """
 
     name: str
@@ -32,16 +34,23 @@ class Witness:
     data: Mapping[str, Any]
     elements: Elements = field(default_factory=dict)
     keeps_units: bool = False
+    spaces: tuple[str, ...] = ()
 
 
-def undo(program: Program, elements: Elements) -> Program:
+def undo(program: Program, elements: Elements, spaces: Sequence[str] = ()) -> Program:
     """Act with the inverse of what a pass acted with.
 
     Bit for bit where the elements are permutations, signs and powers of two; otherwise weights round once more.
 
+    Args:
+        program: with the units where the pass put them.
+        elements: what it acted with.
+        spaces: names of all spaces that it saw, in order. A space that has another name by now is found by its place.
+
     Raises:
         SymmetryError: the program lacks a space, or has it in another size.
     """
+    elements = _renamed(program, elements, spaces)
     known = {space.name: space for space in program.spaces}
     for name, element in elements.items():
         if name not in known:
@@ -65,6 +74,15 @@ def undo(program: Program, elements: Elements) -> Program:
     return program.act({program.space(name): elements[name].inverse() for name in units})
 
 
+def _renamed(program: Program, elements: Elements, spaces: Sequence[str]) -> Elements:
+    """Return the elements by the names that the spaces have now."""
+    names = [space.name for space in program.spaces]
+    if len(names) != len(spaces):
+        return elements
+    now = {old: old if old in names else new for old, new in zip(spaces, names, strict=True)}
+    return {now.get(name, name): element for name, element in elements.items()}
+
+
 def undo_all(program: Program, witnesses: Iterable[Witness]) -> Program:
     """Undo passes, the last one first, so that every unit is where it was before the first one.
 
@@ -75,7 +93,7 @@ def undo_all(program: Program, witnesses: Iterable[Witness]) -> Program:
     """
     for one in reversed(list(witnesses)):
         if one.elements:
-            program = undo(program, one.elements)
+            program = undo(program, one.elements, one.spaces)
         elif not one.keeps_units:
             raise SymmetryError(
                 f"{one.name} cannot be undone: it removed, merged or changed units, or does not say how it moved them; "

@@ -11,7 +11,7 @@ from tests.models.dead_units import program_of
 from tests.paths import DIGITS
 
 import cipm_ir
-from cipm_ir.errors import InputError, OptionError
+from cipm_ir.errors import OptionError, VerificationError
 from cipm_ir.passes import OnnxIrPass, Prune
 
 
@@ -44,6 +44,21 @@ class Fails(ir.passes.InPlacePass):
 class Renames(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         model.graph.outputs[0].name = "other"
+        return ir.passes.PassResult(model, True)
+
+
+class Silent(ir.passes.InPlacePass):
+    """Takes an Identity away and says that it did nothing."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        return ir.passes.PassResult(common.IdentityEliminationPass()(model).model, False)
+
+
+class Drops(ir.passes.InPlacePass):
+    """Takes the output away."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        model.graph.outputs.clear()
         return ir.passes.PassResult(model, True)
 
 
@@ -97,20 +112,35 @@ def test_control_one_that_may_change_the_function_is_kept() -> None:
     assert not result.report.steps[0].skipped and not cipm_ir.verify(DIGITS, result.model).ok
 
 
-def test_a_pass_that_hides_a_change_changes_nothing() -> None:
-    program = program_of("mlp_relu")
-    result = cipm_ir.optimize(program, [Liar()])
-    assert not result.report.steps[0].changed and result.program is program
+def test_a_change_that_is_not_reported_counts() -> None:
+    """It is verified like any other: one that breaks the model is left out, one that does not is kept."""
+    broken = cipm_ir.optimize(program_of("mlp_relu"), [Liar()]).report.steps[0]
+    assert broken.skipped and not broken.changed
+    kept = cipm_ir.optimize(duplicated(), [Silent()])
+    assert kept.report.steps[0].changed and "Identity" not in [node.op_type for node in kept.model.graph]
+    assert not cipm_ir.optimize(kept.model, [Silent()]).report.steps[0].changed  # the control: nothing is left to do
 
 
-@pytest.mark.parametrize(
-    ("one", "words"),
-    [(Fails(), ["onnx_ir:Fails failed", "it broke"]), (Renames(), ["onnx_ir:Renames changed the", "other"])],
-)
+FAULTS = [
+    (Fails(), ["onnx_ir:Fails failed", "it broke"]),
+    (Renames(), ["onnx_ir:Renames changed the", "other"]),
+    (Drops(), ["onnx_ir:Drops changed the"]),
+]
+
+
+@pytest.mark.parametrize(("one", "words"), FAULTS)
 def test_a_pass_that_fails_is_named(one: ir.passes.PassBase, words: list[str]) -> None:
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(VerificationError) as caught:
         cipm_ir.optimize(program_of("mlp_relu"), [one], on_failure="raise")
     assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize(("one", "words"), FAULTS)
+def test_the_others_run_on_where_one_fails(one: ir.passes.PassBase, words: list[str]) -> None:
+    result = cipm_ir.optimize(duplicated(), [one, common.IdentityEliminationPass()])
+    first, second = result.report.steps
+    assert first.skipped and all(word in first.summary for word in words)
+    assert second.changed and cipm_ir.verify(duplicated(), result.model).ok
 
 
 def test_other_things_are_refused() -> None:

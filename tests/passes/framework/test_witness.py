@@ -71,3 +71,15 @@ def test_control_without_the_inverse_nothing_comes_back() -> None:
         {result.program.space(name): element for name, element in result.witness[0].elements.items()}
     )
     assert weights(again) != weights(program) and zoo.entry("mlp_relu")
+
+
+def test_spaces_with_another_name_by_now_are_found_by_their_place() -> None:
+    """Weights that ConstantOfShape made are parameters once units were moved, and name their space."""
+    program = program_of("constant_of_shape_weights")
+    result = cipm_ir.optimize(program, ["canonicalize"], verify=False)
+    (one,) = result.witness
+    assert not set(one.elements) <= {space.name for space in result.program.spaces}
+    back, name = result.undo(), "constant_of_shape_weights"
+    assert distance(outputs(back, name), outputs(program, name)) < 1e-6
+    for weight in program.model.graph.initializers.keys() & back.model.graph.initializers.keys():
+        assert array_of(back, weight).tobytes() == array_of(program, weight).tobytes()
