@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Iterator
 
+from cipm_ir.ir.places import Place
 from cipm_ir.passes.framework.report import Totals
+from cipm_ir.symmetry.counting import node_macs
 from cipm_ir.symmetry.pinned import opaque_summary
 from cipm_ir.symmetry.program import Program
 
@@ -15,18 +18,14 @@ def summary_lines(program: Program) -> list[str]:
     """Return the summary of a program, a line for each of its parts."""
     totals, walk = Totals.of(program), program.analysis.walk
     weights = [leaf for leaf in walk.leaves if leaf.dtype.is_floating_point()]
-    layers = Counter(
-        walk.nodes[position].op_type
-        for leaf in weights
-        if sum(size > 1 for size in leaf.shape) > 1
-        for position, _ in leaf.uses
-    )
+    weighted = {id(walk.nodes[position]) for leaf in walk.leaves for position, _ in leaf.uses}
+    places = _with_bodies(program.count({}).places)
+    layers = Counter(place.node.op_type for place in places if id(place.node) in weighted and node_macs(place))
     named = [f"{count} {op}" for op, count in layers.most_common(_NAMED)]
     more = sum(layers.values()) - sum(count for _, count in layers.most_common(_NAMED))
     kinds = ", ".join([*named, *([f"{more} others"] if more else [])])
     lines = [
-        f"{totals.nodes:,} nodes, {sum(layers.values())} with a matrix of float weights"
-        + (f" ({kinds})" if kinds else "")
+        f"{totals.nodes:,} nodes, {sum(layers.values())} that multiply by weights" + (f" ({kinds})" if kinds else "")
     ]
     lines += totals.costs
     found = Counter(space.kind for space in program.spaces)
@@ -43,3 +42,10 @@ def summary_lines(program: Program) -> list[str]:
         "the others are kernel taps, ends of the model, or pinned"
     )
     return [*lines, *opaque_summary(program.analysis)]
+
+
+def _with_bodies(places: Iterable[Place]) -> Iterator[Place]:
+    for place in places:
+        yield place
+        for body in place.bodies:
+            yield from _with_bodies(body)

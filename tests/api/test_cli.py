@@ -54,7 +54,7 @@ def test_inspect_shows_the_graph(capsys: Capture) -> None:
     costs = f"// {program.parameters:,} parameters, {program.macs:,} multiply-accumulates (MACs)"
     summary = works(["inspect", DIGITS, "--summary"], capsys)
     assert summary.splitlines()[:3] == [
-        "// 29 nodes, 7 with a matrix of float weights (6 Conv, 1 Gemm)",
+        "// 29 nodes, 7 that multiply by weights (6 Conv, 1 Gemm)",
         costs,
         "// MACs are counted at batch=1",
     ]
