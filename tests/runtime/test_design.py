@@ -39,6 +39,27 @@ def compare(net: Net, data: Array, places: Array | None = None) -> tuple[Array, 
     return linear.inputs(u, places) @ matrix + bias, linear.outputs(y, places)
 
 
+ROWS = {
+    "matrix": LinearOpGeometry((6, 8), 1),
+    "convolution": LinearOpGeometry((6, 8, 1, 1), 1, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1)),
+}
+
+
+@pytest.mark.parametrize("control", [False, True])
+@pytest.mark.parametrize("kind", ROWS)
+def test_rows_of_16_bit_values_are_multiplied_in_32(kind: str, control: bool, rng: np.random.Generator) -> None:
+    """The control multiplies rows of 16 bits, which rounds to 11 bits."""
+    linear = ROWS[kind]
+    grid = (3, 3) if linear.kernel else ()
+    u, y = (rng.standard_normal((200, width, *grid)).astype(np.float16) for width in (8, 6))
+    x = linear.inputs(u)
+    assert x.dtype == linear.outputs(y).dtype == np.float32
+    matrix = rng.standard_normal((8, 6))
+    exact = x.astype(np.float64) @ matrix
+    x = x.astype(np.float16) if control else x
+    assert (np.abs(x @ matrix.astype(x.dtype) - exact).max() < 1e-5) == (not control)
+
+
 def conv(rank: int, kernel: list[int], size: list[int], **attributes: Any) -> Net:
     net = Net(f"conv{rank}{kernel}{sorted(attributes.items())}")
     weight = net.weight((5, 3, *kernel), 3 * int(np.prod(kernel)))

@@ -77,8 +77,8 @@ def latency_in_words(latency: Mapping[str, Sequence[float]], share: float) -> li
     if not latency:
         return []
     shares = {threads: after / before for threads, (before, after) in latency.items()}
-    said = " and ".join(f"{part:.0%} with {threads}" for threads, part in shares.items())
-    words = [f"a run takes {said} of the time"]
+    said = " and ".join(f"{part:.0%} of the time with {threads}" for threads, part in shares.items())
+    words = [f"a run takes {said}"]
     shortest = min(before for before, _ in latency.values())
     if shortest > _SHORT and min(shares.values()) > 1 - _TURNED * (1 - share):
         words.append(
