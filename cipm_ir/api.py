@@ -127,7 +127,7 @@ def load(
     input_shapes: InputShapes | None = None,
     fix_shapes: bool = False,
 ) -> Program:
-    """Read a model and make it a program; weights stay on disk until they are needed.
+    """Load a model as a program; weights stay on disk until they are needed.
 
     Args:
         source: see `Source`.
@@ -181,14 +181,14 @@ def optimize(
             array for a model of one input, a tuple of one for each input, an iterable of such batches (a DataLoader, a
             list; labels behind the inputs are left out), an .npz or .npy file, a list or folder of them; see
             `cipm_ir.runtime.inputs.data`.
-        output: where to write the result, beside first and then renamed; it may be the source.
-        verify: run the model before and after each pass; "strict": leave out what could not be run, too.
+        output: where to write the result, under a temporary name first; it may be the source.
+        verify: run the model before and after each pass; "strict": also leave out passes whose result could not be run.
         annotate: write the groups of every axis into the metadata of the result.
         seed: of random inputs and of passes that draw numbers.
         progress: called with what is being done and the fraction done (None: unknown).
         on_failure: "skip": a pass that broke its promise is left out, the others' work is kept, and the report says so
             (`Report.skipped`); "raise": stop with a `VerificationError`, and write nothing.
-        rtol, atol: where either is given, outputs of exact passes may move by rtol times the largest value of their
+        rtol, atol: if either is given, outputs of exact passes may move by rtol times the largest value of their
             channel, plus atol; otherwise the rounding noise of the model itself decides.
         example_inputs, example_kwargs, dynamic_shapes, method: how to read a torch program, see `load`.
         input_shapes, fix_shapes: sizes of dynamic dimensions of an ONNX model, see `load`.
@@ -240,7 +240,7 @@ def verify(
     example_kwargs: Mapping[str, Any] | None = None,
     input_shapes: InputShapes | None = None,
 ) -> Verification:
-    """Do two models compute the same? Both run on the same random and given inputs.
+    """Compare what two models compute: both run on the same random and given inputs.
 
     Args:
         a: the model taken as right.
@@ -249,7 +249,7 @@ def verify(
         seed: of the random inputs.
         rtol, atol: where either is given, an output may move by rtol times the largest value of its channel, plus atol;
             otherwise the rounding noise of ``a`` decides, see `cipm_ir.runtime.verification.noise`.
-        cases: at most so many inputs of our own, and batches of data; None: what time allows.
+        cases: at most this many generated inputs, and batches of data; None: as many as time allows.
         example_inputs, example_kwargs: for an `nn.Module`, see `load`. A torch program runs in torch, in evaluation
             mode; it may be compared with an ONNX model, inputs and outputs by position.
         input_shapes: sizes of the random inputs, see `load`.

@@ -222,7 +222,7 @@ def verify(
         typer.Option(
             "--cases",
             min=1,
-            help="At most so many inputs of our own, and batches of data.",
+            help="At most this many generated inputs, and batches of data.",
             show_default="what time allows",
         ),
     ] = None,

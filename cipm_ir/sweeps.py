@@ -63,17 +63,17 @@ def sweep(
     example_inputs: Any = None,
     example_kwargs: Mapping[str, Any] | None = None,
 ) -> SweepReport:
-    """Make a model for each budget, compare it with the dense one, and say which of them nothing else beats.
+    """Make a model for each budget, compare it with the dense one, and mark the Pareto-optimal ones.
 
     Writes into the folder: the models, ``sweep.json`` (the record), ``sweep.csv``, and ``sweep.svg`` where matplotlib
-    is installed. Points that are in the record, made from the same model, data and options by the same version, and
-    whose files are still the same, are not made again. A budget that is out of reach is a point too, with the reason.
+    is installed. A point of an earlier record is reused if its file, the model, the data, the options and
+    the version are unchanged. A budget that is out of reach is a point too, with the reason.
 
     Args:
         source: see `cipm_ir.sources.Source`; never changed.
         output_folder: made where it is missing.
         budgets: fractions of the dense model that may remain.
-        budget: of what: "macs", "params", "bytes" or "latency"; the passes must have an option of this name.
+        budget: fractions of what: "macs", "params", "bytes" or "latency"; the passes must have an option of this name.
         passes_template: passes in text form. The budget goes where ``{budget}`` stands, as in
             ``"fold-batch-norm, prune{macs={budget}, round_to=8}"``, or else into the last pass.
         data: calibration input, see `cipm_ir.optimize`; not an iterator.

@@ -25,17 +25,19 @@ from cipm_ir.symmetry.space import Space
 @register("cluster")
 @dataclass(frozen=True)
 class Cluster(Pass):
-    """Reorder the units of every space so that alike ones are neighbours and modules become contiguous; exact.
+    """Reorder the units of every space so that similar ones are neighbours and modules become contiguous; exact.
 
-    1. How alike two units are: |correlation| of their activations on the data (`by="activations"`), or of their rows in
-       all weights that move with them (`by="weights"`). Heads and groups count by the norms of what they hold.
-    2. The method orders the units; the modules are the stretches of that order with the greatest modularity.
-    3. `act` with these permutations. Scales, signs and the function stay.
+    1. The similarity of two units is |correlation| of their activations on the data (`by="activations"`), or of their
+       rows in all weights that move with them (`by="weights"`). For heads and groups the norms of their contents are
+       compared.
+    2. The method orders the units. The modules are the stretches of that order with the greatest modularity.
+    3. `act` applies these permutations. Scales, signs and the function stay.
 
-    Spaces of fewer than `smallest` units, and cells, stay as they are. The witness holds the permutation per space and
-    the module of each unit, both in the labels of the program that came in; the metrics say how much mass lies in
-    blocks, the bandwidth and modularity before and after, and the effective dimension. Source: Yang et al. 2024 (path),
-    Atkins et al. 1998 (spectral), Bar-Joseph et al. 2001 (leaf order), Blondel et al. 2008 (communities).
+    Spaces of fewer than `smallest` units, and cells, stay as they are. The witness holds the permutation of each space
+    and the module of each unit, both in the labels of the program before the pass. The metrics say how much of the
+    weights' mass lies in blocks, the bandwidth and modularity before and after, and the effective dimension. Sources:
+    Yang et al. 2024 (path), Atkins et al. 1998 (spectral), Bar-Joseph et al. 2001 (leaf order), Blondel et al. 2008
+    (communities).
     """
 
     by: str = option(

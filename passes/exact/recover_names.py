@@ -42,22 +42,22 @@ _OWN = {"MultiheadAttention": ("in_proj_weight", "out_proj.weight")}
 @register("recover-names")
 @dataclass(frozen=True)
 class RecoverNames(Pass):
-    """Gives Linear weights that torch's exporter stored as ``val_17`` their ``state_dict`` names again.
+    """Rename Linear weights that torch's exporter stored as ``val_17`` back to their ``state_dict`` names.
 
-    1. Looked at is every matrix among the initializers that a MatMul or an untransposed Gemm multiplies with from the
+    1. Candidates are matrices among the initializers that a MatMul or an untransposed Gemm multiplies with from the
        right, and whose name is no ``state_dict`` name: it has no dot, and the exporter did not mark it as a parameter.
-    2. Each node that reads it must stand for ``aten.linear`` of a parameter itself (fx_node). That node spells the
-       parameter in lower case, with ``_`` for dots.
-    3. The name is the one tensor that the value was folded from (folded_from). In files without that note it is the
-       weight of the innermost module (name_scopes) where that is a Linear or a MultiheadAttention (class_hierarchy).
-    4. The name must be spelled as in rule 2, at every reader. Where torch numbered a spelling that two parameters
+    2. Each node that consumes it must stand for ``aten.linear`` of a parameter itself (fx_node). The name of that node
+       spells the parameter in lower case, with ``_`` for dots.
+    3. The name is that of the one tensor that the value was folded from (folded_from). In files without that note it is
+       the weight of the innermost module (name_scopes), if that is a Linear or a MultiheadAttention (class_hierarchy).
+    4. The name must match the spelling of rule 2 at every consumer. If torch numbered a spelling that two parameters
        share, folded_from and name_scopes must agree.
 
     Only the name changes: the value stays as it is stored, the transpose of the ``state_dict``'s tensor.
 
-    Refused, and left as it is: a weight that some other node reads too, readers that disagree (equal weights of two
-    modules, stored once), missing notes, a weight that was computed from a parameter, a name that is taken (the tied
-    embedding keeps it), two weights with the same name, inputs and outputs of the graph, buffers.
+    Left alone: a weight that another kind of node consumes too, consumers that disagree (equal weights of two modules,
+    stored once), missing notes, a weight that was computed from a parameter, a name that is taken (the tied embedding
+    keeps it), two weights with the same name, inputs and outputs of the graph, buffers.
     """
 
     kind: ClassVar[Kind] = Kind.EXACT

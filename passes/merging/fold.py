@@ -44,25 +44,26 @@ _BUDGETS = tuple(_WORDS)
 @register("fold")
 @dataclass(frozen=True)
 class Fold(Pass):
-    """Merges hidden units that compute the same, or nearly the same down to a budget; their readers take the sum.
+    """Merge hidden units that compute the same, or nearly the same down to a budget; their consumers take the sum.
 
-    1. Without a budget: units whose rows of weights agree within ``tolerance`` up to an element of their space's group
-       (scales, signs) are brought to one gauge and merged. Exact.
-    2. With a budget, after that, every space that qualifies keeps the same fraction of its units (those of the largest
-       magnitude). ``least-squares``: what reads the others takes their best approximation by the kept ones, with
-       moments from data or, without, estimated from the weights. ``k-means``: units with similar weights become their
-       mean, readers sum. ``correlation``: the same, of units that are correlated on data.
-    3. Averaging shrinks the variance of N units to that of a mean; N / sqrt(N + (N^2 - N) c), with c their mean
-       similarity, makes up for it: on the scale of the batch normalization where there is one, else on the columns of
-       the readers where the group has a positive scale (of ``least-squares``: one factor for all readers of a space).
-    4. Spaces that must stay equally wide (sibling heads) merge equally many units each, every one its own.
+    1. Without a budget: units whose weight rows agree within ``tolerance``, up to an element of their space's group
+       (scales, signs), are brought to one gauge and merged. This is exact.
+    2. With a budget, every qualifying space then keeps the same fraction of its units (those of the largest magnitude):
+       ``least-squares``: consumers of a removed unit take its best approximation by the kept ones, with moments from
+       data or, without data, estimated from the weights. ``k-means``: units with similar weights become their mean, and
+       consumers sum. ``correlation``: the same for units that are correlated on data.
+    3. The mean of N units has a smaller variance than each of them. The factor N / sqrt(N + (N^2 - N) c), where c is
+       their mean similarity, corrects this: on the scale of the batch normalization if there is one, else on the
+       columns of the consumers if the group has a positive scale (``least-squares``: one factor for all consumers of
+       a space).
+    4. Spaces that must stay equally wide (sibling heads) merge equally many units each; each merges units of its own.
 
-    Refused, and named in the summary: spaces under a normalization or softmax, or read otherwise than by weights.
+    Left alone, and named in the summary: spaces under a normalization or softmax, and spaces that anything but weights
+    consumes. Sources: Wang et al., ICLR 2025 (model folding); Stoica et al., ICLR 2024 (ZipIt).
 
     Raises:
-        OptionError: contradictory options.
-        SymmetryError: the budget is out of reach. Sources: Wang et al., ICLR 2025 (model folding); Stoica et al.,
-            ICLR 2024 (ZipIt).
+        OptionError: options contradict each other.
+        SymmetryError: the budget is out of reach.
     """
 
     kind: ClassVar[Kind] = Kind.EXACT
@@ -72,13 +73,13 @@ class Fold(Pass):
     ratio: float | None = option(None, "fraction of the units that can be merged to remove", low=0, high=1)
     method: Literal["least-squares", "k-means", "correlation"] = option("least-squares", "how a budget is met")
     tolerance: float = option(1e-6, "how far rows of exact duplicates may differ, relative to their norm", low=0)
-    correct: bool = option(True, "make up for the variance that merging takes away")
+    correct: bool = option(True, "correct the variance that merging reduces")
     streams: bool = option(False, "with a budget, also merge residual streams, where several values are added up")
     round_to: int = option(1, "with a budget, widths of merged spaces are multiples of this", low=1)
     include: tuple[str, ...] = option((), "only spaces whose names match")
     exclude: tuple[str, ...] = option((), "no spaces whose names match")
-    min_keep: float = option(0.1, "what every space keeps: a fraction below 1, or a number of units", low=0)
-    rounds: int = option(4, "how often exact duplicates are looked for again after some were merged", low=1)
+    min_keep: float = option(0.1, "the least that every space keeps: a fraction below 1, or a number of units", low=0)
+    rounds: int = option(4, "how often exact duplicates are searched for again after some were merged", low=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -30,17 +30,21 @@ _TIE = 1e-9
 @register("prune")
 @dataclass(frozen=True)
 class Prune(Pass):
-    """Drop the least important hidden units, heads and groups, down to a budget.
+    """Remove the least important hidden units, heads and groups, down to a budget.
 
-    Rules: (1) every free space of units and of blocks may shrink, to the elements with the largest `importance`;
-    (2) under ``global`` ranking scores are divided by the mean of their space and compared across spaces, under
-    ``local`` every space keeps the same fraction; (3) unit spaces of sibling blocks keep equal numbers, each its own
-    best; (4) the largest model within the budget is taken; (5) with ``compensate`` what reads the removed units is
-    refitted first (`compress` also lets the outputs decide how much goes where). Refused: spaces whose rows would be
-    uneven are left as they are, and the summary says so. Source: Fang et al. 2023, DepGraph (group magnitude).
+    1. Every free space of units or blocks may shrink, to the elements with the largest `importance`.
+    2. With ``scope=global``, scores are divided by the mean of their space and compared across spaces. With
+       ``scope=local`` every space keeps the same fraction.
+    3. Unit spaces of sibling blocks keep equal numbers, each its own best.
+    4. The largest model within the budget is taken.
+    5. With ``compensate``, the weights that consume the removed units are refitted first. (`compress` also decides by
+       the outputs how much to remove where.)
+
+    Left alone, and named in the summary: spaces whose rows would get different widths. Source: Fang et al. 2023,
+    DepGraph (group magnitude).
 
     Raises:
-        OptionError: contradictory options.
+        OptionError: options contradict each other.
         SymmetryError: the budget is out of reach.
     """
 
@@ -59,9 +63,9 @@ class Prune(Pass):
     )
     exclude: tuple[str, ...] = option((), "no spaces whose names match; patterns as for include")
     blocks: bool = option(True, "also drop whole heads and groups")
-    min_keep: float = option(0.1, "what every space keeps: a fraction below 1, or a number of units", low=0)
+    min_keep: float = option(0.1, "the least that every space keeps: a fraction below 1, or a number of units", low=0)
     importance: str | Importance | ScoreFunction = option("magnitude", "criterion: a name, or an object with score()")  # noqa: RUF009 — a field
-    compensate: bool = option(False, "refit what reads the removed units by least squares on the data")
+    compensate: bool = option(False, "refit the weights that consume removed units, by least squares on the data")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,7 +79,7 @@ class Prune(Pass):
         """Rank, search, restrict."""
         if self.compensate and ctx.data is None:
             raise OptionError(
-                "Pass 'prune': compensate looks at activations; give it calibration inputs (data=, or --data on the command line)."
+                "Pass 'prune': compensate looks at activations; give it calibration inputs (data=, --data)."
             )
         costs = CostModel(program, ctx.sizes_of(program))
         cost, budget, original = self._budget(program, ctx, costs)

@@ -302,7 +302,7 @@ class NormalEquations:
 
 
 def widened(values: Array) -> Array:
-    """Return values of 16 bits as float32: numpy's products of them are a hundred times slower, and rounded to 11 bits."""
+    """Return values of 16 bits as float32: numpy multiplies them far more slowly, and rounds the result to 16 bits."""
     return values.astype(np.float32) if values.dtype.itemsize < 4 else values
 
 

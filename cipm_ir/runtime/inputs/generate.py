@@ -92,9 +92,9 @@ def random_inputs(
     """Return one random input by name for each graph input that is not an initializer.
 
     Floats are N(0, 1) unless `recipe` says otherwise. Integers that index a table (Gather and similar operators) stay
-    below its
-    size, and none comes twice before all came; masks are rows of ones, then zeros; 8-bit integers take their whole
-    range; other integers are 0 or 1, booleans a fair coin.
+    below its size,
+    and none repeats before all have occurred. Masks are rows of ones, then zeros. 8-bit integers take their whole
+    range; other integers are 0 or 1; booleans are a fair coin.
 
     Args:
         model: the model to feed.

@@ -211,13 +211,13 @@ def verify_models(
     """Compare two models on batches of `data` and on generated inputs (`cipm_ir.runtime.verification.cases`).
 
     Floating outputs agree when they differ, in each channel, by no more than the rounding noise of the first model
-    allows (`cipm_ir.runtime.verification.noise`), and NaN and infinities stand at the same places. Integers must be
-    equal, but for
-    as many as rounding alone changes. Values in front of the last activations are compared too. The models run one
+    allows (`cipm_ir.runtime.verification.noise`), and NaN and infinities are at the same positions. Integers must be
+    equal, except as many
+    as rounding alone changes. Values in front of the last activations are compared too. The models run one
     after the other, so that one of them is in memory at a time.
 
     Args:
-        a: the model taken as right.
+        a: the reference model.
         b: the model to compare; inputs and outputs must have the same names.
         data: samples, see `batches`.
         seed: of the random inputs.

@@ -24,16 +24,17 @@ _ROWS = 1 << 14
 @register("absorb-bias")
 @dataclass(frozen=True)
 class AbsorbBias(Pass):
-    """Moves constants through Relu: relu(z) = relu(z - c) + c where z >= c, so c goes from a bias into those behind it.
+    """Move constants through Relu: if z >= c, then relu(z) = relu(z - c) + c, and c can move into the next biases.
 
-    Activations then span less, which quantization feels (Nagel et al. 2019, section 4.1.3, there with c from batch-norm
-    statistics). c is the largest that bounds prove to hold for all inputs: exact. With ``observed``, c is the smallest
-    value on the data, or the quantile ``quantile`` of each unit: approximate. Where z < c, a unit is too large by at
-    most c - relu(z) <= c; how often and by how much on the data is reported.
+    Activations then have a smaller range, which helps quantization (Nagel et al. 2019, section 4.1.3, where c comes
+    from batch-norm statistics). By default c is the largest value that bounds prove for all inputs: exact. With
+    ``observed``, c is the smallest value on the data, or the quantile ``quantile`` of each unit: approximate. Where z <
+    c, a unit comes out too large by c - relu(z), at most c; the report says how often this happens on the data, and by
+    how much.
 
-    Works on Relu, LeakyRelu, PRelu and Clip from 0 behind Conv, ConvTranspose, Gemm, BatchNormalization or an Add.
-    Refused: units that something else than products with weights reads (a residual sum), zero-padded convolutions (a
-    constant is none at their border), a bias that is shared, computed or missing.
+    Handles Relu, LeakyRelu, PRelu and Clip from 0 behind Conv, ConvTranspose, Gemm, BatchNormalization or an Add.
+    Left alone: units that anything but products with weights consumes (a residual sum), zero-padded convolutions (the
+    constant is not constant at their border), and a bias that is shared, computed or missing.
 
     Raises:
         OptionError: ``observed`` without data, or a quantile without ``observed``.
@@ -42,7 +43,7 @@ class AbsorbBias(Pass):
     kind: ClassVar[Kind] = Kind.EXACT
     keeps_units: ClassVar[bool] = True
 
-    observed: bool = option(False, "take what is seen on the data for a bound (approximate)")
+    observed: bool = option(False, "use the smallest values seen on the data as bounds (approximate)")
     quantile: float = option(0.0, "with observed: the fraction of values that may be cut off", low=0.0, high=0.5)
 
     @property

@@ -39,16 +39,18 @@ _VISIBLE = 2.0**-10
 @register("fold-affine")
 @dataclass(frozen=True)
 class FoldAffine(Pass):
-    """Folds constant scales and shifts, batch normalizations among them, into the products before or after them.
+    """Fold constant scales and shifts, batch normalizations among them, into the products before or after them.
 
     1. Batch normalizations (inference) as in `fold-batch-norm`.
-    2. Mul, Div, Add, Sub with a constant and Neg behind a Conv, ConvTranspose, Gemm or MatMul go into its weight and
-       bias; an Add behind a MatMul of matrices makes it a Gemm.
-    3. The same, and normalizations, in front of a product that alone reads them; a shift only where nothing is padded.
+    2. Mul, Div, Add and Sub with a constant, and Neg, behind a Conv, ConvTranspose, Gemm or MatMul are folded into its
+       weight and bias. An Add behind a MatMul of matrices makes it a Gemm.
+    3. The same operators, and normalizations, in front of a product that is their only consumer; a shift only if
+       nothing is padded.
 
     A constant must be one number, or one for each channel. New weights are computed in double precision and rounded
-    once. Left as they are: what something else reads too, constants that are computed or may be overridden, weights
-    that the new ones do not fit into, a shift that is tiny beside the bias (an epsilon), and whatever subgraphs hold.
+    once. Left alone: values with another consumer, constants that are computed or may be overridden, weights that the
+    new values do not fit into, a shift that is tiny compared with the bias (an epsilon), and everything inside
+    subgraphs.
     """
 
     kind: ClassVar[Kind] = Kind.EXACT

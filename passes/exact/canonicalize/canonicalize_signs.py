@@ -21,16 +21,16 @@ from cipm_ir.symmetry.space import Space
 @register("canonicalize-signs")
 @dataclass(frozen=True)
 class CanonicalizeSigns(Pass):
-    """Choose the sign of every hidden unit that has one: Tanh and other odd functions, and where all is linear.
+    """Choose the sign of every hidden unit that has one: behind Tanh and other odd functions, or no activation at all.
 
-    1. ``by=bias``: the entry of largest magnitude of the first vector that carries a unit's sign (its bias) becomes
-       positive; where all vectors are zero, that of the first row that does (its weights).
-    2. ``by=range``: as above, and then units are flipped, the best one first, as long as the range of the weights for
-       asymmetric quantization shrinks: the sum over all matrices of log(max(0, largest) - min(0, smallest)), so that
-       a decibel of one tensor counts as much as of another. Signs that came in and are better than that stay.
+    1. ``by=bias``: in the first vector that carries a unit's sign (its bias), the entry of largest magnitude becomes
+       positive. If all vectors are zero, the first nonzero row decides (its weights).
+    2. ``by=range``: then units are flipped, the best one first, as long as the range of the weights for asymmetric
+       quantization shrinks: the sum over all matrices of log(max(0, largest) - min(0, smallest)), so that a decibel of
+       one tensor counts as much as one of another. If the original signs are better than the result, they stay.
 
-    Only signs change, so the result is the same bit by bit, also behind an epsilon. Models that differ by signs become
-    equal. The witness holds the flipped units of each space, a list per direction.
+    Only signs change, so the result is the same bit for bit, also in front of a normalization's epsilon. Models that
+    differ by signs alone become equal. The witness holds the flipped units of each space, one list per direction.
     """
 
     by: str = option("bias", "what decides: the entry of largest magnitude, or ranges", choices=("bias", "range"))

@@ -38,17 +38,17 @@ from cipm_ir.symmetry.program import Program
 @register("fold-batch-norm")
 @dataclass(frozen=True)
 class FoldBatchNorm(Pass):
-    """Folds batch normalizations (inference) into the Conv, ConvTranspose or Gemm before them.
+    """Fold batch normalizations (inference) into the Conv, ConvTranspose or Gemm before them.
 
     1. ``BatchNormalization(Conv(x, W, b))`` becomes ``Conv(x, W·s, (b - mean)·s + bias)`` with
        s = scale / sqrt(var + ε), computed in double precision and rounded once; ConvTranspose and Gemm likewise.
-    2. Constants and Identity copies that stand for W, b or the normalization's parameters are written as initializers;
-       a weight that another node consumes too is copied first.
+    2. Constants and Identity copies in place of W, b or the normalization's parameters are written as initializers.
+       A weight that another node consumes too is copied first.
 
-    Refused, with the reason in the summary: a normalization in training mode or of opset 6 and before, in a subgraph,
-    an inner value that something else consumes too, parameters that are computed or that the caller may override, new
-    weights that the type of the old ones cannot hold. In files of IR version 3, where every initializer is an input
-    too, the inputs become plain initializers first (IR version 4).
+    Left alone, with the reason in the summary: a normalization in training mode, of opset 6 or earlier, or in a
+    subgraph; one whose input has another consumer; parameters that are computed or that the caller may override; and
+    new weights that do not fit into the type of the old ones. In files of IR version 3, where every initializer is also
+    an input, the inputs become plain initializers first (IR version 4).
     """
 
     kind: ClassVar[Kind] = Kind.EXACT
@@ -81,16 +81,16 @@ def _count(number: int, what: str) -> str:
 @register("clean-up")
 @dataclass(frozen=True)
 class CleanUp(Pass):
-    """Folds constants and removes what has no effect: identities, no-op casts and shape changes, unused nodes.
+    """Fold constants and remove nodes without effect: identities, no-op casts and shape changes, unused nodes.
 
-    1. Nodes whose result is the same in every run are evaluated, within the size limits; quantized weights stay
+    1. Nodes whose result is the same in every run are evaluated, within the size limits. Quantized weights stay
        quantized, and nothing random is folded. An If with a constant condition becomes the branch that it takes.
-    2. Nodes that give an input back as it is go, and some pairs become one node. Zero and one are zero and one,
-       not numbers near them; a cast goes where it keeps the type; shapes must be proven.
-    3. Nodes of a graph that compute the same, bit for bit, are merged, if asked; what nothing needs goes.
+    2. Nodes that return an input unchanged are removed, and some pairs become one node. Zero and one must be exact, a
+       cast is removed only if it keeps the type, and shapes must be proven.
+    3. With ``merge``, nodes of a graph that compute the same, bit for bit, are merged. Unused nodes are removed.
 
-    Names, types and shapes of inputs and outputs stay, so do names of initializers; functions stay functions, batch
-    normalizations stay nodes. Initializers that callers may override are inputs: never folded, never removed.
+    Names, types and shapes of inputs and outputs stay, and so do names of initializers. Functions stay functions, and
+    batch normalizations stay nodes. Initializers that callers may override are inputs: never folded, never removed.
     """
 
     kind: ClassVar[Kind] = Kind.EXACT

@@ -1,9 +1,9 @@
-"""The nodes that clean-up may take out: each gives an input back as it is, in every entry, shape and type.
+"""List the nodes that clean-up may remove: each returns an input unchanged, in every entry, shape and type.
 
 This table is all that clean-up removes. Nothing is compared by a tolerance, and a condition that is not proven
 (`GraphFacts`) does not hold. "Constant" means a parameter or a Constant node, not an overridable initializer.
 
-| node | goes where |
+| node | removed if |
 |---|---|
 | Identity | always |
 | x + 0, 0 + x, x - 0 | the constant is one entry, exactly zero, and does not add axes; see below for the sign of zero |
@@ -20,11 +20,11 @@ This table is all that clean-up removes. Nothing is compared by a tolerance, and
 | Flatten, Squeeze, Unsqueeze, Transpose | as Reshape, where the shape stays and the entries keep their order |
 | SequenceAt | of a SequenceConstruct at a constant position: that element |
 
-The sign of zero: x - 0 and x + (-0) give x back bit for bit. x + 0 and x - (-0) turn -0 into 0, which is the same
-number, but not to a division: they go for floats only where no division, power or unknown operator comes after.
+The sign of zero: x - 0 and x + (-0) return x bit for bit. x + 0 and x - (-0) turn -0 into 0. The two are equal, but a
+division tells them apart: for floats, these are removed only if no division, power or unknown operator follows.
 
-Why onnxscript's rules are not used: theirs compare with 0 and 1 by a tolerance, trust recorded shapes of inner values,
-and take a rounded float for its source (Cast from double by float to half).
+Why onnxscript's rules are not used: they compare with 0 and 1 by a tolerance, trust recorded shapes of inner values,
+and skip a rounding step (Cast from double to half by way of float).
 """
 
 from __future__ import annotations

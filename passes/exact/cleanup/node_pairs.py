@@ -15,8 +15,7 @@
 | ConcatFromSequence of a SequenceConstruct | Concat | along an existing axis |
 
 The value between may have no other consumer, unless the pair becomes nothing, or all consumers are a Conv that pads
-itself. Shapes come last, when all others have
-taken their inputs.
+itself. Pairs with a Shape come last, after all other pairs are rewritten.
 """
 
 from __future__ import annotations

@@ -33,17 +33,19 @@ _NEARLY = 1e-2
 @register("remove-dead")
 @dataclass(frozen=True)
 class RemoveDead(Pass):
-    """Removes hidden units, heads and groups that contribute nothing, and units that contribute a constant.
+    """Remove hidden units, heads and groups that contribute nothing, and units that contribute a constant.
 
-    1. A unit is dead when each product that it enters on the way to an output is zero: its activation by bounds that
-       hold for all inputs (a zero row and bias, a Relu that stays shut), or the weights that read it; so is what only
-       feeds dead units. Heads and groups go as wholes when all that is in them is dead.
-    2. A unit whose value is one number c wherever weights read it goes, and W c is added to the bias of each reader.
-    3. With ``never_firing``, a unit that is zero on all the data where weights read it counts as dead (approximate).
+    1. A unit is dead if each product that it enters on the way to an output is zero: because bounds that hold for all
+       inputs prove its activation zero (a zero row and bias, a Relu that never opens), or because the weights that
+       consume it are zero. Units that feed only dead units are dead too. Heads and groups are removed as a whole, if
+       everything in them is dead.
+    2. A unit whose value is one number c wherever weights consume it is removed, and W c is added to the bias of each
+       consumer.
+    3. With ``never_firing``, a unit that is zero on all the data where weights consume it counts as dead (approximate).
 
-    Refused: units under a normalization, softmax or mean over them (its statistic would change), a constant before a
-    zero-padded convolution (not constant at the border), units whose rows (heads, groups) would become uneven: sibling
-    blocks lose equally many. Exact as long as no value of the model overflows.
+    Left alone: units under a normalization, softmax or mean over them (its statistic would change), a constant before a
+    zero-padded convolution (not constant at the border), and units without which rows (heads, groups) would have
+    different widths: sibling blocks lose equally many. Exact as long as no value of the model overflows.
 
     Raises:
         OptionError: ``never_firing`` without data.

@@ -30,21 +30,24 @@ _FOLDED = "folded, and the scales between it and its product with it"
 @register("expose")
 @dataclass(frozen=True)
 class Expose(Pass):
-    """Rewrites the graph, exactly, so that its symmetry group is larger and free of rounding.
+    """Rewrite the graph, exactly, so that its symmetry group is larger and free of rounding.
 
-    1. ``shared``: each reader of a shared vector gets its own; with "all" of a matrix too, where that frees symmetry.
+    1. ``shared``: each consumer of a shared vector gets its own copy; with "all" also of a matrix, if that frees
+       symmetry.
     2. ``batch_norm``: batch normalizations are folded into the product before them (see `fold-batch-norm`).
-    3. ``norm``: gamma and beta of a layer or RMS normalization, one operator or spelled out, go into the products that
-       read it, through reshapes and transposes; gamma becomes ones (it still carries scales), beta goes.
-    4. ``layer_scale``: a constant vector that multiplies the output of a product unit by unit goes into the product.
-    5. ``centre``: where all that writes the input of layer normalizations is a product, a bias or a table, and nothing
-       else reads it, the writers lose their mean and the normalizations become RMS normalizations, where this frees
-       signs (with equal gammas: rotations). An RMS normalization is also the faster one.
+    3. ``norm``: gamma and beta of a layer or RMS normalization, one operator or spelled out, are folded into the
+       products that consume it, through reshapes and transposes. Gamma becomes ones (it still carries scales), beta is
+       removed.
+    4. ``layer_scale``: a constant vector that multiplies the output of a product unit by unit is folded into the
+       product.
+    5. ``centre``: if the input of layer normalizations is written by products, biases and tables alone, and nothing
+       else consumes it, the mean is removed from the writers and the normalizations become RMS normalizations. This is
+       done where it frees signs (with equal gammas: rotations). An RMS normalization is also faster.
     6. ``relu6``: Clip(x, 0, 6), or between other constants, becomes Relu and Min with a bound for each unit, equal bit
-       for bit, where the analysis then finds scales. ``hardtanh``: Clip(x, -c, c) too, which gives its signs up.
+       for bit, if the analysis then finds scales. ``hardtanh``: Clip(x, -c, c) too, which gives up its signs.
 
-    Left as it is, with the reason in the summary: a normalization that something else than products reads, weights that
-    are computed, quantized, shared (see ``shared``) or would round in half precision, and whatever subgraphs hold.
+    Left alone, with the reason in the summary: a normalization that anything but products consumes, weights that are
+    computed, quantized, shared (see ``shared``) or would round in half precision, and everything inside subgraphs.
     """
 
     kind: ClassVar[Kind] = Kind.EXACT

@@ -1,11 +1,11 @@
-"""Seconds on this machine as a cost for choosing widths: measured one choice at a time, put together by a small model.
+"""Predict seconds on this machine for any choice of widths: choices are measured one at a time and combined by a model.
 
-Multiply-accumulates do not turn into time evenly: a thin layer leaves vector units idle, a width off the blocks of the
-kernels costs more than the next one on them. So every choice is restricted alone at a few levels, and these models run
-by turns with the whole one. Together they save less than the sum: a convolution between two halved spaces has a quarter
-left, not nothing, and the price of an odd width is paid once for neighbours that are odd alike. Both are counted, at
-rates fitted to models in which all choices shrink together. The result is an estimate (`LatencyTable.error`): measure
-what was chosen (`LatencyTable.measured`) before relying on it.
+Multiply-accumulates do not turn into time evenly: a thin layer leaves vector units idle, and a width that is no
+multiple of a kernel's block costs more than the next multiple. So each choice alone is restricted to a few levels, and
+these models are timed in turns with the whole one. Two choices together save less than the sum of both: a convolution
+between two halved spaces still costs a quarter, and the price of an odd width is paid once for neighbours that are odd
+alike. Both effects are modelled, with rates fitted to models in which all choices shrink together. The result is an
+estimate (`LatencyTable.error`): measure the chosen model (`LatencyTable.measured`) before relying on it.
 """
 
 from __future__ import annotations

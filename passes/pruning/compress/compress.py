@@ -34,23 +34,28 @@ _SAME = 1e-3
 @register("compress")
 @dataclass(frozen=True)
 class Compress(Pass):
-    """Drop units, heads and channels where the outputs notice least, and refit what reads them.
+    """Remove the units, heads and channels that change the outputs least, and refit the weights that consumed them.
 
-    Rules: (1) candidates are spaces whose units only weights read; linked ones keep equal numbers. (2) Which units stay
-    at each of some levels: backward elimination by the optimal brain surgeon's cost on the readers' Gram matrices, then
-    swaps. (3) Each candidate alone is brought to each level, its readers refitted, the rest of the model run: the
-    divergence of the outputs. (4) Levels that minimize the sum of the divergences within the budget (Lagrange
-    multipliers). (5) Every product behind the first change is refitted in graph order by least squares: inputs from the
-    model as refitted so far, targets from the original one, drift of shortcuts taken up; two with a Relu between them
-    first together, if that helps on samples left out. (6) What nothing reads any more is removed, which changes
-    nothing: checked on real runs. (7) Plain pruning by each criterion, and by the best one with compensation, is
-    measured too: the result is what diverges least on samples left out (one of eight, where there are 32 or more).
-    Refused, and said in the summary: units under a normalization, softmax or sum over them, and such as something else
-    than a Conv (group 1), Gemm or MatMul with a weight of its own reads. Sources: He et al. 2017; Hassibi & Stork 1993.
+    1. Candidates are spaces whose units are consumed by weights alone. Linked spaces keep equal numbers of units.
+    2. For several sizes of each candidate, the units to keep are chosen by backward elimination with the optimal brain
+       surgeon's cost on the consumers' Gram matrices, and improved by swaps.
+    3. Each candidate alone is brought to each size and its consumers are refitted. The rest of the model runs, and the
+       divergence of the outputs is measured.
+    4. The sizes that minimize the sum of the divergences within the budget are chosen (Lagrange multipliers).
+    5. Every product behind the first change is refitted by least squares, in graph order: inputs from the model as
+       refitted so far, targets from the original. Targets correct the drift of shortcuts. Two products with only a Relu
+       between them are fitted together first, if that helps on held-out samples.
+    6. Units that no weight consumes any more are removed. This must not change the outputs; the model is run to check.
+    7. Plain pruning by several criteria, and by the best one with compensation, is measured too. The result is the
+       model that diverges least on held-out samples (one of eight, if there are 32 or more).
+
+    Left alone, and named in the summary: units under a normalization, softmax or sum over them, and units that are
+    consumed by anything else than a Conv, ConvTranspose, Gemm or MatMul whose weight is used once. Sources: He et al.
+    2017; Hassibi & Stork 1993.
 
     Raises:
-        OptionError: there is no data or for contradictory options.
-        InputError: data that does not fit.
+        OptionError: there is no data, or options contradict each other.
+        InputError: the data does not fit the model.
         SymmetryError: the budget is out of reach.
     """
 
@@ -66,17 +71,19 @@ class Compress(Pass):
         None, "instead of a budget: the smallest model whose divergence (or drop of evaluate) is at most this", above=0
     )
     evaluate: Evaluate | None = option(None, "function of run(feeds) -> outputs that gives a score, for max_drop")  # noqa: RUF009 — a field
-    divergence: Literal["auto", "kl", "error"] = option("auto", "of outputs: KL of logits, or relative squared error")
+    divergence: Literal["auto", "kl", "error"] = option(
+        "auto", "how outputs are compared: KL divergence of logits, or relative squared error"
+    )
     samples: int = option(4096, "calibration samples used at most", low=1)
     probes: int = option(512, "samples on which sensitivity is measured", low=1)
-    rounds: int = option(1, "how often sensitivity is measured again around what was chosen", low=0)
-    steps: int = option(8, "levels measured per candidate", low=1)
-    joint: bool = option(True, "fit what makes units and what reads them together, where only a Relu is between")
-    damping: float = option(1e-4, "pull of a refitted weight towards its old value", above=0)
+    rounds: int = option(1, "how often sensitivity is measured again around the chosen sizes", low=0)
+    steps: int = option(8, "sizes measured per candidate", low=1)
+    joint: bool = option(True, "fit producer and consumer of a space together, where only a Relu lies between")
+    damping: float = option(1e-4, "how strongly refitted weights are pulled towards their old values", above=0)
     threads: int = option(1, "threads for latency", low=1)
     round_to: int | None = option(
         None,
-        "widths of shrunken spaces are multiples of this; default: what kernels are fast at on this machine",
+        "widths of shrunken spaces are multiples of this; none: of what kernels are fast at on this machine",
         low=1,
     )
     include: tuple[str, ...] = option(
@@ -84,16 +91,16 @@ class Compress(Pass):
     )
     exclude: tuple[str, ...] = option((), "no spaces whose names match; patterns as for include")
     blocks: bool = option(True, "also drop whole heads and groups")
-    min_keep: float = option(0.1, "what every space keeps: a fraction below 1, or a number of units", low=0)
-    plain: bool = option(True, "also prune without measuring, by each criterion, and keep that where it is better")
+    min_keep: float = option(0.1, "the least that every space keeps: a fraction below 1, or a number of units", low=0)
+    plain: bool = option(True, "also try plain pruning by several criteria, and keep its result if that is better")
     memory: float | None = option(
-        None, "gigabytes that activations, rows and sums may take; default: a quarter of the machine's", above=0
+        None, "gigabytes for activations and sums; none: a quarter of the machine's memory", above=0
     )
     time: float | None = option(
-        None, "seconds; where they are over, what is left is done without measuring and refitting, and said", above=0
+        None, "seconds of wall time, after which the rest is pruned without measuring and refitting", above=0
     )
     on_interrupt: Literal["stop", "best"] = option(
-        "stop", "best: SIGINT (Ctrl-C) and SIGTERM end the time, and the best model so far is returned"
+        "stop", "best: on SIGINT (Ctrl-C) or SIGTERM, return the best model so far"
     )
 
     def __post_init__(self) -> None:
@@ -108,9 +115,7 @@ class Compress(Pass):
     def run(self, program: Program, ctx: Context) -> PassResult:
         """Look at the data, measure, allocate, compensate, restrict."""
         if ctx.data is None:
-            raise OptionError(
-                "Pass 'compress' looks at activations; give it calibration inputs (data=, or --data on the command line)."
-            )
+            raise OptionError("Pass 'compress' looks at activations; give it calibration inputs (data=, --data).")
         limits = Limits.of(self.memory, self.time)
         # the threads of BLAS would wait for work on the cores that onnxruntime computes on: three times as slow
         with threadpool_limits(1, user_api="blas"), limits.ended_by_signals(self.on_interrupt == "best"):
