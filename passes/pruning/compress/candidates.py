@@ -259,7 +259,7 @@ def _refusal(
     loop = _recurrent(analysis, tables)
     if loop is not None and loop not in {r.node for k in read for r in _state_readers(program, k)}:
         node = analysis.walk.nodes[loop]
-        return f"{node.op_type} {node.name} feeds its units back to itself, and its states cannot be seen"
+        return f"{node.op_type} {node.name} feeds its units back to itself, and its weights or states cannot be seen"
     if any(summed[t.ravel()].any() for t in tables):
         return "a normalization, softmax or sum runs over its units"
     uses = weight_uses(program)
