@@ -1,4 +1,4 @@
-"""A pass of one's own: a frozen dataclass, decorated, and from then on used by its name like any other.
+"""Write a pass of your own: a frozen dataclass with a decorator, which makes it known by its name.
 
     python examples/custom_pass.py [model.onnx]
 
@@ -25,18 +25,18 @@ DIGITS = Path(__file__).parent / "digits" / "digits.onnx"
 @passes.register("shuffle")
 @dataclass(frozen=True)
 class Shuffle(passes.Pass):
-    """Moves every space by a random element of its group: other weights, the same function.
+    """Move every space by a random element of its group: other weights, the same function.
 
     Useful to hide which checkpoint a model came from, and as a test of anything that claims not to depend on the order
     of hidden units. EXACT: the pipeline runs the model before and after, and undoes the pass if it broke its promise.
     """
 
     kind: ClassVar[Kind] = Kind.EXACT
-    least: int = passes.option(2, "spaces with fewer units stay as they are", low=1)
+    least: int = passes.option(2, "leave spaces with fewer units as they are", low=1)
     scales: bool = passes.option(True, "rescale units too, by powers of two")
 
     def run(self, program: cipm_ir.Program, ctx: Context) -> PassResult:
-        """Draw one element for each space; the witness says which, so that it can be undone."""
+        """Draw one element for each space, and declare the elements, so that they can be undone."""
         chosen = [space for space in program.spaces if space.size >= self.least]
         elements = {}
         for space in chosen:
@@ -44,20 +44,17 @@ class Shuffle(passes.Pass):
             elements[space] = element if self.scales else cipm_ir.Element(element.perm, still.scale, still.sign)
         if not elements:
             return PassResult(program, changed=False, summary="no space is large enough")
-        witness = {space.name: element for space, element in elements.items()}
-        return PassResult(program.act(elements), summary=f"{len(elements)} spaces moved", witness=witness)
+        moved = {space.name: element for space, element in elements.items()}
+        return PassResult(program.act(elements), summary=f"{len(elements)} spaces moved", elements=moved)
 
 
 def main() -> None:
-    """Shuffle a model, print the report, and undo it with the inverse elements."""
+    """Shuffle a model, print the report, and undo it."""
     model = sys.argv[1] if len(sys.argv) > 1 else DIGITS
     result = cipm_ir.optimize(model, passes=["shuffle{least=8}"])
     print(result.report)
 
-    shuffled = result.program
-    back = shuffled.act({shuffled.space(name): g.inverse() for name, g in result.witness[0].data.items()})
-    found = cipm_ir.verify(model, back)
-    print(f"undone by the inverse elements: {found}")
+    print(f"undone: {cipm_ir.verify(model, result.undo())}")
 
 
 if __name__ == "__main__":

@@ -91,7 +91,8 @@ def lookup(name: str) -> type[Pass]:
         return _load(announced[name])
     known = sorted({*_BUILT_IN, *_PASSES, *announced})
     near = difflib.get_close_matches(name, known, 3, 0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}."
+    own = f"one of your own must be imported, or announced by an installed package (entry-point group {GROUP})"
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}; {own}."
     raise OptionError(f"There is no pass named {name!r}; {hint}")
 
 

@@ -74,7 +74,7 @@ class Prune(Pass):
     def run(self, program: Program, ctx: Context) -> PassResult:
         """Rank, search, restrict."""
         if self.compensate and ctx.data is None:
-            raise OptionError("Pass 'prune': compensate looks at activations; give it calibration inputs with data=.")
+            raise OptionError("Pass 'prune': compensate looks at activations; give it calibration inputs (data=, or --data on the command line).")
         costs = CostModel(program, ctx.sizes_of(program))
         cost, budget, original = self._budget(program, ctx, costs)
         choices, notes, remarks = self._choices(program, ctx)

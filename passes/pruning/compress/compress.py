@@ -108,7 +108,7 @@ class Compress(Pass):
     def run(self, program: Program, ctx: Context) -> PassResult:
         """Look at the data, measure, allocate, compensate, restrict."""
         if ctx.data is None:
-            raise OptionError("Pass 'compress' looks at activations; give it calibration inputs with data=.")
+            raise OptionError("Pass 'compress' looks at activations; give it calibration inputs (data=, or --data on the command line).")
         limits = Limits.of(self.memory, self.time)
         # the threads of BLAS would wait for work on the cores that onnxruntime computes on: three times as slow
         with threadpool_limits(1, user_api="blas"), limits.ended_by_signals(self.on_interrupt == "best"):
