@@ -17,6 +17,8 @@ from cipm_ir.symmetry.leaves import LeafFactor
 from cipm_ir.symmetry.program import Program
 from cipm_ir.symmetry.space import Space
 
+RECURRENT = ("LSTM", "GRU", "RNN")
+
 
 @dataclass(frozen=True, eq=False)
 class WeightConsumer:
@@ -33,7 +35,8 @@ class WeightConsumer:
         columns: (elements of the space, k): places along ``axis`` that each element owns; of a Conv in groups, places
             among all its input channels.
         bias: name of the parameter that Conv or Gemm adds, None where there is none.
-        groups: of a Conv.
+        groups: of a Conv; of the recurrent weight of an LSTM, GRU or RNN, its directions.
+        index: which input of the node the weight is: 2 for a recurrent one, whose ``source`` is the output of the node.
     """
 
     node: int
@@ -46,9 +49,15 @@ class WeightConsumer:
     columns: Labels
     bias: str | None
     groups: int = 1
+    index: int = 1
+
+    @property
+    def key(self) -> int:
+        """A number that only this use of a weight has: a recurrent layer has two."""
+        return 2 * self.node + (self.index == 2)
 
 
-def readers(program: Program, space: Space, *, convolutions: bool = False) -> list[WeightConsumer]:
+def readers(program: Program, space: Space, *, every: bool = False) -> list[WeightConsumer]:
     """Return everything that sums products over the units of a space, in graph order.
 
     Of a space of blocks, products of activations with activations do not count: they go with their block.
@@ -56,7 +65,7 @@ def readers(program: Program, space: Space, *, convolutions: bool = False) -> li
     Args:
         program: the program.
         space: one of its spaces.
-        convolutions: also Conv in groups and ConvTranspose; without it they are refused.
+        every: also Conv in groups, ConvTranspose, and the weights of LSTM, GRU and RNN; without it they are refused.
 
     Raises:
         SymmetryError: something else than a product with a weight of its own sums over units.
@@ -67,28 +76,37 @@ def readers(program: Program, space: Space, *, convolutions: bool = False) -> li
     element = analysis.elements_of(program.index(space))
     found: dict[int, WeightConsumer] = {}
     for c in analysis.consumers.contractions(np.flatnonzero(element >= 0), refined=True):
-        if c.node in found:
+        if 2 * c.node in found:
             continue
-        made = _reader(analysis, c.node, element, len(raw.table), convolutions)
+        one = _product(analysis, c.node, every)
+        made = None if one is None else _with_columns(analysis, one, element, len(raw.table))
         if made is not None:
-            found[c.node] = made
+            found[made.key] = made
         elif not whole:
             node = analysis.walk.nodes[c.node]
             raise SymmetryError(
                 f"{node.op_type} {node.name} reads @{space.name} otherwise than as a product with a weight of its own."
             )
+    states = [] if not every else [_states_product(analysis, k) for k in range(len(analysis.walk.nodes))]
+    for one in states:
+        made = None if one is None else _with_columns(analysis, one, element, len(raw.table))
+        if made is not None and made.columns.size:
+            found[made.key] = made
     if not found:
         raise SymmetryError(f"No weight reads @{space.name}.")
     return [found[k] for k in sorted(found)]
 
 
-def products(program: Program, *, convolutions: bool = False) -> list[WeightConsumer]:
+def products(program: Program, *, every: bool = False) -> list[WeightConsumer]:
     """Return every Conv (group 1), Gemm and MatMul of a value with a weight, in graph order; ``columns`` are empty.
 
-    With ``convolutions`` also Conv in groups of two channels or more, and ConvTranspose (group 1).
+    With ``every`` also Conv in groups of two channels or more, ConvTranspose (group 1), and of LSTM, GRU and RNN the
+    products with the input and with the states.
     """
     analysis = program.analysis
-    found = (_product(analysis, k, convolutions) for k in range(len(analysis.walk.nodes)))
+    found: list[WeightConsumer | None] = []
+    for k in range(len(analysis.walk.nodes)):
+        found += [_product(analysis, k, every), _states_product(analysis, k) if every else None]
     return [one for one in found if one is not None]
 
 
@@ -108,30 +126,29 @@ def _summed(analysis: Analysis, reader: WeightConsumer) -> LeafFactor | None:
     return next((f for f in factors if f.active and f.groups == reader.groups and f.axes[-1] == reader.axis), None)
 
 
-def _reader(
-    analysis: Analysis, position: int, element: Labels, count: int, convolutions: bool
-) -> WeightConsumer | None:
-    made = _product(analysis, position, convolutions)
-    factor = None if made is None else _summed(analysis, made)
-    if made is None or factor is None:
+def _with_columns(analysis: Analysis, made: WeightConsumer, element: Labels, count: int) -> WeightConsumer | None:
+    """Return a product with the places of a space's elements; None where it sums over no units of known places."""
+    factor = _summed(analysis, made)
+    if factor is None:
         return None
     owner = element[analysis.classes.refined(slice(factor.base, factor.base + factor.size))]
     columns = element_places(owner, count)
     return None if columns is None else replace(made, columns=columns)
 
 
-def _product(analysis: Analysis, position: int, convolutions: bool) -> WeightConsumer | None:
+def _product(analysis: Analysis, position: int, every: bool) -> WeightConsumer | None:
     node = analysis.walk.nodes[position]
-    where = _weight(analysis, position, node, convolutions)
+    where = _weight(analysis, position, node, every)
     if where is None or node.inputs[0] is None or (position, 0) in analysis.walk.use_leaf:
         return None
     leaf, axis = where
-    bias = node.inputs[2] if node.op_type != "MatMul" and len(node.inputs) > 2 else None
+    recurrent = node.op_type in RECURRENT
+    bias = node.inputs[2] if node.op_type != "MatMul" and not recurrent and len(node.inputs) > 2 else None
     return WeightConsumer(
         position,
         node.op_type,
         node.inputs[0].name or "",
-        node.outputs[0].name or "",
+        "" if recurrent else node.outputs[0].name or "",
         analysis.walk.leaves[leaf].name,
         leaf,
         axis,
@@ -141,9 +158,23 @@ def _product(analysis: Analysis, position: int, convolutions: bool) -> WeightCon
     )
 
 
-def _weight(analysis: Analysis, position: int, node: ir.Node, convolutions: bool) -> tuple[int, int] | None:
+def _states_product(analysis: Analysis, position: int) -> WeightConsumer | None:
+    """Return the product of a recurrent layer with its states, where these can be seen as its first output."""
+    node = analysis.walk.nodes[position]
+    if node.op_type not in RECURRENT or node.domain or attribute(node, "layout", 0) or not node.outputs[0].name:
+        return None
+    leaf = analysis.walk.use_leaf.get((position, 2))
+    if leaf is None:
+        return None
+    one = analysis.walk.leaves[leaf]
+    nothing = np.zeros((0, 0), np.int64)
+    shown = node.outputs[0].name
+    return WeightConsumer(position, node.op_type, shown, "", one.name, leaf, 2, nothing, None, one.shape[0], 2)
+
+
+def _weight(analysis: Analysis, position: int, node: ir.Node, every: bool) -> tuple[int, int] | None:
     """Return the parameter that is input 1 of a product, and which of its axes is summed."""
-    known = ("Conv", "ConvTranspose", "Gemm", "MatMul") if convolutions else ("Conv", "Gemm", "MatMul")
+    known = ("Conv", "ConvTranspose", "Gemm", "MatMul", *RECURRENT) if every else ("Conv", "Gemm", "MatMul")
     if node.domain or node.op_type not in known or len(node.inputs) < 2:
         return None
     found = analysis.consumers.weight(position, 1)
@@ -151,8 +182,10 @@ def _weight(analysis: Analysis, position: int, node: ir.Node, convolutions: bool
         return None
     leaf, turned = found[0], bool(found[1])
     one = analysis.walk.leaves[leaf]
+    if node.op_type in RECURRENT:
+        return None if turned or attribute(node, "layout", 0) else (leaf, 2)
     if node.op_type.startswith("Conv"):
-        together = attribute(node, "group", 1) == 1 or (node.op_type == "Conv" and convolutions and one.shape[1] > 1)
+        together = attribute(node, "group", 1) == 1 or (node.op_type == "Conv" and every and one.shape[1] > 1)
         return (leaf, weight_axes(node, len(one.shape))[0]) if together else None
     if any(attribute(node, name, usual) != usual for name, usual in (("transA", 0), ("alpha", 1.0), ("beta", 1.0))):
         return None

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from cipm_ir.errors import CipmError
+from cipm_ir.errors import CipmError, UnsupportedError
 from cipm_ir.ir.labels import Labels
 from cipm_ir.runtime.activations.cache import Lifetimes
 from cipm_ir.runtime.activations.observe import extract_subgraph, samples
@@ -241,7 +241,17 @@ class Footprint:
 
     @classmethod
     def measure(cls, model: ir.Model, data: Data) -> Footprint:
-        """Run one sample, and look at the sizes of all values that depend on the inputs."""
+        """Run one sample, and look at the sizes of all values that depend on the inputs.
+
+        Of a model that cannot be run nothing is known; what needs its values refuses it with more to say.
+        """
+        try:
+            return cls._measured(model, data)
+        except UnsupportedError:
+            return cls(0, 0, 0.0, np.zeros(1, np.int64))
+
+    @classmethod
+    def _measured(cls, model: ir.Model, data: Data) -> Footprint:
         lives = Lifetimes.of(model)
         tensors = {v.name: v for n in model.graph for v in n.outputs} | {v.name: v for v in model.graph.inputs}
         names = [name for name in lives.names if tensors[name].dtype in (*_PLAIN, None)]

@@ -74,7 +74,8 @@ def test_a_pass_does_the_same_to_constants(spec: str, ir_version: int) -> None:
     """The same summary and the same numbers, bit for bit."""
     results = [cipm_ir.optimize(net(constant=c, ir_version=ir_version), [spec], data=DATA) for c in (True, False)]
     steps = [r.report.steps[0] for r in results]
-    assert steps[0].summary == steps[1].summary
+    said = [step.summary.partition("; a run takes")[0] for step in steps]  # what is measured in seconds differs
+    assert said[0] == said[1]
     assert steps[0].changed == steps[1].changed
     a, b = (ran(r.program.emit()) for r in results)
     np.testing.assert_array_equal(a, b)

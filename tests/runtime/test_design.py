@@ -22,7 +22,7 @@ Array = NDArray[Any]
 def only(net: Net) -> tuple[Program, WeightConsumer, LinearOpGeometry]:
     """The one product of a net."""
     made = program(net)
-    (reader,) = products(made, convolutions=True)
+    (reader,) = products(made, every=True)
     return made, reader, LinearOpGeometry.of(made, reader)
 
 
@@ -148,7 +148,7 @@ def test_other_transposed_convolutions_are_refused(attributes: dict[str, Any]) -
     )
     net.output(y, ["N", 4, "h", "w"])
     made = program(net)
-    (reader,) = products(made, convolutions=True)
+    (reader,) = products(made, every=True)
     with pytest.raises(UnsupportedError):
         LinearOpGeometry.of(made, reader)
     assert not layers_of(made)

@@ -21,7 +21,7 @@ from cipm_ir.ir.constants import attribute
 from cipm_ir.ir.labels import Labels
 from cipm_ir.runtime.statistics.moments import check_squares
 from cipm_ir.symmetry.program import Program
-from cipm_ir.symmetry.readers import WeightConsumer
+from cipm_ir.symmetry.readers import RECURRENT, WeightConsumer
 
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float64]
@@ -34,6 +34,9 @@ class LinearOpGeometry:
 
     ``axis``: which axis of the weight is summed. The matrix has shape (K, outputs), K = summed channels times taps.
     ``groups``: of a Conv; ``shape`` has all its input channels. ``stuffed``: the strides of a ConvTranspose.
+    ``stored``: of a recurrent layer, the shape of the weight, whose directions and gates are outputs of one product.
+    ``backward``: of its product with the states, which directions run backward: rows are the states of the steps before
+    (behind), and the matrix has a block for each direction.
     """
 
     shape: tuple[int, ...]
@@ -44,6 +47,8 @@ class LinearOpGeometry:
     dilations: tuple[int, ...] = ()
     groups: int = 1
     stuffed: tuple[int, ...] = ()
+    stored: tuple[int, ...] = ()
+    backward: tuple[bool, ...] = ()
 
     @classmethod
     def of(cls, program: Program, reader: WeightConsumer) -> LinearOpGeometry:
@@ -54,6 +59,13 @@ class LinearOpGeometry:
         """
         analysis = program.analysis
         shape, node = analysis.walk.leaves[reader.leaf].shape, analysis.walk.nodes[reader.node]
+        if reader.op in RECURRENT:
+            outputs = shape[0] * shape[1]
+            if reader.index == 1:
+                return cls((outputs, shape[2]), 1, stored=shape)
+            way = attribute(node, "direction", "forward")
+            backward = (way == "reverse",) if way != "bidirectional" else (False, True)
+            return cls((outputs, shape[0] * shape[2]), 1, groups=shape[0], stored=shape, backward=backward)
         if reader.op not in ("Conv", "ConvTranspose"):
             return cls(shape, reader.axis)
         auto = attribute(node, "auto_pad", "NOTSET")
@@ -85,7 +97,7 @@ class LinearOpGeometry:
     @property
     def plain(self) -> bool:
         """Whether it is an ordinary product or convolution, without groups."""
-        return self.groups == 1 and not self.stuffed
+        return self.groups == 1 and not self.stuffed and not self.stored
 
     @property
     def blocks(self) -> tuple[Labels, Labels] | None:
@@ -97,6 +109,8 @@ class LinearOpGeometry:
     # ------------------------------------------------------------ rows
     def positions(self, u: Array) -> int:
         """Return how many rows a batch gives for each of its samples (of a MatMul: rows in all)."""
+        if self.backward:
+            return int(max(len(u) - 1, 1) * u.shape[2])
         if not self.kernel:
             return int(u.size // u.shape[-1])
         return math.prod(self.grid(u))
@@ -104,6 +118,9 @@ class LinearOpGeometry:
     def inputs(self, u: Array, places: Labels | None = None) -> Array:
         """(rows, K): of the values that are read. ``places``: only these positions, the same ones in every sample."""
         u = widened(u)
+        if self.backward:  # (steps, directions, samples, units); of one step, its state stands for the one before
+            steps = [u[1:, k] if back else u[:-1, k] for k, back in enumerate(self.backward)]
+            u = np.concatenate(steps if len(u) > 1 else [u[:, k] for k in range(u.shape[1])], axis=-1)
         if not self.kernel:
             flat = u.reshape(-1, u.shape[-1])
             return flat if places is None else flat[places]
@@ -159,6 +176,8 @@ class LinearOpGeometry:
     def matrix(self, weight: Array) -> Array:
         """(K, outputs) of the weight in its own shape."""
         weight = np.asarray(weight)
+        if self.stored and self.groups == 1:
+            weight = weight.reshape(self.shape)
         if self.stuffed:
             weight = np.flip(weight, tuple(range(2, weight.ndim)))
         if self.groups > 1:
@@ -178,12 +197,12 @@ class LinearOpGeometry:
             split = matrix.reshape(g, self.shape[1] // g, taps, g, self.width // g)
             each = np.arange(g)
             own = split[each, :, :, each].transpose(0, 3, 1, 2)  # groups, outputs, channels, taps
-            return np.ascontiguousarray(own).reshape(self.width, self.shape[1] // g, *self.kernel)
+            return np.ascontiguousarray(own).reshape(self.stored or (self.width, self.shape[1] // g, *self.kernel))
         full = matrix.reshape(self.shape[self.axis], *self.kernel, self.width)
         weight = np.moveaxis(np.moveaxis(full, -1, 1), 0, self.axis)
         if self.stuffed:
             weight = np.flip(weight, tuple(range(2, weight.ndim)))
-        return np.ascontiguousarray(weight)
+        return np.ascontiguousarray(weight).reshape(self.stored or weight.shape)
 
     def rows_of(self, columns: Labels) -> Labels:
         """(elements, k times taps): the rows of the matrix that belong to each element."""

@@ -42,10 +42,16 @@ class Liveness:
         self.roots: Mask = self.summed.copy()
         self.roots[analysis.classes.parts.cell_part] = True  # their sums are not told apart
 
-    def read(self, found: Intervals, sums: Iterable[Sum]) -> None:
-        """Walk over the nodes that are no sums of products, and note what they read."""
+    def read(self, found: Intervals, sums: Iterable[Sum], products: Iterable[int] = ()) -> None:
+        """Walk over the nodes that are no sums of products, and note what they read.
+
+        Args:
+            found: intervals of the values.
+            sums: of products, which are told apart otherwise.
+            products: positions of other nodes that are left out, since they read all units by weights.
+        """
         walk = self.analysis.walk
-        known = {s.node for s in sums}
+        known = {*(s.node for s in sums), *products}
         for position, node in enumerate(walk.nodes):
             if position in known:
                 continue

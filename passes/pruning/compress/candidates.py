@@ -8,7 +8,6 @@ from fnmatch import fnmatchcase
 from math import ceil
 
 import numpy as np
-import onnx_ir as ir
 
 from cipm_ir.errors import OptionError, SymmetryError
 from cipm_ir.ir.constants import attribute
@@ -22,7 +21,7 @@ from cipm_ir.runtime.kernels import channel_block
 from cipm_ir.symmetry.analysis import Analysis
 from cipm_ir.symmetry.primitives.restrict import closed_keep
 from cipm_ir.symmetry.program import Program
-from cipm_ir.symmetry.readers import WeightConsumer, readers, weight_uses
+from cipm_ir.symmetry.readers import WeightConsumer, products, readers, weight_uses
 from cipm_ir.symmetry.space import Space
 
 _BLOCKS = 4
@@ -187,10 +186,11 @@ def find_candidates(
     sums = find_sums(found)
     inner = group_statistics(analysis)
     liveness = apart = Liveness(analysis)
-    liveness.read(found, sums)
+    recurrent = {reader.node for reader in products(program, every=True) if reader.index == 2}
+    liveness.read(found, sums, recurrent)
     if inner:
         apart = Liveness(analysis.without_statistics(inner))
-        apart.read(found, sums)
+        apart.read(found, sums, recurrent)
     candidates: list[Candidate] = []
     notes: list[str] = []
     for group in links.groups:
@@ -210,7 +210,7 @@ def find_candidates(
             continue
         chosen = np.unique(np.linspace(0, len(numbers) - 1, steps + 1).round().astype(int))
         by_space: list[list[WeightConsumer]] = [[] for _ in paired]
-        by_space += [readers(program, program.spaces[k], convolutions=True) for k in read]
+        by_space += [readers(program, program.spaces[k], every=True) for k in read]
         made = [pairs[k] for k in paired] if pairs else []
         candidates.append(Candidate([*paired, *read], by_space, numbers[chosen], numbers, pairs=made))
     return sorted(candidates, key=lambda c: c.first), notes
@@ -257,14 +257,15 @@ def _refusal(
     if not frozen.isdisjoint(group):
         return "rows would become uneven"
     loop = _recurrent(analysis, tables)
-    if loop is not None:
-        return f"{loop.op_type} {loop.name} feeds its units back to itself"
+    if loop is not None and loop not in {r.node for k in read for r in _state_readers(program, k)}:
+        node = analysis.walk.nodes[loop]
+        return f"{node.op_type} {node.name} feeds its units back to itself, and its weights or states cannot be seen"
     if any(summed[t.ravel()].any() for t in tables):
         return "a normalization, softmax or sum runs over its units"
     uses = weight_uses(program)
     try:
         for k in read:
-            found = readers(program, program.spaces[k], convolutions=True)
+            found = readers(program, program.spaces[k], every=True)
             tied = next((r.weight for r in found if uses[r.weight] > 1), None)
             if tied is not None:
                 return f"{tied} is used in several places"
@@ -276,15 +277,23 @@ def _refusal(
     return ""
 
 
-def _recurrent(analysis: Analysis, tables: Sequence[Labels]) -> ir.Node | None:
-    """Return the recurrent layer whose state these units are."""
+def _state_readers(program: Program, space: int) -> list[WeightConsumer]:
+    """Return the products of recurrent layers with states that are units of a space."""
+    try:
+        return [r for r in readers(program, program.spaces[space], every=True) if r.index == 2]
+    except SymmetryError:
+        return []
+
+
+def _recurrent(analysis: Analysis, tables: Sequence[Labels]) -> int | None:
+    """Return the position of the recurrent layer whose state these units are."""
     walk = analysis.walk
     for position in analysis.consumers.nodes(np.concatenate([t.ravel() for t in tables])):
         node = walk.nodes[position]
         state = walk.input_state(position, 2) if node.op_type in ("LSTM", "GRU", "RNN") else None
         for f in () if state is None else state.factors:
             if any(np.isin(t, analysis.classes.of[f.labels]).any() for t in tables):
-                return node
+                return int(position)
     return None
 
 

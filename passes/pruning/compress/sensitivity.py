@@ -57,12 +57,10 @@ def gather(
     progress: Progress | None = None,
 ) -> dict[int, tuple[Layer, NormalEquations]]:
     """Gram matrices of everything that reads a candidate, by node. ``count``: how many samples there will be."""
-    layers = {layer.reader.node: layer for layer in layers_of(program)}
-    wanted = {r.node for c in candidates for found in c.readers for r in found if r.node in layers}
+    layers = {layer.reader.key: layer for layer in layers_of(program)}
+    wanted = {r.key for c in candidates for found in c.readers for r in found if r.key in layers}
     chosen = [layers[k] for k in sorted(wanted) if layers[k].linear.size <= limits.largest]
-    sums = {
-        x.reader.node: NormalEquations(x.linear.size, x.linear.width, limits.zeros, x.linear.blocks) for x in chosen
-    }
+    sums = {x.reader.key: NormalEquations(x.linear.size, x.linear.width, limits.zeros, x.linear.blocks) for x in chosen}
     held: defaultdict[int, list[Array]] = defaultdict(list)
     rng = np.random.default_rng([seed, 1])
     sources = list(dict.fromkeys(layer.reader.source for layer in chosen))
@@ -74,13 +72,13 @@ def gather(
         for layer in chosen:
             linear, u = layer.linear, values[layer.reader.source]
             rows = linear.inputs(u, draw_places(linear, u, limits.rows(linear.size, _LEAST_ROWS) / count, rng))
-            held[layer.reader.node].append(rows)
-            if sum(map(len, held[layer.reader.node])) >= min(_ROWS, limits.entries // (len(chosen) * linear.size)):
-                sums[layer.reader.node].add(np.concatenate(held.pop(layer.reader.node)), None)
+            held[layer.reader.key].append(rows)
+            if sum(map(len, held[layer.reader.key])) >= min(_ROWS, limits.entries // (len(chosen) * linear.size)):
+                sums[layer.reader.key].add(np.concatenate(held.pop(layer.reader.key)), None)
     for node, rest in held.items():
         if rest:
             sums[node].add(np.concatenate(rest), None)
-    return {layer.reader.node: (layer, sums[layer.reader.node]) for layer in chosen}
+    return {layer.reader.key: (layer, sums[layer.reader.key]) for layer in chosen}
 
 
 def problem_of(program: Program, layer: Layer, sums: NormalEquations, columns: Labels, damping: float) -> Problem:
@@ -127,8 +125,8 @@ def _problems(
     """Return one for each reader, in which errors of the outputs count as they are read further on."""
     made = []
     for reader in found:
-        if reader.node in grams:
-            layer, sums = grams[reader.node]
+        if reader.key in grams:
+            layer, sums = grams[reader.key]
             made.append(problem_of(program, layer, sums, reader.columns, damping).seen_by(reading.root(layer)))
     return made
 
@@ -272,7 +270,7 @@ class Probe:
                     found.append(old)
                     continue
                 frontier.advance(made.program.model, candidate.first)
-                nodes = [r.node for readers in candidate.readers for r in readers if r.node in made.sums]
+                nodes = [r.key for readers in candidate.readers for r in readers if r.key in made.sums]
                 near = np.sort(candidate.measured[np.argsort(np.abs(candidate.measured - now))[: 2 * _REACH + 1]])
                 left = (
                     (level, stays([*levels[:number], level, *levels[number + 1 :]]))
@@ -308,7 +306,7 @@ def local_curve(
     program: Program, candidate: Candidate, grams: Mapping[int, tuple[Layer, NormalEquations]], damping: float
 ) -> Curve:
     """Return the squared error of what a candidate's readers give, over its variance, at each level; runs nothing."""
-    nodes = sorted({reader.node for found in candidate.readers for reader in found} & set(grams))
+    nodes = sorted({reader.key for found in candidate.readers for reader in found} & set(grams))
     curve = np.zeros(len(candidate.levels))
     for node in nodes:
         problem = problem_of(program, *grams[node], np.zeros((0, 1), np.int64), damping)
@@ -320,8 +318,8 @@ def local_curve(
 def _gone_rows(layer: Layer, candidate: Candidate, level: int) -> Labels:
     """Return the rows of a reader's matrix whose units a candidate drops at a level."""
     pairs = zip(candidate.readers, candidate.kept[level], strict=True)
-    node = layer.reader.node
-    gone = [np.delete(r.columns, kept, axis=0).ravel() for found, kept in pairs for r in found if r.node == node]
+    node = layer.reader.key
+    gone = [np.delete(r.columns, kept, axis=0).ravel() for found, kept in pairs for r in found if r.key == node]
     return layer.linear.rows_of(np.concatenate(gone)[:, None]).ravel()
 
 
@@ -336,7 +334,7 @@ def shrunk(
 
     Refitted without the units removed at that level.
     """
-    nodes = sorted({reader.node for found in candidate.readers for reader in found} & set(grams))
+    nodes = sorted({reader.key for found in candidate.readers for reader in found} & set(grams))
     problems = {node: problem_of(program, *grams[node], np.zeros((0, 1), np.int64), damping) for node in nodes}
     for level in levels:
         weights: dict[str, Array] = {}

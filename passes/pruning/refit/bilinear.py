@@ -191,8 +191,8 @@ def outputs_to_zero(program: Program, pairs: Mapping[int, Pair], stays: Mask) ->
         raw = program.analysis.spaces[pair.space]
         gone = ~stays[raw.table[:, 0]]
         if not pair.chain and gone.any() and (raw.parent_class < 0 or stays[raw.parent_class]):
-            found[pair.first.reader.node].append(pair.left[gone])
-            found[pair.second.reader.node].append(pair.right[gone])
+            found[pair.first.reader.key].append(pair.left[gone])
+            found[pair.second.reader.key].append(pair.right[gone])
     return {node: np.concatenate(places) for node, places in found.items()}
 
 

@@ -82,9 +82,9 @@ class Compensation:
     def run(self, program: Program, stays: Mask) -> Compensated:
         """Refit every product, and move the statistics of every batch normalization, behind the first change."""
         layers = layers_of(program)
-        gone = {layer.reader.node: gone_places(program, layer.reader, stays) for layer in layers}
+        gone = {layer.reader.key: gone_places(program, layer.reader, stays) for layer in layers}
         quiet = self.mute(stays) if self.mute is not None else {}
-        nodes = [layer.reader.node for layer in layers]
+        nodes = [layer.reader.key for layer in layers]
         first = next((k for k, node in enumerate(nodes) if len(gone[node]) or node in quiet), None)
         made = Compensated(program, program, {}, left_out(program, layers, stays))
         if first is None:
@@ -111,8 +111,11 @@ class Compensation:
                         self._norm(made, norms.pop(0), now, dense)
                     shortcuts = [x.way.shortcut for x in group if x.way.shortcut]
                     sums = [x.way.rectified for x in group if x.way.rectified]
+                    sums += [x.reader.source for x in group if x.linear.stored]
                     now.advance(made.program.model, start, shortcuts)
-                    dense.advance(program.model, stop, [*(x.reader.output for x in group), *shortcuts, *sums])
+                    dense.advance(
+                        program.model, stop, [*(x.reader.output for x in group if x.reader.output), *shortcuts, *sums]
+                    )
                     for layer in group:
                         if self._together(made, duos, layer, now, dense, gone):
                             now.advance(made.program.model, start, shortcuts)
@@ -127,12 +130,12 @@ class Compensation:
         self, made: Compensated, groups: Sequence[list[Layer]], gone: dict[int, Labels], quiet: dict[int, Labels]
     ) -> None:
         """Take the rows of what is removed out of products for which there is no time left."""
-        left = [layer for group in groups for layer in group if len(gone[layer.reader.node])]
+        left = [layer for group in groups for layer in group if len(gone[layer.reader.key])]
         for layer in left:
-            made.refit(zero_input_rows(made.program, layer, gone[layer.reader.node]))
-        for layer in (x for group in groups for x in group if x.reader.node in quiet):
+            made.refit(zero_input_rows(made.program, layer, gone[layer.reader.key]))
+        for layer in (x for group in groups for x in group if x.reader.key in quiet):
             weights: dict[str, Array] = {}
-            zero_outputs(made.program, layer, quiet[layer.reader.node], weights)
+            zero_outputs(made.program, layer, quiet[layer.reader.key], weights)
             made.refit(weights)
         if left:
             made.notes.append(f"the time was over before {len(left)} products that lose units were refitted")
@@ -147,12 +150,12 @@ class Compensation:
         gone: dict[int, Labels],
     ) -> bool:
         """Fit a product together with the one before it; where that helps, go back to where the first one reads."""
-        one = duos.first.get(layer.reader.node)
+        one = duos.first.get(layer.reader.key)
         if one is None:
             return False
-        stays = (np.setdiff1d(np.arange(x.linear.shape[x.linear.axis]), gone[x.reader.node]) for x in (one, layer))
-        rows = _Rows(now, dense, self.seed, self.rows, self.limits)
-        held = duos.held.pop(one.reader.node)
+        stays = (np.setdiff1d(np.arange(x.linear.shape[x.linear.axis]), gone[x.reader.key]) for x in (one, layer))
+        rows = _Rows(now, dense, made.dense, self.seed, self.rows, self.limits)
+        held = duos.held.pop(one.reader.key)
         weights = fit_pair(
             made.program,
             LinearPair(one, layer, *stays),
@@ -185,9 +188,9 @@ class Compensation:
     ) -> None:
         """Refit products that read one value."""
         weights: dict[str, Array] = {}
-        rows = _Rows(now, dense, self.seed, self.rows, self.limits)
+        rows = _Rows(now, dense, made.dense, self.seed, self.rows, self.limits)
         for layer in group:
-            node = layer.reader.node
+            node = layer.reader.key
             if layer.linear.size > self.limits.largest:
                 if len(gone[node]):
                     weights.update(zero_input_rows(made.program, layer, gone[node]))
@@ -208,8 +211,8 @@ class Compensation:
             weights.update(fitted)
             made.sums[node] = (layer, sums)
         for layer in group:
-            if layer.reader.node in quiet:
-                zero_outputs(made.program, layer, quiet[layer.reader.node], weights)
+            if layer.reader.key in quiet:
+                zero_outputs(made.program, layer, quiet[layer.reader.key], weights)
         made.refit(weights)
 
     def _damping(self, program: Program, layer: Layer, gone: Labels, x: Array, target: Array, count: int) -> float:
@@ -264,7 +267,7 @@ class _Duos:
 
     def hold(self, group: Sequence[Layer], now: ActivationCache) -> None:
         """Remember where the run is, if a first product comes now."""
-        nodes = {layer.reader.node for layer in group} & {one.reader.node for one in self.first.values()}
+        nodes = {layer.reader.key for layer in group} & {one.reader.key for one in self.first.values()}
         self.held.update({node: now.fork() for node in nodes})
 
 
@@ -294,6 +297,7 @@ class _Rows:
 
     now: ActivationCache
     dense: ActivationCache
+    original: Program
     seed: int
     least: int
     limits: Limits
@@ -308,7 +312,8 @@ class _Rows:
             rng = np.random.default_rng([self.seed, layer.reader.node])
             share = self.limits.rows(linear.size, self.least) / sum(self.now.samples)
             xs, places = [], []
-            for values in self.now.values:
+            # the states of the layer to be fitted are not known before that: those of the original stand for them
+            for values in (self.dense if linear.backward else self.now).values:
                 u = np.asarray(values[source])
                 places.append(draw_places(linear, u, share, rng))
                 xs.append(linear.inputs(u, places[-1]))
@@ -324,6 +329,10 @@ class _Rows:
         ys, zs = [], []
         way, linear = layer.way, layer.linear
         for a, b, where in zip(self.now.values, self.dense.values, places, strict=True):
+            if linear.stored:  # what gates sum up is no value of the graph
+                matrix = linear.matrix(parameter_array(self.original, layer.reader.weight))
+                ys.append(linear.inputs(np.asarray(b[layer.reader.source]), where) @ matrix)
+                continue
             y = linear.outputs(np.asarray(b[layer.reader.output]), where)
             if way.shortcut is not None:
                 gap = np.asarray(b[way.shortcut]) - np.asarray(a[way.shortcut])
@@ -353,7 +362,7 @@ def _below_zero(
 
 
 def _geometry(linear: LinearOpGeometry) -> tuple[object, ...]:
-    return (linear.kernel, linear.strides, linear.pads, linear.dilations, linear.stuffed)
+    return (linear.kernel, linear.strides, linear.pads, linear.dilations, linear.stuffed, linear.backward)
 
 
 def refitted(program: Program, layer: Layer, sums: NormalEquations, gone: Labels, damping: float) -> dict[str, Array]:

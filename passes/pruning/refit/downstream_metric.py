@@ -35,7 +35,7 @@ class DownstreamMetric:
 
     def root(self, layer: Layer) -> Matrix | None:
         """Return the square root of M, (outputs, outputs); None where no product reads the outputs."""
-        node = layer.reader.node
+        node = layer.reader.key
         if node not in self._known:
             self._known[node] = self._root(layer)
         return self._known[node]

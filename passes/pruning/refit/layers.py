@@ -18,7 +18,7 @@ from cipm_ir.passes.pruning.importance.criteria import parameter_array
 from cipm_ir.runtime.activations.cache import moving
 from cipm_ir.runtime.activations.linear_geometry import Array, LinearOpGeometry, plain_transpose, sample_places
 from cipm_ir.symmetry.program import Program
-from cipm_ir.symmetry.readers import WeightConsumer, products, summed_classes, weight_uses
+from cipm_ir.symmetry.readers import RECURRENT, WeightConsumer, products, summed_classes, weight_uses
 
 SMALL = 1e-3
 """Factors of outputs that hardly count."""
@@ -71,7 +71,7 @@ def layers_of(program: Program) -> list[Layer]:
     nodes = nodes_in_order(program.model.graph)
     place = {id(n): k for k, n in enumerate(nodes)}
     made = []
-    for reader in products(program, convolutions=True):
+    for reader in products(program, every=True):
         node = nodes[reader.node]
         tensor = program.model.graph.initializers.get(reader.weight)
         if uses.get(reader.weight) != 1 or tensor is None or reader.source not in live:
@@ -82,6 +82,10 @@ def layers_of(program: Program) -> list[Layer]:
             continue
         if program.analysis.walk.paths[reader.node]:
             continue  # in a body, whose values cannot be looked at
+        if node.op_type in RECURRENT:
+            linear = LinearOpGeometry.of(program, reader)
+            made.append(Layer(reader, linear, None, OutputPath(np.ones(linear.width))))
+            continue
         if node.op_type == "ConvTranspose" and not plain_transpose(node):
             continue  # padding that takes more away than the kernel adds, or sizes that are given
         linear = LinearOpGeometry.of(program, reader)
@@ -92,7 +96,7 @@ def layers_of(program: Program) -> list[Layer]:
 def left_out(program: Program, layers: Sequence[Layer], stays: Mask) -> list[str]:
     """Return products with a weight that lose some of their units and are not refitted, with the reason."""
     analysis, fitted = program.analysis, {layer.reader.node for layer in layers}
-    uses, by_node = weight_uses(program), {reader.node: reader for reader in products(program, convolutions=True)}
+    uses, by_node = weight_uses(program), {reader.node: reader for reader in products(program, every=True)}
     live = moving(program.model)
     why: dict[int, str] = {}
     for event in analysis.consumers.contractions(np.flatnonzero(~stays)):
@@ -104,7 +108,7 @@ def left_out(program: Program, layers: Sequence[Layer], stays: Mask) -> list[str
         if analysis.walk.paths[event.node]:
             why[event.node] = f"it stands in the body {analysis.walk.paths[event.node]}"
         elif reader is None:
-            why[event.node] = "only Conv, ConvTranspose (group 1), Gemm and MatMul with a weight are"
+            why[event.node] = "only Conv, ConvTranspose (group 1), Gemm, MatMul and recurrent layers with a weight are"
         elif uses.get(reader.weight) != 1:
             why[event.node] = f"{reader.weight} is used in several places"
         else:

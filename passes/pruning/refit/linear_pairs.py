@@ -58,7 +58,7 @@ def find_pairs(program: Program, layers: Sequence[Layer]) -> dict[int, Layer]:
         if second is None or second.bias is None or second.reader.source != relus[0].outputs[0].name:
             continue
         if len(first.linear.kernel) == len(second.linear.kernel) and second.linear.plain:
-            found[second.reader.node] = first
+            found[second.reader.key] = first
     return found
 
 

@@ -23,7 +23,7 @@ Array = NDArray[Any]
 
 def duos_of(net: Net) -> dict[int, int]:
     made = program(net)
-    return {node: first.reader.node for node, first in find_pairs(made, layers_of(made)).items()}
+    return {key // 2: first.reader.node for key, first in find_pairs(made, layers_of(made)).items()}
 
 
 # ---------------------------------------------------------------- which
