@@ -46,7 +46,7 @@ class Compress(Pass):
     nothing: checked on real runs. (7) Plain pruning by each criterion, and by the best one with compensation, is
     measured too: the result is what diverges least on samples left out (one of eight, where there are 32 or more).
     Refused, and said in the summary: units under a normalization, softmax or sum over them, and such as something else
-    than a Conv (group 1), Gemm or MatMul with a weight of its own reads. Sources: He et al. 2017; Hassibi & Stork 1993.
+    than a product or a recurrent layer with weights of its own reads. Sources: He et al. 2017; Hassibi & Stork 1993.
 
     Raises:
         OptionError: there is no data or for contradictory options.
