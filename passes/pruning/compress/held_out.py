@@ -28,8 +28,6 @@ class Part:
         every: one of so many samples is left out.
         held: whether the part is those left out, or the others.
         limit: samples of the whole data that are looked at.
-        whole: batches are in or out as they are: a list of complete inputs is not cut, as what a sample is may depend on
-            the others (words of a text, windows of a recording).
     """
 
     data: Data
@@ -37,11 +35,10 @@ class Part:
     every: int
     held: bool
     limit: int
-    whole: bool = False
 
     def __iter__(self) -> Iterator[Feeds]:
         """Yield a batch at a time; where a model fixes its batches, whole ones are in or out."""
-        fixed = self.whole or any(v.shape and isinstance(v.shape[0], int) for v in true_inputs(self.model))
+        fixed = any(v.shape and isinstance(v.shape[0], int) for v in true_inputs(self.model))
         seen = 0
         for feeds in batches(self.data, self.model, _AT_ONCE, limit=self.limit):
             number = samples(feeds)
@@ -55,13 +52,18 @@ class Part:
 
 
 def split(data: Data, model: ir.Model, limit: int) -> tuple[Data, Data | None]:
-    """Return samples for calibration and samples that are left out; None where there are too few for that."""
+    """Return samples for calibration and samples that are left out; None where there are too few for that.
+
+    A list of complete inputs of several samples each is not divided: what a sample is may depend on the others (words
+    of a text, windows of a recording).
+    """
     count = count_samples(model, data, _AT_ONCE, limit)
     if count < _LEAST:
         return data, None
-    whole = isinstance(data, (list, tuple)) and len(data) >= _LEAST
-    every = max(_EVERY, -(-(len(data) if whole and isinstance(data, (list, tuple)) else count) // _MOST))
-    calibration, held = (Part(data, model, every, held, limit, whole) for held in (False, True))
+    if isinstance(data, (list, tuple)) and count > len(data):
+        return data, None
+    every = max(_EVERY, -(-count // _MOST))
+    calibration, held = (Part(data, model, every, held, limit) for held in (False, True))
     if next(iter(held), None) is None or next(iter(calibration), None) is None:
         return data, None
     return calibration, held
