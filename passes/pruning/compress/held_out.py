@@ -37,7 +37,7 @@ class Part:
     limit: int
 
     def __iter__(self) -> Iterator[Feeds]:
-        """Yield a batch at a time; where a model fixes its batches, whole batches are in or out."""
+        """Yield a batch at a time; where a model fixes its batches, whole ones are in or out."""
         fixed = any(v.shape and isinstance(v.shape[0], int) for v in true_inputs(self.model))
         seen = 0
         for feeds in batches(self.data, self.model, _AT_ONCE, limit=self.limit):
@@ -52,9 +52,15 @@ class Part:
 
 
 def split(data: Data, model: ir.Model, limit: int) -> tuple[Data, Data | None]:
-    """Return samples for calibration and samples that are left out; None where there are too few for that."""
+    """Return samples for calibration and samples that are left out; None where there are too few for that.
+
+    A list of complete inputs of several samples each is not divided: what a sample is may depend on the others (words
+    of a text, windows of a recording).
+    """
     count = count_samples(model, data, _AT_ONCE, limit)
     if count < _LEAST:
+        return data, None
+    if isinstance(data, (list, tuple)) and count > len(data):
         return data, None
     every = max(_EVERY, -(-count // _MOST))
     calibration, held = (Part(data, model, every, held, limit) for held in (False, True))

@@ -208,12 +208,18 @@ class Probe:
             return self.compare(program, frontier)
 
     def each(self, program: Program) -> Curve:
-        """Return the divergence of each sample, or of each batch where outputs hold no samples."""
+        """Return what each sample, or each batch where outputs hold no samples, adds to the divergence.
+
+        Errors are relative to the mean square of all: an output near zero in one sample says nothing alone.
+        """
         with self.frontier(program) as frontier:
             outs = frontier.tail(program.model, list(self.divergence.measures))
             pairs = zip(self.dense, outs, frontier.samples, strict=True)
             sums = [one for a, b, count in pairs for one in self.divergence.each(a, b, count)]
-        return np.asarray([self.divergence.total([one]) for one in sums])
+        parts = np.asarray(sums)  # samples, outputs, numerator and denominator
+        with np.errstate(invalid="ignore", over="ignore"):
+            each = (parts[..., 0] / np.maximum(parts[..., 1].mean(axis=0), 1e-30)).mean(axis=1)
+        return np.where(np.isfinite(each), each, np.inf)
 
     def curves(
         self,

@@ -43,7 +43,7 @@ Matrix = npt.NDArray[np.float64]
 _RECTIFIED_ROUNDS = 3
 _DAMPINGS = (1.0, 10.0, 100.0, 1000.0, 10_000.0)
 """Multiples of the damping that are tried where rows are few."""
-_PLENTY = 20
+_PLENTY = 4
 """With so many rows for each unknown, damping makes no difference."""
 _FOLD = 4
 ROWS = 20_000

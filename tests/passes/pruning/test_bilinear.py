@@ -88,7 +88,7 @@ def test_muted_are_units_that_go_but_not_their_heads() -> None:
     first = next(k for k, pair in pairs.items() if not pair.chain)
     quiet = outputs_to_zero(program, pairs, mask_of(program, [(first, np.asarray([0, 1]))]))
     assert {node: len(places) for node, places in quiet.items()} == {
-        pairs[first].first.reader.node: 2, pairs[first].second.reader.node: 2,
+        pairs[first].first.reader.key: 2, pairs[first].second.reader.key: 2,
     }  # fmt: skip
     heads = next(k for k, s in enumerate(program.spaces) if s.kind == "blocks")
     assert outputs_to_zero(program, pairs, mask_of(program, [(heads, np.asarray([0]))])) == {}

@@ -233,3 +233,28 @@ def test_work_that_does_not_turn_into_time_is_said(seconds: list[float], warned:
     words = latency_in_words({"1 thread": seconds, "2 threads": seconds}, 0.7)
     assert words[0].startswith("a run takes ") and any("warning" in one for one in words) == warned
     assert not latency_in_words({}, 0.7)
+
+
+def test_a_sample_with_small_outputs_does_not_decide() -> None:
+    """What samples add sums up to the divergence of all, also where one of them has outputs near zero."""
+    made = program(mlp())
+    data = rows(64)
+    plan = Compress(macs=0.6, **FAST)._plan(made, Context(data=data, original=made), Limits())
+    result = compress(made, data, macs=0.6, plain=False).program
+    assert plan.held.each(result).mean() == pytest.approx(plan.held.whole(result), rel=1e-6)
+    for out in plan.held.dense:
+        for array in out.values():
+            array[0] *= 1e-6  # the original gives nearly nothing there
+    assert plan.held.each(result).mean() == pytest.approx(plan.held.whole(result), rel=1e-6)
+    assert plan.held.each(result)[0] < 100
+
+
+def test_a_list_of_complete_inputs_is_not_divided() -> None:
+    """What a sample is may depend on the others of its input; single samples are left out as of an array."""
+    made = program(mlp())
+    several = [rows(5, seed=k) for k in range(40)]
+    assert split(several, made.model, 4096) == (several, None)
+    one = [rows(1, seed=k) for k in range(40)]
+    left_out = split(one, made.model, 4096)[1]
+    assert left_out is not None
+    np.testing.assert_array_equal(next(iter(batches(left_out, made.model)))["x"], one[7]["x"])
