@@ -50,8 +50,8 @@ class Compress(Pass):
        model that diverges least on held-out samples (one of eight, if there are 32 or more).
 
     Left alone, and named in the summary: units under a normalization, softmax or sum over them, and units that are
-    consumed by anything else than a Conv, ConvTranspose, Gemm, MatMul or recurrent layer whose weight is used once. Sources: He et al.
-    2017; Hassibi & Stork 1993.
+    consumed by anything else than a Conv, ConvTranspose, Gemm, MatMul or recurrent layer whose weight is used once.
+    Sources: He et al. 2017; Hassibi & Stork 1993.
 
     Raises:
         OptionError: there is no data, or options contradict each other.

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from cipm_ir.runtime.activations.observe import count_samples, samples
+from cipm_ir.runtime.inputs.data import Named
 from cipm_ir.runtime.inputs.generate import Data, Feeds, batches, true_inputs
 
 _LEAST = 32
@@ -51,6 +52,12 @@ class Part:
                 yield {name: a[places] if a.ndim and len(a) == number else a for name, a in feeds.items()}
 
 
+def holds_complete_inputs(data: Data, count: int) -> bool:
+    """Return whether data is a list of inputs that hold several samples each. ``count``: of all samples."""
+    source = data.source if isinstance(data, Named) else data
+    return isinstance(source, (list, tuple)) and count > len(source)
+
+
 def split(data: Data, model: ir.Model, limit: int) -> tuple[Data, Data | None]:
     """Return samples for calibration and samples that are left out; None where there are too few for that.
 
@@ -60,7 +67,7 @@ def split(data: Data, model: ir.Model, limit: int) -> tuple[Data, Data | None]:
     count = count_samples(model, data, _AT_ONCE, limit)
     if count < _LEAST:
         return data, None
-    if isinstance(data, (list, tuple)) and count > len(data):
+    if holds_complete_inputs(data, count):
         return data, None
     every = max(_EVERY, -(-count // _MOST))
     calibration, held = (Part(data, model, every, held, limit) for held in (False, True))

@@ -13,6 +13,7 @@ from cipm_ir.ir.labels import Labels
 from cipm_ir.passes.pruning.budget.search import Mask
 from cipm_ir.passes.pruning.compress.candidates import Candidate
 from cipm_ir.passes.pruning.compress.divergence import Divergence
+from cipm_ir.passes.pruning.compress.held_out import holds_complete_inputs
 from cipm_ir.passes.pruning.compress.selection import Problem, Swaps, eliminate
 from cipm_ir.passes.pruning.importance.criteria import parameter_array
 from cipm_ir.passes.pruning.limits import Limits
@@ -358,9 +359,13 @@ def shrunk(
 
 
 def spread(program: Program, data: Data, size: int, wanted: int) -> Iterator[Feeds]:
-    """About ``wanted`` samples from all over the data, of much from its first part; fixed batches are taken whole."""
+    """About ``wanted`` samples from all over the data, of much from its first part.
+
+    Fixed batches are taken whole, and so are complete inputs of several samples, which may depend on each other.
+    """
     fixed = any(v.shape and isinstance(v.shape[0], int) for v in true_inputs(program.model))
     count = count_samples(program.model, data, size, _SPREAD * wanted)
+    fixed = fixed or holds_complete_inputs(data, count)
     share = min(wanted / max(count, 1), 1.0)
     seen = given = 0
     for feeds in batches(data, program.model, size, limit=_SPREAD * wanted):

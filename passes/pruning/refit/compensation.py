@@ -43,6 +43,8 @@ Matrix = npt.NDArray[np.float64]
 _RECTIFIED_ROUNDS = 3
 _DAMPINGS = (1.0, 10.0, 100.0, 1000.0, 10_000.0)
 """Multiples of the damping that are tried where rows are few."""
+_NEARLY = 1.2
+"""The smallest damping is taken whose error is at most so many times the least."""
 _PLENTY = 4
 """With so many rows for each unknown, damping makes no difference."""
 _FOLD = 4
@@ -236,7 +238,8 @@ class Compensation:
             # a bias takes up the mean of the rows that were fitted; one that others use stays as it is
             free = sums.y / sums.rows - sums.x / sums.rows @ weight if layer.bias is not None else shift
             errors.append(float(np.square(gap - free).sum()))
-        return self.damping * _DAMPINGS[int(np.argmin(errors))]
+        least = next((k for k, error in enumerate(errors) if error <= _NEARLY * min(errors)), 0)
+        return self.damping * _DAMPINGS[least]
 
     def _sharpen(
         self, program: Program, layer: Layer, fitted: dict[str, Array], gone: Labels, x: Array, target: Array

@@ -21,6 +21,7 @@ from cipm_ir.passes.pruning.compress.held_out import split
 from cipm_ir.passes.pruning.compress.report import latency_in_words
 from cipm_ir.passes.pruning.limits import BATCH, Footprint, Limits
 from cipm_ir.passes.pruning.prune import Prune
+from cipm_ir.runtime.inputs.data import Named
 from cipm_ir.runtime.inputs.generate import batches
 from cipm_ir.runtime.kernels import BLOCKS, channel_block
 from cipm_ir.symmetry.program import Program
@@ -254,6 +255,7 @@ def test_a_list_of_complete_inputs_is_not_divided() -> None:
     made = program(mlp())
     several = [rows(5, seed=k) for k in range(40)]
     assert split(several, made.model, 4096) == (several, None)
+    assert split(Named(several, ("x",)), made.model, 4096)[1] is None  # as the pipeline hands it on
     one = [rows(1, seed=k) for k in range(40)]
     left_out = split(one, made.model, 4096)[1]
     assert left_out is not None
