@@ -35,7 +35,7 @@ def contents(made: Program) -> dict[str, bytes]:
 
 # ---------------------------------------------------------------- data
 def test_no_data() -> None:
-    with pytest.raises(OptionError, match="give it calibration inputs with data="):
+    with pytest.raises(OptionError, match=r"give it calibration inputs \(data=, --data\)"):
         Compress(macs=0.5).run(program(mlp()), Context())
 
 
