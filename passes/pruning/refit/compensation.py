@@ -113,7 +113,8 @@ class Compensation:
                         self._norm(made, norms.pop(0), now, dense)
                     shortcuts = [x.way.shortcut for x in group if x.way.shortcut]
                     sums = [x.way.rectified for x in group if x.way.rectified]
-                    sums += [x.reader.source for x in group if x.linear.stored]
+                    near = (x for some in groups[number : number + 2] for x in some if x.reader.node < stop)
+                    sums += [x.reader.source for x in near if x.linear.stored]  # states that nothing else reads too
                     now.advance(made.program.model, start, shortcuts)
                     dense.advance(
                         program.model, stop, [*(x.reader.output for x in group if x.reader.output), *shortcuts, *sums]

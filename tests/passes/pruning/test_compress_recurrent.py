@@ -121,3 +121,16 @@ def test_states_that_cannot_be_seen_stay() -> None:
     data = {"x": np.random.default_rng(0).standard_normal((12, 40, 4)).astype(np.float32)}
     with pytest.raises(SymmetryError, match="finds no units"):
         compress(made, [data])
+
+
+def test_states_that_nothing_else_reads() -> None:
+    """The first output has a name, and only the last state is used: it is computed for the fit all the same."""
+    net = Net("named")
+    h = net.op("Relu", net.op("MatMul", net.input("x", ["T", "N", 4]), net.weight((4, 8), 4)))
+    weights = [net.weight((1, 18, 8), 8), net.weight((1, 18, 6), 6)]
+    _, last = net.multi("GRU", [h, *weights], 2, hidden_size=6)
+    net.output(net.op("MatMul", net.op("Squeeze", last, net.const([0])), net.weight((6, 3), 6)), ["N", 3])
+    made = Program.of(ir.from_proto(net.model()))
+    data = [{"x": np.random.default_rng(k).standard_normal((9, 8, 4)).astype(np.float32)} for k in range(6)]
+    result = compress(made, data, params=0.7)
+    assert result.program.parameters <= 0.7 * made.parameters and len(result.witness["kept"]) >= 1
